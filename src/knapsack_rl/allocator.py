@@ -1,0 +1,399 @@
+"""The allocator of a run: tracker, estimator and allocation behind two calls, ``allocate`` and ``observe``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from knapsack_rl import balance
+from knapsack_rl.allocation import Allocation, allocate, allocate_expected, feasible_bounds
+from knapsack_rl.estimator import Belief, Estimator, make_estimator
+from knapsack_rl.groups import (
+    GroupOutcomes,
+    SuccessRule,
+    difficulty_class,
+    group_outcomes,
+    successes_of,
+    summarise,
+    transition_matrix,
+)
+from knapsack_rl.solver import total_value
+from knapsack_rl.statefile import read_state, write_state
+from knapsack_rl.tracker import PromptId, Tracker, check_prompt_ids, stable_order
+from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
+"""Left edges of the budget histogram's bins; the last is open."""
+
+
+class KnapsackAllocator:
+    """Allocates each step's rollouts from what earlier steps observed.
+
+    One step of a run is ``a = allocate(ids, budget)``, generate ``a.counts[i]`` rollouts of prompt i, then
+    ``observe(ids_per_rollout, rewards)``. Prompts are known by id, so an id must name the same prompt in every epoch.
+
+    Inside a run nothing dies because of allocation: a batch whose bounds and budget contradict each other degrades in
+    the order of :func:`knapsack_rl.allocation.feasible_bounds`, is counted in the metrics and logged once.
+
+    Args:
+        estimator: ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its fallback), or an object
+            with the methods of :class:`knapsack_rl.estimator.Estimator`.
+        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped; a group of one has no gradient.
+        max_rollouts: N_up, >= max(min_rollouts, 2).
+        success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
+            outcome feeds the estimate; it may differ from the shaped reward that trains.
+        **estimator_settings: keyword arguments of the named estimator.
+
+    Raises:
+        ValueError: a setting is out of range or unknown.
+
+    >>> allocator = KnapsackAllocator()
+    >>> allocator.allocate(["a", "b"], budget=8).counts.tolist()  # nothing known: uniform
+    [4, 4]
+    >>> allocator.observe(["a"] * 4 + ["b"] * 4, [1, 1, 1, 1, 0, 1, 0, 0])
+    >>> counts = allocator.allocate(["a", "b"], budget=8).counts
+    >>> bool(counts[1] > counts[0])
+    True
+    """
+
+    def __init__(
+        self,
+        estimator: str | Estimator = "empirical-bayes",
+        min_rollouts: int = 2,
+        max_rollouts: int = 128,
+        *,
+        success: SuccessRule = 0.0,
+        **estimator_settings: Any,
+    ) -> None:
+        self.min_rollouts = check_whole("min_rollouts", min_rollouts, minimum=0)
+        self.max_rollouts = check_whole("max_rollouts", max_rollouts, minimum=2)
+        if self.min_rollouts > self.max_rollouts:
+            raise ValueError(f"min_rollouts {min_rollouts} is above max_rollouts {max_rollouts}; lower the minimum")
+        if isinstance(estimator, str):
+            self.estimator_name: str | None = estimator
+            self.estimator = make_estimator(estimator, **estimator_settings)
+        else:
+            if estimator_settings:
+                raise ValueError(f"settings {sorted(estimator_settings)} go to the estimator object itself")
+            self.estimator_name, self.estimator = None, estimator
+        self.success = success
+        self.tracker = Tracker()
+        self._visits_since_refit = 0
+        self._prompts_at_refit = 0
+        self._degraded_batches = 0
+        self._unscored_rollouts = 0
+        self._predicted: dict[PromptId, float] = {}
+        self._allocation_metrics: dict[str, float] = {}
+        self._outcome_metrics: dict[str, float] = {}
+
+    def allocate(self, prompt_ids: Iterable[PromptId], budget: int) -> Allocation:
+        """Rollouts for each prompt of a batch, summing to the budget.
+
+        Args:
+            prompt_ids: M distinct ids, ``str`` or ``int``.
+            budget: total rollouts, >= 0.
+
+        Raises:
+            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number >= 0.
+        """
+        started = time.perf_counter()
+        ids = _check_batch(prompt_ids)
+        budget = check_whole("budget", budget, minimum=0)
+        belief = self.belief(ids)
+        if self.estimator.paper_rule:
+            allocation = self._by_paper_rule(belief, budget)
+        else:
+            allocation = allocate_expected(
+                belief.marginals, budget, self.min_rollouts, self.max_rollouts, priority=stable_order(ids)
+            )
+        if allocation.degraded:
+            if not self._degraded_batches:
+                logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
+            self._degraded_batches += 1
+        return self._expect(ids, allocation, belief, started)
+
+    def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
+        """Take counts from elsewhere (a uniform baseline, an engine's own choice) in place of :meth:`allocate`.
+
+        Predictions and metrics are then about these counts.
+
+        Args:
+            prompt_ids: M distinct ids.
+            counts: (M,) rollouts per prompt, whole numbers >= 0.
+
+        Raises:
+            ValueError: ids repeat or have another type, or counts do not fit them.
+        """
+        started = time.perf_counter()
+        ids, given = _check_batch(prompt_ids), check_counts(counts)
+        if given.shape != (len(ids),):
+            raise ValueError(f"counts must hold one number per prompt ({len(ids)}), got shape {given.shape}")
+        belief = self.estimator.believe(self.tracker.lookup(ids), max(int(given.max()), 1))
+        value = total_value(belief.marginals, given)
+        return self._expect(ids, Allocation(given, value, "counts given from outside"), belief, started)
+
+    def _expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief, started: float) -> Allocation:
+        """Note what is expected of the batch; ``observe`` compares it with what happens."""
+        predicted = belief.nonzero_gradient(allocation.counts)
+        self._predicted.update(zip(ids, predicted.tolist(), strict=True))
+        self._allocation_metrics = _allocation_metrics(allocation, belief) | {
+            "allocation_seconds": time.perf_counter() - started
+        }
+        return replace(allocation, success_rates=belief.mean, nonzero_gradient=predicted)
+
+    def _by_paper_rule(self, belief: Belief, budget: int) -> Allocation:
+        lower, upper, degradation = feasible_bounds(
+            belief.mean.size, budget, self.min_rollouts, self.max_rollouts, belief.marginals
+        )
+        found = allocate(belief.mean, budget, lower, upper, fallback=True)
+        reason = "; ".join(filter(None, (degradation, found.reason)))
+        return Allocation(found.counts, found.expected_value, reason, degraded=bool(degradation))
+
+    def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
+        """What is known of the given prompts: mean success rate, marginal values, predictions."""
+        return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
+
+    def observe(
+        self, prompt_ids_per_rollout: Iterable[PromptId], rewards: ArrayLike, lengths: ArrayLike | None = None
+    ) -> None:
+        """Record the outcomes of one batch. Call once per generated batch, whatever engine made it.
+
+        Args:
+            prompt_ids_per_rollout: (R,) id of each rollout's prompt, in any order; groups may have any size.
+            rewards: (R,) outcome of each rollout; NaN for one that could not be scored, which is counted and left out.
+            lengths: (R,) tokens generated, >= 0, if known; feeds :meth:`predicted_lengths`.
+
+        Raises:
+            ValueError: lengths of the arguments differ, an id has the wrong type, or a reward is infinite. Nothing is
+                recorded then.
+        """
+        ids = check_prompt_ids(prompt_ids_per_rollout)
+        distinct = {prompt_id: k for k, prompt_id in enumerate(dict.fromkeys(ids))}
+        prompt_R = np.array([distinct[prompt_id] for prompt_id in ids], dtype=np.int64)
+        groups = group_outcomes(prompt_R, rewards, self.success)
+        rewards_R = np.asarray(rewards, dtype=np.float64)
+        lengths_R = None if lengths is None else _check_lengths(lengths, len(ids))
+        if not ids:
+            return
+
+        scored = ~np.isnan(rewards_R)
+        self._unscored_rollouts += int((~scored).sum())
+        visited = groups.totals > 0
+        if visited.any():
+            index = np.cumsum(visited) - 1
+            self.tracker.record(
+                [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen],
+                index[prompt_R[scored]],
+                successes_of(rewards_R, self.success)[scored],
+                None if lengths_R is None else lengths_R[scored],
+                discount=self.estimator.discount,
+            )
+            self._refit_when_due(int(visited.sum()))
+        self._outcome_metrics = self._outcomes(list(distinct), groups)
+
+    def _refit_when_due(self, visits: int) -> None:
+        """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
+        self._visits_since_refit += visits
+        if self._visits_since_refit >= self._prompts_at_refit:
+            self.estimator.refit(self.tracker.records())
+            self._visits_since_refit, self._prompts_at_refit = 0, len(self.tracker)
+
+    def _outcomes(self, ids: list[PromptId], groups: GroupOutcomes) -> dict[str, float]:
+        statistics = summarise(groups)
+        found = statistics.as_dict()
+        seen = groups.totals > 0
+        found["outcome_per_prompt"] = float(groups.mean_reward[seen].mean()) if seen.any() else float("nan")
+        predicted = np.array([self._predicted.pop(prompt_id, np.nan) for prompt_id in ids])
+        told = seen & ~np.isnan(predicted)
+        if told.any():
+            realised = groups.effective[told]
+            found["predicted_nonzero_gradient"] = float(predicted[told].mean())
+            found["realised_nonzero_gradient"] = float(realised.mean())
+            found["brier_score"] = float(np.mean((predicted[told] - realised) ** 2))
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the newest ``allocate`` and ``observe``, and totals of the run, for a logger.
+
+        Source: paper, section 4, and this project's documentation of metrics.
+        """
+        return (
+            self._allocation_metrics
+            | self._outcome_metrics
+            | {
+                "prompts_seen": float(len(self.tracker)),
+                "degraded_batches": float(self._degraded_batches),
+                "unscored_rollouts": float(self._unscored_rollouts),
+            }
+        )
+
+    def transition_matrix(self) -> IntArray:
+        """(5, 5) prompts by difficulty class at their first visit (rows) and their newest one (columns)."""
+        records = self.tracker.records()
+        return transition_matrix(
+            difficulty_class(records.first_successes, records.first_total),
+            difficulty_class(records.newest_successes, records.newest_total),
+        )
+
+    def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
+        """(M,) expected tokens of a rollout of each prompt, shrunk to the population mean; for the balancer.
+
+        All ones while no length was ever observed.
+        """
+        ids = check_prompt_ids(prompt_ids)
+        everyone, rows = self.tracker.records(), self.tracker.rows(ids)
+        work = balance.predict_work(everyone.length_count, everyone.length_sum, everyone.length_squares)
+        unseen = balance.predict_work(
+            np.append(everyone.length_count, 0.0),
+            np.append(everyone.length_sum, 0.0),
+            np.append(everyone.length_squares, 0.0),
+        )[-1]
+        return np.where(rows >= 0, work[rows] if len(self.tracker) else unseen, unseen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``."""
+        header = {
+            "format": "knapsack-rl allocator",
+            "version": STATE_VERSION,
+            "estimator": self.estimator_name,
+            "settings": self.estimator.settings(),
+            "min_rollouts": self.min_rollouts,
+            "max_rollouts": self.max_rollouts,
+            "success": None if callable(self.success) else float(self.success),
+            "visits_since_refit": self._visits_since_refit,
+            "prompts_at_refit": self._prompts_at_refit,
+            "degraded_batches": self._degraded_batches,
+            "unscored_rollouts": self._unscored_rollouts,
+        }
+        arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict().items()}
+        arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
+        return {"header": header, "arrays": arrays}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state into an allocator made with the same estimator; bounds and success rule stay its own.
+
+        Raises:
+            ValueError: the state is of another format, a newer version, another estimator or other settings. The
+                allocator is unchanged then.
+        """
+        header, arrays = state["header"], state["arrays"]
+        if header.get("format") != "knapsack-rl allocator":
+            raise ValueError(f"this is no allocator state: its format is {header.get('format')!r}")
+        if header["version"] > STATE_VERSION:
+            raise ValueError(
+                f"the state has version {header['version']}, this package reads up to {STATE_VERSION}; "
+                "upgrade knapsack-rl"
+            )
+        given = (header["estimator"], header["settings"])
+        own = (self.estimator_name, self.estimator.settings())
+        if given != own:
+            raise ValueError(
+                f"the state belongs to estimator {given}, this allocator uses {own}; make it with the same"
+            )
+        tracker = Tracker()
+        tracker.load_state_dict(_section(arrays, "tracker."))
+        self.estimator.load_state_dict(_section(arrays, "estimator."))
+        self.tracker = tracker
+        self._visits_since_refit = int(header["visits_since_refit"])
+        self._prompts_at_refit = int(header["prompts_at_refit"])
+        self._degraded_batches = int(header["degraded_batches"])
+        self._unscored_rollouts = int(header["unscored_rollouts"])
+        self._predicted, self._allocation_metrics, self._outcome_metrics = {}, {}, {}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one npz file, atomically and without pickles.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        state = self.state_dict()
+        write_state(path, state["header"], state["arrays"])
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        success: SuccessRule | None = None,
+        estimator: Estimator | None = None,
+    ) -> KnapsackAllocator:
+        """Read an allocator from a file.
+
+        Args:
+            path: what :meth:`save` wrote.
+            success: the success rule; needed if it was a function, else the saved threshold is the default.
+            estimator: an estimator object; needed if the allocator was made with one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or foreign, or an argument it needs is missing.
+        """
+        header, arrays = read_state(path)
+        if header.get("format") != "knapsack-rl allocator":
+            raise ValueError(f"{os.fspath(path)} is no allocator state: its format is {header.get('format')!r}")
+        rule = header["success"] if success is None else success
+        if rule is None:
+            raise ValueError("the state was saved with a success function; pass it again as success=...")
+        name = header["estimator"] if estimator is None else estimator
+        if name is None:
+            raise ValueError("the state was saved with an estimator object; pass an equal one as estimator=...")
+        allocator = cls(
+            name,
+            header["min_rollouts"],
+            header["max_rollouts"],
+            success=rule,
+            **(header["settings"] if estimator is None else {}),
+        )
+        allocator.load_state_dict({"header": header, "arrays": arrays})
+        return allocator
+
+
+def _check_batch(prompt_ids: Iterable[PromptId]) -> list[PromptId]:
+    ids = check_prompt_ids(prompt_ids)
+    if not ids:
+        raise ValueError("prompt_ids is empty; a batch needs at least one prompt")
+    if len(set(ids)) < len(ids):
+        twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
+        raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
+    return ids
+
+
+def _section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
+    array = np.asarray(lengths, dtype=np.float64)
+    if array.shape != (rollouts,) or not (np.isfinite(array) & (array >= 0)).all():
+        raise ValueError(f"lengths must be {rollouts} finite numbers >= 0, one per rollout, got shape {array.shape}")
+    return array
+
+
+def _allocation_metrics(allocation: Allocation, belief: Belief) -> dict[str, float]:
+    counts = allocation.counts
+    unseen = np.isnan(belief.mean)
+    found = {
+        "budget": float(counts.sum()),
+        "budget_min": float(counts.min()),
+        "budget_max": float(counts.max()),
+        "expected_value": allocation.expected_value,
+        "estimated_success_rate": float(belief.mean[~unseen].mean()) if not unseen.all() else float("nan"),
+        "fallback": float(allocation.reason.startswith("fallback") or "; fallback" in allocation.reason),
+    }
+    shares = np.histogram(counts, bins=[*BUDGET_BINS, np.inf])[0] / counts.size
+    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(BUDGET_BINS)]
+    names.append(f"{BUDGET_BINS[-1]}+")
+    return found | {f"budget_share/{name}": float(share) for name, share in zip(names, shares, strict=True)}

@@ -1,0 +1,189 @@
+"""Compare runs: which policy each run follows, and one row of figures per policy over its seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from knapsack_rl.curves import Curve, mean_curve, moving_average, rollouts_to_reach, t_interval, tail_mean
+from knapsack_rl.runlog import RunLog
+
+SMOOTHING = 3
+"""Evaluations averaged before a curve is searched for a target accuracy."""
+
+# Settings that make two runs different policies or tasks, so that they must not be averaged as seeds.
+_SETTINGS = (
+    "model",
+    "dataset",
+    "estimator",
+    "prompts_per_step",
+    "steps",
+    "min_rollouts",
+    "max_rollouts",
+    "learning_rate",
+)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The runs of one policy, one per seed.
+
+    Attributes:
+        label: Name of the policy, such as "uniform N=8".
+        runs: Its runs by seed.
+        uniform: Whether every prompt gets the same number of rollouts.
+    """
+
+    label: str
+    runs: dict[int | str, RunLog]
+    uniform: bool
+
+    def per_seed(self, measure: Callable[[RunLog], float]) -> dict[int | str, float]:
+        """A measure of each run, seeds without a finite value left out."""
+        values = {seed: measure(run) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in values.items() if math.isfinite(value)}
+
+
+def policies(runs: Sequence[RunLog]) -> list[Policy]:
+    """Group runs by policy: uniform ones first, by N, then the others in the order given.
+
+    The label names the allocation and N. Where runs of the same name differ in a setting that matters (the
+    estimator, the model, ...), that setting joins the label.
+
+    Raises:
+        ValueError: If two runs have the same label and the same seed.
+    """
+    named: dict[str, list[RunLog]] = {}
+    for run in runs:
+        name = f"{run.config.get('allocation', 'unknown')} N={run.config.get('rollouts_per_prompt', '?')}"
+        named.setdefault(name, []).append(run)
+    grouped: dict[str, Policy] = {}
+    for name, members in named.items():
+        varying = [key for key in _SETTINGS if len({repr(run.config.get(key)) for run in members}) > 1]
+        for run in members:
+            extra = ", ".join(f"{key} {run.config.get(key)}" for key in varying)
+            label = f"{name} ({extra})" if extra else name
+            # Settings may hold halves of surrogate pairs, which no font renderer accepts.
+            label = label.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            uniform = run.config.get("allocation") == "uniform"
+            policy = grouped.setdefault(label, Policy(label=label, runs={}, uniform=uniform))
+            seed = run.config.get("seed", "?")
+            if seed in policy.runs:
+                raise ValueError(
+                    f"two runs of {label!r} have the seed {seed!r}: {policy.runs[seed].folder} and {run.folder}"
+                )
+            policy.runs[seed] = run
+    return sorted(grouped.values(), key=lambda policy: _size(policy) if policy.uniform else math.inf)
+
+
+def baseline_of(groups: Sequence[Policy]) -> Policy | None:
+    """The uniform policy with the fewest rollouts per prompt, None without a uniform policy."""
+    return min((policy for policy in groups if policy.uniform), key=_size, default=None)
+
+
+def _size(policy: Policy) -> float:
+    value = next(iter(policy.runs.values())).config.get("rollouts_per_prompt")
+    return value if isinstance(value, int | float) else math.inf
+
+
+def final_accuracy(run: RunLog) -> float:
+    """Held-out accuracy of the last evaluation, NaN if there is none."""
+    accuracy = run.held_out[1]
+    return float(accuracy[-1]) if accuracy.size else math.nan
+
+
+def accuracy_curve(policy: Policy, smoothing: int = 1) -> Curve:
+    """Held-out accuracy against rollouts generated, over the seeds of a policy.
+
+    Args:
+        policy: The runs.
+        smoothing: Evaluations in the centred moving average of each run, 1 for none.
+    """
+    held_out = [run.held_out for run in policy.runs.values()]
+    return mean_curve((rollouts, moving_average(accuracy, smoothing)) for rollouts, accuracy in held_out)
+
+
+def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
+    """One row of figures per policy.
+
+    Means are over seeds, intervals are half-widths of 95 % t-intervals of the mean; a figure that cannot be
+    computed (no evaluation yet, one seed only, no baseline) is None. The baseline is the uniform policy with
+    the fewest rollouts per prompt.
+
+    Keys of a row:
+        policy, baseline: Label, and whether this is the baseline.
+        seeds, unfinished: Seeds of the runs, and how many of them have fewer steps than planned.
+        rollouts: Rollouts generated per run.
+        accuracy, accuracy_interval, accuracy_by_seed: Held-out accuracy of the last evaluation.
+        difference, difference_interval, difference_pairs: Final accuracy minus that of the baseline's run
+            with the same seed, and the number of such pairs.
+        effective_rollouts, effective_prompts: Share of rollouts and of groups with a gradient, over the last
+            20 % of the steps.
+        unsolved_share: Prompts whose last visit had no success.
+        largest_allocation: Most rollouts that a prompt got in one step, over all seeds.
+        target_accuracy: The baseline's accuracy at its end.
+        rollouts_to_target, rollouts_ratio: Rollouts until the policy first reaches the target, and that
+            number over the baseline's own. Each run's curve is smoothed (centred moving average of three
+            evaluations), curves are averaged over seeds, and the mean is interpolated linearly; the target is
+            the end of the baseline's curve made the same way. None if it is never reached.
+
+    Args:
+        runs: Loaded runs, in any order.
+    """
+    groups = policies(runs)
+    baseline = baseline_of(groups)
+    target, baseline_rollouts = math.nan, math.nan
+    baseline_accuracy: dict[int | str, float] = {}
+    if baseline is not None:
+        baseline_accuracy = baseline.per_seed(final_accuracy)
+        curve = accuracy_curve(baseline, SMOOTHING)
+        if curve.mean.size:
+            target = float(curve.mean[-1])
+            baseline_rollouts = rollouts_to_reach(curve.x, curve.mean, target)
+    rows: list[dict[str, Any]] = []
+    for policy in groups:
+        accuracy = policy.per_seed(final_accuracy)
+        pairs = [accuracy[seed] - baseline_accuracy[seed] for seed in accuracy if seed in baseline_accuracy]
+        pairs = [] if policy is baseline else pairs
+        smooth = accuracy_curve(policy, SMOOTHING)
+        reached = rollouts_to_reach(smooth.x, smooth.mean, target)
+        members = list(policy.runs.values())
+        started = [run for run in members if run.steps.size]
+        rows.append(
+            {
+                "policy": policy.label,
+                "baseline": policy is baseline,
+                "seeds": list(policy.runs),
+                "unfinished": sum(not run.finished for run in members),
+                "rollouts": float(np.mean([run.rollouts.sum() for run in members])),
+                "accuracy": _mean(accuracy.values()),
+                "accuracy_interval": t_interval(list(accuracy.values())),
+                "accuracy_by_seed": accuracy,
+                "difference": _mean(pairs),
+                "difference_interval": t_interval(pairs),
+                "difference_pairs": len(pairs),
+                "effective_rollouts": _mean(
+                    policy.per_seed(lambda run: tail_mean(run.effective_rollout_ratio)).values()
+                ),
+                "effective_prompts": _mean(policy.per_seed(lambda run: tail_mean(run.effective_prompt_ratio)).values()),
+                "unsolved_share": _mean(policy.per_seed(lambda run: run.unsolved_share).values()),
+                "largest_allocation": max((int(run.max_budget.max()) for run in started), default=None),
+                "target_accuracy": _known(target),
+                "rollouts_to_target": _known(reached),
+                "rollouts_ratio": _known(reached / baseline_rollouts) if baseline_rollouts else None,
+            }
+        )
+    return rows
+
+
+def _mean(values: Any) -> float | None:
+    array = np.array(list(values), dtype=np.float64)
+    return float(array.mean()) if array.size else None
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

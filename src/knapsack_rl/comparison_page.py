@@ -1,0 +1,254 @@
+"""Write a comparison of runs as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from knapsack_rl import page, plots
+from knapsack_rl.comparison import (
+    Policy,
+    accuracy_curve,
+    baseline_of,
+    comparison_table,
+    final_accuracy,
+    policies,
+)
+from knapsack_rl.curves import Curve, mean_curve, moving_average
+from knapsack_rl.runlog import FloatArray, RunLog
+
+_LEVELS = {
+    "rollouts": "The effective gradient ratio (moving average, mean over seeds, band from lowest to highest). An "
+    "adaptive policy should lie above uniform; part of that is bought by moving budget to the groups that vary.",
+    "prompts": "The same counted by prompts, which moving budget alone cannot raise by much. A policy that lies "
+    "higher here reaches prompts from which nothing was learned before.",
+}
+
+HEADER = (
+    "policy",
+    "seeds",
+    "rollouts generated",
+    "held-out accuracy at the end",
+    "difference to baseline, points",
+    "rollouts with a gradient",
+    "prompts with a gradient",
+    "unsolved prompts",
+    "largest allocation",
+    "rollouts to baseline's accuracy",
+    "relative to baseline",
+)
+
+
+def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
+    """Write one page that compares runs by policy, averaging over seeds.
+
+    Args:
+        runs: Run folders.
+        output: The page to write, or an existing folder, which gets a `comparison.html`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: If there are no runs, or two runs share policy and seed.
+        FileNotFoundError: If a folder is not a run folder.
+        ImportError: If matplotlib is not installed.
+    """
+    if not runs:
+        raise ValueError("a comparison needs at least one run folder, got none")
+    logs = [RunLog.load(folder) for folder in runs]
+    groups, rows = policies(logs), comparison_table(logs)
+    body = ["<h1>Comparison of allocation policies</h1>", page.paragraph(_lead(groups), "soft")]
+    body += [page.paragraph(text, "notice") for text in _notices(groups)]
+    body.append(_findings(rows))
+    body.append(page.heading("Figures by policy"))
+    body.append(page.table(HEADER, [_cells(row) for row in rows], caption=_table_caption(rows)))
+    body.append(page.heading("Curves"))
+    body.append(page.plots(_plots(groups)))
+    body += _settings(groups)
+    target = Path(output)
+    if target.is_dir():
+        target = target / "comparison.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A setting may hold half a surrogate pair, which has no UTF-8 form.
+    target.write_text(page.document("Comparison of allocation policies", body), encoding="utf-8", errors="replace")
+    return target
+
+
+def _lead(groups: Sequence[Policy]) -> str:
+    total = sum(len(policy.runs) for policy in groups)
+    runs = f"{total} {'run' if total == 1 else 'runs'} of {len(groups)} {'policy' if len(groups) == 1 else 'policies'}"
+    baseline = baseline_of(groups)
+    return f"{runs}; " + (
+        "no uniform policy among them, so there is no baseline" if baseline is None else f"baseline: {baseline.label}"
+    )
+
+
+def _notices(groups: Sequence[Policy]) -> list[str]:
+    notices: list[str] = []
+    for policy in groups:
+        for seed, run in policy.runs.items():
+            if not run.finished:
+                planned = "" if run.planned_steps is None else f" of {run.planned_steps:,}"
+                notices.append(
+                    f"{policy.label}, seed {seed}, is unfinished ({run.steps.size:,}{planned} steps): "
+                    "its figures at the end are those of its last step."
+                )
+            if not run.held_out[1].size:
+                notices.append(f"{policy.label}, seed {seed}, has no held-out evaluation.")
+    return notices
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f} %"
+
+
+def _interval(value: float | None, half: float | None, *, sign: bool = False) -> str | None:
+    """A share in percent with the half-width of its interval."""
+    if value is None:
+        return None
+    number = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    number = number.replace("-", "−")
+    return number if half is None else f"{number} ± {100 * half:.1f}"
+
+
+def _findings(rows: Sequence[dict[str, Any]]) -> str:
+    """One sentence for each policy that can be set against the baseline."""
+    baseline = next((row for row in rows if row["baseline"]), None)
+    items: list[str] = []
+    for row in rows:
+        if baseline is None or row["difference"] is None:
+            continue
+        half, gap = row["difference_interval"], row["difference"]
+        side = "below" if gap < 0 else "above"
+        text = (
+            f"{row['policy']} ends {_interval(abs(gap), half)} points {side} {baseline['policy']} in held-out accuracy"
+        )
+        if half is None:
+            text += " (one pair of seeds, so no interval)"
+        elif abs(gap) <= half:
+            text += " (the interval includes zero)"
+        if row["rollouts_ratio"] is not None:
+            text += f" and reaches the baseline's final accuracy with {row['rollouts_ratio']:.2f} times its rollouts"
+        elif row["target_accuracy"] is not None and row["rollouts_to_target"] is None:
+            text += " and does not reach the baseline's final accuracy"
+        items.append(f"<li>{html.escape(text)}.</li>")
+    return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def _cells(row: dict[str, Any]) -> tuple[object, ...]:
+    reached = row["rollouts_to_target"]
+    missed = "not reached" if row["accuracy"] is not None and row["target_accuracy"] is not None else None
+    difference = "baseline" if row["baseline"] else _interval(row["difference"], row["difference_interval"], sign=True)
+    unfinished = f" ({row['unfinished']} unfinished)" if row["unfinished"] else ""
+    return (
+        row["policy"],
+        f"{len(row['seeds'])}{unfinished}",
+        f"{row['rollouts']:,.0f}",
+        None if row["accuracy"] is None else f"{_interval(row['accuracy'], row['accuracy_interval'])} %",
+        difference,
+        _percent(row["effective_rollouts"]),
+        _percent(row["effective_prompts"]),
+        _percent(row["unsolved_share"]),
+        None if row["largest_allocation"] is None else f"{row['largest_allocation']:,}",
+        missed if reached is None else f"{reached:,.0f}",
+        None if row["rollouts_ratio"] is None else f"{row['rollouts_ratio']:.2f} ×",
+    )
+
+
+def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
+    target = rows[0]["target_accuracy"]
+    caption = (
+        "Means over seeds; ± is the half-width of a 95 % t-interval of the mean. Differences are taken between runs "
+        "of the same seed. Gradient shares are means over the last 20 % of the steps. Unsolved: no success at the "
+        "last visit."
+    )
+    if target is not None:
+        caption += (
+            f" The baseline's accuracy at its end is {100 * target:.1f} %, from curves smoothed over three "
+            "evaluations and averaged over seeds."
+        )
+    return caption
+
+
+def _plots(groups: Sequence[Policy]) -> list[str]:
+    figures: list[str] = []
+    accuracy = {policy.label: accuracy_curve(policy) for policy in groups}
+    if any(curve.x.size > 1 for curve in accuracy.values()):
+        figures.append(
+            page.plot(
+                "accuracy",
+                "Mean over seeds; the band spans the lowest and the highest seed. Compare at equal rollouts: a curve "
+                "further to the left needs fewer rollouts for the same accuracy.",
+                lambda ax: plots.accuracy_by_policy(accuracy, ax),
+            )
+        )
+    finals = {policy.label: list(policy.per_seed(final_accuracy).values()) for policy in groups}
+    if any(finals.values()):
+        figures.append(
+            page.plot(
+                "final",
+                "The last evaluation of each run; the bar is the mean. Where the dots of two policies mingle, the "
+                "difference may be chance. Policies with a larger N have used more rollouts.",
+                lambda ax: plots.final_values(finals, ax, quantity="held-out accuracy at the end"),
+            )
+        )
+    shares: tuple[tuple[str, Callable[[RunLog], FloatArray]], ...] = (
+        ("rollouts", lambda run: run.effective_rollout_ratio),
+        ("prompts", lambda run: run.effective_prompt_ratio),
+    )
+    for level, share in shares:
+        curves = {policy.label: _trend(policy, share) for policy in groups}
+        if any(curve.x.size > 1 for curve in curves.values()):
+            figures.append(
+                page.plot(
+                    f"effective-{level}",
+                    _LEVELS[level],
+                    lambda ax, level=level, curves=curves: plots.ratios_by_policy(curves, ax, level=level),
+                )
+            )
+    return figures
+
+
+def _trend(policy: Policy, share: Callable[[RunLog], FloatArray]) -> Curve:
+    """A share over the steps, each run smoothed before the seeds are averaged."""
+    window = plots.trend_window(max(run.steps.size for run in policy.runs.values()))
+    return mean_curve((run.steps, moving_average(share(run), window)) for run in policy.runs.values())
+
+
+def _settings(groups: Sequence[Policy]) -> list[str]:
+    """Tables of the settings that differ between policies, of those that do not, and of the runs."""
+    names = sorted({name for policy in groups for run in policy.runs.values() for name in run.config} - {"seed"})
+    differing: list[tuple[object, ...]] = []
+    common: list[tuple[object, ...]] = []
+    for name in names:
+        values = [
+            list(dict.fromkeys(str(run.config.get(name, page.MISSING)) for run in policy.runs.values()))
+            for policy in groups
+        ]
+        if all(value == values[0] and len(value) == 1 for value in values):
+            common.append((name, values[0][0]))
+        else:
+            differing.append((name, *(", ".join(value) for value in values)))
+    labels = [policy.label for policy in groups]
+    folders = [
+        (f"{policy.label}, seed {seed}", run.folder.resolve().name)
+        for policy in groups
+        for seed, run in policy.runs.items()
+    ]
+    tables: list[str] = []
+    for title, header, rows, caption in (
+        (
+            "Settings that differ",
+            ("setting", *labels),
+            differing,
+            "Differences other than the policy weaken the comparison",
+        ),
+        ("Common settings", ("setting", "value"), common, "The same in every run"),
+        ("Runs", ("run", "folder"), folders, "Each run's own page shows budgets, difficulty and calibration"),
+    ):
+        if rows:
+            tables += [page.heading(title), page.table(header, rows, caption=caption, numeric=False)]
+    return tables

@@ -1,0 +1,325 @@
+"""Ragged groups: advantages and statistics when every prompt has its own number of rollouts.
+
+A *group* is the set of rollouts of one prompt. Groups may have any size and their rows may stand in any order:
+``group_of_rollout`` names the group of each row, so nothing here reshapes by a group size. Suffix ``_R`` is per
+rollout, ``_G`` per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from knapsack_rl.value import FloatArray, IntArray
+
+Scale = Literal["group", "batch", "none"]
+Weighting = Literal["rollout", "prompt"]
+SuccessRule = float | Callable[[FloatArray], ArrayLike]
+
+STD_EPSILON = 1e-4
+"""Added to the standard deviation before dividing, as TRL's GRPO does."""
+
+RELATIVE_SPREAD = 1e-6
+"""Rewards of a group count as equal within this share of their magnitude.
+
+Sums of floating-point rewards differ in their last digits; dividing by the spread of such residue would make
+advantages of thousands from no signal at all.
+"""
+
+DIFFICULTY_CLASSES = ("extremely easy", "easy", "medium", "hard", "extremely hard")
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """What a batch of ragged groups taught. Ratios are in [0, 1] and NaN where nothing was scored.
+
+    Attributes:
+        rollouts: rows with a reward (NaN rewards are left out everywhere below).
+        prompts: groups with at least one reward.
+        effective_gradient_ratio: rollouts in groups with non-zero reward variance / rollouts (the headline).
+        effective_prompt_ratio: groups with non-zero reward variance / groups. Report it beside the first: moving
+            budget can raise the first alone.
+        covered_by_success: groups with at least one success / groups.
+        covered_by_failure: groups with at least one failure / groups.
+        all_correct: groups with successes only / groups.
+        all_wrong: groups with failures only / groups.
+        class_shares: share of groups per difficulty class, in the order of ``DIFFICULTY_CLASSES``.
+        smallest_group: rollouts of the smallest group.
+        largest_group: rollouts of the largest group.
+
+    Source: paper, section 4 (effective gradient ratio) and its difficulty classes.
+    """
+
+    rollouts: int
+    prompts: int
+    effective_gradient_ratio: float
+    effective_prompt_ratio: float
+    covered_by_success: float
+    covered_by_failure: float
+    all_correct: float
+    all_wrong: float
+    class_shares: tuple[float, ...]
+    smallest_group: int
+    largest_group: int
+
+    def as_dict(self) -> dict[str, float]:
+        """Flat numbers for a logger; classes become ``class/extremely_easy`` and so on."""
+        flat = {name: float(number) for name, number in vars(self).items() if name != "class_shares"}
+        for name, share in zip(DIFFICULTY_CLASSES, self.class_shares, strict=True):
+            flat[f"class/{name.replace(' ', '_')}"] = share
+        return flat
+
+
+@dataclass(frozen=True)
+class GroupOutcomes:
+    """Per-group sums of one batch, groups in order of first appearance.
+
+    Attributes:
+        first_row: (G,) index of the first row of each group.
+        group_of_rollout: (R,) group index 0..G-1 of each row.
+        totals: (G,) rows with a reward.
+        successes: (G,) successful rows.
+        effective: (G,) whether the rewards of the group differ.
+        mean_reward: (G,) mean reward, NaN where no row has one.
+    """
+
+    first_row: IntArray
+    group_of_rollout: IntArray
+    totals: IntArray
+    successes: IntArray
+    effective: NDArray[np.bool_]
+    mean_reward: FloatArray
+
+
+def _check_rows(group_of_rollout: ArrayLike, rewards: ArrayLike) -> tuple[IntArray, IntArray, FloatArray]:
+    """Rank the groups by first appearance; return (first row per group, group per row, rewards)."""
+    groups = np.asarray(group_of_rollout)
+    try:
+        rewards_R = np.asarray(rewards, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("rewards must be numbers, one per rollout (NaN for an unscored rollout)") from error
+    if groups.ndim != 1 or rewards_R.shape != groups.shape:
+        raise ValueError(
+            f"group_of_rollout and rewards must be one-dimensional and equally long, "
+            f"got shapes {groups.shape} and {rewards_R.shape}"
+        )
+    if groups.dtype.kind == "f":
+        raise ValueError("group_of_rollout must hold ids (whole numbers or strings), got floats")
+    if np.isinf(rewards_R).any():
+        row = int(np.flatnonzero(np.isinf(rewards_R))[0])
+        raise ValueError(f"rewards[{row}] is {rewards_R[row]}; rewards must be finite, or NaN for an unscored rollout")
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(order.size)
+    return first[order].astype(np.int64), rank[inverse].astype(np.int64), rewards_R
+
+
+def successes_of(rewards: FloatArray, success: SuccessRule) -> NDArray[np.bool_]:
+    """Which rewards are successes: ``reward > threshold``, or what the user's function says.
+
+    NaN (unscored) is never a success.
+
+    Raises:
+        ValueError: the function returns another shape, or the threshold is not finite.
+    """
+    scored = ~np.isnan(rewards)
+    if callable(success):
+        verdict = np.asarray(success(rewards), dtype=bool)
+        if verdict.shape != rewards.shape:
+            raise ValueError(
+                f"the success function returned shape {verdict.shape}, expected one verdict per reward {rewards.shape}"
+            )
+        return verdict & scored
+    if not np.isfinite(success):
+        raise ValueError(f"the success threshold must be a finite number, got {success!r}")
+    return scored & (rewards > success)
+
+
+def group_outcomes(group_of_rollout: ArrayLike, rewards: ArrayLike, success: SuccessRule = 0.0) -> GroupOutcomes:
+    """Sum up each group of a ragged batch. NaN rewards (unscored rollouts) are left out.
+
+    Args:
+        group_of_rollout: (R,) group id of each row, whole numbers or strings, in any order.
+        rewards: (R,) reward of each row; finite, or NaN.
+        success: a reward above this threshold is a success, or a function of the rewards that returns booleans.
+
+    Raises:
+        ValueError: shapes differ, ids are floats, or a reward is infinite.
+    """
+    first, group_R, rewards_R = _check_rows(group_of_rollout, rewards)
+    scored = ~np.isnan(rewards_R)
+    good = successes_of(rewards_R, success)
+    size = first.size
+    low, high = np.full(size, np.inf), np.full(size, -np.inf)
+    np.minimum.at(low, group_R[scored], rewards_R[scored])
+    np.maximum.at(high, group_R[scored], rewards_R[scored])
+    totals = np.bincount(group_R[scored], minlength=size)
+    sums = np.bincount(group_R[scored], weights=rewards_R[scored], minlength=size)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = np.where(totals > 0, high - low, 0.0)
+        magnitude = np.where(totals > 0, np.maximum(np.abs(low), np.abs(high)), 0.0)
+        mean = sums / totals
+    return GroupOutcomes(
+        first_row=first,
+        group_of_rollout=group_R,
+        totals=totals.astype(np.int64),
+        successes=np.bincount(group_R[good], minlength=size).astype(np.int64),
+        effective=spread > RELATIVE_SPREAD * magnitude,
+        mean_reward=mean,
+    )
+
+
+def group_advantages(
+    group_of_rollout: ArrayLike,
+    rewards: ArrayLike,
+    scale: Scale = "group",
+    weighting: Weighting = "rollout",
+    *,
+    epsilon: float = STD_EPSILON,
+) -> FloatArray:
+    """GRPO advantages of ragged groups: A = (reward - group mean) / (standard deviation + epsilon).
+
+    Groups are found by id, never by position or size. The standard deviation is the sample one (divisor n - 1), as
+    in TRL and verl. A group of one rollout, a group whose rewards are equal within rounding, and an unscored (NaN)
+    rollout have advantage exactly 0.
+
+    Args:
+        group_of_rollout: (R,) group id of each row, whole numbers or strings, in any order.
+        rewards: (R,) finite, or NaN for an unscored rollout, which is left out of its group's mean and deviation.
+        scale: divide by the deviation of the ``"group"``, of the whole ``"batch"``, or by nothing (``"none"``,
+            Dr. GRPO).
+        weighting: ``"rollout"`` leaves every rollout the same weight, so a prompt weighs in proportion to its number
+            of rollouts N_i (the paper's choice). ``"prompt"`` multiplies by R / (G N_i), so every prompt weighs the
+            same as under uniform allocation.
+        epsilon: added to the deviation, >= 0.
+
+    Returns:
+        (R,) float64 advantages.
+
+    Raises:
+        ValueError: shapes differ, a reward is infinite, or an option is unknown.
+
+    Source: GRPO (Shao et al. 2024); paper, section 2; weighting: the objective per prompt against per rollout.
+    """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+    if weighting not in ("rollout", "prompt"):
+        raise ValueError(f"weighting must be 'rollout' or 'prompt', got {weighting!r}")
+    groups = group_outcomes(group_of_rollout, rewards)
+    rewards_R = np.asarray(rewards, dtype=np.float64)
+    group_R = groups.group_of_rollout
+    live = groups.effective[group_R] & ~np.isnan(rewards_R)
+    deviation = np.where(live, rewards_R - groups.mean_reward[group_R], 0.0)
+    if scale == "group":
+        squares = np.bincount(group_R, weights=deviation**2, minlength=groups.totals.size)
+        std_G = np.sqrt(squares / np.maximum(groups.totals - 1, 1))
+        advantages = deviation / (std_G[group_R] + epsilon)
+    elif scale == "batch":
+        scored = rewards_R[~np.isnan(rewards_R)]
+        std = float(scored.std(ddof=1)) if scored.size > 1 else 0.0
+        advantages = deviation / (std + epsilon)
+    else:
+        advantages = deviation
+    advantages = np.where(live, advantages, 0.0)  # 0/0 where epsilon is 0 and nothing varies
+    return advantages * prompt_weights(group_R) if weighting == "prompt" else advantages
+
+
+def prompt_weights(group_of_rollout: IntArray) -> FloatArray:
+    """(R,) factor R / (G N_i) that makes every prompt weigh what it would under uniform allocation.
+
+    Args:
+        group_of_rollout: (R,) group index 0..G-1 of each row; every group has at least one row.
+    """
+    sizes = np.bincount(group_of_rollout)
+    return group_of_rollout.size / (max(sizes.size, 1) * sizes[group_of_rollout])
+
+
+def group_statistics(group_of_rollout: ArrayLike, rewards: ArrayLike, success: SuccessRule = 0.0) -> GroupStatistics:
+    """Effective ratios, coverage and difficulty classes of a ragged batch.
+
+    Args:
+        group_of_rollout: (R,) group id of each row, whole numbers or strings, in any order.
+        rewards: (R,) finite, or NaN for an unscored rollout.
+        success: a reward above this threshold is a success, or a function of the rewards that returns booleans.
+
+    Raises:
+        ValueError: shapes differ, ids are floats, or a reward is infinite.
+
+    Source: paper, section 4.
+    """
+    return summarise(group_outcomes(group_of_rollout, rewards, success))
+
+
+def summarise(groups: GroupOutcomes) -> GroupStatistics:
+    """Statistics of groups already summed up; see :func:`group_statistics`."""
+    seen = groups.totals > 0
+    totals, successes, effective = groups.totals[seen], groups.successes[seen], groups.effective[seen]
+    rollouts, prompts = int(totals.sum()), int(totals.size)
+
+    def share(mask: NDArray[np.bool_]) -> float:
+        return float(mask.mean()) if prompts else float("nan")
+
+    classes = difficulty_class(successes, totals)
+    return GroupStatistics(
+        rollouts=rollouts,
+        prompts=prompts,
+        effective_gradient_ratio=float(totals[effective].sum() / rollouts) if rollouts else float("nan"),
+        effective_prompt_ratio=share(effective),
+        covered_by_success=share(successes > 0),
+        covered_by_failure=share(successes < totals),
+        all_correct=share(successes == totals),
+        all_wrong=share(successes == 0),
+        class_shares=tuple(share(classes == k) for k in range(len(DIFFICULTY_CLASSES))),
+        smallest_group=int(totals.min()) if prompts else 0,
+        largest_group=int(totals.max()) if prompts else 0,
+    )
+
+
+def difficulty_class(successes: ArrayLike, totals: ArrayLike) -> IntArray:
+    """Index into ``DIFFICULTY_CLASSES`` of the observed rate, -1 where nothing was observed.
+
+    Extremely easy is a rate of 1, easy [0.8, 1), medium (0.2, 0.8), hard (0, 0.2], extremely hard 0.
+
+    Args:
+        successes: whole numbers, 0 <= successes <= totals.
+        totals: whole numbers >= 0, same shape.
+
+    Raises:
+        ValueError: more successes than rollouts, or a negative number.
+
+    Source: paper, section 5 (difficulty classes).
+    """
+    good, total = np.asarray(successes, dtype=np.int64), np.asarray(totals, dtype=np.int64)
+    if good.shape != total.shape or ((good < 0) | (good > total)).any():
+        raise ValueError("successes must lie between 0 and totals, entry by entry")
+    # Compared as 5 * good against totals: no division, so the borders at 0.2 and 0.8 are exact.
+    conditions = [total == 0, good == total, good == 0, 5 * good >= 4 * total, 5 * good <= total]
+    return np.select(conditions, [-1, 0, 4, 1, 3], default=2).astype(np.int64)
+
+
+def transition_matrix(first: ArrayLike, last: ArrayLike) -> IntArray:
+    """Count prompts by (first class, last class); rows are the first, both in ``DIFFICULTY_CLASSES`` order.
+
+    Args:
+        first: (M,) class indices; prompts with -1 (never observed) are left out.
+        last: (M,) class indices of the same prompts.
+
+    Returns:
+        (5, 5) int64 counts.
+
+    Raises:
+        ValueError: shapes differ or a class index is unknown.
+    """
+    size = len(DIFFICULTY_CLASSES)
+    start, end = np.asarray(first, dtype=np.int64), np.asarray(last, dtype=np.int64)
+    if start.shape != end.shape:
+        raise ValueError(f"first and last must have the same shape, got {start.shape} and {end.shape}")
+    if ((start < -1) | (start >= size) | (end < -1) | (end >= size)).any():
+        raise ValueError(f"class indices must lie between -1 and {size - 1}")
+    known = (start >= 0) & (end >= 0)
+    return np.bincount(start[known] * size + end[known], minlength=size * size).reshape(size, size).astype(np.int64)

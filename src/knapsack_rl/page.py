@@ -1,0 +1,192 @@
+"""Parts of a self-contained HTML page: escaped text, tables, inline SVG plots and the frame around them.
+
+A page needs no other resource and runs no script; its policy forbids both, so that text from a data set or a
+model stays text.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MISSING = "–"
+LONGEST_TEXT = 160
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1f23; --soft: #59616b; --page: #ffffff; --card: #f3f5f7;
+  --line: #d7dce1; --notice: #fff3d6; --notice-line: #b97a00; --panel: #ffffff; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --soft: #a4adb8; --page: #15181c; --card: #20252b;
+  --line: #39414a; --notice: #3a2e12; --notice-line: #e0a63a; --panel: #f4f5f6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.25rem 3rem; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p { margin: .4rem 0; max-width: 48rem; }
+.soft, figcaption, .tiles small { color: var(--soft); }
+.soft { font-size: .92rem; }
+.notice { background: var(--notice); border-left: 4px solid var(--notice-line); padding: .5rem .8rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.3rem, 1fr)); gap: .7rem; margin: 1.2rem 0; }
+.tiles div { background: var(--card); border-radius: 6px; padding: .6rem .8rem; }
+.tiles dt { font-size: .85rem; color: var(--soft); }
+.tiles dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.tiles small { display: block; font-size: .8rem; font-weight: 400; line-height: 1.35; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.4rem; }
+figure { margin: 0; break-inside: avoid; }
+figure svg { display: block; width: 100%; height: auto; background: var(--panel); border: 1px solid var(--line);
+  border-radius: 6px; padding: .5rem; }
+figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+figure svg text { font-family: system-ui, sans-serif !important; }
+figcaption { font-size: .88rem; margin-top: .4rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; min-width: min(100%, 36rem); font-size: .9rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .7rem .35rem 0;
+  border-bottom: 1px solid var(--line); }
+thead th { vertical-align: bottom; font-weight: 600; line-height: 1.25; }
+tbody th { font-weight: 400; }
+th:first-child { position: sticky; left: 0; background: var(--page); }
+td, tbody th { unicode-bidi: isolate; }
+.number { text-align: right; white-space: nowrap; }
+thead .number { white-space: normal; }
+.text { overflow-wrap: anywhere; min-width: 8rem; }
+@media print { body { max-width: none; padding: 0; font-size: 11px; } .scroll { overflow: visible; }
+  .plots { grid-template-columns: 1fr 1fr; } .tiles div { border: 1px solid var(--line); }
+  tr { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def escape(value: object) -> str:
+    """Any value as HTML text, shortened where it would flood the page."""
+    text = str(value)
+    if len(text) > LONGEST_TEXT:
+        text = text[: LONGEST_TEXT - 1] + "…"
+    return html.escape(text, quote=True)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A complete page; the title is escaped, the body must be HTML."""
+    content = "\n".join(part for part in body if part)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{content}
+</body>
+</html>
+"""
+
+
+def paragraph(text: str, style: str = "") -> str:
+    """An escaped paragraph, optionally of a CSS class."""
+    return f'<p class="{style}">{html.escape(text)}</p>' if style else f"<p>{html.escape(text)}</p>"
+
+
+def heading(text: str) -> str:
+    """An escaped second-level heading."""
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def tiles(items: Iterable[tuple[str, str, str]]) -> str:
+    """Key figures: name, value and a short remark, all escaped."""
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
+        for name, value, remark in items
+    )
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str, numeric: bool = True) -> str:
+    """A table whose first column names the row; every cell is escaped.
+
+    Args:
+        header: Column titles.
+        rows: Cells; None is shown as a dash.
+        caption: What the table shows.
+        numeric: Whether the columns after the first hold numbers.
+    """
+    style = "number" if numeric else "text"
+    head = "".join(
+        f'<th scope="col" class="{style if i else "text"}">{escape(name)}</th>' for i, name in enumerate(header)
+    )
+    body: list[str] = []
+    for first, *others in rows:
+        cells = "".join(f'<td class="{style}">{escape(MISSING if cell is None else cell)}</td>' for cell in others)
+        body.append(f'<tr><th scope="row" class="text">{escape(first)}</th>{cells}</tr>')
+    # The region can be focused, so that a keyboard can scroll a table wider than the screen.
+    return (
+        f'{paragraph(caption, "soft")}<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def plots(figures: Iterable[str]) -> str:
+    """Figures side by side where the screen is wide enough."""
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
+def plot(name: str, caption: str, draw: Callable[[Axes], Axes]) -> str:
+    """A captioned inline SVG.
+
+    Args:
+        name: Unique name of the plot on its page; keeps the ids inside the SVG apart.
+        caption: What to look for, as plain text.
+        draw: Draws on the Axes it is given.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    return f"<figure>{_svg(name, draw)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "knapsack-rl[plots]"') from error
+
+    buffer = io.StringIO()
+    style = matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
+            "svg.hashsalt": name,  # ids are the same in every run and differ between plots
+            "text.parse_math": False,  # a dollar sign in a label is a dollar sign
+            "font.size": 10.0,
+        }
+    )
+    with style, warnings.catch_warnings():
+        # The browser chooses the font, so it does not matter which signs matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+        title = draw(figure.add_subplot()).get_title(loc="left")
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _inline(buffer.getvalue(), title)
+
+
+def _inline(svg: str, title: str) -> str:
+    """Cut a stand-alone SVG file down to what belongs inside an HTML page."""
+    svg = svg[svg.index("<svg") :]
+    # Its style element would apply to the whole page; the page's own style carries the rule instead.
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every plot, and nothing refers to them
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box is not None, "matplotlib writes a view box"
+    opening = f'<svg viewBox="{box[1]}" role="img" aria-label="{html.escape(title, quote=True)}">'
+    return opening + svg[svg.index(">") + 1 :].strip()

@@ -1,0 +1,306 @@
+"""Plots of training runs: each function takes data and an Axes, draws, and returns the Axes.
+
+The caller chooses figure, backend and style; importing this module does not import matplotlib.
+Colours are those of Okabe and Ito, which stay apart under the common forms of colour blindness; curves that
+share an Axes also differ in line style, so that they survive a grey print.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from knapsack_rl.curves import Curve, moving_average
+from knapsack_rl.groups import DIFFICULTY_CLASSES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+
+    from knapsack_rl.runlog import BudgetByEstimate, Calibration
+
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, YELLOW, BLACK = "#E69F00", "#56B4E9", "#F0E442", "#000000"
+GREY = "#777777"
+
+# Yellow is left out of the curves: a thin yellow line is invisible on white.
+CURVE_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+CURVE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+CLASS_COLOURS = (BLUE, SKY, YELLOW, ORANGE, VERMILION)
+
+
+def trend_window(steps: int) -> int:
+    """An odd smoothing window of about one twentieth of the steps, at least 1."""
+    return 2 * (steps // 40) + 1
+
+
+def effective_ratios(steps: ArrayLike, rollout_level: ArrayLike, prompt_level: ArrayLike, ax: Axes) -> Axes:
+    """Share of rollouts and share of prompts with a gradient, each step (faint) and its moving average.
+
+    Args:
+        steps: Training steps (T).
+        rollout_level: Rollouts in groups with a gradient over all rollouts (T).
+        prompt_level: Groups with a gradient over all groups (T).
+        ax: Where to draw.
+    """
+    x = np.asarray(steps)
+    series = ((rollout_level, "of the rollouts", BLUE, "-"), (prompt_level, "of the prompts", VERMILION, "--"))
+    for values, label, colour, style in series:
+        ax.plot(x, 100 * np.asarray(values), color=colour, linewidth=0.8, alpha=0.3)
+        trend = moving_average(values, trend_window(x.size))
+        ax.plot(x, 100 * trend, color=colour, linestyle=style, linewidth=1.8, label=label)
+    ax.set(xlabel="training step", ylabel="with a gradient (%)", ylim=(0, 100))
+    _counting(ax.xaxis)
+    _legend(ax)
+    return _finish(ax, "Share of the work that carries a gradient")
+
+
+def held_out_accuracy(
+    rollouts: ArrayLike,
+    accuracy: ArrayLike,
+    ax: Axes,
+    *,
+    greedy: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Axes:
+    """Held-out accuracy against the rollouts generated so far.
+
+    Args:
+        rollouts: Rollouts generated before each evaluation.
+        accuracy: Mean success of sampled answers, 0 to 1.
+        ax: Where to draw.
+        greedy: Rollouts and accuracy of greedy answers.
+    """
+    ax.plot(np.asarray(rollouts), 100 * np.asarray(accuracy), color=BLUE, marker="o", markersize=4, label="sampled")
+    if greedy is not None and np.size(greedy[1]):
+        ax.plot(
+            np.asarray(greedy[0]),
+            100 * np.asarray(greedy[1]),
+            color=VERMILION,
+            linestyle="--",
+            marker="s",
+            markersize=3.5,
+            label="greedy",
+        )
+        _legend(ax)
+    ax.set(xlabel="rollouts generated", ylabel="held-out accuracy (%)")
+    _counting(ax.xaxis)
+    return _finish(ax, "Held-out accuracy")
+
+
+def budget_histogram(counts: ArrayLike, ax: Axes) -> Axes:
+    """How many visits received how many rollouts, with a logarithmic count so that the tail shows.
+
+    Args:
+        counts: Rollouts of each visit.
+        ax: Where to draw.
+    """
+    values = np.asarray(counts, dtype=np.int64)
+    low, high = int(values.min()), int(values.max())
+    width = max(1, -(-(high - low + 1) // 64))
+    edges = np.arange(low, high + width + 1, width) - 0.5
+    heights, _ = np.histogram(values, edges)
+    ax.bar((edges[:-1] + edges[1:]) / 2, heights, width=width, color=BLUE, linewidth=0)
+    average = float(values.mean())
+    ax.axvline(average, color=VERMILION, linestyle="--", linewidth=1.4, label=f"mean {average:.1f}")
+    ax.set_yscale("log")
+    ax.set(xlabel="rollouts given to a prompt in one step", ylabel="visits (log scale)", ylim=(0.7, None))
+    if low == high:
+        ax.set_xlim(low - 5, high + 5)
+    _counting(ax.xaxis)
+    _counting(ax.yaxis, largest=int(heights.max()))
+    _legend(ax)
+    return _finish(ax, "How the budget is spread over visits")
+
+
+def budget_by_estimate(data: BudgetByEstimate, ax: Axes) -> Axes:
+    """Mean budget against the estimated success rate, with bars from the 10 % to the 90 % quantile.
+
+    Args:
+        data: `RunLog.budget_by_estimate`; the group of unseen prompts is drawn left of zero.
+        ax: Where to draw.
+    """
+    seen = np.isfinite(data.estimate)
+    x = np.where(seen, data.estimate, -0.12)
+    for chosen, colour, marker in ((seen, BLUE, "o"), (~seen, GREY, "D")):
+        ax.vlines(x[chosen], data.low[chosen], data.high[chosen], color=colour, alpha=0.45, linewidth=5)
+        ax.plot(x[chosen], data.mean[chosen], color=colour, marker=marker, markersize=5, linewidth=1.2)
+    ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    labels = [f"{tick:g}" for tick in ticks]
+    if not seen.all():
+        ticks, labels = [-0.12, *ticks], ["unseen", *labels]
+    ax.set_xticks(ticks, labels)
+    ax.set(xlabel="estimated success rate before the step", ylabel="rollouts per prompt")
+    ax.set_ylim(bottom=0)
+    return _finish(ax, "Budget by estimated success rate")
+
+
+def difficulty_over_time(steps: ArrayLike, shares: ArrayLike, ax: Axes) -> Axes:
+    """Moving average of the share of each difficulty class, stacked.
+
+    Args:
+        steps: Training steps (T).
+        shares: Shares in the order of `DIFFICULTY_CLASSES`, shape (T, 5).
+        ax: Where to draw.
+    """
+    x, trend = np.asarray(steps), moving_average(shares, trend_window(np.size(steps)))
+    # The hardest class lies at the bottom, so that easier reads as higher; the legend keeps the same order.
+    ax.stackplot(
+        x,
+        100 * trend.T[::-1],
+        labels=DIFFICULTY_CLASSES[::-1],
+        colors=CLASS_COLOURS[::-1],
+        linewidth=0.5,
+        edgecolor="white",
+    )
+    ax.set(xlabel="training step", ylabel="prompts of the step (%)", ylim=(0, 100))
+    _counting(ax.xaxis)
+    if x.size > 1:
+        ax.set_xlim(x[0], x[-1])
+    ax.legend(
+        reverse=True, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handlelength=1, fontsize="small"
+    )
+    return _finish(ax, "Difficulty of the prompts", grid=False)
+
+
+def transitions(matrix: ArrayLike, ax: Axes) -> Axes:
+    """Prompts by difficulty class of the first and the last visit; numbers are prompts, shades shares of a row.
+
+    Args:
+        matrix: Counts in the order of `DIFFICULTY_CLASSES`, rows first visit, columns last visit, shape (5, 5).
+        ax: Where to draw.
+    """
+    counts = np.asarray(matrix)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    ax.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        ax.text(column + 0.5, row + 0.5, f"{count:,}", ha="center", va="center", color=colour)
+    names = [name.replace(" ", "\n") for name in DIFFICULTY_CLASSES]
+    centres = np.arange(len(names)) + 0.5
+    ax.set_xticks(centres, names, fontsize="small")
+    ax.set_yticks(centres, names, fontsize="small")
+    ax.invert_yaxis()
+    ax.set(xlabel="last visit", ylabel="first visit")
+    ax.tick_params(length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    return _finish(ax, "Where the prompts moved (number of prompts)", grid=False)
+
+
+def calibration(data: Calibration, ax: Axes) -> Axes:
+    """Realised against predicted share of groups with a gradient, with 95 % Wilson intervals.
+
+    Args:
+        data: The result of `RunLog.calibration`.
+        ax: Where to draw.
+    """
+    share, size, z = data.realised, data.visits, 1.96
+    centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
+    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfect")
+    ax.vlines(100 * data.predicted, 100 * (centre - half), 100 * (centre + half), color=BLUE, linewidth=1.4)
+    ax.plot(100 * data.predicted, 100 * share, color=BLUE, marker="o", markersize=4.5, linewidth=1.2, label="this run")
+    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
+    ax.set(xlim=(0, 100), ylim=(0, 100))
+    _legend(ax)
+    return _finish(ax, "Predicted against realised gradients")
+
+
+def accuracy_by_policy(curves: Mapping[str, Curve], ax: Axes) -> Axes:
+    """Mean held-out accuracy against rollouts generated, one curve per policy, band from lowest to highest seed.
+
+    Args:
+        curves: Rollouts and accuracy (0 to 1) by label of the policy.
+        ax: Where to draw.
+    """
+    _bands(curves, ax)
+    ax.set(xlabel="rollouts generated", ylabel="held-out accuracy (%)")
+    _counting(ax.xaxis)
+    return _finish(ax, "Held-out accuracy")
+
+
+def ratios_by_policy(curves: Mapping[str, Curve], ax: Axes, *, level: str) -> Axes:
+    """Effective gradient ratio over the steps, one curve per policy, band from lowest to highest seed.
+
+    Args:
+        curves: Steps and ratio (0 to 1) by label of the policy.
+        ax: Where to draw.
+        level: What is counted, "rollouts" or "prompts".
+    """
+    _bands(curves, ax)
+    ax.set(xlabel="training step", ylabel=f"{level} with a gradient (%)", ylim=(0, 100))
+    _counting(ax.xaxis)
+    return _finish(ax, f"Share of the {level} that carry a gradient")
+
+
+def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: str) -> Axes:
+    """One dot per seed and a bar at the mean, one row per policy.
+
+    Args:
+        values: Shares (0 to 1) of each seed by label of the policy.
+        ax: Where to draw.
+        quantity: What the dots measure; names the axis and the plot.
+    """
+    for row, shares in enumerate(values.values()):
+        colour = CURVE_COLOURS[row % len(CURVE_COLOURS)]
+        points = 100 * np.asarray(shares, dtype=np.float64)
+        ax.plot(points, np.full(points.size, row), "o", color=colour, alpha=0.7, markersize=6)
+        if points.size:
+            ax.plot([points.mean()] * 2, [row - 0.28, row + 0.28], color=colour, linewidth=2.2)
+    ax.set_yticks(range(len(values)), [textwrap.fill(_short(label), 24) for label in values])
+    ax.set_ylim(len(values) - 0.5, -0.5)
+    ax.set_xlabel(f"{quantity} (%)")
+    ax.margins(x=0.1)
+    return _finish(ax, f"{quantity[:1].upper()}{quantity[1:]}, one dot per seed")
+
+
+def _bands(curves: Mapping[str, Curve], ax: Axes) -> None:
+    for index, (label, curve) in enumerate(curves.items()):
+        if curve.x.size < 2:
+            continue  # no line to draw; the policy keeps its colour for the other plots
+        colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
+        ax.fill_between(curve.x, 100 * curve.low, 100 * curve.high, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(curve.x, 100 * curve.mean, color=colour, linestyle=style, linewidth=1.8, label=_short(label))
+    _legend(ax)
+
+
+def _short(label: str) -> str:
+    """A label that fits into a plot; the middle goes, because what sets labels apart is often at the end."""
+    return label if len(label) <= 52 else f"{label[:24]}…{label[-27:]}"
+
+
+def _legend(ax: Axes) -> None:
+    ax.legend(frameon=False, fontsize="small", handlelength=2.4)
+
+
+def _counting(axis: Axis, *, largest: int | None = None) -> None:
+    """Label an axis with whole numbers, 12,000 rather than 12000 or 10^4.
+
+    Args:
+        axis: The axis.
+        largest: Largest value on a logarithmic axis, None for a linear axis.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if largest is None:
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    else:
+        # Powers of ten alone would leave a short axis with a single label.
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < 200 else (1,)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _finish(ax: Axes, title: str, *, grid: bool = True) -> Axes:
+    ax.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if grid:
+        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return ax

@@ -1,0 +1,245 @@
+"""Write a run, or a comparison of runs, as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knapsack_rl import page, plots
+from knapsack_rl.comparison import comparison_table
+from knapsack_rl.comparison_page import write_comparison
+from knapsack_rl.curves import tail_mean
+from knapsack_rl.groups import DIFFICULTY_CLASSES
+from knapsack_rl.runlog import RunLog
+
+__all__ = ["comparison_table", "write_comparison", "write_report"]
+
+SHOWN_PROMPTS = 10
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into a run folder; an unfinished run gives a page that says so.
+
+    Args:
+        folder: A folder written by training.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: If this is not a run folder.
+        ImportError: If matplotlib is not installed.
+    """
+    run = RunLog.load(folder)
+    name = run.folder.resolve().name
+    body = [f"<h1>Training run {page.escape(name)}</h1>", page.paragraph(_lead(run), "soft")]
+    body += [page.paragraph(text, "notice") for text in _notices(run)]
+    body.append(page.tiles(_key_figures(run)))
+    body.append(page.plots(_plots(run)))
+    body += _tables(run)
+    target = run.folder / "report.html"
+    # A prompt id may hold half a surrogate pair, which has no UTF-8 form.
+    target.write_text(page.document(f"Training run {name}", body), encoding="utf-8", errors="replace")
+    return target
+
+
+def _lead(run: RunLog) -> str:
+    config = run.config
+    parts = [
+        f"{config.get('allocation', 'unknown')} allocation",
+        f"N = {config.get('rollouts_per_prompt', '?')} rollouts per prompt on average",
+        f"{config.get('prompts_per_step', '?')} prompts per step",
+    ]
+    parts += [f"{key} {config[key]}" for key in ("model", "dataset", "seed") if config.get(key) is not None]
+    return ", ".join(parts)
+
+
+def _notices(run: RunLog) -> list[str]:
+    notices: list[str] = []
+    if not run.finished:
+        planned = "" if run.planned_steps is None else f" of {run.planned_steps:,} planned"
+        notices.append(f"This run is unfinished: {run.steps.size:,}{planned} steps are recorded.")
+    if not run.held_out[1].size:
+        notices.append("No held-out evaluation is recorded, so nothing can be said about accuracy.")
+    elif run.held_out[1].size == 1:
+        notices.append("Only one held-out evaluation is recorded, so there is no curve yet.")
+    return notices
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else page.MISSING
+
+
+def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
+    rollouts, accuracy = run.held_out
+    start, end = (accuracy[0], accuracy[-1]) if accuracy.size else (math.nan, math.nan)
+    since = "before training" if rollouts.size and rollouts[0] == 0 else "first evaluation"
+    levels = (("Rollouts", run.effective_rollout_ratio), ("Prompts", run.effective_prompt_ratio))
+    seconds = run.seconds[np.isfinite(run.seconds)]
+    planned = run.steps.size if run.planned_steps is None else run.planned_steps
+    return [
+        ("Held-out accuracy", _percent(float(end)), f"last evaluation; {since}: {_percent(float(start))}"),
+        ("Rollouts generated", f"{run.rollouts.sum():,}", f"{run.steps.size:,} of {planned:,} steps"),
+        *(
+            (
+                f"{level} with a gradient",
+                _percent(tail_mean(ratio)),
+                f"last 20 % of steps; first 20 %: {_percent(tail_mean(ratio[::-1]))}",
+            )
+            for level, ratio in levels
+        ),
+        ("Unsolved prompts", _percent(run.unsolved_share), "no success at their last visit"),
+        (
+            "Largest allocation",
+            f"{run.max_budget.max():,}" if run.steps.size else page.MISSING,
+            f"rollouts; smallest: {run.min_budget.min():,}" if run.steps.size else "",
+        ),
+        (
+            "Allocation time",
+            f"{1000 * np.median(seconds):.1f} ms" if seconds.size else page.MISSING,
+            "median per step",
+        ),
+    ]
+
+
+def _plots(run: RunLog) -> list[str]:
+    figures: list[str] = []
+    rollouts, accuracy = run.held_out
+    if accuracy.size > 1:
+        greedy = run.against_rollouts("held_out/greedy_accuracy")
+        figures.append(
+            page.plot(
+                "accuracy",
+                "Success on held-out problems. Look at how many rollouts each gain costs, and whether the curve "
+                "has flattened; single evaluations are noisy.",
+                lambda ax: plots.held_out_accuracy(rollouts, accuracy, ax, greedy=greedy),
+            )
+        )
+    if not run.visits.counts.size:
+        return figures
+    calibration = run.calibration()
+    moved = int(run.transitions.sum())
+    figures.append(
+        page.plot(
+            "effective",
+            "A group whose rewards are all equal teaches nothing. The rollout share can be raised by moving "
+            "budget, the prompt share only by prompts of suitable difficulty. "
+            "Faint: single steps; bold: moving average.",
+            lambda ax: plots.effective_ratios(run.steps, run.effective_rollout_ratio, run.effective_prompt_ratio, ax),
+        )
+    )
+    figures.append(
+        page.plot(
+            "budgets",
+            "Uniform allocation is a single bar. A long tail to the right means that a few hard prompts receive "
+            "many rollouts; the scale is logarithmic, so a short bar is a rare event.",
+            lambda ax: plots.budget_histogram(run.visits.counts, ax),
+        )
+    )
+    figures.append(
+        page.plot(
+            "estimates",
+            "Who receives the budget: the mean, with a bar from the 10 % to the 90 % quantile. Prompts thought "
+            "hard but solvable should get the most, prompts thought solved the least.",
+            lambda ax: plots.budget_by_estimate(run.budget_by_estimate, ax),
+        )
+    )
+    figures.append(
+        page.plot(
+            "difficulty",
+            "Success rates observed in each step (moving average): 1, [0.8, 1), (0.2, 0.8), (0, 0.2] and 0. "
+            "The two outer classes carry no gradient. A small group lands in them more easily.",
+            lambda ax: plots.difficulty_over_time(run.steps, run.difficulty_shares, ax),
+        )
+    )
+    if moved:
+        figures.append(
+            page.plot(
+                "transitions",
+                f"The {moved:,} prompts visited at least twice. Left of the diagonal: became easier; right of it: "
+                "harder. The bottom right corner counts prompts that stayed unsolved. Shade: share of the row.",
+                lambda ax: plots.transitions(run.transitions, ax),
+            )
+        )
+    if calibration.visits.size:
+        figures.append(
+            page.plot(
+                "calibration",
+                "Points on the diagonal mean that predictions can be trusted; bars are 95 % intervals. Brier score "
+                f"{calibration.brier:.3f} (0 is perfect; always predicting the average gives "
+                f"{calibration.brier_constant:.3f}).",
+                lambda ax: plots.calibration(calibration, ax),
+            )
+        )
+    return figures
+
+
+def _tables(run: RunLog) -> list[str]:
+    tables: list[str] = []
+    visits = run.visits
+    if visits.counts.size:
+        size = len(run.prompt_ids)
+        rollouts = np.bincount(visits.prompt, visits.counts, minlength=size)
+        successes = np.bincount(visits.prompt, visits.successes, minlength=size)
+        seen = np.bincount(visits.prompt, minlength=size)
+        last = np.full(size, -1)
+        last[visits.prompt[visits.scored > 0]] = visits.difficulty[visits.scored > 0]  # the latest visit stays
+        top = np.argsort(-rollouts, kind="stable")[:SHOWN_PROMPTS]
+        rows = [
+            (
+                run.prompt_ids[i],
+                f"{seen[i]:,}",
+                f"{rollouts[i]:,.0f}",
+                f"{successes[i]:,.0f}",
+                DIFFICULTY_CLASSES[last[i]] if last[i] >= 0 else None,
+            )
+            for i in top
+        ]
+        tables.append(page.heading("Prompts with the most rollouts"))
+        tables.append(
+            page.table(
+                ("prompt", "visits", "rollouts", "successes", "last visit"),
+                rows,
+                caption=f"{len(rows)} of {size:,} prompts, over the whole run",
+            )
+        )
+    tables += _training_metrics(run)
+    reasons = Counter(reason for reason in run.reasons if reason)
+    if reasons:
+        tables.append(page.heading("What the allocator reported"))
+        tables.append(
+            page.table(
+                ("reason", "steps"),
+                [(text, f"{count:,}") for text, count in reasons.most_common()],
+                caption=f"out of {run.steps.size:,} steps",
+            )
+        )
+    tables.append(page.heading("Configuration"))
+    tables.append(
+        page.table(("setting", "value"), sorted(run.config.items()), caption="As the run was started", numeric=False)
+    )
+    return tables
+
+
+def _training_metrics(run: RunLog) -> list[str]:
+    names = sorted({name for row in run.metrics for name in row} - {"step", "rollouts"})
+    rows: list[tuple[Any, ...]] = []
+    for name in names:
+        values = run.metric(name)[1]
+        # The held-out curve has its own plot, and its evaluations are too few for a mean over 20 %.
+        if values.size and not name.startswith("held_out/"):
+            rows.append((name, f"{tail_mean(values[::-1]):.4g}", f"{tail_mean(values):.4g}"))
+    if not rows:
+        return []
+    return [
+        page.heading("Training metrics"),
+        page.table(
+            ("metric", "first 20 %", "last 20 %"),
+            rows,
+            caption="Means over the steps; the training reward depends on which prompts get rollouts",
+        ),
+    ]

@@ -1,0 +1,81 @@
+"""Read the files of a run folder: settings and JSON lines that a crash may have cut short."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+PER_PROMPT = ("counts", "successes", "scored", "effective", "estimate", "predicted")
+"""Lists of an allocation row that have one entry per prompt."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a run's settings.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file holds no mapping.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a run folder: it has no {path.name}")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}")
+    return {str(key): value for key, value in config.items()}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines; a line that is no JSON object (a write cut short by a crash) is skipped and logged.
+
+    Raises:
+        ValueError: If a row has no whole number under `step`.
+    """
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    # A line may be torn inside a multi-byte character; replacing it leaves the skipping to the JSON parser.
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if not isinstance(row, dict):
+                logger.warning("%s, line %d is not a complete JSON object: skipped", path, number)
+                continue
+            if not isinstance(row.get("step"), int):
+                raise ValueError(f"{path}, line {number}: step must be an integer, got {row.get('step')!r}")
+            rows.append(row)
+    return rows
+
+
+def by_step(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join rows of the same step, later keys over earlier ones, ascending by step."""
+    joined: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        joined.setdefault(row["step"], {}).update(row)
+    return [joined[step] for step in sorted(joined)]
+
+
+def check_allocation(row: Mapping[str, Any], path: Path) -> None:
+    """Check that a row of `allocations.jsonl` holds lists of equal length.
+
+    Raises:
+        ValueError: If a list is missing or has another length than `prompt_ids`.
+    """
+    where = f"{path}, step {row['step']}"
+    missing = [key for key in ("prompt_ids", *PER_PROMPT) if not isinstance(row.get(key), list)]
+    if missing:
+        raise ValueError(f"{where}: expected lists under {', '.join(missing)}")
+    for key in PER_PROMPT:
+        if len(row[key]) != len(row["prompt_ids"]):
+            raise ValueError(f"{where}: {key} has {len(row[key])} entries for {len(row['prompt_ids'])} prompt_ids")

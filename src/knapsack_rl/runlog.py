@@ -1,0 +1,337 @@
+"""A run folder as arrays: what was allocated, what came of it, and the measures of the method.
+
+`RunLog.load` reads the three files that training writes (`config.yaml`, `metrics.jsonl`,
+`allocations.jsonl`). A *visit* is one prompt in one step; arrays over all visits have length V, arrays over
+recorded steps have length T. Nothing here needs a training library, so a log can be studied anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from knapsack_rl.curves import ratio, rollouts_to_reach
+from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
+from knapsack_rl.runfiles import by_step, check_allocation, read_config, read_rows
+
+__all__ = ["RunLog", "Visits", "BudgetByEstimate", "Calibration", "rollouts_to_reach"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """One entry per prompt and step, ordered by step (all arrays have length V).
+
+    Attributes:
+        step: Index into `RunLog.steps`.
+        prompt: Index into `RunLog.prompt_ids`.
+        counts: Rollouts given.
+        successes: Rollouts that succeeded.
+        scored: Rollouts with a valid reward.
+        effective: Whether the group's rewards varied, so that it carried a gradient.
+        estimate: Success rate estimated before the step, NaN for an unseen prompt.
+        predicted: Predicted probability of a non-zero gradient, NaN if none was logged.
+    """
+
+    step: IntArray
+    prompt: IntArray
+    counts: IntArray
+    successes: IntArray
+    scored: IntArray
+    effective: BoolArray
+    estimate: FloatArray
+    predicted: FloatArray
+
+    @cached_property
+    def difficulty(self) -> IntArray:
+        """Index into `DIFFICULTY_CLASSES` by the rate observed in the visit, -1 where nothing was scored."""
+        return difficulty_class(self.successes, self.scored)
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetByEstimate:
+    """Rollouts per visit, grouped by the success rate estimated before it.
+
+    Estimates of exactly 0 and exactly 1 are groups of their own, because allocation rules treat unsolved
+    and solved prompts apart; in between lie ten bins of width 0.1. Unseen prompts come last with a NaN
+    estimate. Only groups with visits are listed.
+
+    Attributes:
+        estimate: Mean estimate of the group.
+        mean: Mean rollouts.
+        low: 10 % quantile of the rollouts.
+        high: 90 % quantile of the rollouts.
+        visits: Number of visits.
+    """
+
+    estimate: FloatArray
+    mean: FloatArray
+    low: FloatArray
+    high: FloatArray
+    visits: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Predicted against realised non-zero gradients, in bins of equal width over [0, 1] that have visits.
+
+    Attributes:
+        predicted: Mean prediction of the bin.
+        realised: Share of groups in the bin that carried a gradient.
+        visits: Groups in the bin.
+        brier: Mean squared error of all predictions (0 is perfect); NaN without predictions.
+        brier_constant: The same error for someone who always predicts the overall share.
+    """
+
+    predicted: FloatArray
+    realised: FloatArray
+    visits: IntArray
+    brier: float
+    brier_constant: float
+
+
+@dataclass(frozen=True, eq=False)
+class RunLog:
+    """The log of one training run and the measures derived from it.
+
+    Attributes:
+        folder: The run folder.
+        config: The run's settings.
+        prompt_ids: Distinct prompts in the order of their first visit.
+        steps: Recorded training steps, ascending (T).
+        reasons: What the allocator said about each step (T).
+        seconds: Time that each allocation took (T), NaN if not logged.
+        visits: The per-visit arrays.
+        metrics: Logged metrics, one mapping per step, ascending, nulls left out.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    prompt_ids: tuple[str | int, ...]
+    steps: IntArray
+    reasons: tuple[str, ...]
+    seconds: FloatArray
+    visits: Visits
+    metrics: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunLog:
+        """Read a run folder; the log files may be missing or end in a torn line.
+
+        Where a step was logged more than once (after a resume), the later entry counts.
+
+        Args:
+            folder: A folder that holds `config.yaml`.
+
+        Raises:
+            FileNotFoundError: If there is no `config.yaml`.
+            ValueError: If a file's content does not follow the schema.
+        """
+        folder = Path(folder)
+        config = read_config(folder / "config.yaml")
+        rows = by_step(read_rows(folder / "allocations.jsonl"))
+        for row in rows:
+            check_allocation(row, folder / "allocations.jsonl")
+        index: dict[str | int, int] = {}
+        prompt = [index.setdefault(name, len(index)) for row in rows for name in row["prompt_ids"]]
+        sizes = [len(row["prompt_ids"]) for row in rows]
+
+        def column(key: str) -> list[Any]:
+            return [value for row in rows for value in row[key]]
+
+        visits = Visits(
+            step=np.repeat(np.arange(len(rows), dtype=np.int64), sizes),
+            prompt=np.array(prompt, dtype=np.int64),
+            counts=np.array(column("counts"), dtype=np.int64),
+            successes=np.array(column("successes"), dtype=np.int64),
+            scored=np.array(column("scored"), dtype=np.int64),
+            effective=np.array(column("effective"), dtype=np.bool_),
+            estimate=np.array(column("estimate"), dtype=np.float64),  # null becomes NaN
+            predicted=np.array(column("predicted"), dtype=np.float64),
+        )
+        metrics = by_step(read_rows(folder / "metrics.jsonl"))
+        return cls(
+            folder=folder,
+            config=config,
+            prompt_ids=tuple(index),
+            steps=np.array([row["step"] for row in rows], dtype=np.int64),
+            reasons=tuple(str(row.get("reason") or "") for row in rows),
+            seconds=np.array([row.get("seconds") for row in rows], dtype=np.float64),
+            visits=visits,
+            metrics=tuple({key: value for key, value in row.items() if value is not None} for row in metrics),
+        )
+
+    # State of the run
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps the configuration asks for, None if it does not say."""
+        steps = self.config.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether as many steps are recorded as planned (any step at all, if no plan is known)."""
+        return self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
+
+    # Per step
+
+    def _sum(self, values: ArrayLike) -> FloatArray:
+        """Sum a per-visit array within each step."""
+        weights = np.asarray(values, dtype=np.float64)
+        return np.bincount(self.visits.step, weights=weights, minlength=self.steps.size).astype(np.float64)
+
+    @cached_property
+    def rollouts(self) -> IntArray:
+        """Rollouts generated in each step."""
+        return self._sum(self.visits.counts).astype(np.int64)
+
+    @cached_property
+    def cumulative_rollouts(self) -> IntArray:
+        """Rollouts generated up to and including each step."""
+        return np.cumsum(self.rollouts)
+
+    @cached_property
+    def effective_rollout_ratio(self) -> FloatArray:
+        """Rollouts in groups with a gradient over all rollouts (the effective gradient ratio)."""
+        return ratio(self._sum(self.visits.counts * self.visits.effective), self.rollouts)
+
+    @cached_property
+    def effective_prompt_ratio(self) -> FloatArray:
+        """Groups with a gradient over all groups."""
+        return ratio(self._sum(self.visits.effective), self._sum(self.visits.counts > 0))
+
+    @cached_property
+    def covered_success(self) -> IntArray:
+        """Prompts with at least one success in each step."""
+        return self._sum(self.visits.successes > 0).astype(np.int64)
+
+    @cached_property
+    def covered_failure(self) -> IntArray:
+        """Prompts with at least one scored failure in each step."""
+        return self._sum(self.visits.successes < self.visits.scored).astype(np.int64)
+
+    @cached_property
+    def difficulty_shares(self) -> FloatArray:
+        """Share of each difficulty class among the step's scored groups, shape (T, 5)."""
+        shares = [self._sum(self.visits.difficulty == index) for index in range(len(DIFFICULTY_CLASSES))]
+        return ratio(np.stack(shares, axis=1), self._sum(self.visits.scored > 0)[:, None])
+
+    @cached_property
+    def all_correct_share(self) -> FloatArray:
+        """Share of scored groups without a failure."""
+        return self.difficulty_shares[:, DIFFICULTY_CLASSES.index("extremely easy")]
+
+    @cached_property
+    def all_wrong_share(self) -> FloatArray:
+        """Share of scored groups without a success."""
+        return self.difficulty_shares[:, DIFFICULTY_CLASSES.index("extremely hard")]
+
+    @cached_property
+    def min_budget(self) -> IntArray:
+        """Fewest rollouts given to a prompt of the step (0 for a step without prompts)."""
+        most = np.iinfo(np.int64).max
+        lowest = np.full(self.steps.size, most)
+        np.minimum.at(lowest, self.visits.step, self.visits.counts)
+        return np.where(lowest == most, 0, lowest)
+
+    @cached_property
+    def max_budget(self) -> IntArray:
+        """Most rollouts given to a prompt of the step (0 for a step without prompts)."""
+        highest = np.zeros(self.steps.size, dtype=np.int64)
+        np.maximum.at(highest, self.visits.step, self.visits.counts)
+        return highest
+
+    # Logged metrics
+
+    def metric(self, name: str) -> tuple[IntArray, FloatArray]:
+        """Steps and values of a logged metric, only where it is a finite number."""
+        rows = [row for row in self.metrics if _is_number(row.get(name))]
+        steps = np.array([row["step"] for row in rows], dtype=np.int64)
+        return steps, np.array([row[name] for row in rows], dtype=np.float64)
+
+    @cached_property
+    def held_out(self) -> tuple[IntArray, FloatArray]:
+        """The held-out curve: rollouts generated before each evaluation, and the mean success there."""
+        return self.against_rollouts("held_out/accuracy")
+
+    def against_rollouts(self, name: str) -> tuple[IntArray, FloatArray]:
+        """Rollouts generated so far and values of a logged metric, only where both are finite numbers."""
+        rows = [row for row in self.metrics if _is_number(row.get(name)) and _is_number(row.get("rollouts"))]
+        rollouts = np.array([row["rollouts"] for row in rows], dtype=np.int64)
+        return rollouts, np.array([row[name] for row in rows], dtype=np.float64)
+
+    # Over the whole run
+
+    @cached_property
+    def _first_and_last(self) -> tuple[IntArray, IntArray]:
+        """Visit indices of each seen prompt's first and last scored visit, in the order of prompts."""
+        scored = np.flatnonzero(self.visits.scored > 0)
+        prompts = self.visits.prompt[scored]
+        _, first = np.unique(prompts, return_index=True)
+        _, last = np.unique(prompts[::-1], return_index=True)
+        return scored[first], scored[prompts.size - 1 - last]
+
+    @cached_property
+    def transitions(self) -> IntArray:
+        """Prompts by class of their first (row) and last (column) scored visit, shape (5, 5).
+
+        Prompts with a single scored visit are left out: they have not had the time to move.
+        """
+        first, last = self._first_and_last
+        again = first != last
+        return transition_matrix(self.visits.difficulty[first[again]], self.visits.difficulty[last[again]])
+
+    @cached_property
+    def unsolved_share(self) -> float:
+        """Share of scored prompts whose last scored visit had no success, NaN if none was scored."""
+        _, last = self._first_and_last
+        return float(np.mean(self.visits.successes[last] == 0)) if last.size else math.nan
+
+    @cached_property
+    def budget_by_estimate(self) -> BudgetByEstimate:
+        """Rollouts per visit grouped by the estimated success rate."""
+        estimate, counts = self.visits.estimate, self.visits.counts
+        inner = 1 + np.clip(np.floor(np.nan_to_num(estimate) * 10), 0, 9)
+        group = np.select([np.isnan(estimate), estimate <= 0, estimate >= 1], [12.0, 0.0, 11.0], default=inner)
+        members = [group == value for value in np.unique(group)]
+        return BudgetByEstimate(
+            estimate=np.array([estimate[chosen].mean() for chosen in members]),
+            mean=np.array([counts[chosen].mean() for chosen in members]),
+            low=np.array([np.quantile(counts[chosen], 0.1) for chosen in members]),
+            high=np.array([np.quantile(counts[chosen], 0.9) for chosen in members]),
+            visits=np.array([chosen.sum() for chosen in members], dtype=np.int64),
+        )
+
+    def calibration(self, bins: int = 10) -> Calibration:
+        """Compare predicted with realised non-zero gradients.
+
+        Args:
+            bins: Number of bins of equal width over [0, 1].
+        """
+        use = np.isfinite(self.visits.predicted) & (self.visits.counts > 0)
+        predicted, effective = self.visits.predicted[use], self.visits.effective[use].astype(np.float64)
+        place = np.clip((predicted * bins).astype(np.int64), 0, bins - 1)
+        visits = np.bincount(place, minlength=bins)
+        filled = visits > 0
+        return Calibration(
+            predicted=np.bincount(place, predicted, minlength=bins)[filled] / visits[filled],
+            realised=np.bincount(place, effective, minlength=bins)[filled] / visits[filled],
+            visits=visits[filled],
+            brier=float(np.mean((predicted - effective) ** 2)) if predicted.size else math.nan,
+            brier_constant=float(effective.var()) if predicted.size else math.nan,
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

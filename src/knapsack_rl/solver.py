@@ -1,0 +1,162 @@
+"""The knapsack: how many rollouts each prompt gets, exactly.
+
+    maximise    sum_i V[i, n_i]
+    subject to  sum_i n_i = budget,   lower_i <= n_i <= upper_i,   n_i whole
+
+This module sees tables, bounds and a budget, never a success rate. A table of *marginal values*
+D[i, n] = V[i, n+1] - V[i, n] is its input, because differences of values near saturation have no digits left.
+
+If every row of D never increases within its bounds (V concave there) and every rollout costs one, taking the
+``budget - sum(lower)`` largest marginals is an exact optimum: each row hands out its marginals in falling order, so
+the largest ones overall are always reachable, and no other choice of as many marginals has a larger sum. That is
+the greedy method, O(budget log M) with a heap. Any other table goes to a dynamic program, O(M budget upper).
+
+**Ties.** Among rollouts of equal marginal value the greedy takes, in this order: the lower ``tier``; the prompt that
+holds fewer rollouts; the lower ``priority``; the earlier position. Where tier and priority are functions of the
+prompt, counts do not depend on the order of the batch (prompts that agree in everything are interchangeable). The
+dynamic program visits prompts in the order (tier, priority) and, among optima, gives fewer rollouts to later ones.
+
+Source: Li et al., arXiv 2509.25849, section 3 (the knapsack); Fox 1966 and Ibaraki & Katoh 1988 for the greedy
+optimum of separable concave resource allocation.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from knapsack_rl.value import FloatArray, IntArray, check_whole
+
+Method = Literal["auto", "greedy", "dynamic-programming"]
+METHODS = ("auto", "greedy", "dynamic-programming")
+
+CONCAVITY_TOLERANCE = 1e-12
+"""A marginal may rise by this share of the largest magnitude in its row and still count as level: rounding."""
+
+
+def marginals_of(values: ArrayLike) -> FloatArray:
+    """Marginal values of a value table V[i, n], n = 0, 1, ...
+
+    Args:
+        values: (M, K+1) finite; column n is the value of exactly n rollouts.
+
+    Returns:
+        (M, K) float64.
+
+    Raises:
+        ValueError: the table is not two-dimensional with at least two columns, or holds a non-finite entry.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] < 2 or not np.isfinite(table).all():
+        raise ValueError(
+            f"values must be a finite table (prompts, rollouts 0..K) with K >= 1, got shape {table.shape}"
+            + ("" if np.isfinite(table).all() else " with non-finite entries")
+        )
+    return np.diff(table, axis=1)
+
+
+def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) -> tuple[IntArray, IntArray]:
+    """Broadcast bounds to (M,) int64 and check that the budget fits between them.
+
+    Raises:
+        ValueError: bounds are not whole, out of order, or the budget is outside [sum(lower), sum(upper)].
+    """
+    low = _bound("min_rollouts", lower, prompts)
+    high = _bound("max_rollouts", upper, prompts)
+    if (low > high).any():
+        i = int(np.flatnonzero(low > high)[0])
+        raise ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
+    least, most = int(low.sum()), int(high.sum())
+    if not least <= budget <= most:
+        raise ValueError(
+            f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
+            f"max_rollouts allows at most {most}; choose a budget in [{least}, {most}] or change the bounds"
+        )
+    return low, high
+
+
+def _bound(name: str, bound: ArrayLike, prompts: int) -> IntArray:
+    array = np.asarray(bound)
+    if array.dtype.kind not in "iu" or array.shape not in ((), (prompts,)) or (array.size and array.min() < 0):
+        raise ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {bound!r}")
+    full = np.empty(prompts, np.int64)
+    full[:] = array
+    return full
+
+
+def total_value(marginals: FloatArray, counts: IntArray) -> float:
+    """Value of an allocation: the sum of the marginals it takes, because V[i, 0] = 0.
+
+    Args:
+        marginals: (M, K) D[i, n].
+        counts: (M,) rollouts per prompt, at most K.
+    """
+    from knapsack_rl import _kernels
+
+    return float(_kernels.sum_taken(marginals, counts))
+
+
+def solve(
+    marginals: ArrayLike,
+    budget: int,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    *,
+    method: Method = "auto",
+    tier: ArrayLike | None = None,
+    priority: ArrayLike | None = None,
+) -> IntArray:
+    """Solve the knapsack exactly for a table of marginal values.
+
+    Args:
+        marginals: (M, K) finite; D[i, n] is the gain of rollout n+1 of prompt i.
+        budget: rollouts to hand out, within [sum(lower), sum(upper)].
+        lower: fewest rollouts per prompt, a whole number or (M,).
+        upper: most rollouts per prompt, a whole number or (M,), at most K.
+        method: ``"auto"`` tests concavity and chooses; ``"greedy"`` refuses a table that is not concave;
+            ``"dynamic-programming"`` works for every table.
+        tier: (M,) whole numbers, first tie-break (lower first); all equal by default.
+        priority: (M,) numbers, third tie-break (lower first); all equal by default.
+
+    Returns:
+        (M,) int64 counts that sum to the budget.
+
+    Raises:
+        ValueError: the table is not finite or too narrow, the budget does not fit the bounds, the method is
+            unknown, or greedy is asked for a table that is not concave.
+    """
+    from knapsack_rl import _kernels
+
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    table = np.ascontiguousarray(marginals, dtype=np.float64)
+    if table.ndim != 2:
+        raise ValueError(f"marginals must be a table (prompts, rollouts), got shape {table.shape}")
+    prompts = table.shape[0]
+    budget = check_whole("budget", budget, minimum=0)
+    low, high = check_bounds(prompts, budget, lower, upper)
+    if prompts and int(high.max()) > table.shape[1]:
+        raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {table.shape[1]}")
+    tiers = _tie_break("tier", tier, prompts, np.int64)
+    priorities = _tie_break("priority", priority, prompts, np.float64)
+    finite, concave = _kernels.examine(table, low, high, CONCAVITY_TOLERANCE)
+    if not finite:
+        raise ValueError("marginals must be finite; the table holds NaN or infinity within the bounds")
+    if method == "greedy" and not concave:
+        raise ValueError("greedy needs a concave table; use method='auto' or 'dynamic-programming'")
+    if concave and method != "dynamic-programming":
+        return _kernels.take_best(table, low, high, budget, tiers, priorities)
+    order = np.lexsort((priorities, tiers))
+    values = np.concatenate([np.zeros((prompts, 1)), np.cumsum(table[order], axis=1)], axis=1)
+    counts = np.empty(prompts, dtype=np.int64)
+    counts[order] = _kernels.best_of_table(values, low[order], high[order], budget)
+    return counts
+
+
+def _tie_break(name: str, given: ArrayLike | None, prompts: int, dtype: type) -> NDArray:
+    array = np.zeros(prompts, dtype) if given is None else np.ascontiguousarray(given, dtype=dtype)
+    if array.shape != (prompts,) or np.isnan(array).any():
+        raise ValueError(f"{name} must hold one number per prompt ({prompts}) and no NaN, got shape {array.shape}")
+    return array

@@ -1,0 +1,33 @@
+"""Data sets with exact verifiers, and the tiny base model that is trained on them.
+
+Importing this package needs the standard library alone; torch and transformers are imported by whoever
+loads the model.
+"""
+
+from knapsack_rl.tasks.arithmetic import (
+    EOS_TOKEN,
+    MAX_COMPLETION_TOKENS,
+    PAD_TOKEN,
+    PretrainSampler,
+    Problem,
+    Splits,
+    accuracy_reward,
+    base_model_path,
+    is_correct,
+    make_splits,
+    to_rows,
+)
+
+__all__ = [
+    "Problem",
+    "Splits",
+    "PretrainSampler",
+    "make_splits",
+    "to_rows",
+    "is_correct",
+    "accuracy_reward",
+    "base_model_path",
+    "EOS_TOKEN",
+    "PAD_TOKEN",
+    "MAX_COMPLETION_TOKENS",
+]

@@ -1,0 +1,228 @@
+"""What has been observed of every prompt: the one place where state lives.
+
+State is a set of columns, one row per prompt, keyed by a stable id. History is bounded, so memory and files are
+linear in the number of prompts, however long the run.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knapsack_rl.value import FloatArray, IntArray
+
+PromptId = str | int
+
+RECENT = 64
+"""Newest outcomes kept per prompt, one bit each."""
+
+
+@dataclass
+class Records:
+    """Columns of observations, one entry per prompt. All zero for a prompt never seen.
+
+    Attributes:
+        successes: discounted number of successes.
+        failures: discounted number of failures.
+        rollouts: rollouts scored in all, undiscounted.
+        visits: batches in which the prompt was scored.
+        recent: newest outcomes as bits, the newest lowest, 1 for a success; ``min(rollouts, RECENT)`` are valid.
+        newest_successes: successes of the newest visit.
+        newest_total: rollouts of the newest visit.
+        first_successes: successes of the first visit.
+        first_total: rollouts of the first visit.
+        length_count: discounted number of rollouts of known length.
+        length_sum: discounted sum of lengths, in tokens.
+        length_squares: discounted sum of squared lengths.
+    """
+
+    successes: FloatArray
+    failures: FloatArray
+    rollouts: IntArray
+    visits: IntArray
+    recent: NDArray[np.uint64]
+    newest_successes: IntArray
+    newest_total: IntArray
+    first_successes: IntArray
+    first_total: IntArray
+    length_count: FloatArray
+    length_sum: FloatArray
+    length_squares: FloatArray
+
+    @classmethod
+    def empty(cls, size: int) -> Records:
+        """Records of ``size`` prompts never seen."""
+        columns: dict[str, Any] = {column: np.zeros(size, dtype) for column, dtype in COLUMNS.items()}
+        return cls(**columns)
+
+    def take(self, rows: IntArray) -> Records:
+        """The records of the given rows; row -1 stands for a prompt never seen."""
+        known = rows >= 0
+        taken = Records.empty(rows.size)
+        for column in COLUMNS:
+            getattr(taken, column)[known] = getattr(self, column)[rows[known]]
+        return taken
+
+    def __len__(self) -> int:
+        return self.successes.size
+
+
+_TYPES = {"FloatArray": np.float64, "IntArray": np.int64, "NDArray[np.uint64]": np.uint64}
+COLUMNS: dict[str, Any] = {column.name: _TYPES[str(column.type)] for column in fields(Records)}
+
+
+class Tracker:
+    """Per-prompt records keyed by a stable id (``str`` or ``int``; ``7`` and ``"7"`` are different prompts)."""
+
+    def __init__(self) -> None:
+        self._row_of: dict[PromptId, int] = {}
+        self._records = Records.empty(0)
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    @property
+    def prompt_ids(self) -> list[PromptId]:
+        """Ids of all prompts seen, in order of first observation, which is the order of :meth:`records`."""
+        return list(self._row_of)
+
+    def records(self) -> Records:
+        """The records of all prompts seen; views, not to be written to."""
+        size = len(self)
+        return Records(**{column: getattr(self._records, column)[:size] for column in COLUMNS})
+
+    def rows(self, prompt_ids: Iterable[PromptId]) -> IntArray:
+        """Row of each prompt, -1 for one never seen."""
+        row_of = self._row_of
+        return np.array([row_of.get(prompt_id, -1) for prompt_id in prompt_ids], dtype=np.int64)
+
+    def lookup(self, prompt_ids: Iterable[PromptId]) -> Records:
+        """Records of the given prompts, in their order; zeros for a prompt never seen."""
+        return self._records.take(self.rows(prompt_ids))
+
+    def record(
+        self,
+        prompt_ids: Sequence[PromptId],
+        prompt_of_rollout: IntArray,
+        successes: NDArray[np.bool_],
+        lengths: FloatArray | None = None,
+        *,
+        discount: float = 1.0,
+    ) -> None:
+        """Record one visit of each prompt.
+
+        Args:
+            prompt_ids: the P distinct prompts visited.
+            prompt_of_rollout: (R,) index into ``prompt_ids``, in the order in which rollouts were scored.
+            successes: (R,) whether each rollout succeeded.
+            lengths: (R,) tokens of each rollout, if known.
+            discount: what older counts of these prompts are multiplied by, in (0, 1]: the policy has moved since.
+        """
+        rows_P = self._rows_or_new(prompt_ids)
+        size = len(prompt_ids)
+        store = self._records
+        total = np.bincount(prompt_of_rollout, minlength=size)
+        good = np.bincount(prompt_of_rollout[successes], minlength=size)
+
+        for column, amount in (("successes", good), ("failures", total - good)):
+            counts = getattr(store, column)
+            counts[rows_P] = counts[rows_P] * discount + amount
+        first = store.visits[rows_P] == 0
+        store.first_successes[rows_P[first]], store.first_total[rows_P[first]] = good[first], total[first]
+        store.newest_successes[rows_P], store.newest_total[rows_P] = good, total
+        store.rollouts[rows_P] += total
+        store.visits[rows_P] += 1
+        store.recent[rows_P] = _shift_in(store.recent[rows_P], prompt_of_rollout, successes, total)
+        if lengths is not None:
+            for column, weights in (
+                ("length_count", np.ones_like(lengths)),
+                ("length_sum", lengths),
+                ("length_squares", lengths**2),
+            ):
+                sums = getattr(store, column)
+                added = np.bincount(prompt_of_rollout, weights=weights, minlength=size)
+                sums[rows_P] = sums[rows_P] * discount + added
+
+    def _rows_or_new(self, prompt_ids: Sequence[PromptId]) -> IntArray:
+        row_of = self._row_of
+        for prompt_id in prompt_ids:
+            row_of.setdefault(prompt_id, len(row_of))
+        capacity = len(self._records)
+        if len(row_of) > capacity:
+            grown = np.full(max(2 * capacity, len(row_of)), -1, dtype=np.int64)
+            grown[:capacity] = np.arange(capacity)
+            self._records = self._records.take(grown)
+        return self.rows(prompt_ids)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types."""
+        ids = np.frombuffer(json.dumps(self.prompt_ids).encode(), dtype=np.uint8)
+        return {"prompt_ids": ids} | {column: getattr(self.records(), column).copy() for column in COLUMNS}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Replace everything by a saved state.
+
+        Raises:
+            ValueError: a column is missing, has the wrong length or type, or ids repeat.
+        """
+        missing = {"prompt_ids", *COLUMNS} - set(state)
+        if missing:
+            raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
+        ids = json.loads(np.asarray(state["prompt_ids"], dtype=np.uint8).tobytes())
+        row_of = {prompt_id: row for row, prompt_id in enumerate(ids)}
+        if len(row_of) != len(ids) or not all(isinstance(i, (str, int)) for i in ids):
+            raise ValueError("the tracker state's prompt ids are not distinct strings or whole numbers")
+        columns = {}
+        for column, dtype in COLUMNS.items():
+            array = np.asarray(state[column])
+            if array.shape != (len(ids),) or array.dtype != dtype:
+                raise ValueError(
+                    f"column {column} of the tracker state has shape {array.shape} and type {array.dtype}, "
+                    f"expected ({len(ids)},) of {np.dtype(dtype)}"
+                )
+            columns[column] = array.copy()
+        self._row_of, self._records = row_of, Records(**columns)
+
+
+def _shift_in(
+    recent: NDArray[np.uint64], prompt_of_rollout: IntArray, successes: NDArray[np.bool_], total: IntArray
+) -> NDArray[np.uint64]:
+    """Push the outcomes of a visit into the bits of each prompt, the newest into the lowest bit."""
+    order = np.argsort(prompt_of_rollout, kind="stable")
+    ends = np.cumsum(total)
+    age = np.repeat(ends, total) - 1 - np.arange(order.size)  # 0 for the newest rollout of its prompt
+    kept = (age < RECENT) & successes[order]
+    bits = np.zeros(total.size, np.uint64)
+    np.bitwise_or.at(bits, prompt_of_rollout[order][kept], np.uint64(1) << age[kept].astype(np.uint64))
+    # numpy leaves a shift by the full width undefined: those prompts have no older bit left.
+    shift = np.minimum(total, RECENT - 1).astype(np.uint64)
+    return np.where(total >= RECENT, np.uint64(0), recent << shift) | bits
+
+
+def check_prompt_ids(prompt_ids: Iterable[Any]) -> list[PromptId]:
+    """Return ids as plain ``str`` and ``int``.
+
+    Raises:
+        ValueError: an id is neither (``None``, a float, a bool, a list...).
+    """
+    ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
+    for position, prompt_id in enumerate(ids):
+        if isinstance(prompt_id, np.generic):
+            ids[position] = prompt_id = prompt_id.item()  # noqa: PLW2901 - checked in its plain form just below
+        if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)):
+            raise ValueError(
+                f"prompt_ids[{position}] is {prompt_id!r}; a prompt id is a string or a whole number that stays the "
+                "same in every epoch"
+            )
+    return ids
+
+
+def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
+    """A number per prompt that depends on its id alone, the same in every process: the last tie-break."""
+    return np.array([zlib.crc32(repr(prompt_id).encode()) for prompt_id in prompt_ids], dtype=np.float64)

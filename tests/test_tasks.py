@@ -1,0 +1,318 @@
+"""Arithmetic task: splits, verifier, and the base checkpoint that ships with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from knapsack_rl.tasks import (
+    EOS_TOKEN,
+    MAX_COMPLETION_TOKENS,
+    PAD_TOKEN,
+    PretrainSampler,
+    Problem,
+    accuracy_reward,
+    base_model_path,
+    is_correct,
+    make_splits,
+    to_rows,
+)
+
+SPLITS = make_splits()
+TOKENIZER = AutoTokenizer.from_pretrained(base_model_path())
+CHARACTERS = "0123456789+-*="
+SAMPLES = 8
+
+
+def operands(problem: Problem) -> tuple[int, str, int]:
+    match = re.fullmatch(r"([0-9]+)([-+*])([0-9]+)=", problem.prompt)
+    assert match is not None, problem
+    return int(match[1]), match[2], int(match[3])
+
+
+def identity(problem: Problem) -> tuple[str, int, int]:
+    a, sign, b = operands(problem)
+    return sign, max(a, b), min(a, b)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_importing_the_tasks_needs_no_heavy_package() -> None:
+    code = (
+        "import sys, knapsack_rl.tasks;"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'trl') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# --- splits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("train", "held_out"), [(1024, 512), (1, 1), (7, 30), (5000, 100)])
+def test_splits_have_the_sizes_asked_for_and_share_no_problem(train: int, held_out: int) -> None:
+    splits = make_splits(seed=3, train=train, held_out=held_out)
+    assert (len(splits.train), len(splits.held_out)) == (train, held_out)
+    pretrain = splits.pretrain.sample(5000, random.Random(1))
+    reserved = [identity(p) for p in (*splits.train, *splits.held_out)]
+    assert len(set(reserved)) == train + held_out
+    assert not set(reserved) & {identity(p) for p in pretrain}
+    assert len({p.prompt_id for p in (*splits.train, *splits.held_out)}) == train + held_out
+
+
+def test_a_reserved_sum_is_not_pretrained_with_exchanged_operands() -> None:
+    tiny = [p for p in SPLITS.train if p.operation == "addition" and p.digits == 1]
+    seen = {identity(p) for p in SPLITS.pretrain.sample(20_000, random.Random(0))}
+    small_sums = {key for key in seen if key[0] == "+" and key[1] < 10}
+    held = [p for p in SPLITS.held_out if p.operation == "addition" and p.digits == 1]
+    # 27 of the 55 are reserved, and every other one turns up.
+    assert len(small_sums) == 28
+    assert len(tiny) + len(held) == 27
+
+
+def test_a_seed_decides_the_splits() -> None:
+    again = make_splits(seed=0)
+    assert (again.train, again.held_out) == (SPLITS.train, SPLITS.held_out)
+    other = make_splits(seed=1)
+    assert {identity(p) for p in other.train} != {identity(p) for p in SPLITS.train}
+    draws = [SPLITS.pretrain.sample(50, random.Random(5)) for _ in range(2)]
+    assert draws[0] == draws[1]
+
+
+def test_answers_agree_with_integer_arithmetic() -> None:
+    value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+    name = {"+": "addition", "-": "subtraction", "*": "multiplication"}
+    for problem in (*SPLITS.train, *SPLITS.held_out, *SPLITS.pretrain.sample(3000, random.Random(2))):
+        a, sign, b = operands(problem)
+        result = value[sign](a, b)
+        assert result >= 0
+        assert problem.answer == "".join(reversed(str(result)))
+        assert problem.prompt_id + "=" == problem.prompt
+        assert problem.operation == name[sign]
+        assert problem.digits == max(len(str(a)), len(str(b))) <= 4
+        assert len(problem.answer) + 1 <= MAX_COMPLETION_TOKENS
+
+
+def test_train_and_held_out_have_the_same_shares() -> None:
+    train, held_out = (Counter((p.operation, p.digits) for p in split) for split in (SPLITS.train, SPLITS.held_out))
+    assert train.keys() == held_out.keys()
+    for group, count in train.items():
+        # Each group is at most four strata, each rounded by less than one.
+        assert abs(count / 2 - held_out[group]) <= 4
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (-1, 5)])
+def test_sizes_below_one_are_refused(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1, got"):
+        make_splits(train=sizes[0], held_out=sizes[1])
+
+
+def test_more_problems_than_there_are_is_refused_before_drawing() -> None:
+    with pytest.raises(ValueError, match="half of all problems"):
+        make_splits(train=10**9)
+
+
+def test_sampler_refuses_what_cannot_end() -> None:
+    every_product = [
+        Problem(f"{a}*{b}=", str(a * b)[::-1], f"{a}*{b}", "multiplication", 1) for a in range(10) for b in range(10)
+    ]
+    with pytest.raises(ValueError, match="All 55 problems of multiplication"):
+        PretrainSampler(every_product)
+    with pytest.raises(ValueError, match="got -1"):
+        SPLITS.pretrain.sample(-1, random.Random(0))
+
+
+def test_rows_carry_every_field() -> None:
+    problem = SPLITS.train[0]
+    assert to_rows([problem]) == [
+        {
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "prompt_id": problem.prompt_id,
+            "operation": problem.operation,
+            "digits": problem.digits,
+        }
+    ]
+
+
+# --- verifier -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["0964", "0964" + EOS_TOKEN, " 0964\n", "\t0964 " + EOS_TOKEN + "\n"])
+def test_right_completions_are_accepted(text: str) -> None:
+    assert is_correct(text, "0964")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        EOS_TOKEN,
+        "4690",
+        "964",
+        "09640",
+        "00964",
+        "09 64",
+        "0\n964",
+        "0964" + EOS_TOKEN * 2,
+        EOS_TOKEN + "0964",
+        "0964" + PAD_TOKEN,
+        "0964" + EOS_TOKEN + "1",
+        "+0964",
+        "0_964",
+        "0964.0",
+        "0964\x00",
+        "\u00a00964",
+        "٠٩٦٤",
+        "0964".translate({ord("0") + d: 0xFF10 + d for d in range(10)}),
+        "²",
+        "{answer}",
+        "%s",
+        "{0.__class__}",
+        "__import__('os').system('true')",
+        "0964" * 10,
+        "0964" + " " * 10**6,
+        "9" * 10**7,
+    ],
+)
+def test_other_strings_are_rejected(text: str) -> None:
+    assert not is_correct(text, "0964")
+
+
+@given(st.text(max_size=80), st.integers(0, 99999))
+def test_nothing_but_the_answer_is_accepted(text: str, value: int) -> None:
+    answer = str(value)[::-1]
+    bare = text.strip(" \t\r\n")
+    assert is_correct(text, answer) == (len(text) <= 64 and bare == answer)
+    assert is_correct(answer, answer)
+
+
+@pytest.mark.parametrize("answer", ["", "12a", "-5", "١٢", " 12"])
+def test_an_answer_that_nothing_could_match_is_an_error(answer: str) -> None:
+    with pytest.raises(ValueError, match=r"Problem\.answer"):
+        is_correct("12", answer)
+
+
+def test_reward_is_one_or_zero_and_ignores_other_columns() -> None:
+    rewards = accuracy_reward(["21", "12"], ["21", "21"], prompts=["a", "b"], digits=[2, 2])
+    assert rewards == [1.0, 0.0]
+    assert accuracy_reward([], []) == []
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        accuracy_reward(["1", "2"], ["1"])
+
+
+# --- tokenizer and checkpoint ---------------------------------------------------------------------------
+
+
+@given(st.text(alphabet=CHARACTERS, max_size=30))
+def test_tokenizer_round_trip(text: str) -> None:
+    ids = TOKENIZER(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert not set(ids) & {TOKENIZER.pad_token_id, TOKENIZER.eos_token_id}
+    padded = [*([TOKENIZER.pad_token_id] * 2), *ids, TOKENIZER.eos_token_id]
+    assert TOKENIZER.batch_decode([padded], skip_special_tokens=True) == [text]
+
+
+def test_tokenizer_pads_on_the_left_with_a_token_of_its_own() -> None:
+    assert (TOKENIZER.pad_token, TOKENIZER.eos_token) == (PAD_TOKEN, EOS_TOKEN)
+    assert TOKENIZER.pad_token_id != TOKENIZER.eos_token_id
+    batch = TOKENIZER(["1+2=", "10+20="], padding=True)
+    assert batch["attention_mask"] == [[0, 0, 1, 1, 1, 1], [1] * 6]
+    assert batch["input_ids"][0][:2] == [TOKENIZER.pad_token_id] * 2
+    assert TOKENIZER("1" + EOS_TOKEN)["input_ids"][-1] == TOKENIZER.eos_token_id
+
+
+def test_tokenizer_refuses_characters_that_the_model_never_saw() -> None:
+    with pytest.raises(Exception, match="UNK"):
+        TOKENIZER("1/2=")
+
+
+def test_checkpoint_has_the_promised_size() -> None:
+    folder = base_model_path()
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8 * 2**20
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert 200_000 <= model.num_parameters() <= 2_000_000
+    assert model.dtype == torch.float32
+    assert model.config.vocab_size == len(TOKENIZER)
+    assert model.generation_config.eos_token_id == TOKENIZER.eos_token_id
+    assert model.generation_config.pad_token_id == TOKENIZER.pad_token_id
+
+
+def test_checkpoint_was_pretrained_on_these_splits() -> None:
+    training = json.loads((base_model_path() / "training.json").read_text(encoding="utf-8"))
+    for name, split in (("train_prompts", SPLITS.train), ("held_out_prompts", SPLITS.held_out)):
+        text = "\n".join(problem.prompt for problem in split)
+        # A change here means that the checkpoint may have seen the held-out problems: pre-train it again.
+        assert training[name]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_spectrum_of_the_checkpoint() -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_model_path()).eval()
+    generation = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        num_return_sequences=SAMPLES,
+        max_new_tokens=MAX_COMPLETION_TOKENS,
+        pad_token_id=TOKENIZER.pad_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+    )
+    rewards: list[float] = []
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(11)
+        for start in range(0, len(SPLITS.train), 128):
+            problems = SPLITS.train[start : start + 128]
+            inputs = TOKENIZER([p.prompt for p in problems], return_tensors="pt", padding=True)
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                generation_config=generation,
+            )
+            texts = TOKENIZER.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            rewards += accuracy_reward(texts, [p.answer for p in problems for _ in range(SAMPLES)])
+    successes = torch.tensor(rewards).view(len(SPLITS.train), SAMPLES).sum(dim=1)
+    unsolved = (successes == 0).float().mean().item()
+    solved = (successes == SAMPLES).float().mean().item()
+    mean = successes.mean().item() / SAMPLES
+    # The standard errors over samples are below 0.01 (shares) and 0.004 (mean): the bounds leave room for
+    # other kernels and seeds.
+    assert 0.15 <= unsolved <= 0.35, (unsolved, solved, mean)
+    assert 0.10 <= solved <= 0.35, (unsolved, solved, mean)
+    assert 0.30 <= mean <= 0.55, (unsolved, solved, mean)
+    recorded = json.loads((base_model_path() / "training.json").read_text(encoding="utf-8"))
+    assert mean == pytest.approx(recorded["train_prompts"]["spectrum_expected"]["mean"], abs=0.02)
+
+
+def test_pretraining_script_explains_itself() -> None:
+    script = Path(__file__).parents[1] / "scripts" / "pretrain_base.py"
+    result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
+    assert "--seed" in result.stdout
