@@ -2,8 +2,8 @@
 
 The model is a Llama-style decoder over single characters. It is trained on generated arithmetic until it
 solves some prompts always, some never and most sometimes, which is where a choice of rollout budgets can
-matter, and is then saved in Hugging Face format. The run takes minutes on one thread, and the same seed and
-the same versions of the libraries give the same weights.
+matter, and is then saved in Hugging Face format. The run takes two to three minutes on one thread, and the
+same seed and the same versions of the libraries give the same weights.
 
 Usage:
     python scripts/pretrain_base.py --out runs/base_model
@@ -45,7 +45,9 @@ from knapsack_rl.tasks.arithmetic import (
     make_splits,
 )
 
-CHARACTERS = "0123456789+-*="
+TOKENS = (PAD_TOKEN, EOS_TOKEN, *"0123456789+-*=")
+VOCABULARY = {token: index for index, token in enumerate(TOKENS)}
+PAD_ID, EOS_ID = VOCABULARY[PAD_TOKEN], VOCABULARY[EOS_TOKEN]
 MAX_POSITIONS = 32  # the longest prompt has 10 characters and the longest completion 6 tokens
 SAMPLES = 8  # per prompt: the spectrum is what a uniform budget of eight rollouts would see
 IGNORED = -100  # the label that the loss leaves out
@@ -85,8 +87,7 @@ class Target:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per character; a character it does not know is an error."""
-    vocabulary = {token: index for index, token in enumerate([PAD_TOKEN, EOS_TOKEN, *CHARACTERS])}
-    tokenizer = Tokenizer(WordLevel(vocabulary))
+    tokenizer = Tokenizer(WordLevel(VOCABULARY))
     tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = Fuse()
     return PreTrainedTokenizerFast(
@@ -99,11 +100,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlamaForCausalLM:
+def build_model(width: int, layers: int) -> LlamaForCausalLM:
     """A randomly initialised decoder with tied embeddings, from torch's global generator."""
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=len(VOCABULARY),
             hidden_size=width,
             intermediate_size=8 * width // 3,
             num_hidden_layers=layers,
@@ -111,33 +112,31 @@ def build_model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> 
             num_key_value_heads=4,
             max_position_embeddings=MAX_POSITIONS,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=PAD_ID,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=EOS_ID,
         )
     )
     model.generation_config = GenerationConfig(
         max_new_tokens=MAX_COMPLETION_TOKENS,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=PAD_ID,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=EOS_ID,
     )
     return model
 
 
-def answer_log_probs(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_log_probs(model: LlamaForCausalLM, problems: Sequence[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of every answer token given what precedes it.
 
     Returns:
         Two float tensors of shape (problems, tokens): log-probabilities, zero outside the answer, and the
         mask, one on the answer's digits and its end-of-sequence token.
     """
-    ids = [tokenizer.convert_tokens_to_ids([*p.prompt, *p.answer, EOS_TOKEN]) for p in problems]
+    ids = [[VOCABULARY[token] for token in (*p.prompt, *p.answer, EOS_TOKEN)] for p in problems]
     length = max(map(len, ids))
     # Padding on the right: with causal attention it cannot influence the tokens before it.
-    tokens = torch.full((len(ids), length), tokenizer.convert_tokens_to_ids(PAD_TOKEN))
+    tokens = torch.full((len(ids), length), PAD_ID)
     labels = torch.full((len(ids), length), IGNORED)
     for row, (problem, row_ids) in enumerate(zip(problems, ids, strict=True)):
         tokens[row, : len(row_ids)] = torch.tensor(row_ids)
@@ -147,9 +146,7 @@ def answer_log_probs(
     return -losses, (labels[:, 1:] != IGNORED).float()
 
 
-def expected_spectrum(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]
-) -> tuple[Spectrum, torch.Tensor]:
+def expected_spectrum(model: LlamaForCausalLM, problems: Sequence[Problem]) -> tuple[Spectrum, torch.Tensor]:
     """The spectrum expected of ``SAMPLES`` samples per prompt at temperature 1, without sampling.
 
     Only one sequence of tokens is right, so that its probability is the success rate p of the prompt: the
@@ -160,7 +157,7 @@ def expected_spectrum(
         The spectrum, and the success rates of shape (problems,).
     """
     with torch.inference_mode():
-        log_probs, _ = answer_log_probs(model, tokenizer, problems)
+        log_probs, _ = answer_log_probs(model, problems)
         rates = log_probs.sum(dim=1).exp()
     return Spectrum(
         unsolved=((1 - rates) ** SAMPLES).mean().item(),
@@ -196,8 +193,8 @@ def successes(
                     top_k=0 if not greedy else None,
                     num_return_sequences=samples,
                     max_new_tokens=MAX_COMPLETION_TOKENS,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=PAD_ID,
+                    eos_token_id=EOS_ID,
                 ),
             )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -253,7 +250,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def train_until(
     target: Target,
     model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
     args: argparse.Namespace,
 ) -> tuple[LlamaForCausalLM, int] | None:
     """Train until the training prompts' spectrum meets the target.
@@ -264,7 +260,6 @@ def train_until(
     Args:
         target: Where to stop.
         model: The model at its initialisation; changed in place.
-        tokenizer: Its tokenizer.
         args: The command line.
 
     Returns:
@@ -278,7 +273,7 @@ def train_until(
     print(f"{'step':>5} {'loss':>7} {'unsolved':>8} {'solved':>7} {'mean':>6} {'seconds':>8}")
     for step in range(1, args.max_steps + 1):
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / args.warmup)
-        log_probs, mask = answer_log_probs(model, tokenizer, splits.pretrain.sample(args.batch, rng))
+        log_probs, mask = answer_log_probs(model, splits.pretrain.sample(args.batch, rng))
         loss = -log_probs.sum() / mask.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -288,7 +283,7 @@ def train_until(
             for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
                 averaged.lerp_(current, 1 - args.ema)
         if step % args.eval_every == 0:
-            spectrum, _ = expected_spectrum(average, tokenizer, splits.train)
+            spectrum, _ = expected_spectrum(average, splits.train)
             print(
                 f"{step:5d} {loss.item():7.4f} {spectrum.unsolved:8.3f} {spectrum.solved:7.3f}"
                 f" {spectrum.mean:6.3f} {time.perf_counter() - started:8.1f}",
@@ -304,7 +299,7 @@ def report(
 ) -> dict[str, Any]:
     """Measure the finished model by sampling and collect what is needed to reproduce it."""
     splits = make_splits()
-    expected, rates = expected_spectrum(model, tokenizer, splits.train)
+    expected, rates = expected_spectrum(model, splits.train)
     torch.manual_seed(args.seed)
     counts = successes(model, tokenizer, splits.train, samples=SAMPLES).sum(dim=1)
     sampled = Spectrum(
@@ -313,7 +308,7 @@ def report(
         mean=counts.float().mean().item() / SAMPLES,
     )
     greedy = successes(model, tokenizer, splits.held_out, samples=1, greedy=True)
-    held_out, _ = expected_spectrum(model, tokenizer, splits.held_out)
+    held_out, _ = expected_spectrum(model, splits.held_out)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     return {
         "settings": settings,
@@ -345,10 +340,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.width, args.layers)
+    model = build_model(args.width, args.layers)
     print(f"{model.num_parameters():,} parameters")
     target = Target(unsolved=tuple(args.unsolved), solved=args.solved, mean=tuple(args.mean))
-    outcome = train_until(target, model, tokenizer, args)
+    outcome = train_until(target, model, args)
     if outcome is None:
         print(
             f"No evaluation within {args.max_steps} steps met {target}; nothing was written."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import random
 import re
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -312,7 +314,49 @@ def test_spectrum_of_the_checkpoint() -> None:
     assert mean == pytest.approx(recorded["train_prompts"]["spectrum_expected"]["mean"], abs=0.02)
 
 
-def test_pretraining_script_explains_itself() -> None:
-    script = Path(__file__).parents[1] / "scripts" / "pretrain_base.py"
-    result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
-    assert "--seed" in result.stdout
+# --- pre-training script --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretrain_base(one_thread: None) -> Iterator[ModuleType]:
+    path = Path(__file__).parents[1] / "scripts" / "pretrain_base.py"
+    spec = importlib.util.spec_from_file_location("pretrain_base", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules["pretrain_base"] = module
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng():
+        spec.loader.exec_module(module)
+        yield module
+    torch.use_deterministic_algorithms(deterministic)
+    del sys.modules["pretrain_base"]
+
+
+QUICK = ["--width", "8", "--layers", "1", "--max-steps", "3", "--eval-every", "3"]
+ANY_SPECTRUM = ["--unsolved", "0", "1", "--solved", "0", "--mean", "0", "1"]
+
+
+def test_pretraining_repeats_exactly(pretrain_base: ModuleType, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        assert pretrain_base.main([*QUICK, *ANY_SPECTRUM, "--out", str(tmp_path / name)]) == 0
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+    assert json.loads((tmp_path / "first" / "training.json").read_text(encoding="utf-8"))["steps"] == 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "first")("1+2=")["input_ids"] == [3, 12, 4, 15]
+
+
+def test_pretraining_writes_nothing_without_the_target(
+    pretrain_base: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain_base.main([*QUICK, "--out", str(tmp_path / "none")]) == 1
+    assert not (tmp_path / "none").exists()
+    assert "nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--width", "12"], ["--lr", "0"], ["--ema", "1"], ["--batch", "0"]])
+def test_pretraining_refuses_wrong_settings(pretrain_base: ModuleType, wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        pretrain_base.parse_args(wrong)
+    assert refused.value.code == 2

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.estimator import BetaEstimator
+
+torch.set_num_threads(1)
 
 CHARACTERS = "0123456789+=ab"
 
@@ -43,7 +51,8 @@ def model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def dataset(prompts: int = 24, *, ids: bool = True) -> Dataset:
-    rows: list[dict[str, Any]] = [{"prompt": f"{k}+{k % 7}="} for k in range(prompts)]
+    """Distinct prompts; column ``answer`` names the prompt it belongs to, whatever the id is."""
+    rows: list[dict[str, Any]] = [{"prompt": f"{k}+{k % 7}=", "answer": f"answer of {k}+{k % 7}="} for k in range(prompts)]
     if ids:
         rows = [row | {"prompt_id": f"p{k}"} for k, row in enumerate(rows)]
     return Dataset.from_list(rows)
@@ -60,6 +69,91 @@ def length_reward(completions: list[str], **_: Any) -> list[float]:
 
 def sometimes_none(completions: list[str], **_: Any) -> list[float | None]:
     return [None if completion.startswith("a") else float("7" in completion) for completion in completions]
+
+
+def digit_sum(completions: list[str], **_: Any) -> list[float]:
+    """A shaped reward with many values, not all of them exact in binary."""
+    return [sum(int(character) for character in completion if character.isdigit()) / 10 for completion in completions]
+
+
+def recording(function: Callable[..., Any], batches: list[dict[str, Any]]) -> Callable[..., Any]:
+    """The reward function, noting what it was given and what it returned."""
+
+    def recorded(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> Any:
+        rewards = function(completions=completions, prompts=prompts, **columns)
+        columns = {name: values for name, values in columns.items() if isinstance(values, list)}
+        lengths = [len(ids) for ids in completion_ids]
+        batches.append(columns | {"prompts": prompts, "completions": completions, "lengths": lengths, "rewards": rewards})
+        return rewards
+
+    recorded.__name__ = function.__name__
+    return recorded
+
+
+def informed_allocator(prompts: int = 24, **settings: Any) -> KnapsackAllocator:
+    """An allocator that knows all prompts of :func:`dataset`, very different ones, so that every batch is ragged."""
+    allocator = KnapsackAllocator(BetaEstimator(discount=1.0), **settings)
+    for k in range(prompts):
+        successes = (0, 1, 8, 16)[(k * 7 + k // 4) % 4]  # never solved, rarely, half the time, always
+        allocator.observe([f"p{k}"] * 16, [1.0] * successes + [0.0] * (16 - successes))
+    return allocator
+
+
+def _sample_deviation(numbers: Sequence[float]) -> float:
+    mean = math.fsum(numbers) / len(numbers)
+    return math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
+
+
+def reference_advantages(
+    groups: Sequence[Any],
+    rewards: Sequence[Sequence[float | None]],
+    *,
+    weights: Sequence[float] | None = None,
+    scale: str = "group",
+    gdpo: bool = False,
+    weighting: str = "rollout",
+) -> list[float]:
+    """Advantages of ragged groups by definition, one row after the other.
+
+    Args:
+        groups: the prompt of each row.
+        rewards: per reward function, the rewards of all rows, ``None`` where it gave none.
+        weights: of the reward functions; 1 by default.
+        scale: "group", "batch" or "none".
+        gdpo: normalise each function inside its group, then the weighted sum over the batch.
+        weighting: "rollout" or "prompt".
+    """
+    # TRL holds rewards and weights in single precision; what follows is in double.
+    table = [[None if r is None else float(np.float32(r)) for r in column] for column in rewards]
+    weights = [float(np.float32(weight)) for weight in weights or [1.0] * len(table)]
+    rows = range(len(groups))
+    scored = [row for row in rows if any(column[row] is not None for column in table)]
+
+    def normalised(values: dict[int, float], how: str) -> dict[int, float]:
+        everywhere = _sample_deviation(list(values.values())) if len(values) > 1 else 0.0
+        found = {}
+        for row, value in values.items():
+            mates = [values[other] for other in values if groups[other] == groups[row]]
+            if max(mates) - min(mates) <= 1e-6 * max(abs(mate) for mate in mates):
+                found[row] = 0.0
+                continue
+            deviation = value - math.fsum(mates) / len(mates)
+            spread = {"group": _sample_deviation(mates), "batch": everywhere, "none": 1 - 1e-4}[how]
+            found[row] = deviation / (spread + 1e-4)
+        return found
+
+    if gdpo:
+        parts = [normalised({row: r for row, r in enumerate(column) if r is not None}, "group") for column in table]
+        total = {row: sum(w * part.get(row, 0.0) for w, part in zip(weights, parts, strict=True)) for row in scored}
+        mean, spread = math.fsum(total.values()) / len(total), _sample_deviation(list(total.values()))
+        advantages = {row: (value - mean) / (spread + 1e-4) for row, value in total.items()}
+    else:
+        total = {row: sum(w * (c[row] or 0.0) for w, c in zip(weights, table, strict=True)) for row in scored}
+        advantages = normalised(total, scale)
+    if weighting == "prompt":
+        sizes = {group: list(groups).count(group) for group in groups}
+        advantages = {r: a * len(groups) / (len(sizes) * sizes[groups[r]]) for r, a in advantages.items()}
+    return [advantages.get(row, 0.0) for row in rows]
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -393,6 +393,11 @@ def _allocation_metrics(allocation: Allocation, belief: Belief) -> dict[str, flo
         "estimated_success_rate": float(belief.mean[~unseen].mean()) if not unseen.all() else float("nan"),
         "fallback": float(allocation.reason.startswith("fallback") or "; fallback" in allocation.reason),
     }
+    given = max(int(counts.sum()), 1)
+    with np.errstate(invalid="ignore"):
+        hard, easy = belief.mean < 0.2, belief.mean > 0.8
+    for name, members in (("unseen", unseen), ("hard", hard), ("medium", ~(unseen | hard | easy)), ("easy", easy)):
+        found[f"budget_to/{name}"] = float(counts[members].sum() / given)
     shares = np.histogram(counts, bins=[*BUDGET_BINS, np.inf])[0] / counts.size
     names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(BUDGET_BINS)]
     names.append(f"{BUDGET_BINS[-1]}+")

@@ -172,7 +172,7 @@ def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
     with style, warnings.catch_warnings():
         # The browser chooses the font, so it does not matter which signs matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
+        figure = Figure(figsize=(4.8, 3.2), layout="constrained")
         title = draw(figure.add_subplot()).get_title(loc="left")
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

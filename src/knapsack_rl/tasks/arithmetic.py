@@ -132,8 +132,7 @@ class PretrainSampler:
         self._weights = [stratum.weight for stratum in _STRATA]
         for stratum in _STRATA:
             taken = sum(
-                operation == stratum.operation
-                and (len(str(a)), len(str(b))) == (stratum.large, stratum.small)
+                operation == stratum.operation and (len(str(a)), len(str(b))) == (stratum.large, stratum.small)
                 for operation, a, b in self._reserved
             )
             if taken >= stratum.size:

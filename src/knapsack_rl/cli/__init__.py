@@ -1,0 +1,45 @@
+"""The command line: argument parsing and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from knapsack_rl import __version__
+from knapsack_rl.cli import allocate, compare, report, train
+
+COMMANDS = (train, compare, report, allocate)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``knapsack-rl`` with all its commands."""
+    parser = argparse.ArgumentParser(
+        prog="knapsack-rl",
+        description="Train language models with reinforcement learning, each step's rollouts allocated by a knapsack.",
+        epilog="knapsack-rl COMMAND --help shows the options and examples of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"knapsack-rl {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        Exit status: 0 done, 2 bad input or a missing extra, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    parsed = build_parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"knapsack-rl: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("knapsack-rl: interrupted\n")
+        return 130

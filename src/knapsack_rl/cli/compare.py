@@ -1,0 +1,76 @@
+"""``knapsack-rl compare``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from knapsack_rl.cli.settings_flags import add_flags, settings_of
+from knapsack_rl.training.compare import POLICIES, Run, execute, plan
+
+EXAMPLES = """examples:
+  knapsack-rl compare                                     four policies x three seeds, two at a time
+  knapsack-rl compare --policies uniform knapsack --seeds 0 1 2 3 4 --steps 200
+  knapsack-rl compare --output runs/mine                  again after an interruption: goes on where it stopped
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "compare",
+        help="train several policies over several seeds and report them side by side",
+        description="Train uniform N, uniform 2N, the paper's rule and the knapsack from the same start over several "
+        "seeds, one torch thread each, and write one report. Finished runs in the output folder are kept.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), metavar="FOLDER")
+    add_flags(parser, without=("allocation", "seed", "threads"))
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Train what is missing, write the comparison, print its table; exit status 1 if a run failed."""
+    settings = settings_of(parsed)
+    if parsed.print_config:
+        sys.stdout.write(settings.to_yaml())
+        return 0
+    if parsed.jobs < 1:
+        raise ValueError(f"--jobs must be >= 1, got {parsed.jobs}")
+    runs = plan(settings, parsed.policies, parsed.seeds, parsed.output)
+    failed = execute(runs, jobs=parsed.jobs, progress=Lines())
+    for bad in failed:
+        print(f"{bad.settings.label} did not finish; its output is in {bad.folder / 'log.txt'}", file=sys.stderr)
+    done = [str(run.folder) for run in runs if run.finished]
+    if done:
+        from knapsack_rl.cli.report import print_comparison
+
+        print_comparison(done, parsed.output / "comparison.html")
+    return 1 if failed else 0
+
+
+class Lines:
+    """A line when a run starts or ends; on a terminal a status line of the steps done."""
+
+    def started(self, run: Run) -> None:
+        """Say that a run started."""
+        self._say(f"started {run.settings.label} ({run.settings.steps} steps of {run.settings.budget} rollouts)")
+
+    def advanced(self, running: Sequence[Run]) -> None:
+        """Rewrite the status line."""
+        if sys.stdout.isatty():
+            parts = [f"{run.settings.label} {run.steps_done}/{run.settings.steps}" for run in running]
+            print("\r\x1b[K" + "   ".join(parts), end="", flush=True)
+
+    def ended(self, run: Run, status: int) -> None:
+        """Say how a run ended."""
+        self._say(f"{'finished' if run.finished else f'stopped (exit status {status})'} {run.settings.label}")
+
+    def _say(self, text: str) -> None:
+        print(("\r\x1b[K" if sys.stdout.isatty() else "") + text, flush=True)

@@ -1,0 +1,42 @@
+"""Flags for the fields of :class:`TrainSettings`, shared by the commands that train."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
+
+
+def add_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Add ``--config`` and one flag per setting; a flag not given leaves the setting to the file or its default."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags override it")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
+    group = parser.add_argument_group("settings (also keys of the YAML file)")
+    for spec in dataclasses.fields(TrainSettings):
+        if spec.name in without:
+            continue
+        group.add_argument(
+            "--" + spec.name.replace("_", "-"),
+            dest=f"setting_{spec.name}",
+            type=type(spec.default),
+            choices=spec.metadata["choices"],
+            metavar=None if spec.metadata["choices"] else type(spec.default).__name__.upper(),
+            help=f"{spec.metadata['help']} (default: {spec.default})",
+        )
+
+
+def settings_of(parsed: argparse.Namespace) -> TrainSettings:
+    """Settings from the YAML file and the flags given.
+
+    Raises:
+        ValueError: a setting is unknown or not allowed.
+    """
+    values = read_yaml(parsed.config) if parsed.config else {}
+    flags = {
+        name.removeprefix("setting_"): given for name, given in vars(parsed).items() if name.startswith("setting_")
+    }
+    values |= {name: given for name, given in flags.items() if given is not None}
+    return settings_from(values, str(parsed.config or "command line"))

@@ -1,0 +1,67 @@
+"""``knapsack-rl train``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from knapsack_rl.cli.settings_flags import add_flags, settings_of
+from knapsack_rl.training.settings import CONFIG_FILE, read_yaml, settings_from
+
+EXAMPLES = """examples:
+  knapsack-rl train                                       the shipped model on arithmetic, about ten minutes
+  knapsack-rl train --allocation uniform --steps 100      stock GRPO, shorter
+  knapsack-rl train --model my-model/ --dataset qa.jsonl --prompt-column question
+  knapsack-rl train --resume runs/knapsack-n8-seed0       go on after an interruption
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a language model and write a report",
+        description="Train a causal language model with GRPO on verifiable prompts. Without arguments: the shipped "
+        "model on generated arithmetic, its rollouts allocated by the knapsack.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="run folder (default: runs/ALLOCATION-nN-seedS)")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+    add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Train; exit status 0 when finished, 130 when interrupted."""
+    if parsed.resume:
+        settings = settings_from(read_yaml(parsed.resume / CONFIG_FILE), str(parsed.resume / CONFIG_FILE))
+        folder = parsed.resume
+        changed = [name for name, given in vars(parsed).items() if name.startswith("setting_") and given is not None]
+        if changed or parsed.config or parsed.output:
+            raise ValueError(
+                "--resume goes on with the run's own settings; give no other settings, --config or --output"
+            )
+    else:
+        settings = settings_of(parsed)
+        folder = parsed.output or Path("runs") / settings.label
+    if parsed.print_config:
+        sys.stdout.write(settings.to_yaml())
+        return 0
+
+    from knapsack_rl.cli.display import make_display
+    from knapsack_rl.training.run import train
+
+    started = time.monotonic()
+    outcome = train(settings, folder, make_display(quiet=parsed.quiet), resume=bool(parsed.resume))
+    minutes = (time.monotonic() - started) / 60
+    if not outcome.finished:
+        print(f"interrupted after step {outcome.steps}; go on with: knapsack-rl train --resume {folder}")
+        return 130
+    print(f"trained {outcome.steps} steps in {minutes:.1f} min; run folder: {folder}")
+    if outcome.report:
+        print(f"report: {outcome.report}")
+    return 0

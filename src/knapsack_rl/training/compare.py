@@ -1,0 +1,158 @@
+"""Train several policies from the same start over several seeds, processes side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from knapsack_rl.training.settings import CONFIG_FILE, TrainSettings, read_yaml, settings_from
+
+POLICIES = ("uniform", "uniform-2n", "paper", "knapsack")
+
+POLL_SECONDS = 1.0
+
+# Files of a run folder; named here too because importing the training code takes seconds and torch.
+_METRICS_FILE = "metrics.jsonl"
+_MODEL_FOLDER = "model"
+_STATE_FILE = "knapsack_allocator.npz"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison: its settings and its folder."""
+
+    settings: TrainSettings
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run trained all its steps."""
+        return (self.folder / _MODEL_FOLDER).is_dir()
+
+    @property
+    def steps_done(self) -> int:
+        """Newest step in the metrics; 0 if there is none."""
+        path = self.folder / _METRICS_FILE
+        if not path.is_file():
+            return 0
+        # The last line may be half written; the one before it is whole.
+        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()[-2:]):
+            try:
+                return int(json.loads(line)["step"])
+            except json.JSONDecodeError:
+                continue
+        return 0
+
+
+class Progress(Protocol):
+    """Where the progress of a comparison goes."""
+
+    def started(self, run: Run) -> None:
+        """A run's process was started."""
+        ...
+
+    def advanced(self, running: Sequence[Run]) -> None:
+        """Called about once a second with the runs under way."""
+        ...
+
+    def ended(self, run: Run, status: int) -> None:
+        """A run's process ended with this exit status."""
+        ...
+
+
+def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int], output: Path) -> list[Run]:
+    """The runs of a comparison: every policy with every seed, seeds outermost.
+
+    Args:
+        settings: shared settings; allocation, rollouts per prompt (N, doubled for ``"uniform-2n"``) and seed vary.
+        policies: from ``POLICIES``.
+        seeds: distinct seeds.
+        output: folder of the run folders.
+
+    Raises:
+        ValueError: a policy is unknown, or a policy or seed repeats.
+    """
+    unknown = [policy for policy in policies if policy not in POLICIES]
+    if unknown or len(set(policies)) < len(policies) or len(set(seeds)) < len(seeds) or not policies or not seeds:
+        raise ValueError(f"give distinct policies from {', '.join(POLICIES)} and distinct seeds, got {policies}, {seeds}")
+    runs = []
+    for seed in seeds:
+        for policy in policies:
+            chosen = dataclasses.replace(
+                settings,
+                allocation=policy.removesuffix("-2n"),
+                rollouts_per_prompt=settings.rollouts_per_prompt * (2 if policy.endswith("-2n") else 1),
+                seed=seed,
+                threads=1,
+            )
+            runs.append(Run(chosen, output / chosen.label))
+    return runs
+
+
+def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
+    """Train every run that is not finished, ``jobs`` processes at a time; interrupted ones are resumed.
+
+    Args:
+        runs: from :func:`plan`.
+        jobs: processes side by side, >= 1; each uses one torch thread.
+        progress: told of what happens.
+
+    Returns:
+        The runs that did not finish.
+
+    Raises:
+        ValueError: a folder holds a run with other settings.
+    """
+    for run in runs:
+        _check_same_settings(run)
+    waiting = [run for run in runs if not run.finished]
+    running: dict[subprocess.Popen[bytes], Run] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[_start(run)] = run
+                progress.started(run)
+            time.sleep(POLL_SECONDS)
+            progress.advanced(list(running.values()))
+            for process in [process for process in running if process.poll() is not None]:
+                progress.ended(running.pop(process), process.returncode)
+    finally:
+        # After Ctrl-C the children have got the signal too: they finish their step and save.
+        for process in running:
+            process.wait()
+    return [run for run in runs if not run.finished]
+
+
+def _check_same_settings(run: Run) -> None:
+    path = run.folder / CONFIG_FILE
+    if path.exists() and settings_from(read_yaml(path), str(path)) != run.settings:
+        raise ValueError(f"{run.folder} holds a run with other settings; choose another output folder")
+
+
+def _start(run: Run) -> subprocess.Popen[bytes]:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "knapsack_rl", "train", "--quiet"]
+    if any((checkpoint / _STATE_FILE).exists() for checkpoint in _checkpoints(run.folder)):
+        command += ["--resume", str(run.folder)]
+    else:
+        # What a run left that was stopped before its first checkpoint is of no use.
+        (run.folder / _METRICS_FILE).unlink(missing_ok=True)
+        (run.folder / "allocations.jsonl").unlink(missing_ok=True)
+        (run.folder / CONFIG_FILE).write_text(run.settings.to_yaml(), encoding="utf-8")
+        command += ["--config", str(run.folder / CONFIG_FILE), "--output", str(run.folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (run.folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)  # noqa: S603
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    return folder.glob("checkpoint-*")

@@ -1,0 +1,251 @@
+"""One training run: from settings to a run folder with metrics, allocations, model, allocator state and report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from knapsack_rl.report import write_report
+from knapsack_rl.tasks import base_model_path
+from knapsack_rl.training.data import TaskData, load_task
+from knapsack_rl.training.evaluate import held_out_accuracy
+from knapsack_rl.training.settings import CONFIG_FILE, TrainSettings
+from knapsack_rl.trl import STATE_FILE, KnapsackGRPOConfig, KnapsackGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+MODEL_FOLDER = "model"
+SHIPPED_MODEL = "arithmetic-base"
+
+
+class Display(Protocol):
+    """Where progress goes; every row is one line of ``metrics.jsonl``."""
+
+    def start(self, settings: TrainSettings, first_step: int) -> None:
+        """The run starts, or goes on, after ``first_step`` steps."""
+        ...
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A step was trained or an evaluation made."""
+        ...
+
+    def stop(self) -> None:
+        """The run ended, however it did."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        finished: whether all steps were trained; an interrupted run can be resumed.
+        steps: steps trained so far.
+        report: the report page, None if matplotlib is missing.
+    """
+
+    folder: Path
+    finished: bool
+    steps: int
+    report: Path | None
+
+
+def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bool = False) -> Outcome:
+    """Train as the settings say and write the run folder.
+
+    SIGINT (Ctrl-C) finishes the step, saves a checkpoint and ends the run so that it can be resumed; a second one
+    interrupts at once.
+
+    Args:
+        settings: the run's settings.
+        folder: run folder; made if missing.
+        display: where progress goes.
+        resume: go on from the folder's newest complete checkpoint.
+
+    Raises:
+        FileExistsError: the folder already holds a run and ``resume`` is not asked for.
+        FileNotFoundError: ``resume`` is asked for and there is no complete checkpoint.
+    """
+    checkpoint = _prepare_folder(settings, folder, resume=resume)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    task = load_task(settings)
+    name = str(base_model_path()) if settings.model == SHIPPED_MODEL else settings.model
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if not torch.cuda.is_available() else "auto")
+    recorder = _Recorder(settings, folder, task, tokenizer, display)
+    trainer = KnapsackGRPOTrainer(
+        model=model,
+        args=_trainer_arguments(settings, folder, task),
+        reward_funcs=[task.reward],
+        train_dataset=Dataset.from_list(list(task.train)),
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    with _graceful_interrupt(recorder):
+        display.start(settings, _steps_of(checkpoint) // settings.updates_per_step)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            display.stop()
+    steps = trainer.state.global_step // settings.updates_per_step
+    finished = steps >= settings.steps
+    if finished:
+        trainer.save_model(str(folder / MODEL_FOLDER))
+    trainer.allocator.save(folder / "allocator.npz")
+    return Outcome(folder, finished, steps, _report(folder))
+
+
+def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> Path | None:
+    """Write the settings, or find the checkpoint to go on from."""
+    if resume:
+        complete = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / STATE_FILE).exists()]
+        if not complete:
+            raise FileNotFoundError(f"{folder} holds no complete checkpoint to resume from")
+        return max(complete, key=_steps_of)
+    if (folder / METRICS_FILE).exists():
+        raise FileExistsError(f"{folder} already holds a run; resume it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+    return None
+
+
+def _steps_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) -> KnapsackGRPOConfig:
+    accelerated = torch.cuda.is_available()
+    return KnapsackGRPOConfig(
+        output_dir=str(folder),
+        allocation="uniform" if settings.allocation == "uniform" else "knapsack",
+        estimator="window" if settings.allocation == "paper" else settings.estimator,
+        min_rollouts=settings.min_rollouts,
+        max_rollouts=settings.max_rollouts,
+        weighting=settings.weighting,
+        log_allocations=True,
+        num_generations=settings.rollouts_per_prompt,
+        per_device_train_batch_size=settings.budget // settings.updates_per_step,
+        steps_per_generation=settings.updates_per_step,
+        gradient_accumulation_steps=1,
+        max_steps=settings.steps * settings.updates_per_step,
+        max_completion_length=task.max_completion_tokens,
+        temperature=settings.temperature,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        loss_type=settings.loss_type,
+        epsilon=settings.clip_low,
+        epsilon_high=settings.clip_high,
+        beta=settings.kl_coefficient,
+        seed=settings.seed,
+        logging_steps=1,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=max(settings.save_every, 1) * settings.updates_per_step,
+        save_total_limit=2,
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        use_cpu=not accelerated,
+        bf16=accelerated,
+        gradient_checkpointing=False,
+    )
+
+
+class _Recorder(TrainerCallback):
+    """Writes ``metrics.jsonl``, evaluates on held-out prompts, and turns an interruption into a checkpoint."""
+
+    def __init__(self, settings: TrainSettings, folder: Path, task: TaskData, tokenizer: Any, display: Display) -> None:
+        self.interrupted = False
+        self._settings = settings
+        self._metrics = folder / METRICS_FILE
+        self._task = task
+        self._tokenizer = tokenizer
+        self._display = display
+        self._started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._evaluate(kwargs["model"], 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        step, updates = divmod(state.global_step, self._settings.updates_per_step)
+        due = self._settings.eval_every and step % self._settings.eval_every == 0
+        if not updates and (due or step == self._settings.steps):
+            self._evaluate(kwargs["model"], step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        # A step of several updates is one row, that of the update which generated.
+        step, updates = divmod(state.global_step - 1, self._settings.updates_per_step)
+        if logs and "loss" in logs and not updates:
+            self._write(step + 1, {name: number for name, number in logs.items() if isinstance(number, (int, float))})
+
+    def _evaluate(self, model: Any, step: int) -> None:
+        if not self._task.held_out:
+            return
+        accuracy = held_out_accuracy(
+            model,
+            self._tokenizer,
+            self._task.held_out,
+            self._task.reward,
+            samples=self._settings.eval_samples,
+            temperature=self._settings.temperature,
+            max_new_tokens=self._task.max_completion_tokens,
+        )
+        self._write(step, {"held_out/accuracy": accuracy.sampled, "held_out/greedy_accuracy": accuracy.greedy})
+
+    def _write(self, step: int, numbers: dict[str, float]) -> None:
+        row: dict[str, Any] = {
+            "step": step,
+            "rollouts": step * self._settings.budget,
+            "seconds": round(time.perf_counter() - self._started, 3),
+        }
+        row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._display.row(row)
+
+
+@contextmanager
+def _graceful_interrupt(recorder: _Recorder) -> Iterator[None]:
+    """Let the first SIGINT end the run after its step; a second one interrupts at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        if recorder.interrupted:
+            raise KeyboardInterrupt
+        recorder.interrupted = True
+        logger.warning("interrupted: finishing the step and saving; interrupt again to stop at once")
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _report(folder: Path) -> Path | None:
+    try:
+        return write_report(folder)
+    except ImportError as error:
+        logger.warning("no report was written: %s", error)
+        return None

@@ -1,0 +1,141 @@
+"""Settings of a training run: one flat dataclass, read from YAML and the command line, written into the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "config.yaml"
+
+ALLOCATIONS = ("knapsack", "paper", "uniform")
+ESTIMATORS = ("empirical-bayes", "beta", "window")
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of ``knapsack-rl train``. Every field is a flag and a key of the YAML file.
+
+    Raises:
+        ValueError: a value is out of range, or values contradict each other.
+    """
+
+    allocation: str = _option("knapsack", "how a step's rollouts are divided over its prompts", ALLOCATIONS)
+    rollouts_per_prompt: int = _option(8, "mean rollouts per prompt; the budget of a step is this x prompts per step")
+    prompts_per_step: int = _option(64, "prompts in a step")
+    steps: int = _option(400, "training steps")
+    seed: int = _option(0, "seed of data order, sampling and initialisation")
+    model: str = _option("arithmetic-base", "the shipped base model, or any Hugging Face folder or name")
+    dataset: str = _option("arithmetic", "the generated arithmetic task, a JSONL/CSV/parquet file, or a hub data set")
+    prompt_column: str = _option("prompt", "column of the prompt in a file or hub data set")
+    answer_column: str = _option("answer", "column of the answer in a file or hub data set")
+    train_prompts: int = _option(1024, "prompts trained on (the first ones of a file)")
+    held_out_prompts: int = _option(512, "prompts only evaluated on")
+    estimator: str = _option(
+        "empirical-bayes", "what is known of success rates, with --allocation knapsack", ESTIMATORS
+    )
+    min_rollouts: int = _option(2, "fewest rollouts of a prompt")
+    max_rollouts: int = _option(128, "most rollouts of a prompt")
+    weighting: str = _option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
+    learning_rate: float = _option(3e-4, "learning rate of AdamW, constant")
+    updates_per_step: int = _option(1, "optimizer updates on each step's rollouts")
+    loss_type: str = _option("dapo", "TRL's loss_type; dapo is the token mean")
+    clip_low: float = _option(0.2, "lower clip range of the ratio")
+    clip_high: float = _option(0.28, "upper clip range of the ratio")
+    kl_coefficient: float = _option(0.0, "TRL's beta; 0 needs no reference model")
+    temperature: float = _option(1.0, "sampling temperature")
+    max_completion_tokens: int = _option(0, "longest answer in tokens; 0 takes the task's own, 256 for a file")
+    eval_every: int = _option(20, "steps between evaluations on held-out prompts; 0 evaluates at start and end only")
+    eval_samples: int = _option(4, "sampled answers per held-out prompt")
+    save_every: int = _option(50, "steps between checkpoints; 0 saves only on interruption and at the end")
+    threads: int = _option(0, "torch threads; 0 leaves torch's choice")
+    report_to: str = _option("none", "a logger of the trainer: none, tensorboard, wandb, trackio")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            given = getattr(self, spec.name)
+            kind = type(spec.default)
+            if kind is float and isinstance(given, int) and not isinstance(given, bool):
+                object.__setattr__(self, spec.name, float(given))
+            elif type(given) is not kind:
+                raise ValueError(f"{spec.name} must be {kind.__name__}, got {given!r}")
+            choices = spec.metadata["choices"]
+            if choices and given not in choices:
+                raise ValueError(f"{spec.name} must be one of {', '.join(choices)}, got {given!r}")
+        at_least = {
+            "rollouts_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "seed": 0, "train_prompts": 1,
+            "held_out_prompts": 0, "min_rollouts": 2, "updates_per_step": 1, "max_completion_tokens": 0,
+            "eval_every": 0, "eval_samples": 1, "save_every": 0, "threads": 0,
+        }  # fmt: skip
+        for name, minimum in at_least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not self.min_rollouts <= self.rollouts_per_prompt <= self.max_rollouts:
+            raise ValueError(
+                f"min_rollouts <= rollouts_per_prompt <= max_rollouts must hold, got {self.min_rollouts}, "
+                f"{self.rollouts_per_prompt}, {self.max_rollouts}"
+            )
+        if self.prompts_per_step > self.train_prompts:
+            raise ValueError(f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}")
+        if self.budget % self.updates_per_step:
+            raise ValueError(f"the step's {self.budget} rollouts do not divide into {self.updates_per_step} updates")
+
+    @property
+    def budget(self) -> int:
+        """Rollouts of a step."""
+        return self.prompts_per_step * self.rollouts_per_prompt
+
+    @property
+    def label(self) -> str:
+        """Short name of the policy and seed, good for a folder."""
+        return f"{self.allocation}-n{self.rollouts_per_prompt}-seed{self.seed}"
+
+    def to_yaml(self) -> str:
+        """The settings as YAML, in the order of the fields."""
+        import yaml
+
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def settings_from(values: Mapping[str, Any], source: str) -> TrainSettings:
+    """Make settings from a mapping.
+
+    Raises:
+        ValueError: a key is unknown or a value is not allowed; ``source`` is named.
+    """
+    known = {spec.name for spec in dataclasses.fields(TrainSettings)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        return TrainSettings(**values)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; an empty file is an empty mapping.
+
+    Raises:
+        ValueError: the file holds no mapping or is no YAML.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    return values
