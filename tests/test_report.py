@@ -24,7 +24,7 @@ RUN_PLOTS = [
 ]
 COMPARISON_PLOTS = [
     "Held-out accuracy",
-    "Held-out accuracy at the end, one dot per seed",
+    "Held-out accuracy at the end",
     "Share of the rollouts that carry a gradient",
     "Share of the prompts that carry a gradient",
 ]
@@ -233,6 +233,24 @@ def test_comparison_table_against_direct_computation(folders):
     assert knapsack["rollouts_ratio"] == pytest.approx(knapsack["rollouts_to_target"] / uniform["rollouts_to_target"])
 
 
+def test_unfinished_runs_are_not_compared_with_finished_ones(tmp_path):
+    for allocation in ("uniform", "knapsack", "paper"):
+        for seed in (0, 1):
+            steps = 30 if allocation == "uniform" or (allocation == "knapsack" and seed == 0) else 12
+            write_run(tmp_path / f"{allocation}{seed}", allocation=allocation, seed=seed, steps=steps, planned=30)
+    folders = sorted(path.parent for path in tmp_path.glob("*/config.yaml"))
+    table = {row["policy"]: row for row in comparison_table([RunLog.load(folder) for folder in folders])}
+    mixed, early = table["knapsack N=8"], table["paper N=8"]
+    assert (mixed["seeds"], mixed["unfinished"], mixed["difference_pairs"]) == ([0, 1], 1, 1)
+    assert mixed["accuracy"] == RunLog.load(tmp_path / "knapsack0").held_out[1][-1]
+    assert mixed["rollouts"] == 30 * 16 * 8
+    assert (early["unfinished"], early["difference"], early["rollouts"]) == (2, None, 12 * 16 * 8)
+    text = "".join(read(write_comparison(folders, tmp_path)).texts)
+    assert "knapsack N=8, seed 1, is unfinished (12 of 30 steps): it is left out" in text
+    assert "paper N=8, seed 0, is unfinished (12 of 30 steps): its figures are those of its last step" in text
+    assert "not reached" not in text
+
+
 def test_comparison_without_a_seed_in_common(tmp_path):
     write_run(tmp_path / "a", allocation="uniform", seed=1, gain=0.05)
     write_run(tmp_path / "b", seed=2, gain=0.0)
@@ -243,6 +261,13 @@ def test_comparison_without_a_seed_in_common(tmp_path):
     assert table[1]["rollouts_to_target"] is None
     page = read(write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path))
     assert "not reached" in page.texts
+
+
+def test_incidental_settings_do_not_split_a_policy(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), seed=seed, threads=seed, save_every=10 * seed)
+    table = comparison_table([RunLog.load(tmp_path / str(seed)) for seed in (0, 1)])
+    assert [(row["policy"], row["seeds"]) for row in table] == [("knapsack N=8", [0, 1])]
 
 
 def test_runs_that_differ_in_a_setting_are_not_averaged(tmp_path):

@@ -27,9 +27,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def model(seed: int = 0) -> LlamaForCausalLM:
@@ -52,7 +50,9 @@ def model(seed: int = 0) -> LlamaForCausalLM:
 
 def dataset(prompts: int = 24, *, ids: bool = True) -> Dataset:
     """Distinct prompts; column ``answer`` names the prompt it belongs to, whatever the id is."""
-    rows: list[dict[str, Any]] = [{"prompt": f"{k}+{k % 7}=", "answer": f"answer of {k}+{k % 7}="} for k in range(prompts)]
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{k}+{k % 7}=", "answer": f"answer of {k}+{k % 7}="} for k in range(prompts)
+    ]
     if ids:
         rows = [row | {"prompt_id": f"p{k}"} for k, row in enumerate(rows)]
     return Dataset.from_list(rows)
@@ -83,7 +83,9 @@ def recording(function: Callable[..., Any], batches: list[dict[str, Any]]) -> Ca
         rewards = function(completions=completions, prompts=prompts, **columns)
         columns = {name: values for name, values in columns.items() if isinstance(values, list)}
         lengths = [len(ids) for ids in completion_ids]
-        batches.append(columns | {"prompts": prompts, "completions": completions, "lengths": lengths, "rewards": rewards})
+        batches.append(
+            columns | {"prompts": prompts, "completions": completions, "lengths": lengths, "rewards": rewards}
+        )
         return rewards
 
     recorded.__name__ = function.__name__

@@ -15,17 +15,8 @@ from knapsack_rl.runlog import RunLog
 SMOOTHING = 3
 """Evaluations averaged before a curve is searched for a target accuracy."""
 
-# Settings that make two runs different policies or tasks, so that they must not be averaged as seeds.
-_SETTINGS = (
-    "model",
-    "dataset",
-    "estimator",
-    "prompts_per_step",
-    "steps",
-    "min_rollouts",
-    "max_rollouts",
-    "learning_rate",
-)
+# Settings that may vary between seeds of one policy, because they do not change what is learned.
+_INCIDENTAL = {"seed", "threads", "report_to", "save_every", "eval_every"}
 
 
 @dataclass(frozen=True)
@@ -42,17 +33,25 @@ class Policy:
     runs: dict[int | str, RunLog]
     uniform: bool
 
+    @property
+    def compared(self) -> dict[int | str, RunLog]:
+        """The finished runs by seed; all runs as long as none is finished.
+
+        A mean over runs at different points of their training would describe none of them.
+        """
+        return {seed: run for seed, run in self.runs.items() if run.finished} or self.runs
+
     def per_seed(self, measure: Callable[[RunLog], float]) -> dict[int | str, float]:
-        """A measure of each run, seeds without a finite value left out."""
-        values = {seed: measure(run) for seed, run in self.runs.items()}
+        """A measure of each compared run, seeds without a finite value left out."""
+        values = {seed: measure(run) for seed, run in self.compared.items()}
         return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
 def policies(runs: Sequence[RunLog]) -> list[Policy]:
     """Group runs by policy: uniform ones first, by N, then the others in the order given.
 
-    The label names the allocation and N. Where runs of the same name differ in a setting that matters (the
-    estimator, the model, ...), that setting joins the label.
+    The label names the allocation and N. Where runs of the same name differ in a setting that changes what is
+    learned (the estimator, the model, ...), that setting joins the label.
 
     Raises:
         ValueError: If two runs have the same label and the same seed.
@@ -63,7 +62,8 @@ def policies(runs: Sequence[RunLog]) -> list[Policy]:
         named.setdefault(name, []).append(run)
     grouped: dict[str, Policy] = {}
     for name, members in named.items():
-        varying = [key for key in _SETTINGS if len({repr(run.config.get(key)) for run in members}) > 1]
+        keys = sorted({key for run in members for key in run.config} - _INCIDENTAL)
+        varying = [key for key in keys if len({repr(run.config.get(key)) for run in members}) > 1]
         for run in members:
             extra = ", ".join(f"{key} {run.config.get(key)}" for key in varying)
             label = f"{name} ({extra})" if extra else name
@@ -97,13 +97,13 @@ def final_accuracy(run: RunLog) -> float:
 
 
 def accuracy_curve(policy: Policy, smoothing: int = 1) -> Curve:
-    """Held-out accuracy against rollouts generated, over the seeds of a policy.
+    """Held-out accuracy against rollouts generated, over the compared seeds of a policy.
 
     Args:
         policy: The runs.
         smoothing: Evaluations in the centred moving average of each run, 1 for none.
     """
-    held_out = [run.held_out for run in policy.runs.values()]
+    held_out = [run.held_out for run in policy.compared.values()]
     return mean_curve((rollouts, moving_average(accuracy, smoothing)) for rollouts, accuracy in held_out)
 
 
@@ -112,7 +112,7 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
 
     Means are over seeds, intervals are half-widths of 95 % t-intervals of the mean; a figure that cannot be
     computed (no evaluation yet, one seed only, no baseline) is None. The baseline is the uniform policy with
-    the fewest rollouts per prompt.
+    the fewest rollouts per prompt. Unfinished runs are left out of a policy that has finished ones.
 
     Keys of a row:
         policy, baseline: Label, and whether this is the baseline.
@@ -120,7 +120,7 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
         rollouts: Rollouts generated per run.
         accuracy, accuracy_interval, accuracy_by_seed: Held-out accuracy of the last evaluation.
         difference, difference_interval, difference_pairs: Final accuracy minus that of the baseline's run
-            with the same seed, and the number of such pairs.
+            with the same seed, both finished, and the number of such pairs.
         effective_rollouts, effective_prompts: Share of rollouts and of groups with a gradient, over the last
             20 % of the steps.
         unsolved_share: Prompts whose last visit had no success.
@@ -137,9 +137,7 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
     groups = policies(runs)
     baseline = baseline_of(groups)
     target, baseline_rollouts = math.nan, math.nan
-    baseline_accuracy: dict[int | str, float] = {}
     if baseline is not None:
-        baseline_accuracy = baseline.per_seed(final_accuracy)
         curve = accuracy_curve(baseline, SMOOTHING)
         if curve.mean.size:
             target = float(curve.mean[-1])
@@ -147,18 +145,17 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for policy in groups:
         accuracy = policy.per_seed(final_accuracy)
-        pairs = [accuracy[seed] - baseline_accuracy[seed] for seed in accuracy if seed in baseline_accuracy]
-        pairs = [] if policy is baseline else pairs
+        pairs = [] if baseline is None or policy is baseline else _gaps(policy, baseline)
         smooth = accuracy_curve(policy, SMOOTHING)
         reached = rollouts_to_reach(smooth.x, smooth.mean, target)
-        members = list(policy.runs.values())
+        members = list(policy.compared.values())
         started = [run for run in members if run.steps.size]
         rows.append(
             {
                 "policy": policy.label,
                 "baseline": policy is baseline,
                 "seeds": list(policy.runs),
-                "unfinished": sum(not run.finished for run in members),
+                "unfinished": sum(not run.finished for run in policy.runs.values()),
                 "rollouts": float(np.mean([run.rollouts.sum() for run in members])),
                 "accuracy": _mean(accuracy.values()),
                 "accuracy_interval": t_interval(list(accuracy.values())),
@@ -178,6 +175,16 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _gaps(policy: Policy, baseline: Policy) -> list[float]:
+    """Final accuracy minus the baseline's, for each seed that both have finished."""
+    mine, base = policy.per_seed(final_accuracy), baseline.per_seed(final_accuracy)
+    return [
+        mine[seed] - base[seed]
+        for seed in mine
+        if seed in base and policy.runs[seed].finished and baseline.runs[seed].finished
+    ]
 
 
 def _mean(values: Any) -> float | None:

@@ -91,10 +91,14 @@ def _notices(groups: Sequence[Policy]) -> list[str]:
     for policy in groups:
         for seed, run in policy.runs.items():
             if not run.finished:
+                use = (
+                    "it is left out of the figures and curves below"
+                    if any(other.finished for other in policy.runs.values())
+                    else "its figures are those of its last step, and it is not set against the baseline"
+                )
                 planned = "" if run.planned_steps is None else f" of {run.planned_steps:,}"
                 notices.append(
-                    f"{policy.label}, seed {seed}, is unfinished ({run.steps.size:,}{planned} steps): "
-                    "its figures at the end are those of its last step."
+                    f"{policy.label}, seed {seed}, is unfinished ({run.steps.size:,}{planned} steps): {use}."
                 )
             if not run.held_out[1].size:
                 notices.append(f"{policy.label}, seed {seed}, has no held-out evaluation.")
@@ -126,6 +130,8 @@ def _findings(rows: Sequence[dict[str, Any]]) -> str:
         text = (
             f"{row['policy']} ends {_interval(abs(gap), half)} points {side} {baseline['policy']} in held-out accuracy"
         )
+        if row["rollouts"] != baseline["rollouts"]:
+            text += f", with {row['rollouts']:,.0f} rollouts against {baseline['rollouts']:,.0f}"
         if half is None:
             text += " (one pair of seeds, so no interval)"
         elif abs(gap) <= half:
@@ -140,7 +146,11 @@ def _findings(rows: Sequence[dict[str, Any]]) -> str:
 
 def _cells(row: dict[str, Any]) -> tuple[object, ...]:
     reached = row["rollouts_to_target"]
-    missed = "not reached" if row["accuracy"] is not None and row["target_accuracy"] is not None else None
+    missed = (
+        "not reached"
+        if not row["unfinished"] and row["accuracy"] is not None and row["target_accuracy"] is not None
+        else None
+    )
     difference = "baseline" if row["baseline"] else _interval(row["difference"], row["difference_interval"], sign=True)
     unfinished = f" ({row['unfinished']} unfinished)" if row["unfinished"] else ""
     return (
@@ -214,8 +224,9 @@ def _plots(groups: Sequence[Policy]) -> list[str]:
 
 def _trend(policy: Policy, share: Callable[[RunLog], FloatArray]) -> Curve:
     """A share over the steps, each run smoothed before the seeds are averaged."""
-    window = plots.trend_window(max(run.steps.size for run in policy.runs.values()))
-    return mean_curve((run.steps, moving_average(share(run), window)) for run in policy.runs.values())
+    runs = policy.compared.values()
+    window = plots.trend_window(max(run.steps.size for run in runs))
+    return mean_curve((run.steps, moving_average(share(run), window)) for run in runs)
 
 
 def _settings(groups: Sequence[Policy]) -> list[str]:

@@ -244,7 +244,7 @@ def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: s
     Args:
         values: Shares (0 to 1) of each seed by label of the policy.
         ax: Where to draw.
-        quantity: What the dots measure; names the axis and the plot.
+        quantity: What the dots measure; the title of the plot.
     """
     for row, shares in enumerate(values.values()):
         colour = CURVE_COLOURS[row % len(CURVE_COLOURS)]
@@ -254,9 +254,9 @@ def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: s
             ax.plot([points.mean()] * 2, [row - 0.28, row + 0.28], color=colour, linewidth=2.2)
     ax.set_yticks(range(len(values)), [textwrap.fill(_short(label), 24) for label in values])
     ax.set_ylim(len(values) - 0.5, -0.5)
-    ax.set_xlabel(f"{quantity} (%)")
+    ax.set_xlabel("%, one dot per seed")
     ax.margins(x=0.1)
-    return _finish(ax, f"{quantity[:1].upper()}{quantity[1:]}, one dot per seed")
+    return _finish(ax, quantity[:1].upper() + quantity[1:])
 
 
 def _bands(curves: Mapping[str, Curve], ax: Axes) -> None:

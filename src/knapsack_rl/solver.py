@@ -156,7 +156,7 @@ def solve(
 
 
 def _tie_break(name: str, given: ArrayLike | None, prompts: int, dtype: type) -> NDArray:
-    array = np.zeros(prompts, dtype) if given is None else np.ascontiguousarray(given, dtype=dtype)
+    array: NDArray = np.zeros(prompts, dtype) if given is None else np.ascontiguousarray(given, dtype=dtype)
     if array.shape != (prompts,) or np.isnan(array).any():
         raise ValueError(f"{name} must hold one number per prompt ({prompts}) and no NaN, got shape {array.shape}")
     return array

@@ -1,1 +1,119 @@
-def add_parser(c): pass
+"""``knapsack-rl allocate``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knapsack_rl.allocation import Allocation, allocate
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.estimator import ESTIMATORS
+from knapsack_rl.logs import Columns, column, identities, numbers, read_columns
+from knapsack_rl.tracker import PromptId
+
+EXAMPLES = """examples:
+  knapsack-rl allocate rates.csv --budget 2048            columns prompt_id, success_rate (empty = unseen)
+  knapsack-rl allocate rewards.jsonl                      columns prompt_id, reward and, if there, step
+  knapsack-rl allocate rewards.parquet --reward-column score --success-threshold 0.5 --format json
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "allocate",
+        help="success rates or reward logs in, rollouts per prompt out",
+        description="Allocate a rollout budget over the prompts of a file. A file with a column of success rates is "
+        "taken at its word; a file of rewards, one row per rollout, goes through an estimator, step by step.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSONL or parquet")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--budget", type=int, help="rollouts in all")
+    budget.add_argument("--rollouts-per-prompt", type=int, default=8, help="mean rollouts per prompt (default: 8)")
+    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
+    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
+    parser.add_argument("--fallback", action="store_true", help="with success rates: the paper's fallback rule")
+    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="empirical-bayes", help="with rewards")
+    parser.add_argument("--success-threshold", type=float, default=0.0, help="a reward above it is a success")
+    parser.add_argument("--id-column", default="prompt_id", metavar="NAME")
+    parser.add_argument("--rate-column", default="success_rate", metavar="NAME")
+    parser.add_argument("--reward-column", default="reward", metavar="NAME")
+    parser.add_argument("--step-column", default="step", metavar="NAME", help="orders the visits of a prompt")
+    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="(default: csv)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: standard output)")
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print one line per prompt: id, estimated success rate, rollouts."""
+    columns = read_columns(parsed.file)
+    ids, allocation = _from_rates(columns, parsed) if parsed.rate_column in columns else _from_rewards(columns, parsed)
+    rates = np.full(len(ids), np.nan) if allocation.success_rates is None else allocation.success_rates
+    rows = [
+        {"prompt_id": prompt_id, "success_rate": None if np.isnan(rate) else float(rate), "rollouts": int(count)}
+        for prompt_id, rate, count in zip(ids, rates, allocation.counts, strict=True)
+    ]
+    text = _as_json(rows, allocation) if parsed.format == "json" else _as_csv(rows)
+    if parsed.output:
+        parsed.output.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    if allocation.reason:
+        print(allocation.reason, file=sys.stderr)
+    return 0
+
+
+def _budget(parsed: argparse.Namespace, prompts: int) -> int:
+    return parsed.rollouts_per_prompt * prompts if parsed.budget is None else parsed.budget
+
+
+def _from_rates(columns: Columns, parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]:
+    rates = numbers(columns[parsed.rate_column], parsed.rate_column)
+    ids = identities(columns[parsed.id_column], parsed.id_column) if parsed.id_column in columns else range(len(rates))
+    found = allocate(
+        rates, _budget(parsed, len(rates)), parsed.min_rollouts, parsed.max_rollouts, fallback=parsed.fallback
+    )
+    return list(ids), found
+
+
+def _from_rewards(columns: Columns, parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]:
+    if parsed.fallback:
+        raise ValueError("--fallback goes with success rates; for rewards use --estimator window, the paper's rule")
+    ids = identities(column(columns, parsed.id_column, parsed.file), parsed.id_column)
+    rewards = numbers(column(columns, parsed.reward_column, parsed.file), parsed.reward_column)
+    steps = np.zeros(len(ids))
+    if parsed.step_column in columns:
+        steps = numbers(columns[parsed.step_column], parsed.step_column)
+        if np.isnan(steps).any():
+            row = int(np.flatnonzero(np.isnan(steps))[0]) + 1
+            raise ValueError(f"column {parsed.step_column!r}, row {row} is empty; every row needs a step, or none")
+    allocator = KnapsackAllocator(
+        parsed.estimator, parsed.min_rollouts, parsed.max_rollouts, success=parsed.success_threshold
+    )
+    for step in np.unique(steps):
+        rows = np.flatnonzero(steps == step)
+        allocator.observe([ids[row] for row in rows], rewards[rows])
+    prompts = list(dict.fromkeys(ids))
+    return prompts, allocator.allocate(prompts, _budget(parsed, len(prompts)))
+
+
+def _as_json(rows: list[dict[str, Any]], allocation: Allocation) -> str:
+    summary = {"expected_value": allocation.expected_value, "reason": allocation.reason, "prompts": rows}
+    return json.dumps(summary, indent=2) + "\n"
+
+
+def _as_csv(rows: list[dict[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, ["prompt_id", "success_rate", "rollouts"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

@@ -73,7 +73,8 @@ class Panel:
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
         """Open the panel."""
-        self._title = f"{settings.label}: {settings.prompts_per_step} prompts x {settings.rollouts_per_prompt} rollouts"
+        shape = f"{settings.prompts_per_step} prompts x {settings.rollouts_per_prompt} rollouts"
+        self._title = f"{settings.label}: {shape}"
         self._progress = Progress(
             TextColumn("[bold]step"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
         )

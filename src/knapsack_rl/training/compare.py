@@ -82,7 +82,9 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
     """
     unknown = [policy for policy in policies if policy not in POLICIES]
     if unknown or len(set(policies)) < len(policies) or len(set(seeds)) < len(seeds) or not policies or not seeds:
-        raise ValueError(f"give distinct policies from {', '.join(POLICIES)} and distinct seeds, got {policies}, {seeds}")
+        raise ValueError(
+            f"give distinct policies from {', '.join(POLICIES)} and distinct seeds, got {policies}, {seeds}"
+        )
     runs = []
     for seed in seeds:
         for policy in policies:

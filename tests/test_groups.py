@@ -1,0 +1,406 @@
+"""Ragged groups: advantages and statistics against loops over the groups."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Rollouts, no_deadline, ragged_groups
+
+import knapsack_rl as kr
+from knapsack_rl.groups import (
+    DIFFICULTY_CLASSES,
+    difficulty_class,
+    group_outcomes,
+    prompt_weights,
+    successes_of,
+    transition_matrix,
+)
+
+NAN = float("nan")
+
+
+def members_of(groups) -> dict[object, list[int]]:
+    found: dict[object, list[int]] = {}
+    for row, group in enumerate(groups.tolist()):
+        found.setdefault(group, []).append(row)
+    return found
+
+
+def alike(rewards: list[float]) -> bool:
+    """Equal within a millionth of the largest reward."""
+    return max(rewards) - min(rewards) <= 1e-6 * max(map(abs, rewards))
+
+
+def deviation_of(rewards: list[float]) -> float:
+    mean = math.fsum(rewards) / len(rewards)
+    return math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)) if len(rewards) > 1 else 0.0
+
+
+def advantages_by_loop(rollouts: Rollouts, scale: str, weighting: str, epsilon: float) -> list[float]:
+    groups, rewards = rollouts
+    members = members_of(groups)
+    scored = [r for r in rewards.tolist() if not math.isnan(r)]
+    advantages = [0.0] * len(rewards)
+    for rows in members.values():
+        known = [row for row in rows if not math.isnan(rewards[row])]
+        own = [float(rewards[row]) for row in known]
+        if len(own) < 2 or alike(own):
+            continue
+        divisor = {"group": deviation_of(own) + epsilon, "batch": deviation_of(scored) + epsilon, "none": 1.0}[scale]
+        for row, reward in zip(known, own, strict=True):
+            advantages[row] = (reward - math.fsum(own) / len(own)) / divisor
+            if weighting == "prompt":
+                advantages[row] *= len(rewards) / (len(members) * len(rows))
+    return advantages
+
+
+# --- advantages ---
+
+
+@no_deadline
+@given(
+    ragged_groups(allow_nan=True),
+    st.sampled_from(["group", "batch", "none"]),
+    st.sampled_from(["rollout", "prompt"]),
+    st.sampled_from([1e-4, 0.0, 0.5]),
+)
+def test_advantages_match_a_loop_over_groups(rollouts: Rollouts, scale, weighting, epsilon: float) -> None:
+    found = kr.group_advantages(*rollouts, scale=scale, weighting=weighting, epsilon=epsilon)
+    assert found.dtype == np.float64
+    expected = advantages_by_loop(rollouts, scale, weighting, epsilon)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_advantages_match_torch() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(np.repeat(np.arange(40), rng.integers(2, 30, 40)))
+    rewards = rng.normal(size=groups.size) + groups
+    found = kr.group_advantages(groups, rewards)
+    for group in range(40):
+        own = torch.tensor(rewards[groups == group], dtype=torch.float64)
+        expected = (own - own.mean()) / (own.std(unbiased=True) + 1e-4)
+        np.testing.assert_allclose(found[groups == group], expected.numpy(), rtol=1e-10, atol=1e-12)
+
+
+def test_worked_advantages() -> None:
+    found = kr.group_advantages(["a", "b", "a", "a", "b"], [1, 5, 0, 0, 7], epsilon=0.0)
+    spread = math.sqrt(1 / 3)
+    np.testing.assert_allclose(
+        found, [2 / 3 / spread, -1 / math.sqrt(2), -1 / 3 / spread, -1 / 3 / spread, 1 / math.sqrt(2)], rtol=1e-12
+    )
+    unscaled = kr.group_advantages(["a", "b", "a", "a", "b"], [1, 5, 0, 0, 7], scale="none")
+    np.testing.assert_allclose(unscaled, [2 / 3, -1, -1 / 3, -1 / 3, 1], rtol=1e-12)
+
+
+@no_deadline
+@given(ragged_groups(allow_nan=True), st.randoms(use_true_random=False))
+def test_rows_may_stand_in_any_order(rollouts: Rollouts, random) -> None:
+    order = np.array(random.sample(range(rollouts.rewards.size), rollouts.rewards.size))
+    for scale in ("group", "batch", "none"):
+        found = kr.group_advantages(*rollouts, scale=scale, weighting="prompt")
+        moved = kr.group_advantages(rollouts.groups[order], rollouts.rewards[order], scale=scale, weighting="prompt")
+        np.testing.assert_allclose(moved, found[order], rtol=1e-9, atol=1e-12)
+
+
+@no_deadline
+@given(ragged_groups())
+def test_advantages_of_a_group_sum_to_zero_and_keep_the_order_of_rewards(rollouts: Rollouts) -> None:
+    found = kr.group_advantages(*rollouts)
+    for rows in members_of(rollouts.groups).values():
+        assert abs(found[rows].sum()) < 1e-9
+        by_reward = np.argsort(rollouts.rewards[rows], kind="stable")
+        assert (np.diff(found[rows][by_reward]) >= -1e-12).all()
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("weighting", ["rollout", "prompt"])
+@pytest.mark.parametrize("epsilon", [1e-4, 0.0])
+def test_groups_of_one_have_no_advantage(scale, weighting, epsilon: float) -> None:
+    """Mistake 10: the raw reward of a lone rollout is no advantage."""
+    found = kr.group_advantages([0, 1, 1, 2], [5.0, 0.0, 1.0, -3.0], scale=scale, weighting=weighting, epsilon=epsilon)
+    assert found[0] == found[3] == 0.0
+    assert found[2] > 0.0
+    assert kr.group_advantages([4], [1.0], scale=scale, weighting=weighting, epsilon=epsilon).tolist() == [0.0]
+    # One scored rollout beside unscored ones is a group of one, too.
+    found = kr.group_advantages([0, 0, 0], [NAN, 2.0, NAN], scale=scale, weighting=weighting, epsilon=epsilon)
+    assert found.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("epsilon", [1e-4, 0.0])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [0.1 + 0.2, 0.3],
+        [1.0, 1.0 + 1e-12, 1.0 - 1e-12],
+        [-0.7, -0.1 * 7, -(0.1 + 0.6)],
+        [1e9 + 1e-4, 1e9],
+        [sum([0.1] * 10), 1.0],
+        [0.0, 0.0, -0.0],
+        [2.0, 2.0],
+    ],
+)
+def test_rewards_equal_within_rounding_give_exactly_nothing(rewards: list[float], scale, epsilon: float) -> None:
+    found = kr.group_advantages([0] * len(rewards) + [1, 1], [*rewards, 0.0, 1.0], scale=scale, epsilon=epsilon)
+    assert found[: len(rewards)].tolist() == [0.0] * len(rewards)
+    assert (found[len(rewards) :] != 0).all()
+    assert kr.group_statistics([0] * len(rewards), rewards).effective_gradient_ratio == 0.0
+
+
+def test_small_true_differences_count() -> None:
+    found = kr.group_advantages([0, 0], [1.0, 1.0 + 1e-5], epsilon=0.0)
+    np.testing.assert_allclose(found, [-math.sqrt(0.5), math.sqrt(0.5)], rtol=1e-6)
+    assert (kr.group_advantages([0, 0], [0.0, 1e-9], epsilon=0.0) != 0).all()
+
+
+def test_unscored_rollouts_are_left_out() -> None:
+    with_gap = kr.group_advantages([0, 0, 0, 1, 1, 1], [1.0, NAN, 0.0, NAN, NAN, NAN])
+    without = kr.group_advantages([0, 0], [1.0, 0.0])
+    assert with_gap[[0, 2]].tolist() == without.tolist()
+    assert with_gap[[1, 3, 4, 5]].tolist() == [0.0] * 4
+
+
+def test_ragged_groups_of_the_right_total_are_not_mixed() -> None:
+    """Mistake 11: sizes 3, 5, 4 and 4 have the total of 4 x 4, and reshape(-1, 4) would mix prompts silently."""
+    sizes = [3, 5, 4, 4]
+    groups = np.repeat(np.arange(4), sizes)
+    rewards = np.array([1, 0, 1] + [0, 0, 0, 0, 0] + [1, 1, 1, 1] + [0, 1, 0, 1], dtype=float)
+    found = kr.group_advantages(groups, rewards, epsilon=0.0)
+    assert found[3:12].tolist() == [0.0] * 9
+    squares = rewards.reshape(-1, 4)
+    mixed = ((squares - squares.mean(1, keepdims=True)) / (squares.std(1, ddof=1, keepdims=True) + 1e-4)).ravel()
+    assert mixed[3] != 0.0  # what reshaping would have made of the all-wrong prompt
+    np.testing.assert_allclose(found[:3], [math.sqrt(1 / 3), -2 * math.sqrt(1 / 3), math.sqrt(1 / 3)], rtol=1e-12)
+
+
+@no_deadline
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=8), st.sampled_from(["batch", "none"]))
+def test_prompt_weighting_makes_every_prompt_weigh_the_same(sizes: list[int], scale) -> None:
+    """The weights R / (G N_i) sum to R / G in every group, which is the uniform group size."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    weights = prompt_weights(groups)
+    np.testing.assert_allclose(np.bincount(groups, weights=np.abs(weights)), groups.size / len(sizes), rtol=1e-12)
+    rewards = (np.arange(groups.size) % 2).astype(float)
+    plain = kr.group_advantages(groups, rewards, scale=scale)
+    weighted = kr.group_advantages(groups, rewards, scale=scale, weighting="prompt")
+    np.testing.assert_allclose(weighted, plain * weights, rtol=1e-12)
+
+
+def test_prompt_weighting_equalises_a_large_and_a_small_prompt() -> None:
+    groups = np.repeat([0, 1], [92, 2])
+    rewards = np.tile([0.0, 1.0], 47)
+    pull = {}
+    for weighting in ("rollout", "prompt"):
+        advantages = np.abs(kr.group_advantages(groups, rewards, scale="none", weighting=weighting))
+        pull[weighting] = np.bincount(groups, weights=advantages)
+    assert pull["rollout"][0] == pytest.approx(46 * pull["rollout"][1])
+    assert pull["prompt"][0] == pytest.approx(pull["prompt"][1])
+
+
+def test_the_weighting_changes_by_request_only() -> None:
+    """Mistake 9: the default is the paper's, per rollout, and uniform groups do not feel the choice."""
+    parameters = inspect.signature(kr.group_advantages).parameters
+    assert parameters["weighting"].default == "rollout"
+    assert parameters["scale"].default == "group"
+    assert parameters["epsilon"].default == 1e-4
+    groups, rewards = np.repeat(np.arange(5), 4), np.random.default_rng(1).random(20)
+    plain = kr.group_advantages(groups, rewards)
+    np.testing.assert_allclose(kr.group_advantages(groups, rewards, weighting="prompt"), plain, rtol=1e-14)
+
+
+def test_arguments_are_not_changed() -> None:
+    groups, rewards = np.array([1, 1, 0]), np.array([1.0, 0.0, NAN])
+    kr.group_advantages(groups, rewards, weighting="prompt")
+    kr.group_statistics(groups, rewards)
+    assert groups.tolist() == [1, 1, 0]
+    assert rewards[:2].tolist() == [1.0, 0.0]
+
+
+# --- statistics ---
+
+
+def class_by_rate(successes: int, total: int) -> str:
+    """The paper's classes; whole numbers, so 0.2 and 0.8 are met exactly."""
+    if successes == total:
+        return "extremely easy"
+    if successes == 0:
+        return "extremely hard"
+    if 10 * successes >= 8 * total:
+        return "easy"
+    return "hard" if 10 * successes <= 2 * total else "medium"
+
+
+@no_deadline
+@given(ragged_groups(allow_nan=True), st.sampled_from([0.0, 0.5, -1.0]))
+def test_statistics_match_loops(rollouts: Rollouts, threshold: float) -> None:
+    per_group = [
+        [r for r in rollouts.rewards[rows].tolist() if not math.isnan(r)]
+        for rows in members_of(rollouts.groups).values()
+    ]
+    scored = [own for own in per_group if own]
+    found = kr.group_statistics(*rollouts, success=threshold)
+    assert found.prompts == len(scored)
+    assert found.rollouts == sum(map(len, scored))
+    if not scored:
+        assert math.isnan(found.effective_gradient_ratio)
+        assert math.isnan(found.effective_prompt_ratio)
+        assert math.isnan(found.covered_by_success)
+        assert (found.smallest_group, found.largest_group) == (0, 0)
+        return
+    varied = [own for own in scored if not alike(own)]
+    good = [sum(r > threshold for r in own) for own in scored]
+    sizes = [len(own) for own in scored]
+    pairs = list(zip(good, sizes, strict=True))
+    classes = [class_by_rate(*pair) for pair in pairs]
+    count = len(scored)
+    assert found.effective_gradient_ratio == pytest.approx(sum(map(len, varied)) / found.rollouts)
+    assert found.effective_prompt_ratio == pytest.approx(len(varied) / count)
+    assert found.covered_by_success == pytest.approx(sum(g > 0 for g in good) / count)
+    assert found.covered_by_failure == pytest.approx(sum(g < n for g, n in pairs) / count)
+    assert found.all_correct == pytest.approx(sum(g == n for g, n in pairs) / count)
+    assert found.all_wrong == pytest.approx(sum(g == 0 for g in good) / count)
+    assert found.class_shares == pytest.approx([classes.count(name) / count for name in DIFFICULTY_CLASSES])
+    assert (found.smallest_group, found.largest_group) == (min(sizes), max(sizes))
+
+
+def test_worked_statistics() -> None:
+    groups = ["a"] * 2 + ["b"] * 6 + ["c"] * 2
+    found = kr.group_statistics(groups, [1, 1] + [1, 0, 0, 0, 0, 0] + [0, 0])
+    assert found.effective_gradient_ratio == 0.6
+    assert found.effective_prompt_ratio == pytest.approx(1 / 3)
+    assert found.class_shares == pytest.approx((1 / 3, 0, 0, 1 / 3, 1 / 3))
+    flat = found.as_dict()
+    assert flat["effective_gradient_ratio"] == 0.6
+    assert flat["class/extremely_easy"] == pytest.approx(1 / 3)
+    assert all(isinstance(number, float) for number in flat.values())
+    assert "class_shares" not in flat
+
+
+@no_deadline
+@given(ragged_groups(allow_nan=True))
+def test_outcomes_come_in_order_of_first_appearance(rollouts: Rollouts) -> None:
+    members = members_of(rollouts.groups)
+    found = group_outcomes(*rollouts)
+    assert found.first_row.tolist() == [rows[0] for rows in members.values()]
+    assert rollouts.groups[found.first_row][found.group_of_rollout].tolist() == rollouts.groups.tolist()
+    for index, rows in enumerate(members.values()):
+        own = [r for r in rollouts.rewards[rows].tolist() if not math.isnan(r)]
+        assert found.totals[index] == len(own)
+        assert found.successes[index] == sum(r > 0 for r in own)
+        if own:
+            assert found.mean_reward[index] == pytest.approx(math.fsum(own) / len(own), abs=1e-12)
+        else:
+            assert math.isnan(found.mean_reward[index])
+            assert not found.effective[index]
+
+
+def test_an_empty_batch_has_no_statistics() -> None:
+    found = kr.group_statistics(np.array([], dtype=np.int64), [])
+    assert (found.rollouts, found.prompts) == (0, 0)
+    assert math.isnan(found.effective_gradient_ratio)
+    assert kr.group_advantages(np.array([], dtype=np.int64), []).shape == (0,)
+
+
+# --- success rule ---
+
+
+def test_success_threshold_and_function() -> None:
+    rewards = np.array([-1.0, 0.0, 0.4, 0.5, 1.0, NAN])
+    assert successes_of(rewards, 0.0).tolist() == [False, False, True, True, True, False]
+    assert successes_of(rewards, 0.5).tolist() == [False, False, False, False, True, False]
+    assert successes_of(rewards, lambda r: r >= 0.5).tolist() == [False, False, False, True, True, False]
+    assert not successes_of(rewards, lambda r: ~(r < 5))[5]  # NaN is never a success, whatever the function says
+    for bad in (NAN, np.inf):
+        with pytest.raises(ValueError, match="success threshold must be a finite number"):
+            successes_of(rewards, bad)
+    with pytest.raises(ValueError, match=r"success function returned shape \(\).*\(6,\)"):
+        successes_of(rewards, lambda r: True)
+
+
+# --- difficulty ---
+
+
+@pytest.mark.parametrize("total", range(1, 61))
+def test_class_borders(total: int) -> None:
+    successes = np.arange(total + 1)
+    found = difficulty_class(successes, np.full(total + 1, total))
+    assert [DIFFICULTY_CLASSES[k] for k in found] == [class_by_rate(int(good), total) for good in successes]
+
+
+def test_worked_class_borders() -> None:
+    names = [DIFFICULTY_CLASSES[k] for k in difficulty_class([10, 9, 8, 7, 3, 2, 1, 0], [10] * 8)]
+    assert names == ["extremely easy", "easy", "easy", "medium", "medium", "hard", "hard", "extremely hard"]
+    assert difficulty_class([0], [0]).tolist() == [-1]
+
+
+@pytest.mark.parametrize(("successes", "totals"), [([3], [2]), ([-1], [2]), ([1, 1], [2])])
+def test_impossible_counts_are_refused(successes, totals) -> None:
+    with pytest.raises(ValueError, match="successes must lie between 0 and totals"):
+        difficulty_class(successes, totals)
+
+
+@no_deadline
+@given(st.lists(st.tuples(st.integers(-1, 4), st.integers(-1, 4)), max_size=40))
+def test_transitions_match_a_loop(pairs: list[tuple[int, int]]) -> None:
+    expected = np.zeros((5, 5), dtype=int)
+    for first, last in pairs:
+        if first >= 0 and last >= 0:
+            expected[first, last] += 1
+    found = transition_matrix([first for first, _ in pairs], [last for _, last in pairs])
+    assert found.shape == (5, 5)
+    assert found.tolist() == expected.tolist()
+
+
+def test_transition_errors() -> None:
+    with pytest.raises(ValueError, match=r"same shape.*\(2,\).*\(1,\)"):
+        transition_matrix([0, 1], [0])
+    for bad in (5, -2):
+        with pytest.raises(ValueError, match="between -1 and 4"):
+            transition_matrix([bad], [0])
+        with pytest.raises(ValueError, match="between -1 and 4"):
+            transition_matrix([0], [bad])
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("function", [kr.group_advantages, kr.group_statistics])
+@pytest.mark.parametrize(
+    ("groups", "rewards", "message"),
+    [
+        ([0, 0, 1], [1.0, 0.0], r"equally long.*\(3,\).*\(2,\)"),
+        ([[0, 1]], [[1.0, 0.0]], "one-dimensional"),
+        ([0.0, 1.0], [1.0, 0.0], "ids.*got floats"),
+        ([0, 0, 0], [1.0, np.inf, 0.0], r"rewards\[1\] is inf"),
+        ([0, 0], [1.0, -np.inf], r"rewards\[1\] is -inf"),
+        ([0, 0], ["good", "bad"], "rewards must be numbers"),
+        ([None, "a"], [1.0, 0.0], "ids"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(function, groups, rewards, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(groups, rewards)
+
+
+def test_ids_of_different_types_are_not_merged() -> None:
+    """Mistake 6: 7 and "7" are different prompts; two lone rollouts have no advantage."""
+    try:
+        found = kr.group_advantages([7, "7"], [0.0, 1.0])
+    except ValueError:
+        return
+    assert found.tolist() == [0.0, 0.0]
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="scale must be 'group', 'batch' or 'none', got 'std'"):
+        kr.group_advantages([0, 0], [0.0, 1.0], scale="std")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weighting must be 'rollout' or 'prompt', got 'token'"):
+        kr.group_advantages([0, 0], [0.0, 1.0], weighting="token")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="epsilon"):
+        kr.group_advantages([0, 0], [0.0, 1.0], epsilon=-1.0)

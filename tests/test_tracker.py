@@ -1,0 +1,288 @@
+"""The tracker against plain lists of outcomes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import no_deadline, visits
+
+from knapsack_rl.tracker import COLUMNS, RECENT, Tracker, check_prompt_ids, stable_order
+
+prompt_ids = st.one_of(st.integers(-(2**70), 2**70), st.text(max_size=6))
+
+
+def newest_outcomes(tracker: Tracker, prompt_id) -> list[bool]:
+    """Outcomes kept in the bits, newest first."""
+    records = tracker.lookup([prompt_id])
+    kept = min(int(records.rollouts[0]), RECENT)
+    assert int(records.recent[0]) >> kept == 0  # nothing beyond what was observed
+    return [bool(int(records.recent[0]) >> age & 1) for age in range(kept)]
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> list[list[tuple[object, bool, float]]]:
+    """Batches of a run: rows (id, outcome, length) in the order of scoring, prompts in any mixture."""
+    pool = draw(st.lists(prompt_ids, min_size=1, max_size=5, unique=True))
+    row = st.tuples(st.sampled_from(pool), st.booleans(), st.integers(0, 5000).map(float))
+    return draw(st.lists(st.lists(row, min_size=1, max_size=150), min_size=1, max_size=5))
+
+
+def record(tracker: Tracker, batch, discount: float) -> None:
+    ids = list(dict.fromkeys(row[0] for row in batch))
+    tracker.record(
+        ids,
+        np.array([ids.index(row[0]) for row in batch]),
+        np.array([row[1] for row in batch]),
+        np.array([row[2] for row in batch]),
+        discount=discount,
+    )
+
+
+@no_deadline
+@given(runs(), st.sampled_from([1.0, 0.8, 0.5]))
+def test_records_match_a_model_of_lists(run, discount: float) -> None:
+    tracker = Tracker()
+    model: dict[object, list[list[tuple[bool, float]]]] = {}
+    for batch in run:
+        record(tracker, batch, discount)
+        for prompt_id in dict.fromkeys(row[0] for row in batch):
+            model.setdefault(prompt_id, []).append([row[1:] for row in batch if row[0] == prompt_id])
+    assert tracker.prompt_ids == list(model)
+    assert len(tracker) == len(model)
+    records = tracker.records()
+    for row, (prompt_id, history) in enumerate(model.items()):
+        outcomes = [outcome for visit in history for outcome, _ in visit]
+        assert newest_outcomes(tracker, prompt_id) == outcomes[::-1][:RECENT]
+        assert records.rollouts[row] == len(outcomes)
+        assert records.visits[row] == len(history)
+        first, newest = ([outcome for outcome, _ in visit] for visit in (history[0], history[-1]))
+        assert (records.first_successes[row], records.first_total[row]) == (sum(first), len(first))
+        assert (records.newest_successes[row], records.newest_total[row]) == (sum(newest), len(newest))
+        weights = [discount ** (len(history) - 1 - k) for k in range(len(history))]
+
+        def discounted(of, history=history, weights=weights) -> float:
+            return sum(w * sum(of(*entry) for entry in visit) for w, visit in zip(weights, history, strict=True))
+
+        assert records.successes[row] == pytest.approx(discounted(lambda good, _: good), rel=1e-12)
+        assert records.failures[row] == pytest.approx(discounted(lambda good, _: not good), rel=1e-12)
+        assert records.length_count[row] == pytest.approx(discounted(lambda *_: 1), rel=1e-12)
+        assert records.length_sum[row] == pytest.approx(discounted(lambda _, n: n), rel=1e-12)
+        assert records.length_squares[row] == pytest.approx(discounted(lambda _, n: n * n), rel=1e-12)
+
+
+@no_deadline
+@given(visits(max_rollouts=140))
+def test_recent_bits_of_one_prompt(history: list[list[bool]]) -> None:
+    tracker, everything = Tracker(), []
+    for outcomes in history:
+        tracker.record(["a"], np.zeros(len(outcomes), dtype=np.int64), np.array(outcomes))
+        everything += outcomes
+        assert newest_outcomes(tracker, "a") == everything[::-1][:RECENT]
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 128])
+def test_recent_bits_at_the_width_of_the_word(size: int) -> None:
+    tracker = Tracker()
+    for good in (True, False, True):
+        tracker.record(["a", "b"], np.repeat([0, 1], [size, 1]), np.full(size + 1, good))
+    assert newest_outcomes(tracker, "a") == ([True] * size + [False] * size + [True] * size)[:RECENT]
+    assert newest_outcomes(tracker, "b") == [True, False, True]
+
+
+def test_unseen_prompts_are_all_zero() -> None:
+    tracker = Tracker()
+    for column in COLUMNS:
+        assert getattr(tracker.lookup(["x", 3]), column).tolist() == [0, 0]
+    tracker.record(["a"], np.array([0, 0]), np.array([True, False]))
+    assert tracker.rows(["x", "a", 0]).tolist() == [-1, 0, -1]
+    found = tracker.lookup(["x", "a", "x"])
+    assert found.rollouts.tolist() == [0, 2, 0]
+    assert found.successes.tolist() == [0.0, 1.0, 0.0]
+    assert len(tracker) == 1  # looking up is no observation
+
+
+def test_lookup_is_a_copy() -> None:
+    tracker = Tracker()
+    tracker.record(["a"], np.array([0]), np.array([True]))
+    tracker.lookup(["a"]).successes[:] = 99.0
+    assert tracker.records().successes.tolist() == [1.0]
+
+
+def test_prompts_not_in_the_batch_keep_their_counts() -> None:
+    tracker = Tracker()
+    tracker.record(["a", "b"], np.array([0, 1]), np.array([True, True]), discount=0.5)
+    tracker.record(["b"], np.array([0]), np.array([False]), discount=0.5)
+    assert tracker.lookup(["a", "b"]).successes.tolist() == [1.0, 0.5]
+    assert tracker.lookup(["a", "b"]).failures.tolist() == [0.0, 1.0]
+
+
+def test_lengths_may_be_unknown() -> None:
+    tracker = Tracker()
+    tracker.record(["a"], np.array([0, 0]), np.array([True, False]), np.array([10.0, 30.0]))
+    tracker.record(["a"], np.array([0]), np.array([True]), discount=0.5)
+    records = tracker.records()
+    assert (records.length_count[0], records.length_sum[0], records.length_squares[0]) == (2.0, 40.0, 1000.0)
+
+
+def test_the_tracker_grows() -> None:
+    tracker = Tracker()
+    for start in range(0, 3000, 7):
+        ids = list(range(start, start + 7))
+        tracker.record(ids, np.repeat(np.arange(7), 2), np.tile([True, False], 7))
+    assert len(tracker) == 3003
+    assert len(tracker.records()) == 3003
+    assert (tracker.records().rollouts == 2).all()
+    assert tracker.rows([0, 1500, 3002, 3003]).tolist() == [0, 1500, 3002, -1]
+
+
+# --- identity (mistake 6) ---
+
+
+def test_seven_and_seven_are_different_prompts() -> None:
+    tracker = Tracker()
+    tracker.record([7, "7"], np.array([0, 0, 1]), np.array([True, True, False]))
+    assert tracker.lookup([7, "7"]).successes.tolist() == [2.0, 0.0]
+    tracker = restored(tracker)
+    assert tracker.lookup([7, "7"]).successes.tolist() == [2.0, 0.0]
+    assert tracker.prompt_ids == [7, "7"]
+    first, second = stable_order([7, "7"])
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([3, 4], dtype=np.int32),
+        np.array(["a", "b"]),
+        [np.int64(3), np.str_("x")],
+        (3, "x"),
+        iter([3, "x"]),
+        np.array([3, "x"], dtype=object),
+        np.array([np.uint8(3), np.str_("x")], dtype=object),
+    ],
+)
+def test_numpy_ids_become_plain(ids) -> None:
+    found = check_prompt_ids(ids)
+    assert len(found) == 2
+    assert {type(prompt_id) for prompt_id in found} <= {int, str}
+    assert found[0] in (3, "a")
+
+
+@pytest.mark.parametrize(
+    "bad", [None, 1.0, np.float64(2.0), True, np.bool_(False), float("nan"), b"bytes", ("a",), ["a"], {"id": 1}]
+)
+def test_other_ids_are_refused(bad) -> None:
+    with pytest.raises(ValueError, match=r"prompt_ids\[1\] is .*a string or a whole number"):
+        check_prompt_ids(["fine", bad])
+
+
+def test_arrays_of_other_ids_are_refused() -> None:
+    for bad in (np.array([1.0, 2.0]), np.array([True]), np.array([["a", "b"]])):
+        with pytest.raises(ValueError, match=r"prompt_ids\[0\]"):
+            check_prompt_ids(bad)
+
+
+def test_one_string_is_no_batch_of_letters() -> None:
+    with pytest.raises(ValueError, match="prompt_ids"):
+        check_prompt_ids("abc")
+
+
+def test_the_last_tie_break_is_the_same_in_every_process() -> None:
+    ids = ["a", 7, "7", "é", -3]
+    code = f"from knapsack_rl.tracker import stable_order; print(stable_order({ids!r}).tolist())"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert found == {f"{stable_order(ids).tolist()}\n"}
+
+
+# --- state ---
+
+
+def restored(tracker: Tracker) -> Tracker:
+    twin = Tracker()
+    twin.load_state_dict(tracker.state_dict())
+    return twin
+
+
+@no_deadline
+@given(runs())
+def test_a_restored_tracker_goes_on_alike(run) -> None:
+    tracker = Tracker()
+    for batch in run:
+        twin = restored(tracker)
+        record(tracker, batch, 0.8)
+        record(twin, batch, 0.8)
+        assert twin.prompt_ids == tracker.prompt_ids
+        for column in COLUMNS:
+            one, other = getattr(tracker.records(), column), getattr(twin.records(), column)
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+
+
+@given(st.lists(prompt_ids, unique=True, max_size=8))
+def test_ids_keep_their_type_and_text(ids) -> None:
+    tracker = Tracker()
+    if ids:
+        tracker.record(ids, np.arange(len(ids)), np.ones(len(ids), dtype=bool))
+    found = restored(tracker).prompt_ids
+    assert found == ids
+    assert [type(prompt_id) for prompt_id in found] == [type(prompt_id) for prompt_id in ids]
+
+
+def test_a_state_is_plain_arrays_and_a_copy() -> None:
+    tracker = Tracker()
+    tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
+    state = tracker.state_dict()
+    assert set(state) == {"prompt_ids", *COLUMNS}
+    assert all(array.dtype.kind != "O" for array in state.values())
+    state["successes"][:] = 9.0
+    assert tracker.records().successes.tolist() == [1.0, 0.0]
+    twin = Tracker()
+    twin.load_state_dict(state)
+    state["successes"][:] = 5.0
+    assert twin.records().successes.tolist() == [9.0, 9.0]
+
+
+def as_ids(value) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("prompt_ids", as_ids(["a", "a"]), "not distinct"),
+        ("prompt_ids", as_ids(["a", None]), "not distinct strings or whole numbers"),
+        ("prompt_ids", as_ids(["a", 1.5]), "not distinct strings or whole numbers"),
+        ("prompt_ids", as_ids(["a"]), r"column .* has shape \(2,\)"),
+        ("prompt_ids", as_ids([["a"], ["b"]]), "ids"),
+        ("prompt_ids", as_ids(5), "ids"),
+        ("prompt_ids", np.frombuffer(b"[", dtype=np.uint8), None),
+        ("successes", np.zeros(3), r"column successes .*shape \(3,\).*expected \(2,\) of float64"),
+        ("successes", np.zeros(2, dtype=np.float32), "column successes .*float32.*expected .*float64"),
+        ("recent", np.zeros(2, dtype=np.int64), "column recent"),
+        ("visits", None, r"lacks \['visits'\]"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(name: str, array, message: str | None) -> None:
+    tracker = Tracker()
+    tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
+    state = tracker.state_dict()
+    if array is None:
+        del state[name]
+    else:
+        state[name] = array
+    before = tracker.state_dict()
+    with pytest.raises(ValueError, match=message):
+        tracker.load_state_dict(state)
+    for key, column in tracker.state_dict().items():
+        np.testing.assert_array_equal(column, before[key])

@@ -1,0 +1,1110 @@
+import functools
+import importlib.util
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
+
+import knapsack_rl.trl
+import tiny
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.estimator import BetaEstimator
+from knapsack_rl.statefile import read_state
+from knapsack_rl.trl import (
+    ALLOCATION_LOG,
+    STATE_FILE,
+    KnapsackGRPOConfig,
+    KnapsackGRPOTrainer,
+    prompt_key,
+    ragged_advantages,
+)
+
+TOLERANCE = 3e-7
+
+
+class WatchedTrainer(KnapsackGRPOTrainer):
+    """Keeps what each generation batch returned and logged."""
+
+    def __init__(self, *args, **kwargs):
+        self.watched = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self.watched.append(
+                {
+                    "advantages": output["advantages"].tolist(),
+                    "logged": list(self._logs["advantages"])[-len(inputs) :],
+                    "zero_std": self._metrics["train"]["frac_reward_zero_std"][-1],
+                    "completions": self.processing_class.batch_decode(
+                        output["completion_ids"], skip_special_tokens=True
+                    ),
+                    "prompts": self.processing_class.batch_decode(output["prompt_ids"], skip_special_tokens=True),
+                }
+            )
+        return output
+
+
+def trainer_of(cls, folder, *, rewards=(tiny.digit_sum,), data=None, model=None, extra=None, **changes):
+    """A trainer on the tiny model; settings that only the knapsack configuration has are left out for the stock one."""
+    config = KnapsackGRPOConfig
+    if cls is GRPOTrainer:
+        config, changes = GRPOConfig, {k: v for k, v in changes.items() if k in GRPOConfig.__dataclass_fields__}
+    trainer = cls(
+        model=tiny.model() if model is None else model,
+        reward_funcs=list(rewards),
+        args=config(**tiny.arguments(folder, **changes)),
+        train_dataset=tiny.dataset(96) if data is None else data,
+        processing_class=tiny.tokenizer(),
+        **(extra or {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def ragged_trainer(folder, *, rewards=(tiny.digit_sum,), prompts=24, extra=None, **changes):
+    """A trainer whose every batch is ragged, and the record of what its first reward function saw."""
+    batches = []
+    recorded = [tiny.recording(rewards[0], batches), *rewards[1:]]
+    settings = {"per_device_train_batch_size": 32} | changes
+    trainer = trainer_of(
+        WatchedTrainer,
+        folder,
+        rewards=recorded,
+        data=tiny.dataset(prompts),
+        extra={"allocator": tiny.informed_allocator(prompts)} | (extra or {}),
+        **settings,
+    )
+    return trainer, batches
+
+
+def allocation_log(folder):
+    return [json.loads(line) for line in (Path(folder) / ALLOCATION_LOG).read_text().splitlines()]
+
+
+def metric(trainer, name):
+    """The logged values of one metric, over the steps that have it."""
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+# -- uniform allocation is the stock trainer --------------------------------------------------------------------------
+
+TWO_REWARDS = {"rewards": (tiny.digit_sum, tiny.length_reward), "reward_weights": [0.3, 1.7]}
+GDPO = TWO_REWARDS | {"multi_objective_aggregation": "normalize_then_sum"}
+
+SAME_AS_STOCK = {
+    "default": {},
+    "grpo": {"loss_type": "grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "dapo": {"loss_type": "dapo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "cispo": {"loss_type": "cispo"},
+    "sapo": {"loss_type": "sapo"},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "vespo": {"loss_type": "vespo"},
+    "dr_grpo, scale none": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo, scale batch": {"loss_type": "dapo", "scale_rewards": "batch"},
+    "two iterations": {"num_iterations": 2, "max_steps": 4},
+    "generate every step": {
+        "steps_per_generation": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 8,
+    },
+    "generate every 2 steps": {
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 8,
+    },
+    "generate every 8 steps": {
+        "steps_per_generation": 8,
+        "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 4,
+    },
+    "gdpo": GDPO,
+    "none rewards": {"rewards": (tiny.sometimes_none,)},
+    "two weighted rewards": TWO_REWARDS,
+    "two rewards, one with none": {"rewards": (tiny.sometimes_none, tiny.length_reward)},
+    "worker prefetch": {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2},
+    "kl": {"beta": 0.1, "model_init_kwargs": {"dtype": "float32"}},
+    "iterable dataset": {"iterable": True},
+    "no id column": {"ids": False},
+}
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    """The tiny model on disk: a reference model is loaded from a path."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run_case(tmp_path_factory, saved_model):
+    @functools.cache
+    def run(case, cls, **allocation):
+        settings = dict(SAME_AS_STOCK[case])
+        data = tiny.dataset(96, ids=settings.pop("ids", True))
+        if settings.pop("iterable", False):
+            data = data.to_iterable_dataset()
+        model = saved_model if settings.get("beta") else None
+        trainer = trainer_of(cls, tmp_path_factory.mktemp("run"), data=data, model=model, **settings, **allocation)
+        start = tiny.fingerprint(trainer.model)
+        trainer.train()
+        return start, tiny.fingerprint(trainer.model), trainer
+
+    return run
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "knapsack"])
+@pytest.mark.parametrize("case", SAME_AS_STOCK)
+def test_equal_groups_train_bit_for_bit_as_the_stock_trainer(case, allocation, run_case):
+    stock_start, stock_end, _ = run_case(case, GRPOTrainer)
+    start, end, trainer = run_case(case, KnapsackGRPOTrainer, allocation=allocation)
+    assert start == stock_start
+    assert end == stock_end
+    assert end != start, "nothing was learned, so equality shows nothing"
+    # In the first epoch every prompt is equally unknown, so the knapsack itself divides evenly.
+    assert set(metric(trainer, "knapsack/budget_min")) == {4.0}
+    assert set(metric(trainer, "knapsack/budget_max")) == {4.0}
+
+
+def test_identity_cases_train_differently_from_one_another(run_case):
+    ends = {case: run_case(case, GRPOTrainer)[1] for case in SAME_AS_STOCK}
+    alike = {"dapo", "worker prefetch", "no id column"}  # the default, read in another way
+    assert {ends[case] for case in alike} == {ends["default"]}
+    assert ends["dr_grpo, scale none"] not in {ends["dr_grpo"], ends["default"]}
+    assert len({ends[case] for case in ("default", "dapo, scale batch", "kl", "two iterations", "gdpo", "vespo")}) == 6
+
+
+def test_ragged_groups_train_differently_from_the_stock_trainer(tmp_path):
+    ragged, _ = ragged_trainer(tmp_path)
+    stock = trainer_of(GRPOTrainer, tmp_path, data=tiny.dataset(24), per_device_train_batch_size=32)
+    ragged.train()
+    stock.train()
+    assert tiny.fingerprint(ragged.model) != tiny.fingerprint(stock.model)
+    assert ragged.state.global_step == stock.state.global_step == 3
+
+
+# -- ragged advantages ------------------------------------------------------------------------------------------------
+
+RAGGED = {
+    "group": {},
+    "batch": {"scale_rewards": "batch"},
+    "none": {"scale_rewards": "none", "loss_type": "dr_grpo"},
+    "weights": TWO_REWARDS,
+    "none rewards": {"rewards": (tiny.sometimes_none,)},
+    "none in one of two": {"rewards": (tiny.sometimes_none, tiny.length_reward), "reward_weights": [2.0, 0.1]},
+    "gdpo": GDPO,
+    "gdpo, none rewards": GDPO | {"rewards": (tiny.sometimes_none, tiny.length_reward)},
+    "prompt weighting": {"weighting": "prompt"},
+    "prompt weighting, batch": {"weighting": "prompt", "scale_rewards": "batch"},
+    "prompt weighting, gdpo": GDPO | {"weighting": "prompt"},
+    "several steps a generation": {
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 16,
+    },
+    "two iterations": {"num_iterations": 2, "max_steps": 6},
+}
+
+
+def reference_of(batch, settings):
+    functions = settings.get("rewards", (tiny.digit_sum,))
+    rewards = [function(completions=batch["completions"]) for function in functions]
+    return tiny.reference_advantages(
+        batch["prompts"],
+        rewards,
+        weights=settings.get("reward_weights"),
+        scale=settings.get("scale_rewards", "group"),
+        gdpo="multi_objective_aggregation" in settings,
+        weighting=settings.get("weighting", "rollout"),
+    )
+
+
+@pytest.mark.parametrize("case", RAGGED)
+def test_every_ragged_advantage_equals_the_reference(case, tmp_path):
+    settings = RAGGED[case]
+    trainer, batches = ragged_trainer(tmp_path, **settings)
+    trainer.train()
+    assert len(trainer.watched) == len(batches) == 3
+    for seen, batch in zip(trainer.watched, batches, strict=True):
+        counts = Counter(batch["prompts"])
+        assert max(counts.values()) - min(counts.values()) >= 3, "the batch is not ragged"
+        assert seen["prompts"] == batch["prompts"]
+        assert seen["completions"] == batch["completions"]
+        expected = reference_of(batch, settings)
+        assert max(map(abs, expected)) > 0.1
+        np.testing.assert_allclose(seen["advantages"], expected, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(seen["logged"], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_share_of_groups_without_spread_is_that_of_the_ragged_groups(scale, tmp_path):
+    trainer, batches = ragged_trainer(tmp_path, rewards=(tiny.has_digit_five,), scale_rewards=scale)
+    trainer.train()
+    shares = []
+    for seen, batch in zip(trainer.watched, batches, strict=True):
+        kinds = {}
+        for prompt, reward in zip(batch["prompts"], batch["rewards"], strict=True):
+            kinds.setdefault(prompt, set()).add(reward)
+        shares.append(np.mean([len(kinds[prompt]) == 1 for prompt in batch["prompts"]]))
+        assert seen["zero_std"] == pytest.approx(shares[-1])
+    assert len(set(shares)) > 1
+    assert metric(trainer, "frac_reward_zero_std") == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("settings", [{"scale_rewards": "batch"}, GDPO], ids=["batch", "gdpo"])
+def test_share_without_spread_keeps_its_meaning_where_the_stock_trainer_means_the_batch(settings, tmp_path):
+    # Reward 1 for everything but one completion: most groups have no spread, the batch has some.
+    def rarely_different(completions, **_):
+        return [0.0] + [1.0] * (len(completions) - 1)
+
+    settings = settings | {"rewards": (rarely_different, tiny.length_reward), "reward_weights": [1.0, 0.0]}
+    trainer, _ = ragged_trainer(tmp_path, **settings)
+    trainer.train()
+    assert metric(trainer, "frac_reward_zero_std") == [0.0] * 3
+
+
+@pytest.mark.parametrize("weighting", ["rollout", "prompt"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "gdpo"])
+def test_ragged_advantages_of_random_batches_equal_the_reference(scale, weighting):
+    generator = np.random.default_rng(7)
+    for _ in range(20):
+        size = int(generator.integers(2, 40))
+        groups = np.unique(generator.integers(0, 6, size), return_inverse=True)[1]
+        matrix = generator.integers(0, 4, (size, 2)) / 4.0
+        matrix[generator.random((size, 2)) < 0.15] = np.nan
+        matrix[0] = [0.25, 0.5]
+        matrix[1] = [0.5, np.nan]
+        weights = np.array([0.5, 2.0])
+        total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
+        found = ragged_advantages(
+            groups,
+            matrix,
+            total,
+            weights,
+            scale="group" if scale == "gdpo" else scale,
+            aggregation="normalize_then_sum" if scale == "gdpo" else "sum_then_normalize",
+            weighting=weighting,
+        )
+        expected = tiny.reference_advantages(
+            groups.tolist(),
+            [[None if np.isnan(r) else r for r in column] for column in matrix.T.tolist()],
+            weights=weights.tolist(),
+            scale="group" if scale == "gdpo" else scale,
+            gdpo=scale == "gdpo",
+            weighting=weighting,
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_ragged_advantages_refuse_an_unknown_aggregation():
+    one = np.ones(1)
+    with pytest.raises(ValueError, match="sum_to_nothing"):
+        ragged_advantages(
+            np.zeros(1, np.int64),
+            one[:, None],
+            one,
+            one,
+            scale="group",
+            aggregation="sum_to_nothing",
+            weighting="rollout",
+        )
+
+
+def test_rows_belong_to_the_prompts_that_the_allocation_names(tmp_path):
+    trainer, batches = ragged_trainer(tmp_path, log_allocations=True, max_steps=5)
+    prompt_of = {row["prompt_id"]: row["prompt"] for row in tiny.dataset()}
+    trainer.train()
+    log = allocation_log(tmp_path)
+    assert len(log) == len(batches) == 5
+    for record, batch in zip(log, batches, strict=True):
+        assert Counter(batch["prompt_id"]) == dict(zip(record["prompt_ids"], record["counts"], strict=True))
+        assert len(set(record["counts"])) > 1
+        assert len(batch["prompts"]) == sum(record["counts"]) == 32
+        assert min(record["counts"]) >= 2
+        assert [prompt_of[prompt_id] for prompt_id in batch["prompt_id"]] == batch["prompts"]
+        assert batch["answer"] == [f"answer of {prompt}" for prompt in batch["prompts"]]
+    # An epoch of 24 prompts is 3 steps: each prompt came exactly once.
+    assert sorted(prompt_id for record in log[:3] for prompt_id in record["prompt_ids"]) == sorted(prompt_of)
+
+
+def test_a_reward_function_may_write_to_its_rows(tmp_path):
+    seen = []
+
+    def marks(completions, notes, **_):
+        seen.extend(list(note) for note in notes)
+        for note in notes:
+            note.append("scored")
+        return tiny.digit_sum(completions)
+
+    data = tiny.dataset().add_column("notes", [[f"note {k}"] for k in range(24)])
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        tmp_path,
+        rewards=(marks,),
+        data=data,
+        per_device_train_batch_size=32,
+        extra={"allocator": tiny.informed_allocator()},
+    )
+    trainer.train()
+    assert metric(trainer, "knapsack/budget_max")[0] > 4
+    assert all(len(note) == 1 for note in seen)
+
+
+# -- observation ------------------------------------------------------------------------------------------------------
+
+
+def outcomes_by_prompt(batches, outcome):
+    """Per prompt id, one (successes, rollouts, tokens) for each batch that held it."""
+    visits = {}
+    for batch in batches:
+        here = {}
+        for prompt_id, good, length in zip(batch["prompt_id"], outcome(batch), batch["lengths"], strict=True):
+            if good is not None:
+                old = here.get(prompt_id, (0, 0, 0))
+                here[prompt_id] = (old[0] + int(good), old[1] + 1, old[2] + length)
+        for prompt_id, visit in here.items():
+            visits.setdefault(prompt_id, []).append(visit)
+    return visits
+
+
+def assert_tracked(trainer, visits):
+    tracker = trainer.allocator.tracker
+    assert sorted(tracker.prompt_ids) == sorted(visits)
+    records = tracker.lookup(list(visits))
+    for row, history in enumerate(visits.values()):
+        assert records.visits[row] == len(history)
+        assert records.successes[row] == sum(visit[0] for visit in history)
+        assert records.rollouts[row] == sum(visit[1] for visit in history)
+        assert records.failures[row] == records.rollouts[row] - records.successes[row]
+        assert (records.first_successes[row], records.first_total[row]) == history[0][:2]
+        assert (records.newest_successes[row], records.newest_total[row]) == history[-1][:2]
+        assert records.length_count[row] == records.rollouts[row]
+        assert records.length_sum[row] == sum(visit[2] for visit in history)
+
+
+def observed(folder, *, rewards=(tiny.has_digit_five,), recorded=0, **changes):
+    """Train over several epochs of six prompts with an undiscounted tracker."""
+    batches = []
+    functions = [tiny.recording(f, batches) if k == recorded else f for k, f in enumerate(rewards)]
+    settings = {"per_device_train_batch_size": 8, "max_steps": 8} | changes
+    allocator = KnapsackAllocator(BetaEstimator(discount=1.0), success=settings.get("success_threshold", 0.0))
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        folder,
+        rewards=functions,
+        data=tiny.dataset(6),
+        extra={"allocator": allocator},
+        **settings,
+    )
+    trainer.train()
+    return trainer, batches
+
+
+@pytest.mark.parametrize(
+    ("settings", "generations"),
+    [
+        ({}, 8),
+        ({"num_iterations": 2}, 4),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 8),
+        ({"steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 4),
+        ({"steps_per_generation": 2, "num_iterations": 2, "per_device_train_batch_size": 4}, 2),
+        ({"allocation": "uniform"}, 8),
+        ({"eval": True}, 8),
+    ],
+    ids=["default", "iterations", "accumulate", "steps per generation", "both", "uniform", "evaluation between"],
+)
+def test_the_tracker_holds_each_reward_once(settings, generations, tmp_path):
+    settings = dict(settings)
+    if settings.pop("eval", False):
+        settings |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 8}
+        batches = []
+        trainer = trainer_of(
+            KnapsackGRPOTrainer,
+            tmp_path,
+            rewards=(tiny.recording(tiny.has_digit_five, batches),),
+            data=tiny.dataset(6),
+            extra={
+                "allocator": KnapsackAllocator(BetaEstimator(discount=1.0)),
+                "eval_dataset": tiny.dataset(4).map(lambda row: row | {"answer": "evaluation"}),
+            },
+            per_device_train_batch_size=8,
+            max_steps=8,
+            **settings,
+        )
+        trainer.train()
+        assert len(batches) > generations
+        batches = [batch for batch in batches if "evaluation" not in batch["answer"]]
+    else:
+        trainer, batches = observed(tmp_path, **settings)
+    assert len(batches) == generations
+    assert_tracked(trainer, outcomes_by_prompt(batches, lambda batch: batch["rewards"]))
+
+
+def test_the_outcome_is_the_named_reward_unweighted(tmp_path):
+    trainer, batches = observed(
+        tmp_path,
+        rewards=(tiny.length_reward, tiny.has_digit_five),
+        outcome_reward="has_digit_five",
+        reward_weights=[1.0, 0.0],
+    )
+    successes = outcomes_by_prompt(batches, lambda batch: tiny.has_digit_five(batch["completions"]))
+    assert_tracked(trainer, successes)
+    by_length = outcomes_by_prompt(batches, lambda batch: [reward > 0 for reward in batch["rewards"]])
+    assert successes != by_length
+    assert metric(trainer, "knapsack/outcome_per_prompt") != metric(trainer, "knapsack/reward_per_prompt")
+
+
+def test_the_outcome_is_by_default_the_first_reward_that_scored(tmp_path):
+    trainer, batches = observed(tmp_path, rewards=(tiny.sometimes_none, tiny.has_digit_five))
+
+    def outcome(batch):
+        second = tiny.has_digit_five(batch["completions"])
+        return [two if one is None else one for one, two in zip(batch["rewards"], second, strict=True)]
+
+    assert any(None in batch["rewards"] for batch in batches)
+    assert_tracked(trainer, outcomes_by_prompt(batches, outcome))
+    assert metric(trainer, "knapsack/unscored_rollouts")[-1] == 0
+
+
+def test_unscored_rollouts_are_counted_and_left_out(tmp_path):
+    trainer, batches = observed(tmp_path, rewards=(tiny.sometimes_none,))
+    unscored = sum(batch["rewards"].count(None) for batch in batches)
+    assert unscored > 0
+    assert metric(trainer, "knapsack/unscored_rollouts")[-1] == unscored
+    assert_tracked(trainer, outcomes_by_prompt(batches, lambda batch: batch["rewards"]))
+
+
+def test_success_is_an_outcome_above_the_threshold(tmp_path):
+    batches = []
+    trainer = trainer_of(
+        KnapsackGRPOTrainer, tmp_path, rewards=(tiny.recording(tiny.length_reward, batches),), success_threshold=0.4
+    )
+    trainer.train()
+    lengths = [len(completion) for batch in batches for completion in batch["completions"]]
+    assert 0 < sum(length > 4 for length in lengths) < sum(length > 0 for length in lengths)
+    found = trainer.allocator.tracker.records().first_successes.sum()
+    assert found == sum(np.float32(length / 10) > 0.4 for length in lengths)
+
+
+def test_prompt_weighted_reward_is_the_mean_over_prompts(tmp_path):
+    trainer, batches = ragged_trainer(tmp_path)
+    trainer.train()
+    for k, batch in enumerate(batches):
+        by_prompt = {}
+        for prompt, reward in zip(batch["prompts"], batch["rewards"], strict=True):
+            by_prompt.setdefault(prompt, []).append(reward)
+        mean = np.mean([np.mean(rewards) for rewards in by_prompt.values()])
+        assert metric(trainer, "knapsack/reward_per_prompt")[k] == pytest.approx(mean, abs=1e-6)
+        assert metric(trainer, "reward")[k] == pytest.approx(np.mean(batch["rewards"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_an_infinite_reward_does_not_kill_the_run(ragged, scale, tmp_path, caplog):
+    def infinite_at_times(completions, **_):
+        return [
+            math.inf if c.startswith("a") else -math.inf if c.startswith("b") else float("5" in c) for c in completions
+        ]
+
+    batches = []
+    trainer = trainer_of(
+        WatchedTrainer,
+        tmp_path,
+        rewards=(tiny.recording(infinite_at_times, batches),),
+        data=tiny.dataset(24),
+        per_device_train_batch_size=32,
+        scale_rewards=scale,
+        extra={"allocator": tiny.informed_allocator()} if ragged else None,
+    )
+    start = tiny.fingerprint(trainer.model)
+    with caplog.at_level(logging.WARNING, logger="knapsack_rl.trl"):
+        trainer.train()
+    infinite = sum(math.isinf(reward) for batch in batches for reward in batch["rewards"])
+    assert infinite > 0
+    assert metric(trainer, "knapsack/unscored_rollouts")[-1] == infinite
+    assert sum("infinite" in record.getMessage() for record in caplog.records) == 1
+    assert (metric(trainer, "knapsack/budget_max")[0] > 4) == ragged
+    assert all(np.abs(seen["advantages"]).max() < 100 for seen in trainer.watched)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in trainer.model.parameters())
+    assert tiny.fingerprint(trainer.model) != start
+
+
+def test_a_batch_without_any_reward_is_survived(tmp_path):
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, rewards=(lambda completions, **_: [None] * len(completions),))
+    start = tiny.fingerprint(trainer.model)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert metric(trainer, "knapsack/unscored_rollouts")[-1] == 48
+    assert len(trainer.allocator.tracker) == 0
+    assert tiny.fingerprint(trainer.model) == start
+
+
+def test_lengths_count_the_tokens_of_truncated_rollouts_too(tmp_path):
+    trainer, batches = observed(tmp_path, mask_truncated_completions=True)
+    assert any(length == 5 for batch in batches for length in batch["lengths"])
+    assert_tracked(trainer, outcomes_by_prompt(batches, lambda batch: batch["rewards"]))
+
+
+# -- evaluation, metrics, log -----------------------------------------------------------------------------------------
+
+
+def arrays_of(allocator):
+    return allocator.state_dict()["arrays"]
+
+
+def assert_same_state(one, other):
+    assert one.state_dict()["header"] == other.state_dict()["header"]
+    assert arrays_of(one).keys() == arrays_of(other).keys()
+    for name, array in arrays_of(one).items():
+        np.testing.assert_array_equal(array, arrays_of(other)[name], err_msg=name)
+
+
+def test_evaluation_leaves_the_allocator_alone(tmp_path):
+    batches = []
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        tmp_path,
+        rewards=(tiny.recording(tiny.digit_sum, batches),),
+        extra={"eval_dataset": tiny.dataset(5), "allocator": tiny.informed_allocator()},
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+    )
+    before = tiny.informed_allocator()
+    found = trainer.evaluate()
+    assert_same_state(trainer.allocator, before)
+    assert trainer.allocator.metrics() == before.metrics()
+    # Evaluation has its own group size and goes through the prompts evenly.
+    assert Counter(prompt for batch in batches for prompt in batch["prompts"]) == dict.fromkeys(
+        tiny.dataset(5)["prompt"], 2
+    )
+    assert found["eval_reward"] == pytest.approx(np.mean([r for b in batches for r in b["rewards"]]), abs=0.05)
+    assert not any("knapsack" in name for name in found)
+
+
+def test_metrics_of_each_step_are_in_the_log_history(tmp_path):
+    trainer, batches = ragged_trainer(tmp_path, rewards=(tiny.has_digit_five,))
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(steps) == 3
+    for k, (row, batch) in enumerate(zip(steps, batches, strict=True)):
+        counts = Counter(batch["prompts"])
+        mixed = [
+            prompt
+            for prompt in counts
+            if len({r for p, r in zip(batch["prompts"], batch["rewards"], strict=True) if p == prompt}) > 1
+        ]
+        assert row["knapsack/budget"] == row["knapsack/rollouts"] == 32
+        assert row["knapsack/prompts"] == len(counts) == 8
+        assert row["knapsack/budget_min"] == min(counts.values())
+        assert row["knapsack/budget_max"] == max(counts.values())
+        assert row["knapsack/effective_gradient_ratio"] == pytest.approx(sum(counts[p] for p in mixed) / 32)
+        assert row["knapsack/effective_prompt_ratio"] == pytest.approx(len(mixed) / 8)
+        assert row["knapsack/prompts_seen"] == 24
+        assert row["knapsack/allocation_seconds"] > 0
+        assert row["step"] == k + 1
+    assert not any(name.startswith("knapsack/") for name in trainer.state.log_history[-1])
+
+
+def test_metrics_are_absent_where_nothing_was_generated(tmp_path):
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, num_iterations=2, max_steps=4)
+    trainer.train()
+    has = ["knapsack/budget" in row for row in trainer.state.log_history if "loss" in row]
+    assert has == [True, False, True, False]
+
+
+def test_allocation_log(tmp_path):
+    trainer, batches = ragged_trainer(
+        tmp_path, rewards=(tiny.sometimes_none,), log_allocations=True, num_iterations=2, max_steps=6
+    )
+    before = tiny.informed_allocator()
+    trainer.train()
+    log = allocation_log(tmp_path)
+    assert [record["step"] for record in log] == [1, 3, 5]
+    for record, batch in zip(log, batches, strict=True):
+        ids = record["prompt_ids"]
+        rewards = {i: [r for j, r in zip(batch["prompt_id"], batch["rewards"], strict=True) if i == j] for i in ids}
+        scored = {prompt_id: [r for r in given if r is not None] for prompt_id, given in rewards.items()}
+        assert len(ids) == len(set(ids)) == 8
+        assert record["counts"] == [len(rewards[prompt_id]) for prompt_id in ids]
+        assert record["scored"] == [len(scored[prompt_id]) for prompt_id in ids]
+        assert record["successes"] == [sum(scored[prompt_id]) for prompt_id in ids]
+        assert record["effective"] == [len(set(scored[prompt_id])) > 1 for prompt_id in ids]
+        # Each prompt comes once in these three batches, so the estimates are those of the start.
+        np.testing.assert_allclose(record["estimate"], before.belief(ids).mean)
+        np.testing.assert_allclose(
+            record["predicted"], before.belief(ids).nonzero_gradient(np.array(record["counts"])), rtol=1e-9
+        )
+        assert record["seconds"] > 0
+    assert any(sum(record["counts"]) > sum(record["scored"]) for record in log)
+
+
+def test_nothing_is_logged_unless_asked_for(tmp_path):
+    trainer, _ = ragged_trainer(tmp_path)
+    trainer.train()
+    assert not (tmp_path / ALLOCATION_LOG).exists()
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpointed(folder, *, informed, steps=6, **changes):
+    # Prompts 4 at a time: 6 steps are the first epoch.
+    return trainer_of(
+        KnapsackGRPOTrainer,
+        folder,
+        data=tiny.dataset(24),
+        max_steps=steps,
+        log_allocations=True,
+        save_strategy="steps",
+        save_steps=3,
+        extra={"allocator": tiny.informed_allocator() if informed else KnapsackAllocator(BetaEstimator(discount=1.0))},
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("resume_by_name", [True, False])
+def test_a_resumed_run_continues_as_the_uninterrupted_one(resume_by_name, tmp_path):
+    whole = checkpointed(tmp_path, informed=True)
+    whole.train()
+    first_log = allocation_log(tmp_path)
+    (tmp_path / ALLOCATION_LOG).unlink()
+    if not resume_by_name:
+        for file in sorted((tmp_path / "checkpoint-6").rglob("*"), reverse=True):
+            file.unlink()
+        (tmp_path / "checkpoint-6").rmdir()  # the newest one is checkpoint-3 then
+
+    rest = checkpointed(tmp_path, informed=False)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume_by_name else True)
+    second_log = allocation_log(tmp_path)
+    compared = ("step", "prompt_ids", "counts", "successes", "estimate", "predicted")
+    assert [{key: record[key] for key in compared} for record in second_log] == [
+        {key: record[key] for key in compared} for record in first_log[3:]
+    ]
+    assert any(max(record["counts"]) > 4 for record in second_log)
+    assert rest.state.global_step == 6
+    assert_same_state(whole.allocator, rest.allocator)
+    assert tiny.fingerprint(whole.model) == tiny.fingerprint(rest.model)
+
+
+def test_a_checkpoint_holds_the_state_of_its_step(tmp_path):
+    trainer = checkpointed(tmp_path, informed=False)
+    trainer.train()
+    seen = []
+    for step in (3, 6):
+        header, arrays = read_state(tmp_path / f"checkpoint-{step}" / STATE_FILE)
+        allocator = KnapsackAllocator(BetaEstimator(discount=1.0))
+        allocator.load_state_dict({"header": header, "arrays": arrays})
+        seen.append(len(allocator.tracker))
+    assert seen == [12, 24]
+    assert_same_state(allocator, trainer.allocator)
+
+
+def test_the_default_allocator_resumes(tmp_path):
+    def make():
+        return trainer_of(KnapsackGRPOTrainer, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+
+    whole, rest = make(), make()
+    whole.train()
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_state(whole.allocator, rest.allocator)
+    assert len(rest.allocator.tracker) == 16
+
+
+def test_resuming_a_stock_checkpoint_warns_and_works(tmp_path, caplog):
+    stock = trainer_of(GRPOTrainer, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    stock.train()
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, max_steps=4)
+    with caplog.at_level(logging.WARNING, logger="knapsack_rl.trl"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sum(STATE_FILE in record.getMessage() for record in caplog.records) == 1
+    assert trainer.state.global_step == 4
+    assert len(trainer.allocator.tracker) == 8  # the prompts of steps 3 and 4
+    assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model)
+
+
+def test_a_damaged_state_stops_the_resume(tmp_path):
+    checkpointed(tmp_path, informed=True, steps=3).train()
+    (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="no readable allocator state"):
+        checkpointed(tmp_path, informed=True).train(resume_from_checkpoint=True)
+
+
+def test_resuming_with_another_estimator_is_refused(tmp_path):
+    trainer_of(KnapsackGRPOTrainer, tmp_path, save_strategy="steps", save_steps=3, estimator="window").train()
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, estimator="beta", max_steps=6)
+    with pytest.raises(ValueError, match="estimator"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_rollouts": 5}, "min_rollouts=5, num_generations=4"),
+        ({"min_rollouts": 1}, "min_rollouts=1"),
+        ({"max_rollouts": 3}, "max_rollouts=3"),
+        ({"allocation": "greedy"}, "allocation must be one of .*'greedy'"),
+        ({"weighting": "token"}, "weighting must be one of .*'token'"),
+        ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
+        ({"outcome_reward": "absent"}, "outcome_reward must name .*digit_sum.*'absent'"),
+        ({"generation_kwargs": {"seed": 1}}, "seed"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_configuration_that_cannot_work_is_refused_at_construction(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(KnapsackGRPOTrainer, tmp_path, **settings)
+
+
+def test_an_id_that_names_two_prompts_is_refused(tmp_path):
+    rows = [{"prompt": "1+1=", "prompt_id": "same"}, {"prompt": "2+2=", "prompt_id": "same"}]
+    with pytest.raises(ValueError, match=r"'same' names different prompts \(rows 0 and 1\)"):
+        trainer_of(KnapsackGRPOTrainer, tmp_path, data=Dataset.from_list(rows * 4))
+    with pytest.raises(ValueError, match=r"'number'.* 7 names different"):
+        rows = [row | {"number": 7} for row in rows]
+        trainer_of(KnapsackGRPOTrainer, tmp_path, data=Dataset.from_list(rows * 4), prompt_id_column="number")
+
+
+def test_an_id_that_names_two_prompts_of_a_stream_is_refused(tmp_path):
+    rows = [{"prompt": f"{k}+1=", "prompt_id": "same"} for k in range(8)]
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, data=Dataset.from_list(rows).to_iterable_dataset())
+    with pytest.raises(ValueError, match="'same'"):
+        trainer.train()
+
+
+def test_a_launch_with_other_processes_than_training_uses_is_refused(tmp_path, monkeypatch):
+    arguments = KnapsackGRPOConfig(**tiny.arguments(tmp_path))  # the processes are counted here
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes but training runs on 1.*torchrun"):
+        KnapsackGRPOTrainer(
+            model=tiny.model(),
+            reward_funcs=[tiny.digit_sum],
+            args=arguments,
+            train_dataset=tiny.dataset(),
+            processing_class=tiny.tokenizer(),
+        )
+
+
+def test_a_plain_grpo_config_is_accepted(tmp_path):
+    trainer = KnapsackGRPOTrainer(
+        model=tiny.model(),
+        reward_funcs=tiny.digit_sum,
+        args=GRPOConfig(**tiny.arguments(tmp_path)),
+        train_dataset=tiny.dataset(),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    assert trainer.allocator.estimator_name == "empirical-bayes"
+    assert (trainer.allocator.min_rollouts, trainer.allocator.max_rollouts) == (2, 128)
+    assert metric(trainer, "knapsack/budget") == [16.0] * 3
+
+
+def test_settings_reach_the_allocator(tmp_path):
+    trainer = trainer_of(
+        KnapsackGRPOTrainer, tmp_path, estimator="window", min_rollouts=3, max_rollouts=9, success_threshold=0.5
+    )
+    allocator = trainer.allocator
+    assert (allocator.estimator_name, allocator.min_rollouts, allocator.max_rollouts) == ("window", 3, 9)
+    assert allocator.success == 0.5
+
+
+@pytest.mark.parametrize("estimator", ["empirical-bayes", "beta", "window"])
+def test_every_estimator_trains_over_several_epochs(estimator, tmp_path):
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        tmp_path,
+        rewards=(tiny.has_digit_five,),
+        data=tiny.dataset(8),
+        estimator=estimator,
+        max_rollouts=10,
+        max_steps=10,
+    )
+    trainer.train()
+    assert metric(trainer, "knapsack/budget") == [16.0] * 10
+    assert max(metric(trainer, "knapsack/budget_max")) > 4
+    assert min(metric(trainer, "knapsack/budget_min")) >= 2
+    assert max(metric(trainer, "knapsack/budget_max")) <= 10
+
+
+# -- rows and ids -----------------------------------------------------------------------------------------------------
+
+
+def training_batch(folder, rows, **changes):
+    """Hand one batch of rows to the trainer as its data loader would."""
+    batches = []
+    trainer = trainer_of(WatchedTrainer, folder, rewards=(tiny.recording(tiny.digit_sum, batches),), **changes)
+    trainer.model.train()
+    trainer._generate_and_score_completions(rows)
+    return trainer, batches
+
+
+def test_a_broken_block_is_refused(tmp_path):
+    rows = [dict(row) for row in tiny.dataset(4) for _ in range(4)]
+    training_batch(tmp_path, rows)
+    with pytest.raises(ValueError, match="different prompts stand in one block of num_generations=4"):
+        training_batch(tmp_path, rows[1:] + rows[:1])
+
+
+def test_a_block_with_two_ids_is_refused(tmp_path):
+    rows = [{"prompt": "1+1=", "prompt_id": k // 2} for k in range(16)]
+    with pytest.raises(ValueError, match="different prompts stand in one block"):
+        training_batch(tmp_path, rows)
+
+
+def test_a_stream_that_breaks_groups_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_trainer, "repeat_iterable_dataset", lambda dataset, **_: dataset)
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, data=tiny.dataset(96).to_iterable_dataset())
+    with pytest.raises(ValueError, match="IterableDataset"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_prompts_with_images_need_an_id(column, tmp_path):
+    rows = [{"prompt": "1+1=", column: None} for _ in range(16)]
+    with pytest.raises(ValueError, match="images need an id: add a column 'prompt_id'"):
+        training_batch(tmp_path, rows)
+    assert prompt_key(rows[0] | {"prompt_id": "a"}, "prompt_id") == "a"
+
+
+@pytest.mark.parametrize("given", [True, 1.5, ["a"]])
+def test_an_id_is_a_string_or_a_whole_number(given, tmp_path):
+    with pytest.raises(ValueError, match="must hold strings or whole numbers"):
+        training_batch(tmp_path, [{"prompt": "1+1=", "prompt_id": given} for _ in range(16)])
+
+
+def test_without_ids_prompts_are_known_by_a_hash_of_their_text(tmp_path):
+    batches = []
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        tmp_path,
+        rewards=(tiny.recording(tiny.has_digit_five, batches),),
+        data=tiny.dataset(6, ids=False),
+        per_device_train_batch_size=8,
+        max_steps=9,
+    )
+    trainer.train()
+    rolled = Counter(prompt for batch in batches for prompt in batch["prompts"])
+    keys = [prompt_key({"prompt": prompt}, "prompt_id") for prompt in rolled]
+    assert len(set(keys)) == 6
+    records = trainer.allocator.tracker.lookup(keys)
+    assert records.rollouts.tolist() == list(rolled.values())
+    assert records.visits.tolist() == [3] * 6
+    assert max(metric(trainer, "knapsack/budget_max")) > 4
+
+
+def test_the_hash_is_stable_and_covers_the_whole_prompt():
+    messages = [{"role": "user", "content": "1+1="}]
+    keys = {
+        prompt_key({"prompt": prompt}, "id")
+        for prompt in ("1+1=", "1+1= ", messages, [*messages, {"role": "assistant", "content": "2"}])
+    }
+    assert len(keys) == 4
+    reordered = [{"content": "1+1=", "role": "user"}]
+    assert prompt_key({"prompt": reordered}, "id") == prompt_key({"prompt": messages, "id": None}, "id")
+
+
+def test_remove_unused_columns_falls_back_to_the_hash(tmp_path):
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, remove_unused_columns=True)
+    trainer.train()
+    assert len(trainer.allocator.tracker) == 12
+    assert not any(str(prompt_id).startswith("p") for prompt_id in trainer.allocator.tracker.prompt_ids)
+
+
+@pytest.mark.parametrize("informed", [True, False])
+def test_a_prompt_that_stands_twice_in_a_batch_forms_one_group(informed, tmp_path, caplog):
+    # Two prompts, each in two of the four blocks.
+    rows = [dict(tiny.dataset(2)[k % 2]) for k in range(4) for _ in range(4)]
+    allocator = KnapsackAllocator()
+    if informed:
+        allocator.observe(["p0"] * 16 + ["p1"] * 16, [1.0] * 16 + [0.0, 1.0] * 8)
+    with caplog.at_level(logging.WARNING, logger="knapsack_rl.trl"):
+        trainer, [batch] = training_batch(tmp_path, rows, extra={"allocator": allocator})
+    counts = Counter(batch["prompt_id"])
+    assert sum(counts.values()) == 16
+    assert (counts["p1"] > 8) == informed
+    assert "same prompt more than once" in caplog.text
+    expected = tiny.reference_advantages(batch["prompt_id"], [batch["rewards"]])
+    np.testing.assert_allclose(trainer.watched[0]["advantages"], expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_dataset_with_duplicates_trains(tmp_path):
+    data = Dataset.from_list([dict(tiny.dataset(3)[k % 3]) for k in range(24)])
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, data=data, max_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert metric(trainer, "knapsack/budget") == [16.0] * 6
+    assert sorted(trainer.allocator.tracker.prompt_ids) == ["p0", "p1", "p2"]
+    assert trainer.allocator.tracker.records().rollouts.sum() == 96
+
+
+# -- engines and adapters ---------------------------------------------------------------------------------------------
+
+
+class ServedVLLM:
+    """Answers as vLLM's server mode does: every n-th prompt, n times. A completion repeats its prompt's tokens."""
+
+    def __init__(self, **_):
+        self.calls = []
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        self.calls.append(num_generations)
+        asked = [prompt for prompt in prompts[::num_generations] for _ in range(num_generations)]
+        completions = [[*prompt[:3], 1] for prompt in asked]
+        return prompts, completions, [[[-1.0]] * 4 for _ in completions], None
+
+
+def test_vllm_is_asked_for_one_completion_per_row_in_training_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", ServedVLLM)
+    batches = []
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        tmp_path,
+        rewards=(tiny.recording(tiny.digit_sum, batches),),
+        data=tiny.dataset(24),
+        use_vllm=True,
+        vllm_mode="colocate",
+        per_device_train_batch_size=32,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        extra={"allocator": tiny.informed_allocator(), "eval_dataset": tiny.dataset(4)},
+    )
+    trainer.train()
+    assert trainer.vllm_generation.calls == [1, 1, 1]
+    assert max(metric(trainer, "knapsack/budget_max")) > 4
+    trainer.evaluate()
+    assert trainer.vllm_generation.calls[3:] == [2, 2]
+    assert len(batches) == 5
+    for batch in batches:
+        assert batch["completions"] == [prompt[:3] for prompt in batch["prompts"]]
+
+
+def test_vllm_gets_every_other_argument_as_it_was(tmp_path):
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path)
+    calls = []
+
+    def generate(prompts, images, num_generations, profiler=None):
+        calls.append((prompts, images, num_generations, profiler))
+        return "made"
+
+    wrapped = knapsack_rl.trl._one_completion_per_row(generate, trainer)
+    trainer.model.train()
+    assert wrapped([[1]], None, 4, profiler="p") == "made"
+    assert wrapped(prompts=[[2]], images=None, num_generations=4) == "made"
+    trainer.model.eval()
+    assert wrapped([[3]], None, 4) == "made"
+    assert calls == [([[1]], None, 1, "p"), ([[2]], None, 1, None), ([[3]], None, 4, None)]
+
+
+def test_lora_adapters_train(tmp_path):
+    trainer, _ = ragged_trainer(
+        tmp_path, extra={"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
+    )
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p.detach(), before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert max(metric(trainer, "knapsack/budget_max")) > 4
+
+
+@pytest.mark.parametrize("module", ["torch", "accelerate.utils", "datasets", "transformers", "trl.trainer.grpo_config"])
+def test_a_missing_extra_names_the_install_command(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    spec = importlib.util.spec_from_file_location("knapsack_rl_trl_without_extra", knapsack_rl.trl.__file__)
+    with pytest.raises(ImportError, match=r'pip install "knapsack-rl\[trl\]"') as error:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert module.split(".")[0] in str(error.value)
+
+
+def test_the_package_works_without_the_extra():
+    code = """
+import sys
+for name in ("torch", "trl", "transformers", "datasets", "accelerate"):
+    sys.modules[name] = None
+import knapsack_rl
+print(knapsack_rl.KnapsackAllocator().allocate(["a", "b"], budget=8).counts.tolist())
+try:
+    import knapsack_rl.trl
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts, message = done.stdout.splitlines()
+    assert counts == "[4, 4]"
+    assert 'pip install "knapsack-rl[trl]"' in message
+
+
+# -- internals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        ("_generate_and_score_completions", lambda self, inputs, mode: None),
+        ("_calculate_rewards", lambda self, inputs, prompts, completions: None),
+    ],
+)
+def test_another_release_of_trl_is_refused(name, replacement, tmp_path, monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, name, replacement)
+    with pytest.raises(RuntimeError, match=f"GRPOTrainer.{name} takes .*not supported"):
+        trainer_of(KnapsackGRPOTrainer, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["_generate_and_score_completions", "_calculate_rewards"])
+def test_a_release_without_the_methods_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.delattr(GRPOTrainer, name)
+    with pytest.raises(RuntimeError, match=f"{name} takes None"):
+        trainer_of(KnapsackGRPOTrainer, tmp_path)
+
+
+def test_rewards_that_bypass_the_trainer_are_refused(tmp_path):
+    class Bypass(KnapsackGRPOTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            return torch.zeros(len(prompts), 1)
+
+    with pytest.raises(RuntimeError, match="without calling super"):
+        trainer_of(Bypass, tmp_path).train()
+
+
+def test_advantages_of_another_shape_are_refused(tmp_path, monkeypatch):
+    stock = GRPOTrainer._generate_and_score_completions
+
+    def in_two_columns(self, inputs):
+        output = stock(self, inputs)
+        return output | {"advantages": output["advantages"].view(-1, 1)}
+
+    trainer, _ = ragged_trainer(tmp_path)
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", in_two_columns)
+    with pytest.raises(RuntimeError, match="TRL computed advantages of shape"):
+        trainer.train()
+
+
+def test_rows_of_a_prompt_stand_together(tmp_path):
+    trainer, batches = ragged_trainer(tmp_path)
+    trainer.train()
+    for batch in batches:
+        changes = sum(one != two for one, two in pairwise(batch["prompts"]))
+        assert changes == len(set(batch["prompts"])) - 1
