@@ -81,16 +81,12 @@ def _knapsacks(draw: st.DrawFn, *, concave: bool, max_prompts: int, max_rollouts
     return Knapsack(table, draw(st.integers(int(lower.sum()), int(upper.sum()))), lower, upper)
 
 
-def concave_tables(
-    max_prompts: int = 6, max_rollouts: int = 10, largest: int = 6
-) -> st.SearchStrategy[Knapsack]:
+def concave_tables(max_prompts: int = 6, max_rollouts: int = 10, largest: int = 6) -> st.SearchStrategy[Knapsack]:
     """Rows of marginals that never rise: the greedy's case."""
     return _knapsacks(concave=True, max_prompts=max_prompts, max_rollouts=max_rollouts, largest=largest)
 
 
-def arbitrary_tables(
-    max_prompts: int = 3, max_rollouts: int = 5, largest: int = 6
-) -> st.SearchStrategy[Knapsack]:
+def arbitrary_tables(max_prompts: int = 3, max_rollouts: int = 5, largest: int = 6) -> st.SearchStrategy[Knapsack]:
     """Any marginals: the dynamic program's case."""
     return _knapsacks(concave=False, max_prompts=max_prompts, max_rollouts=max_rollouts, largest=largest)
 
@@ -115,9 +111,7 @@ def ragged_groups(draw: st.DrawFn, *, allow_nan: bool = False, graded: bool = Tr
     reward = st.one_of(levels, st.floats(-10.0, 10.0, width=16)) if graded else levels
     if allow_nan:
         reward = st.one_of(reward, reward, st.just(float("nan")))
-    rows = [
-        (prompt_id, score) for prompt_id in ids for score in draw(st.lists(reward, min_size=1, max_size=6))
-    ]
+    rows = [(prompt_id, score) for prompt_id in ids for score in draw(st.lists(reward, min_size=1, max_size=6))]
     rows = draw(st.permutations(rows))
     return Rollouts(np.array([prompt_id for prompt_id, _ in rows]), np.array([score for _, score in rows], dtype=float))
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
-from strategies import Batch, batches, no_deadline, success_rates
 
 import knapsack_rl as kr
 from knapsack_rl.allocation import allocate_expected, feasible_bounds
 from knapsack_rl.value import marginal_values
+from strategies import Batch, batches, no_deadline, success_rates
 
 NAN = float("nan")
 
@@ -271,9 +271,7 @@ def test_leftover_is_spread_evenly_whatever_the_method(least: int, method) -> No
 def paper_rule_by_hand(rates, budget: int, low: int, high: int) -> dict[str, list[int]]:
     """Counts per class, sorted; of the effective prompts only the total (their split is the knapsack's)."""
     names = ["unsolved", "solved", "unseen", "effective"]
-    kind = [
-        "unseen" if math.isnan(p) else "unsolved" if p == 0 else "solved" if p == 1 else "effective" for p in rates
-    ]
+    kind = ["unseen" if math.isnan(p) else "unsolved" if p == 0 else "solved" if p == 1 else "effective" for p in rates]
     counts = {name: [] for name in names}
     for name in ("unsolved", "solved"):
         counts[name] = [low] * kind.count(name)
@@ -440,7 +438,7 @@ def test_degraded_bounds_always_fit_the_budget(rates: list[float], budget: int, 
     low = min(low, high)
     table = marginal_values(rates, high)
     lower, upper, reason = feasible_bounds(len(rates), budget, low, high, table)
-    assert (0 <= lower).all()
+    assert (lower >= 0).all()
     assert (lower <= upper).all()
     assert lower.sum() <= budget <= upper.sum()
     found = allocate_expected(table, budget, low, high)

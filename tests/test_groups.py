@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Rollouts, no_deadline, ragged_groups
 
 import knapsack_rl as kr
 from knapsack_rl.groups import (
@@ -20,6 +19,7 @@ from knapsack_rl.groups import (
     successes_of,
     transition_matrix,
 )
+from strategies import Rollouts, no_deadline, ragged_groups
 
 NAN = float("nan")
 
@@ -170,7 +170,7 @@ def test_ragged_groups_of_the_right_total_are_not_mixed() -> None:
     """Mistake 11: sizes 3, 5, 4 and 4 have the total of 4 x 4, and reshape(-1, 4) would mix prompts silently."""
     sizes = [3, 5, 4, 4]
     groups = np.repeat(np.arange(4), sizes)
-    rewards = np.array([1, 0, 1] + [0, 0, 0, 0, 0] + [1, 1, 1, 1] + [0, 1, 0, 1], dtype=float)
+    rewards = np.array([1, 0, 1, *[0] * 5, *[1] * 4, 0, 1, 0, 1], dtype=float)
     found = kr.group_advantages(groups, rewards, epsilon=0.0)
     assert found[3:12].tolist() == [0.0] * 9
     squares = rewards.reshape(-1, 4)
@@ -271,7 +271,7 @@ def test_statistics_match_loops(rollouts: Rollouts, threshold: float) -> None:
 
 def test_worked_statistics() -> None:
     groups = ["a"] * 2 + ["b"] * 6 + ["c"] * 2
-    found = kr.group_statistics(groups, [1, 1] + [1, 0, 0, 0, 0, 0] + [0, 0])
+    found = kr.group_statistics(groups, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
     assert found.effective_gradient_ratio == 0.6
     assert found.effective_prompt_ratio == pytest.approx(1 / 3)
     assert found.class_shares == pytest.approx((1 / 3, 0, 0, 1 / 3, 1 / 3))

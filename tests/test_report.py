@@ -8,9 +8,8 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from scipy import stats
 
-from knapsack_rl import plots
-from knapsack_rl.report import comparison_table, write_comparison, write_report
-from knapsack_rl.runlog import RunLog
+from knapsack_rl.report import comparison_table, plots, write_comparison, write_report
+from knapsack_rl.report.runlog import RunLog
 from run_folders import write_rows, write_run
 
 RUN_PLOTS = [

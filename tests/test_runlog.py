@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from knapsack_rl.curves import mean_curve, moving_average, t_interval, t_quantile, tail_mean
 from knapsack_rl.groups import DIFFICULTY_CLASSES
-from knapsack_rl.runlog import RunLog, rollouts_to_reach
+from knapsack_rl.report.curves import mean_curve, moving_average, rollouts_to_reach, t_interval, t_quantile, tail_mean
+from knapsack_rl.report.runlog import RunLog
 from run_folders import write_rows, write_run
 
 

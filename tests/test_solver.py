@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
-from strategies import Knapsack, arbitrary_tables, concave_tables, no_deadline
 
 from knapsack_rl import solver
 from knapsack_rl.value import marginal_values
+from strategies import Knapsack, arbitrary_tables, concave_tables, no_deadline
 
 SEED = 20250929
 
@@ -29,12 +29,17 @@ def value_at(marginals: NDArray, counts) -> float:
 def enumerate_best(marginals: NDArray, lower, upper) -> dict[int, tuple[float, tuple[int, ...]]]:
     """Best total per budget; among equal totals the one whose last counts are smallest."""
     values = values_of(marginals)
-    best: dict[int, tuple[float, tuple[int, ...]]] = {}
-    for counts in itertools.product(*(range(low, high + 1) for low, high in zip(lower, upper, strict=True))):
-        budget, total = sum(counts), float(sum(values[i, n] for i, n in enumerate(counts)))
-        known = best.get(budget)
-        if known is None or total > known[0] or (total == known[0] and counts[::-1] < known[1][::-1]):
-            best[budget] = (total, counts)
+    prompts = len(values)
+    ranges = [np.arange(low, high + 1) for low, high in zip(lower, upper, strict=True)]
+    # The last prompt varies slowest: the first of equal totals is the one wanted.
+    counts = np.stack(np.meshgrid(*ranges[::-1], indexing="ij"), axis=-1).reshape(-1, prompts)[:, ::-1]
+    totals = values[np.arange(prompts), counts].sum(axis=1)
+    sums = counts.sum(axis=1)
+    best = {}
+    for budget in range(int(sums.min()), int(sums.max()) + 1):
+        rows = np.flatnonzero(sums == budget)
+        top = rows[np.argmax(totals[rows])]
+        best[budget] = (float(totals[top]), tuple(counts[top].tolist()))
     return best
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import no_deadline, visits
 
 from knapsack_rl.tracker import COLUMNS, RECENT, Tracker, check_prompt_ids, stable_order
+from strategies import no_deadline, visits
 
 prompt_ids = st.one_of(st.integers(-(2**70), 2**70), st.text(max_size=6))
 

@@ -1,4 +1,5 @@
 import functools
+import gc
 import importlib.util
 import json
 import logging
@@ -33,6 +34,14 @@ from knapsack_rl.trl import (
 )
 
 TOLERANCE = 3e-7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_not_collected():
+    # Each run ends with a garbage collection, which spends most of its time on the libraries' own objects.
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class WatchedTrainer(KnapsackGRPOTrainer):
@@ -105,17 +114,24 @@ def metric(trainer, name):
 
 TWO_REWARDS = {"rewards": (tiny.digit_sum, tiny.length_reward), "reward_weights": [0.3, 1.7]}
 GDPO = TWO_REWARDS | {"multi_objective_aggregation": "normalize_then_sum"}
+# Several updates from one generation, in parts: where the losses differ.
+OFF_POLICY = {
+    "num_iterations": 2,
+    "steps_per_generation": 2,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 8,
+}
 
 SAME_AS_STOCK = {
     "default": {},
-    "grpo": {"loss_type": "grpo"},
-    "dr_grpo": {"loss_type": "dr_grpo"},
-    "dapo": {"loss_type": "dapo"},
-    "bnpo": {"loss_type": "bnpo"},
-    "cispo": {"loss_type": "cispo"},
-    "sapo": {"loss_type": "sapo"},
-    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
-    "vespo": {"loss_type": "vespo"},
+    "grpo": OFF_POLICY | {"loss_type": "grpo"},
+    "dr_grpo": OFF_POLICY | {"loss_type": "dr_grpo"},
+    "dapo": OFF_POLICY | {"loss_type": "dapo"},
+    "bnpo": OFF_POLICY | {"loss_type": "bnpo"},
+    "cispo": OFF_POLICY | {"loss_type": "cispo"},
+    "sapo": OFF_POLICY | {"loss_type": "sapo"},
+    "luspo": OFF_POLICY | {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "vespo": OFF_POLICY | {"loss_type": "vespo"},
     "dr_grpo, scale none": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "dapo, scale batch": {"loss_type": "dapo", "scale_rewards": "batch"},
     "two iterations": {"num_iterations": 2, "max_steps": 4},
@@ -165,7 +181,8 @@ def run_case(tmp_path_factory, saved_model):
         trainer = trainer_of(cls, tmp_path_factory.mktemp("run"), data=data, model=model, **settings, **allocation)
         start = tiny.fingerprint(trainer.model)
         trainer.train()
-        return start, tiny.fingerprint(trainer.model), trainer
+        sizes = set(metric(trainer, "knapsack/budget_min") + metric(trainer, "knapsack/budget_max"))
+        return start, tiny.fingerprint(trainer.model), sizes
 
     return run
 
@@ -174,21 +191,19 @@ def run_case(tmp_path_factory, saved_model):
 @pytest.mark.parametrize("case", SAME_AS_STOCK)
 def test_equal_groups_train_bit_for_bit_as_the_stock_trainer(case, allocation, run_case):
     stock_start, stock_end, _ = run_case(case, GRPOTrainer)
-    start, end, trainer = run_case(case, KnapsackGRPOTrainer, allocation=allocation)
+    start, end, group_sizes = run_case(case, KnapsackGRPOTrainer, allocation=allocation)
     assert start == stock_start
     assert end == stock_end
     assert end != start, "nothing was learned, so equality shows nothing"
     # In the first epoch every prompt is equally unknown, so the knapsack itself divides evenly.
-    assert set(metric(trainer, "knapsack/budget_min")) == {4.0}
-    assert set(metric(trainer, "knapsack/budget_max")) == {4.0}
+    assert group_sizes == {4.0}
 
 
 def test_identity_cases_train_differently_from_one_another(run_case):
     ends = {case: run_case(case, GRPOTrainer)[1] for case in SAME_AS_STOCK}
-    alike = {"dapo", "worker prefetch", "no id column"}  # the default, read in another way
+    alike = {"worker prefetch", "no id column"}  # the default, read in another way
     assert {ends[case] for case in alike} == {ends["default"]}
-    assert ends["dr_grpo, scale none"] not in {ends["dr_grpo"], ends["default"]}
-    assert len({ends[case] for case in ("default", "dapo, scale batch", "kl", "two iterations", "gdpo", "vespo")}) == 6
+    assert len({ends[case] for case in ends if case not in alike}) == len(ends) - len(alike)
 
 
 def test_ragged_groups_train_differently_from_the_stock_trainer(tmp_path):
@@ -500,7 +515,7 @@ def test_success_is_an_outcome_above_the_threshold(tmp_path):
     lengths = [len(completion) for batch in batches for completion in batch["completions"]]
     assert 0 < sum(length > 4 for length in lengths) < sum(length > 0 for length in lengths)
     found = trainer.allocator.tracker.records().first_successes.sum()
-    assert found == sum(np.float32(length / 10) > 0.4 for length in lengths)
+    assert found == sum(length > 4 for length in lengths)
 
 
 def test_prompt_weighted_reward_is_the_mean_over_prompts(tmp_path):
@@ -582,7 +597,7 @@ def test_evaluation_leaves_the_allocator_alone(tmp_path):
         KnapsackGRPOTrainer,
         tmp_path,
         rewards=(tiny.recording(tiny.digit_sum, batches),),
-        extra={"eval_dataset": tiny.dataset(5), "allocator": tiny.informed_allocator()},
+        extra={"eval_dataset": tiny.dataset(6), "allocator": tiny.informed_allocator()},
         num_generations_eval=2,
         per_device_eval_batch_size=4,
     )
@@ -592,9 +607,9 @@ def test_evaluation_leaves_the_allocator_alone(tmp_path):
     assert trainer.allocator.metrics() == before.metrics()
     # Evaluation has its own group size and goes through the prompts evenly.
     assert Counter(prompt for batch in batches for prompt in batch["prompts"]) == dict.fromkeys(
-        tiny.dataset(5)["prompt"], 2
+        tiny.dataset(6)["prompt"], 2
     )
-    assert found["eval_reward"] == pytest.approx(np.mean([r for b in batches for r in b["rewards"]]), abs=0.05)
+    assert found["eval_reward"] == pytest.approx(np.mean([r for b in batches for r in b["rewards"]]), abs=1e-6)
     assert not any("knapsack" in name for name in found)
 
 
@@ -636,7 +651,7 @@ def test_allocation_log(tmp_path):
     before = tiny.informed_allocator()
     trainer.train()
     log = allocation_log(tmp_path)
-    assert [record["step"] for record in log] == [1, 3, 5]
+    assert [record["step"] for record in log] == [1, 2, 3]
     for record, batch in zip(log, batches, strict=True):
         ids = record["prompt_ids"]
         rewards = {i: [r for j, r in zip(batch["prompt_id"], batch["rewards"], strict=True) if i == j] for i in ids}
@@ -653,6 +668,25 @@ def test_allocation_log(tmp_path):
         )
         assert record["seconds"] > 0
     assert any(sum(record["counts"]) > sum(record["scored"]) for record in log)
+
+
+@pytest.mark.parametrize(
+    ("settings", "generations"),
+    [
+        ({}, 3),
+        ({"num_iterations": 2, "max_steps": 5}, 3),
+        ({"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 5}, 3),
+        ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, 6),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, 2),
+    ],
+    ids=["default", "iterations", "several updates", "several generations", "across updates"],
+)
+def test_the_allocation_log_numbers_the_generations(settings, generations, tmp_path):
+    trainer = trainer_of(
+        KnapsackGRPOTrainer, tmp_path, log_allocations=True, **({"per_device_train_batch_size": 4} | settings)
+    )
+    trainer.train()
+    assert [record["step"] for record in allocation_log(tmp_path)] == list(range(1, generations + 1))
 
 
 def test_nothing_is_logged_unless_asked_for(tmp_path):
@@ -829,10 +863,16 @@ def test_settings_reach_the_allocator(tmp_path):
 
 @pytest.mark.parametrize("estimator", ["empirical-bayes", "beta", "window"])
 def test_every_estimator_trains_over_several_epochs(estimator, tmp_path):
+    def never_for_some(prompts, completions, **_):
+        return [
+            float(prompt[0] in "012") * reward
+            for prompt, reward in zip(prompts, tiny.has_digit_five(completions), strict=True)
+        ]
+
     trainer = trainer_of(
         KnapsackGRPOTrainer,
         tmp_path,
-        rewards=(tiny.has_digit_five,),
+        rewards=(never_for_some,),
         data=tiny.dataset(8),
         estimator=estimator,
         max_rollouts=10,

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import no_deadline, success_rates
 
 import knapsack_rl as kr
 from knapsack_rl.value import (
@@ -21,6 +20,7 @@ from knapsack_rl.value import (
     marginal_values,
     rollouts_for_probability,
 )
+from strategies import no_deadline, success_rates
 
 
 def exact_probability(count: int, rate: float) -> Fraction:
@@ -42,9 +42,7 @@ def close(found: float, exact: Fraction, relative: float) -> bool:
 # --- worked numbers ---
 
 
-@pytest.mark.parametrize(
-    ("rate", "rounded"), [(0.5, 0.992), (0.05, 0.34), (0.95, 0.34), (0.01, 0.08), (0.99, 0.08)]
-)
+@pytest.mark.parametrize(("rate", "rounded"), [(0.5, 0.992), (0.05, 0.34), (0.95, 0.34), (0.01, 0.08), (0.99, 0.08)])
 def test_worked_probabilities_of_eight_rollouts(rate: float, rounded: float) -> None:
     digits = len(str(rounded)) - 2
     assert round(float(kr.nonzero_gradient_probability(8, rate)), digits) == rounded

@@ -40,6 +40,7 @@ except ImportError as error:
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import STD_EPSILON, group_advantages, group_outcomes, prompt_weights
+from knapsack_rl.report.runfiles import append_row
 from knapsack_rl.statefile import read_state
 from knapsack_rl.tracker import PromptId
 from knapsack_rl.value import FloatArray, IntArray
@@ -65,7 +66,7 @@ class KnapsackGRPOConfig(GRPOConfig):
         success_threshold: an outcome above it counts as success.
         outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
             the rollout. Unlike the training reward it is neither weighted nor summed.
-        log_allocations: append each step's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
+        log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
     """
 
     allocation: str = field(default="knapsack", metadata={"help": "'knapsack' or 'uniform'."})
@@ -168,6 +169,11 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)
         self._reward_matrix = rewards_per_func.detach().double().cpu().numpy()  # gathered, in rank order
         return rewards_per_func
+
+    @property
+    def _updates_per_generation(self) -> int:
+        batches = self.args.steps_per_generation * self.num_iterations
+        return max(batches // self.args.gradient_accumulation_steps, 1)
 
     # -- before generation ------------------------------------------------------------------------------------------
 
@@ -286,7 +292,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         groups = group_outcomes(step.group_R, outcome, self.allocator.success)
         order = np.argsort(step.group_R[groups.first_row])  # back from first appearance to the order of the prompts
         record = {
-            "step": self.state.global_step + 1,
+            "step": self.state.global_step // self._updates_per_generation + 1,
             "prompt_ids": step.prompts,
             "counts": step.allocation.counts.tolist(),
             "successes": groups.successes[order].tolist(),
@@ -297,10 +303,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             "reason": step.allocation.reason,
             "seconds": step.seconds,
         }
-        path = Path(self.args.output_dir) / ALLOCATION_LOG
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_row(Path(str(self.args.output_dir)) / ALLOCATION_LOG, record)
 
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._warned:

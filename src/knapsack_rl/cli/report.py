@@ -42,9 +42,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 def print_comparison(folders: Sequence[str], output: Path, *, as_json: bool = False) -> None:
     """Write the comparison page and print its table, as Markdown or JSON."""
-    from knapsack_rl.comparison import comparison_table
-    from knapsack_rl.comparison_page import write_comparison
-    from knapsack_rl.runlog import RunLog
+    from knapsack_rl.report import RunLog, comparison_table, markdown_table, write_comparison
 
     rows = comparison_table([RunLog.load(folder) for folder in folders])
     page = write_comparison(folders, output)

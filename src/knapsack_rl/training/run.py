@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import signal
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knapsack_rl.report import write_report
+from knapsack_rl.report.runfiles import append_row
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.data import TaskData, load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
@@ -221,8 +221,7 @@ class _Recorder(TrainerCallback):
             "seconds": round(time.perf_counter() - self._started, 3),
         }
         row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self._metrics, row)
         self._display.row(row)
 
 

@@ -17,14 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from knapsack_rl.curves import ratio, rollouts_to_reach
 from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
-from knapsack_rl.runfiles import by_step, check_allocation, read_config, read_rows
+from knapsack_rl.report.curves import ratio
+from knapsack_rl.report.runfiles import by_step, check_allocation, read_config, read_rows
+from knapsack_rl.value import FloatArray, IntArray
 
-__all__ = ["RunLog", "Visits", "BudgetByEstimate", "Calibration", "rollouts_to_reach"]
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 

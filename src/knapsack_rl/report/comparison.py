@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.curves import Curve, mean_curve, moving_average, rollouts_to_reach, t_interval, tail_mean
-from knapsack_rl.runlog import RunLog
+from knapsack_rl.report.curves import Curve, mean_curve, moving_average, rollouts_to_reach, t_interval, tail_mean
+from knapsack_rl.report.runlog import RunLog
 
 SMOOTHING = 3
 """Evaluations averaged before a curve is searched for a target accuracy."""

@@ -1,9 +1,10 @@
-"""Read the files of a run folder: settings and JSON lines that a crash may have cut short."""
+"""The files of a run folder: settings, and JSON lines that a crash may have cut short."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}")
     return {str(key): value for key, value in config.items()}
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line; if a crash left the last line torn, it is ended first, so that only it is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Write a run, or a comparison of runs, as one self-contained HTML page."""
+"""Write a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl import page, plots
-from knapsack_rl.comparison import comparison_table
-from knapsack_rl.comparison_page import write_comparison
-from knapsack_rl.curves import tail_mean
 from knapsack_rl.groups import DIFFICULTY_CLASSES
-from knapsack_rl.runlog import RunLog
-
-__all__ = ["comparison_table", "write_comparison", "write_report"]
+from knapsack_rl.report import page, plots
+from knapsack_rl.report.curves import tail_mean
+from knapsack_rl.report.runlog import RunLog
 
 SHOWN_PROMPTS = 10
 

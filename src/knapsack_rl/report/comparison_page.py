@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl import page, plots
-from knapsack_rl.comparison import (
+from knapsack_rl.report import page, plots
+from knapsack_rl.report.comparison import (
     Policy,
     accuracy_curve,
     baseline_of,
@@ -16,8 +16,8 @@ from knapsack_rl.comparison import (
     final_accuracy,
     policies,
 )
-from knapsack_rl.curves import Curve, mean_curve, moving_average
-from knapsack_rl.runlog import FloatArray, RunLog
+from knapsack_rl.report.curves import Curve, mean_curve, moving_average
+from knapsack_rl.report.runlog import FloatArray, RunLog
 
 _LEVELS = {
     "rollouts": "The effective gradient ratio (moving average, mean over seeds, band from lowest to highest). An "
@@ -142,6 +142,17 @@ def _findings(rows: Sequence[dict[str, Any]]) -> str:
             text += " and does not reach the baseline's final accuracy"
         items.append(f"<li>{html.escape(text)}.</li>")
     return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of the comparison page as Markdown.
+
+    Args:
+        rows: From `comparison_table`.
+    """
+    lines = [HEADER, ["---"] * len(HEADER)]
+    lines += [["–" if cell is None else str(cell) for cell in _cells(row)] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _cells(row: dict[str, Any]) -> tuple[object, ...]:
