@@ -411,23 +411,23 @@ def test_the_method_is_passed_on() -> None:
 
 def test_feasible_batches_keep_their_bounds() -> None:
     for budget in range(8, 33):
-        lower, upper, reason = feasible_bounds(4, budget, 2, 8, np.zeros((4, 8)))
+        lower, upper, reason = feasible_bounds(budget, 2, 8, np.zeros((4, 8)), np.zeros(4))
         assert (lower.tolist(), upper.tolist(), reason) == ([2] * 4, [8] * 4, "")
 
 
 def test_degradation_order() -> None:
     table = marginal_values([0.1, 0.9, 0.4, 0.0], 8)
-    lower, upper, reason = feasible_bounds(4, 15, 5, 8, table)  # 1. a lower minimum
+    lower, upper, reason = feasible_bounds(15, 5, 8, table, np.zeros(4))  # 1. a lower minimum
     assert (lower.tolist(), upper.tolist()) == ([3] * 4, [8] * 4)
     assert "budget 15 is below 4 prompts x 5" in reason
     assert "min_rollouts lowered to 3" in reason
-    lower, upper, reason = feasible_bounds(4, 8, 5, 8, table)  # two still hold both outcomes
+    lower, upper, reason = feasible_bounds(8, 5, 8, table, np.zeros(4))  # two still hold both outcomes
     assert lower.tolist() == [2] * 4
-    lower, upper, reason = feasible_bounds(4, 5, 2, 8, table)  # 2. the best pairs, one group of three
+    lower, upper, reason = feasible_bounds(5, 2, 8, table, np.zeros(4))  # 2. the best pairs, one group of three
     assert lower.tolist() == [2, 0, 2, 0]
     assert upper.tolist() == [2, 0, 3, 0]
     assert "2 prompts served" in reason
-    lower, upper, reason = feasible_bounds(4, 35, 2, 8, table)  # 3. a higher maximum
+    lower, upper, reason = feasible_bounds(35, 2, 8, table, np.zeros(4))  # 3. a higher maximum
     assert (lower.tolist(), upper.tolist()) == ([2] * 4, [9] * 4)
     assert "max_rollouts raised to 9" in reason
 
@@ -437,7 +437,7 @@ def test_degradation_order() -> None:
 def test_degraded_bounds_always_fit_the_budget(rates: list[float], budget: int, low: int, high: int) -> None:
     low = min(low, high)
     table = marginal_values(rates, high)
-    lower, upper, reason = feasible_bounds(len(rates), budget, low, high, table)
+    lower, upper, reason = feasible_bounds(budget, low, high, table, np.zeros(len(rates)))
     assert (lower >= 0).all()
     assert (lower <= upper).all()
     assert lower.sum() <= budget <= upper.sum()

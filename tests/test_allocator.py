@@ -25,7 +25,7 @@ from knapsack_rl import statefile
 from knapsack_rl.allocation import allocate_expected
 from knapsack_rl.balance import predict_work
 from knapsack_rl.estimator import ESTIMATORS, BetaEstimator
-from knapsack_rl.tracker import stable_order
+from knapsack_rl.prompt_ids import stable_order
 from strategies import no_deadline
 
 NAN = float("nan")
@@ -681,7 +681,7 @@ def test_foreign_files_are_refused_and_left_alone(content: str, tmp_path: Path) 
 
 
 def test_a_folder_is_no_state(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no readable allocator state"):
+    with pytest.raises(ValueError, match="is a folder"):
         kr.KnapsackAllocator.load(tmp_path)
 
 

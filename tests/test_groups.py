@@ -317,7 +317,7 @@ def test_success_threshold_and_function() -> None:
     assert successes_of(rewards, lambda r: r >= 0.5).tolist() == [False, False, False, True, True, False]
     assert not successes_of(rewards, lambda r: ~(r < 5))[5]  # NaN is never a success, whatever the function says
     for bad in (NAN, np.inf):
-        with pytest.raises(ValueError, match="success threshold must be a finite number"):
+        with pytest.raises(ValueError, match="success rule must be a finite threshold"):
             successes_of(rewards, bad)
     with pytest.raises(ValueError, match=r"success function returned shape \(\).*\(6,\)"):
         successes_of(rewards, lambda r: True)
@@ -376,11 +376,11 @@ def test_transition_errors() -> None:
     [
         ([0, 0, 1], [1.0, 0.0], r"equally long.*\(3,\).*\(2,\)"),
         ([[0, 1]], [[1.0, 0.0]], "one-dimensional"),
-        ([0.0, 1.0], [1.0, 0.0], "ids.*got floats"),
+        ([0.0, 1.0], [1.0, 0.0], r"group_of_rollout\[0\] is 0.0"),
         ([0, 0, 0], [1.0, np.inf, 0.0], r"rewards\[1\] is inf"),
         ([0, 0], [1.0, -np.inf], r"rewards\[1\] is -inf"),
         ([0, 0], ["good", "bad"], "rewards must be numbers"),
-        ([None, "a"], [1.0, 0.0], "ids"),
+        ([None, "a"], [1.0, 0.0], r"group_of_rollout\[0\] is None"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(function, groups, rewards, message: str) -> None:

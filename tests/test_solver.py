@@ -418,7 +418,7 @@ def test_the_feasible_range_is_named(budget: int, fits: bool) -> None:
     ("arguments", "options", "message"),
     [
         ((np.zeros(3), 3, 0, 3), {}, r"marginals must be a table.*\(3,\)"),
-        ((np.zeros((2, 3)), 3, 0, 4), {}, "max_rollouts 4 .*got 3"),
+        ((np.zeros((2, 3)), 4, 0, 4), {}, "max_rollouts 4 .*got 3"),
         ((np.zeros((2, 3)), 3.0, 0, 3), {}, "budget must be a whole number"),
         ((np.zeros((2, 3)), -1, 0, 3), {}, "budget must be a whole number >= 0, got -1"),
         ((np.zeros((2, 3)), 3, 2, 1), {}, "min_rollouts 2 is above max_rollouts 1"),
@@ -429,7 +429,7 @@ def test_the_feasible_range_is_named(budget: int, fits: bool) -> None:
         ((np.zeros((2, 3)), 3, 0, None), {}, "max_rollouts must be a whole number"),
         ((np.zeros((2, 3)), 3, 0, 3), {"method": "simplex"}, "method must be one of auto, greedy.*'simplex'"),
         ((np.full((2, 3), np.nan), 3, 0, 3), {}, "finite"),
-        ((np.array([[1.0, -np.inf]]), 1, 0, 2), {}, "finite"),
+        ((np.array([[1.0, -np.inf]]), 2, 0, 2), {}, "finite"),
         ((np.zeros((2, 3)), 3, 0, 3), {"tier": [1]}, r"tier must hold one number per prompt \(2\)"),
         ((np.zeros((2, 3)), 3, 0, 3), {"priority": [0.0, np.nan]}, "priority .*no NaN"),
     ],

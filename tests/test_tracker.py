@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knapsack_rl.tracker import COLUMNS, RECENT, Tracker, check_prompt_ids, stable_order
+from knapsack_rl.prompt_ids import check_prompt_ids, stable_order
+from knapsack_rl.tracker import COLUMNS, RECENT, Tracker
 from strategies import no_deadline, visits
 
 prompt_ids = st.one_of(st.integers(-(2**70), 2**70), st.text(max_size=6))
@@ -195,7 +196,7 @@ def test_one_string_is_no_batch_of_letters() -> None:
 
 def test_the_last_tie_break_is_the_same_in_every_process() -> None:
     ids = ["a", 7, "7", "é", -3]
-    code = f"from knapsack_rl.tracker import stable_order; print(stable_order({ids!r}).tolist())"
+    code = f"from knapsack_rl.prompt_ids import stable_order; print(stable_order({ids!r}).tolist())"
     found = {
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
@@ -261,8 +262,8 @@ def as_ids(value) -> np.ndarray:
     ("name", "array", "message"),
     [
         ("prompt_ids", as_ids(["a", "a"]), "not distinct"),
-        ("prompt_ids", as_ids(["a", None]), "not distinct strings or whole numbers"),
-        ("prompt_ids", as_ids(["a", 1.5]), "not distinct strings or whole numbers"),
+        ("prompt_ids", as_ids(["a", None]), "not distinct|is None|is 1.5"),
+        ("prompt_ids", as_ids(["a", 1.5]), "not distinct|is None|is 1.5"),
         ("prompt_ids", as_ids(["a"]), r"column .* has shape \(2,\)"),
         ("prompt_ids", as_ids([["a"], ["b"]]), "ids"),
         ("prompt_ids", as_ids(5), "ids"),

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 import knapsack_rl.trl
+import knapsack_rl.trl.trainer as trainer_module
 import tiny
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimator import BetaEstimator
@@ -29,9 +30,9 @@ from knapsack_rl.trl import (
     STATE_FILE,
     KnapsackGRPOConfig,
     KnapsackGRPOTrainer,
-    prompt_key,
-    ragged_advantages,
 )
+from knapsack_rl.trl.advantages import ragged_advantages
+from knapsack_rl.trl.identity import prompt_key
 
 TOLERANCE = 3e-7
 
@@ -677,7 +678,7 @@ def test_allocation_log(tmp_path):
         ({"num_iterations": 2, "max_steps": 5}, 3),
         ({"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 5}, 3),
         ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, 6),
-        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, 2),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2, "max_steps": 6}, 4),
     ],
     ids=["default", "iterations", "several updates", "several generations", "across updates"],
 )
@@ -1048,7 +1049,7 @@ def test_vllm_gets_every_other_argument_as_it_was(tmp_path):
         calls.append((prompts, images, num_generations, profiler))
         return "made"
 
-    wrapped = knapsack_rl.trl._one_completion_per_row(generate, trainer)
+    wrapped = trainer_module._one_completion_per_row(generate, trainer)
     trainer.model.train()
     assert wrapped([[1]], None, 4, profiler="p") == "made"
     assert wrapped(prompts=[[2]], images=None, num_generations=4) == "made"
@@ -1069,7 +1070,7 @@ def test_lora_adapters_train(tmp_path):
     assert max(metric(trainer, "knapsack/budget_max")) > 4
 
 
-@pytest.mark.parametrize("module", ["torch", "accelerate.utils", "datasets", "transformers", "trl.trainer.grpo_config"])
+@pytest.mark.parametrize("module", ["torch", "accelerate", "datasets", "transformers", "trl"])
 def test_a_missing_extra_names_the_install_command(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     spec = importlib.util.spec_from_file_location("knapsack_rl_trl_without_extra", knapsack_rl.trl.__file__)

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+import tiny
 from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOConfig, KnapsackGRPOTrainer
 
 TWO_REWARDS = {"rewards": (tiny.digit_sum, tiny.length_reward), "reward_weights": [0.3, 1.7]}

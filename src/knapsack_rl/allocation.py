@@ -105,8 +105,7 @@ def allocate(
     else:
         if unseen.any() and not unseen.all():
             table[unseen] = table[~unseen].mean(axis=0)
-        counts = solver.solve(table, budget, lower, upper, method=method, tier=kind, priority=priority)
-        reason = _describe_unvalued(counts, lower, kind, table)
+        counts, reason = _optimum(kind, table, budget, lower, upper, priority, method)
     return Allocation(counts, solver.total_value(table, counts), reason, success_rates=rates)
 
 
@@ -131,7 +130,9 @@ def allocate_expected(
         priority: (M,) last tie-break, lower first; a stable hash of the prompt ids makes the result independent of
             their order.
     """
-    lower, upper, degradation = feasible_bounds(marginals.shape[0], budget, min_rollouts, max_rollouts, marginals)
+    if priority is None:
+        priority = np.zeros(marginals.shape[0])
+    lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, priority)
     width = max(int(upper.max(initial=0)), 1)
     if width > marginals.shape[1]:
         marginals = np.pad(marginals, ((0, 0), (0, width - marginals.shape[1])))
@@ -140,7 +141,7 @@ def allocate_expected(
 
 
 def feasible_bounds(
-    prompts: int, budget: int, min_rollouts: int, max_rollouts: int, marginals: FloatArray
+    budget: int, min_rollouts: int, max_rollouts: int, marginals: FloatArray, priority: ArrayLike
 ) -> tuple[IntArray, IntArray, str]:
     """Bounds under which the budget can be met, and what had to give way ("" if nothing).
 
@@ -149,6 +150,7 @@ def feasible_bounds(
        two rollouts each as far as the budget goes, the others none (an odd rollout makes one group three).
     3. A budget above M N_up raises the maximum to ``ceil(budget / M)``.
     """
+    prompts = marginals.shape[0]
     lower, upper = np.full(prompts, min_rollouts), np.full(prompts, max_rollouts)
     if prompts == 0 or prompts * min_rollouts <= budget <= prompts * max_rollouts:
         return lower, upper, ""
@@ -163,7 +165,8 @@ def feasible_bounds(
         lower[:] = lowered
         return lower, upper, f"{shortage}: min_rollouts lowered to {lowered}"
     pairs = budget // 2
-    served = np.argsort(-marginals[:, :2].sum(axis=1), kind="stable")[: max(pairs, min(budget, 1))]
+    by_value = np.lexsort((np.asarray(priority), -marginals[:, :2].sum(axis=1)))
+    served = by_value[: max(pairs, min(budget, 1))]
     lower[:], upper[:] = 0, 0
     lower[served] = min(budget, 2)
     upper[served[:1]] = 3 if pairs else budget
@@ -184,11 +187,18 @@ def _paper_rule(
     """The paper's fallback strategy; every bound holds and every rollout is spent."""
     effective, unseen = kind == EFFECTIVE, kind == UNSEEN
     counts = lower.copy()
-    counts[unseen] = np.clip(budget // rates.size, lower[unseen], upper[unseen])
+    uniform = np.clip(budget // rates.size, lower[unseen], upper[unseen])
+    # Per-prompt minima of the others may leave less than the uniform share.
+    room = budget - int(lower[~unseen].sum())
+    counts[unseen] = _spread(min(int(uniform.sum()), room), lower[unseen], uniform, kind[unseen], priority[unseen])
     available = budget - int(counts[~effective].sum())
-    # A prompt is served at its need, which no bound may contradict.
-    need = np.clip(rollouts_for_probability(rates[effective], FALLBACK_PROBABILITY), lower[effective], upper[effective])
-    spend = max(min(available, math.ceil(need.sum())), int(lower[effective].sum()))
+    if (kind == UNSOLVED).any() or (kind == SOLVED).any():
+        # A prompt is served at its need, which no bound may contradict.
+        need = rollouts_for_probability(rates[effective], FALLBACK_PROBABILITY)
+        need = np.clip(need, lower[effective], upper[effective])
+        spend = min(available, math.ceil(need.sum()))
+    else:
+        spend = min(available, int(upper[effective].sum()))  # nobody to fall back on
     if effective.any():
         counts[effective] = solver.solve(
             table[effective], spend, lower[effective], upper[effective], method=method, priority=priority[effective]
@@ -196,21 +206,46 @@ def _paper_rule(
     surplus = budget - int(counts.sum())
     if surplus == 0:
         return counts, ""
-    # The solver's tie rule on an all-zero table spreads evenly, tier by tier, within the caps.
     order = np.array([0, 3, 1, 2])  # tier of UNSOLVED, UNSEEN, SOLVED, EFFECTIVE
-    filled = solver.solve(np.zeros_like(table), budget, counts, upper, tier=order[kind], priority=priority)
-    return filled, f"fallback: {surplus} rollouts beyond the need of the effective prompts went to " + _by_class(
-        filled - counts, kind
-    )
+    filled = _spread(budget, counts, upper, order[kind], priority)
+    receivers = _by_class(filled - counts, kind)
+    return filled, f"fallback: {surplus} rollouts beyond the need of the effective prompts went to {receivers}"
 
 
-def _describe_unvalued(counts: IntArray, lower: IntArray, kind: IntArray, table: FloatArray) -> str:
-    """Name the rollouts above the minimum that went to prompts of no value."""
-    worthless = table.max(axis=1, initial=0.0) <= 0.0
-    extra = np.where(worthless, counts - lower, 0)
-    if not extra.any():
-        return ""
-    return f"{int(extra.sum())} rollouts that no prompt values went to " + _by_class(extra, kind)
+def _optimum(
+    kind: IntArray,
+    table: FloatArray,
+    budget: int,
+    lower: IntArray,
+    upper: IntArray,
+    priority: FloatArray,
+    method: solver.Method,
+) -> tuple[IntArray, str]:
+    """The knapsack over the prompts that have a value; what they cannot take is spread over the others."""
+    valued = table.max(axis=1) > 0.0
+    counts = lower.copy()
+    spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
+    if valued.any():
+        counts[valued] = solver.solve(
+            table[valued],
+            spend,
+            lower[valued],
+            upper[valued],
+            method=method,
+            tier=kind[valued],
+            priority=priority[valued],
+        )
+    left = budget - int(counts.sum())
+    if left == 0:
+        return counts, ""
+    filled = _spread(budget, counts, upper, kind, priority)
+    return filled, f"{left} rollouts that no prompt values went to {_by_class(filled - counts, kind)}"
+
+
+def _spread(budget: int, counts: IntArray, upper: IntArray, tier: IntArray, priority: FloatArray) -> IntArray:
+    """Raise counts evenly to the budget, tier by tier, within the caps: the solver's tie rule on an all-zero table."""
+    worthless = np.zeros((counts.size, max(int(upper.max(initial=0)), 1)))
+    return solver.solve(worthless, budget, counts, upper, tier=tier, priority=priority)
 
 
 def _by_class(extra: IntArray, kind: IntArray) -> str:

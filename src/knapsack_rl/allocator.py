@@ -20,20 +20,27 @@ from knapsack_rl.estimator import Belief, Estimator, make_estimator
 from knapsack_rl.groups import (
     GroupOutcomes,
     SuccessRule,
+    check_success_rule,
     difficulty_class,
     group_outcomes,
     successes_of,
     summarise,
     transition_matrix,
 )
+from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
-from knapsack_rl.tracker import PromptId, Tracker, check_prompt_ids, stable_order
+from knapsack_rl.tracker import Tracker
 from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
 
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+
+STATE_FORMAT = "knapsack-rl allocator"
+
+COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
+"""Whole numbers of an allocator's own that its state holds."""
 
 BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
 """Left edges of the budget histogram's bins; the last is open."""
@@ -89,6 +96,7 @@ class KnapsackAllocator:
             if estimator_settings:
                 raise ValueError(f"settings {sorted(estimator_settings)} go to the estimator object itself")
             self.estimator_name, self.estimator = None, estimator
+        check_success_rule(success)
         self.success = success
         self.tracker = Tracker()
         self._visits_since_refit = 0
@@ -114,7 +122,7 @@ class KnapsackAllocator:
         budget = check_whole("budget", budget, minimum=0)
         belief = self.belief(ids)
         if self.estimator.paper_rule:
-            allocation = self._by_paper_rule(belief, budget)
+            allocation = self._by_paper_rule(ids, belief, budget)
         else:
             allocation = allocate_expected(
                 belief.marginals, budget, self.min_rollouts, self.max_rollouts, priority=stable_order(ids)
@@ -154,9 +162,9 @@ class KnapsackAllocator:
         }
         return replace(allocation, success_rates=belief.mean, nonzero_gradient=predicted)
 
-    def _by_paper_rule(self, belief: Belief, budget: int) -> Allocation:
+    def _by_paper_rule(self, ids: list[PromptId], belief: Belief, budget: int) -> Allocation:
         lower, upper, degradation = feasible_bounds(
-            belief.mean.size, budget, self.min_rollouts, self.max_rollouts, belief.marginals
+            budget, self.min_rollouts, self.max_rollouts, belief.marginals, stable_order(ids)
         )
         found = allocate(belief.mean, budget, lower, upper, fallback=True)
         reason = "; ".join(filter(None, (degradation, found.reason)))
@@ -266,18 +274,14 @@ class KnapsackAllocator:
     def state_dict(self) -> dict[str, Any]:
         """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``."""
         header = {
-            "format": "knapsack-rl allocator",
+            "format": STATE_FORMAT,
             "version": STATE_VERSION,
             "estimator": self.estimator_name,
             "settings": self.estimator.settings(),
             "min_rollouts": self.min_rollouts,
             "max_rollouts": self.max_rollouts,
             "success": None if callable(self.success) else float(self.success),
-            "visits_since_refit": self._visits_since_refit,
-            "prompts_at_refit": self._prompts_at_refit,
-            "degraded_batches": self._degraded_batches,
-            "unscored_rollouts": self._unscored_rollouts,
-        }
+        } | {counter: getattr(self, f"_{counter}") for counter in COUNTERS}
         arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict().items()}
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
         return {"header": header, "arrays": arrays}
@@ -289,14 +293,7 @@ class KnapsackAllocator:
             ValueError: the state is of another format, a newer version, another estimator or other settings. The
                 allocator is unchanged then.
         """
-        header, arrays = state["header"], state["arrays"]
-        if header.get("format") != "knapsack-rl allocator":
-            raise ValueError(f"this is no allocator state: its format is {header.get('format')!r}")
-        if header["version"] > STATE_VERSION:
-            raise ValueError(
-                f"the state has version {header['version']}, this package reads up to {STATE_VERSION}; "
-                "upgrade knapsack-rl"
-            )
+        header, arrays = _check_header(state.get("header")), state.get("arrays", {})
         given = (header["estimator"], header["settings"])
         own = (self.estimator_name, self.estimator.settings())
         if given != own:
@@ -307,10 +304,8 @@ class KnapsackAllocator:
         tracker.load_state_dict(_section(arrays, "tracker."))
         self.estimator.load_state_dict(_section(arrays, "estimator."))
         self.tracker = tracker
-        self._visits_since_refit = int(header["visits_since_refit"])
-        self._prompts_at_refit = int(header["prompts_at_refit"])
-        self._degraded_batches = int(header["degraded_batches"])
-        self._unscored_rollouts = int(header["unscored_rollouts"])
+        for counter in COUNTERS:
+            setattr(self, f"_{counter}", header[counter])
         self._predicted, self._allocation_metrics, self._outcome_metrics = {}, {}, {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -342,8 +337,7 @@ class KnapsackAllocator:
             ValueError: the file is damaged or foreign, or an argument it needs is missing.
         """
         header, arrays = read_state(path)
-        if header.get("format") != "knapsack-rl allocator":
-            raise ValueError(f"{os.fspath(path)} is no allocator state: its format is {header.get('format')!r}")
+        _check_header(header)
         rule = header["success"] if success is None else success
         if rule is None:
             raise ValueError("the state was saved with a success function; pass it again as success=...")
@@ -369,6 +363,27 @@ def _check_batch(prompt_ids: Iterable[PromptId]) -> list[PromptId]:
         twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
         raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
     return ids
+
+
+def _check_header(header: Any) -> Mapping[str, Any]:
+    """Refuse a header that is foreign, newer or incomplete, before anything is changed."""
+    if not isinstance(header, Mapping) or header.get("format") != STATE_FORMAT:
+        found = header.get("format") if isinstance(header, Mapping) else header
+        raise ValueError(f"this is no allocator state: its format is {found!r}, expected {STATE_FORMAT!r}")
+    version = header.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"the allocator state names no version, got {version!r}")
+    if version > STATE_VERSION:
+        raise ValueError(
+            f"the state has version {version}, this package reads up to {STATE_VERSION}; upgrade knapsack-rl"
+        )
+    kinds: dict[str, Any] = {"settings": dict, "min_rollouts": int, "max_rollouts": int} | dict.fromkeys(COUNTERS, int)
+    for name in ("estimator", "success", *kinds):
+        if name not in header:
+            raise ValueError(f"the allocator state lacks {name!r} in its header")
+        if name in kinds and not isinstance(header[name], kinds[name]):
+            raise ValueError(f"{name!r} of the allocator state must be {kinds[name].__name__}, got {header[name]!r}")
+    return header
 
 
 def _section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

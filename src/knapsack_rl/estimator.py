@@ -7,6 +7,7 @@ marginal values per prompt. To add one, write a class with the methods of :class
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -68,6 +69,9 @@ class Estimator(Protocol):
         ...
 
 
+_ANY_RATE = np.linspace(0.01, 0.99, 99)
+
+
 class WindowEstimator:
     """The paper's rule: a mean of recent rewards, taken for the truth.
 
@@ -98,7 +102,7 @@ class WindowEstimator:
         """A window learns nothing from other prompts."""
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
-        """Point estimates; NaN means too few rewards."""
+        """Point estimates; NaN means too few rewards, and such a prompt is valued as if every rate were as likely."""
         length = np.minimum(records.rollouts, self.window)
         mask = np.uint64(2**self.window - 1)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -111,7 +115,9 @@ class WindowEstimator:
         def nonzero_gradient(counts: IntArray) -> FloatArray:
             return np.where(np.isnan(mean), np.nan, nonzero_gradient_probability(counts, known))
 
-        return Belief(mean, marginal_values(np.nan_to_num(mean), max_rollouts), nonzero_gradient)
+        marginals = marginal_values(known, max_rollouts)
+        marginals[np.isnan(mean)] = marginal_values(_ANY_RATE, max_rollouts).mean(axis=0)
+        return Belief(mean, marginals, nonzero_gradient)
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of an equal estimator."""
@@ -297,4 +303,8 @@ def make_estimator(name: str, **settings: Any) -> Estimator:
     """
     if name not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
+    allowed = inspect.signature(ESTIMATORS[name]).parameters
+    unknown = sorted(set(settings) - set(allowed))
+    if unknown:
+        raise ValueError(f"estimator {name!r} has no setting {', '.join(unknown)}; it has {', '.join(allowed)}")
     return ESTIMATORS[name](**settings)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from knapsack_rl.prompt_ids import check_prompt_ids
 from knapsack_rl.value import FloatArray, IntArray
 
 Scale = Literal["group", "batch", "none"]
@@ -29,6 +30,9 @@ RELATIVE_SPREAD = 1e-6
 Sums of floating-point rewards differ in their last digits; dividing by the spread of such residue would make
 advantages of thousands from no signal at all.
 """
+
+ABSOLUTE_SPREAD = 1e-12
+"""Rewards within this distance count as equal too: the residue of sums that should be zero."""
 
 DIFFICULTY_CLASSES = ("extremely easy", "easy", "medium", "hard", "extremely hard")
 
@@ -95,9 +99,22 @@ class GroupOutcomes:
     mean_reward: FloatArray
 
 
+def _as_codes(group_of_rollout: ArrayLike) -> NDArray[Any]:
+    """Whole numbers as they are; other ids numbered, because numpy would turn a mixed list into strings."""
+    if isinstance(group_of_rollout, np.ndarray) and group_of_rollout.dtype.kind in "iu":
+        return group_of_rollout
+    array = np.asarray(group_of_rollout, dtype=object)
+    if array.ndim != 1:
+        raise ValueError(f"group_of_rollout must be one-dimensional, got shape {array.shape}")
+    number: dict[Any, int] = {}
+    return np.array(
+        [number.setdefault(group, len(number)) for group in check_prompt_ids(array, "group_of_rollout")], dtype=np.int64
+    )
+
+
 def _check_rows(group_of_rollout: ArrayLike, rewards: ArrayLike) -> tuple[IntArray, IntArray, FloatArray]:
     """Rank the groups by first appearance; return (first row per group, group per row, rewards)."""
-    groups = np.asarray(group_of_rollout)
+    groups = _as_codes(group_of_rollout)
     try:
         rewards_R = np.asarray(rewards, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -107,8 +124,6 @@ def _check_rows(group_of_rollout: ArrayLike, rewards: ArrayLike) -> tuple[IntArr
             f"group_of_rollout and rewards must be one-dimensional and equally long, "
             f"got shapes {groups.shape} and {rewards_R.shape}"
         )
-    if groups.dtype.kind == "f":
-        raise ValueError("group_of_rollout must hold ids (whole numbers or strings), got floats")
     if np.isinf(rewards_R).any():
         row = int(np.flatnonzero(np.isinf(rewards_R))[0])
         raise ValueError(f"rewards[{row}] is {rewards_R[row]}; rewards must be finite, or NaN for an unscored rollout")
@@ -117,6 +132,18 @@ def _check_rows(group_of_rollout: ArrayLike, rewards: ArrayLike) -> tuple[IntArr
     rank = np.empty_like(order)
     rank[order] = np.arange(order.size)
     return first[order].astype(np.int64), rank[inverse].astype(np.int64), rewards_R
+
+
+def check_success_rule(success: SuccessRule) -> None:
+    """Refuse a success rule that could only fail later.
+
+    Raises:
+        ValueError: it is neither a function nor a finite number.
+    """
+    if callable(success):
+        return
+    if isinstance(success, (bool, str)) or not isinstance(success, (int, float)) or not np.isfinite(success):
+        raise ValueError(f"the success rule must be a finite threshold or a function of the rewards, got {success!r}")
 
 
 def successes_of(rewards: FloatArray, success: SuccessRule) -> NDArray[np.bool_]:
@@ -135,8 +162,7 @@ def successes_of(rewards: FloatArray, success: SuccessRule) -> NDArray[np.bool_]
                 f"the success function returned shape {verdict.shape}, expected one verdict per reward {rewards.shape}"
             )
         return verdict & scored
-    if not np.isfinite(success):
-        raise ValueError(f"the success threshold must be a finite number, got {success!r}")
+    check_success_rule(success)
     return scored & (rewards > success)
 
 
@@ -169,7 +195,7 @@ def group_outcomes(group_of_rollout: ArrayLike, rewards: ArrayLike, success: Suc
         group_of_rollout=group_R,
         totals=totals.astype(np.int64),
         successes=np.bincount(group_R[good], minlength=size).astype(np.int64),
-        effective=spread > RELATIVE_SPREAD * magnitude,
+        effective=spread > RELATIVE_SPREAD * magnitude + ABSOLUTE_SPREAD,
         mean_reward=mean,
     )
 
@@ -208,6 +234,8 @@ def group_advantages(
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+    if not 0.0 <= epsilon < np.inf:
+        raise ValueError(f"epsilon must be a number >= 0, got {epsilon!r}")
     if weighting not in ("rollout", "prompt"):
         raise ValueError(f"weighting must be 'rollout' or 'prompt', got {weighting!r}")
     groups = group_outcomes(group_of_rollout, rewards)
@@ -215,17 +243,15 @@ def group_advantages(
     group_R = groups.group_of_rollout
     live = groups.effective[group_R] & ~np.isnan(rewards_R)
     deviation = np.where(live, rewards_R - groups.mean_reward[group_R], 0.0)
+    std: FloatArray | float = 1.0
     if scale == "group":
         squares = np.bincount(group_R, weights=deviation**2, minlength=groups.totals.size)
-        std_G = np.sqrt(squares / np.maximum(groups.totals - 1, 1))
-        advantages = deviation / (std_G[group_R] + epsilon)
+        std = np.sqrt(squares / np.maximum(groups.totals - 1, 1))[group_R] + epsilon
     elif scale == "batch":
         scored = rewards_R[~np.isnan(rewards_R)]
-        std = float(scored.std(ddof=1)) if scored.size > 1 else 0.0
-        advantages = deviation / (std + epsilon)
-    else:
-        advantages = deviation
-    advantages = np.where(live, advantages, 0.0)  # 0/0 where epsilon is 0 and nothing varies
+        std = (float(scored.std(ddof=1)) if scored.size > 1 else 0.0) + epsilon
+    # Only live rollouts are divided: elsewhere the deviation may be 0 and so may epsilon.
+    advantages = np.divide(deviation, std, out=np.zeros_like(deviation), where=live)
     return advantages * prompt_weights(group_R) if weighting == "prompt" else advantages
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.tracker import PromptId
+from knapsack_rl.prompt_ids import PromptId
 from knapsack_rl.value import FloatArray
 
 Columns = dict[str, list[Any]]

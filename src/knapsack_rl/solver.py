@@ -60,6 +60,8 @@ def marginals_of(values: ArrayLike) -> FloatArray:
 def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) -> tuple[IntArray, IntArray]:
     """Broadcast bounds to (M,) int64 and check that the budget fits between them.
 
+    An upper bound that the budget cannot reach is lowered to what it can, which keeps tables small.
+
     Raises:
         ValueError: bounds are not whole, out of order, or the budget is outside [sum(lower), sum(upper)].
     """
@@ -68,13 +70,13 @@ def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) 
     if (low > high).any():
         i = int(np.flatnonzero(low > high)[0])
         raise ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
-    least, most = int(low.sum()), int(high.sum())
+    least, most = sum(low.tolist()), sum(high.tolist())  # whole numbers of any size: caps may be huge
     if not least <= budget <= most:
         raise ValueError(
             f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
             f"max_rollouts allows at most {most}; choose a budget in [{least}, {most}] or change the bounds"
         )
-    return low, high
+    return low, np.minimum(high, low + (budget - least))
 
 
 def _bound(name: str, bound: ArrayLike, prompts: int) -> IntArray:
@@ -149,13 +151,16 @@ def solve(
     if concave and method != "dynamic-programming":
         return _kernels.take_best(table, low, high, budget, tiers, priorities)
     order = np.lexsort((priorities, tiers))
-    values = np.concatenate([np.zeros((prompts, 1)), np.cumsum(table[order], axis=1)], axis=1)
+    reachable = np.where(np.arange(table.shape[1]) < high[:, None], table, 0.0)  # columns beyond may hold anything
+    values = np.concatenate([np.zeros((prompts, 1)), np.cumsum(reachable[order], axis=1)], axis=1)
     counts = np.empty(prompts, dtype=np.int64)
     counts[order] = _kernels.best_of_table(values, low[order], high[order], budget)
     return counts
 
 
 def _tie_break(name: str, given: ArrayLike | None, prompts: int, dtype: type) -> NDArray:
+    if given is not None and dtype is np.int64 and np.asarray(given).dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold whole numbers, got type {np.asarray(given).dtype}")
     array: NDArray = np.zeros(prompts, dtype) if given is None else np.ascontiguousarray(given, dtype=dtype)
     if array.shape != (prompts,) or np.isnan(array).any():
         raise ValueError(f"{name} must hold one number per prompt ({prompts}) and no NaN, got shape {array.shape}")

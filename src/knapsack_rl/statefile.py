@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import threading
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,21 @@ def write_state(path: str | os.PathLike[str], header: Mapping[str, Any], arrays:
         OSError: the file cannot be written.
         ValueError: an array holds Python objects.
     """
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise ValueError(f"array {name!r} holds Python objects, which only a pickle could store")
     target = Path(path)
     encoded = np.frombuffer(json.dumps(dict(header)).encode(), dtype=np.uint8)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, allow_pickle=False, **{HEADER: encoded}, **arrays)
+        with temporary.open("wb") as file:
+            named: dict[str, Any] = {HEADER: encoded, **arrays}
+            np.savez(file, **named)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(target)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -53,14 +58,18 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, damaged or none of ours; it is left as it is.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        header = json.loads(arrays.pop(HEADER).tobytes())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{os.fspath(path)} is no readable allocator state ({error}); the file was left as it is"
-        ) from error
+    if Path(path).is_dir():
+        raise ValueError(f"{os.fspath(path)} is a folder, not a state file")
+    damage = (OSError, ValueError, KeyError, EOFError, NotImplementedError, TypeError, zipfile.BadZipFile, zlib.error)
+    with Path(path).open("rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            header = json.loads(arrays.pop(HEADER).tobytes())
+            if not isinstance(header, dict):
+                raise ValueError(f"its header is a {type(header).__name__}, not a mapping")
+        except (*damage, AttributeError) as error:
+            raise ValueError(
+                f"{os.fspath(path)} is no readable allocator state ({error}); the file was left as it is"
+            ) from error
     return header, arrays

@@ -7,7 +7,6 @@ linear in the number of prompts, however long the run.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knapsack_rl.prompt_ids import PromptId, check_prompt_ids
 from knapsack_rl.value import FloatArray, IntArray
-
-PromptId = str | int
 
 RECENT = 64
 """Newest outcomes kept per prompt, one bit each."""
@@ -175,9 +173,11 @@ class Tracker:
         if missing:
             raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
         ids = json.loads(np.asarray(state["prompt_ids"], dtype=np.uint8).tobytes())
-        row_of = {prompt_id: row for row, prompt_id in enumerate(ids)}
-        if len(row_of) != len(ids) or not all(isinstance(i, (str, int)) for i in ids):
-            raise ValueError("the tracker state's prompt ids are not distinct strings or whole numbers")
+        if not isinstance(ids, list):
+            raise ValueError(f"the tracker state's prompt ids must be a list, got {type(ids).__name__}")
+        row_of = {prompt_id: row for row, prompt_id in enumerate(check_prompt_ids(ids))}
+        if len(row_of) != len(ids):
+            raise ValueError("the tracker state's prompt ids are not distinct")
         columns = {}
         for column, dtype in COLUMNS.items():
             array = np.asarray(state[column])
@@ -203,26 +203,3 @@ def _shift_in(
     # numpy leaves a shift by the full width undefined: those prompts have no older bit left.
     shift = np.minimum(total, RECENT - 1).astype(np.uint64)
     return np.where(total >= RECENT, np.uint64(0), recent << shift) | bits
-
-
-def check_prompt_ids(prompt_ids: Iterable[Any]) -> list[PromptId]:
-    """Return ids as plain ``str`` and ``int``.
-
-    Raises:
-        ValueError: an id is neither (``None``, a float, a bool, a list...).
-    """
-    ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
-    for position, prompt_id in enumerate(ids):
-        if isinstance(prompt_id, np.generic):
-            ids[position] = prompt_id = prompt_id.item()  # noqa: PLW2901 - checked in its plain form just below
-        if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)):
-            raise ValueError(
-                f"prompt_ids[{position}] is {prompt_id!r}; a prompt id is a string or a whole number that stays the "
-                "same in every epoch"
-            )
-    return ids
-
-
-def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
-    """A number per prompt that depends on its id alone, the same in every process: the last tie-break."""
-    return np.array([zlib.crc32(repr(prompt_id).encode()) for prompt_id in prompt_ids], dtype=np.float64)

@@ -132,7 +132,7 @@ def marginal_values(success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
         (M, max_rollouts) float64.
 
     Raises:
-        ValueError: a rate is outside [0, 1].
+        ValueError: a rate is outside [0, 1], or max_rollouts is below 1.
     """
     p = check_success_rates(success_rates)
     from knapsack_rl import _kernels
@@ -162,7 +162,7 @@ def rollouts_for_probability(success_rates: ArrayLike, probability: float = 0.9)
     p = check_success_rates(success_rates)
     if not 0.0 < probability < 1.0:
         raise ValueError(f"probability must be in (0, 1), got {probability!r}")
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return np.asarray(math.log1p(-probability) / np.log1p(-np.minimum(p, 1.0 - p)))
 
 
@@ -178,7 +178,7 @@ def expected_rollouts_until_mixed(success_rates: ArrayLike) -> FloatArray:
     Source: first success and first failure are both needed; the first draw is one of them.
     """
     p = check_success_rates(success_rates)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return 1.0 / p + 1.0 / (1.0 - p) - 1.0
 
 

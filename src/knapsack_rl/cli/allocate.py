@@ -16,7 +16,7 @@ from knapsack_rl.allocation import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimator import ESTIMATORS
 from knapsack_rl.logs import Columns, column, identities, numbers, read_columns
-from knapsack_rl.tracker import PromptId
+from knapsack_rl.prompt_ids import PromptId
 
 EXAMPLES = """examples:
   knapsack-rl allocate rates.csv --budget 2048            columns prompt_id, success_rate (empty = unseen)

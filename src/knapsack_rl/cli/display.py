@@ -59,7 +59,7 @@ class PlainLines:
             self._shown = time.monotonic()
             print(
                 f"step {row['step']}/{self._steps}  reward {row['reward']:.3f}  effective gradient ratio "
-                f"{row['knapsack/effective_gradient_ratio']:.2f}  (prompts {row['knapsack/effective_prompt_ratio']:.2f})"
+                f"{row['knapsack/effective_gradient_ratio']:.2f} (prompts {row['knapsack/effective_prompt_ratio']:.2f})"
                 f"  largest budget {row['knapsack/budget_max']:.0f}  {row['step_time']:.2f} s/step",
                 flush=True,
             )

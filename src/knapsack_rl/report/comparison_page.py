@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,7 @@ def _plots(groups: Sequence[Policy]) -> list[str]:
                 page.plot(
                     f"effective-{level}",
                     _LEVELS[level],
-                    lambda ax, level=level, curves=curves: plots.ratios_by_policy(curves, ax, level=level),
+                    partial(plots.ratios_by_policy, curves, level=level),
                 )
             )
     return figures

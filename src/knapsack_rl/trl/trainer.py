@@ -1,88 +1,40 @@
-"""Knapsack RL on TRL: change ``GRPOTrainer`` to :class:`KnapsackGRPOTrainer`.
-
-The only change to GRPO is the size of the groups: each step's rollouts are divided over its prompts by the allocator
-instead of evenly, and advantages are normalised inside the groups that result. Sampler, generation, loss, logging,
-evaluation and checkpoints are TRL's own.
-
-How: TRL's sampler delivers M prompts x G rows. Just before generation the rows of all processes are gathered, the
-budget M x G is allocated afresh, and each process gets its slice of the expanded rows, as many as it brought. TRL then
-generates and scores them; the advantages it computes by reshaping to (M, G) have the right shape and the wrong values,
-and are replaced. Binding this late, the allocation uses every reward observed so far.
-"""
+"""The trainer: TRL's GRPO with groups of the size that the allocator gives."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-try:
-    import torch
-    from accelerate.utils import broadcast_object_list, gather, gather_object
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-    from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
-except ImportError as error:
-    raise ImportError(f'{error}. knapsack_rl.trl needs: pip install "knapsack-rl[trl]"') from error
+import torch
+from accelerate.utils import broadcast_object_list, gather, gather_object
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import STD_EPSILON, group_advantages, group_outcomes, prompt_weights
+from knapsack_rl.groups import group_outcomes
+from knapsack_rl.prompt_ids import PromptId
 from knapsack_rl.report.runfiles import append_row
 from knapsack_rl.statefile import read_state
-from knapsack_rl.tracker import PromptId
+from knapsack_rl.trl.advantages import ragged_advantages
+from knapsack_rl.trl.config import check_settings, setting
+from knapsack_rl.trl.identity import check_ids, prompt_key
 from knapsack_rl.value import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "knapsack_allocator.npz"
 ALLOCATION_LOG = "allocations.jsonl"
-
-
-@dataclass
-class KnapsackGRPOConfig(GRPOConfig):
-    """TRL's ``GRPOConfig`` and how to allocate. ``num_generations`` is the mean number of rollouts per prompt.
-
-    Attributes:
-        allocation: ``"knapsack"``, or ``"uniform"`` for stock GRPO with the same metrics.
-        estimator: ``"empirical-bayes"``, ``"beta"``, or ``"window"`` for the paper's rule with its fallback.
-        min_rollouts: fewest rollouts of a prompt, 2 <= min_rollouts <= num_generations.
-        max_rollouts: most rollouts of a prompt, >= num_generations.
-        weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
-            prompt weighs the same, as under uniform allocation).
-        prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
-        success_threshold: an outcome above it counts as success.
-        outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
-            the rollout. Unlike the training reward it is neither weighted nor summed.
-        log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
-    """
-
-    allocation: str = field(default="knapsack", metadata={"help": "'knapsack' or 'uniform'."})
-    estimator: str = field(default="empirical-bayes", metadata={"help": "'empirical-bayes', 'beta' or 'window'."})
-    min_rollouts: int = field(default=2, metadata={"help": "Fewest rollouts of a prompt."})
-    max_rollouts: int = field(default=128, metadata={"help": "Most rollouts of a prompt."})
-    weighting: str = field(default="rollout", metadata={"help": "Loss weight per 'rollout' or per 'prompt'."})
-    prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
-    success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
-    outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that tells success."})
-    log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
-
-
-_DEFAULTS = {
-    own.name: own.default for own in fields(KnapsackGRPOConfig) if own.name not in {f.name for f in fields(GRPOConfig)}
-}
 
 
 @dataclass
@@ -94,6 +46,14 @@ class _Step:
     group_R: IntArray  # noqa: N815 - the suffix tells the shape
     ragged: bool
     seconds: float
+
+
+@dataclass
+class _Scored:
+    """Rewards of one generation batch of all processes: (R, functions) with NaN for none, and (R,) lengths."""
+
+    matrix: FloatArray
+    lengths: IntArray
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -117,39 +77,32 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, allocator: KnapsackAllocator | None = None, **kwargs: Any) -> None:
         _check_internals()
         super().__init__(*args, **kwargs)
-        self._check_configuration()
+        self._check_run()
         self.allocator = allocator or KnapsackAllocator(
             self._setting("estimator"),
             self._setting("min_rollouts"),
             self._setting("max_rollouts"),
-            success=self._setting("success_threshold"),
+            # TRL holds rewards in float32: compared with a float64 threshold, 0.4 would lie above 0.4.
+            success=float(np.float32(self._setting("success_threshold"))),
         )
-        self._reward_matrix: FloatArray | None = None
+        self._scored: _Scored | None = None
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
-            _check_ids(self.train_dataset, self._setting("prompt_id_column"))
+            check_ids(self.train_dataset, self._setting("prompt_id_column"))
         if getattr(self, "vllm_generation", None) is not None:
-            self.vllm_generation.generate = _one_completion_per_row(self.vllm_generation.generate, self)
+            served: Any = self.vllm_generation
+            served.generate = _one_completion_per_row(served.generate, self)
         self.add_callback(_SaveAllocator(self))
 
     def _setting(self, name: str) -> Any:
-        return getattr(self.args, name, _DEFAULTS[name])
+        return setting(self.args, name)
 
-    def _check_configuration(self) -> None:
-        low, high, mean = self._setting("min_rollouts"), self._setting("max_rollouts"), self.num_generations
-        if not 2 <= low <= mean <= high:
-            raise ValueError(
-                f"rollouts per prompt must satisfy 2 <= min_rollouts <= num_generations <= max_rollouts, got "
-                f"min_rollouts={low}, num_generations={mean}, max_rollouts={high}"
-            )
-        for name, allowed in (("allocation", ("knapsack", "uniform")), ("weighting", ("rollout", "prompt"))):
-            if self._setting(name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {self._setting(name)!r}")
+    def _check_run(self) -> None:
+        """Check what is known only once the model, the rewards and the processes are there."""
+        check_settings(self.args)
         outcome = self._setting("outcome_reward")
         if outcome is not None and outcome not in self.reward_func_names:
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
-        if "seed" in (self.args.generation_kwargs or {}):
-            raise ValueError("generation_kwargs must not set seed: every rollout of a prompt would be the same")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise ValueError(
@@ -158,22 +111,34 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.model.training:
+        if not self._training:
             return super()._generate_and_score_completions(inputs)
         rows, step = self._allocate_step(inputs)
         output = super()._generate_and_score_completions(rows)
         self._finish_step(step, output)
         return output
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        rewards_per_func = super()._calculate_rewards(*args, **kwargs)
-        self._reward_matrix = rewards_per_func.detach().double().cpu().numpy()  # gathered, in rank order
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        # The completion mask would not do for lengths: TRL blanks the rows of truncated answers on request.
+        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
+        self._scored = _Scored(
+            matrix=rewards_per_func.detach().double().cpu().numpy(),  # gathered, in rank order
+            lengths=gather(lengths).cpu().numpy(),
+        )
         return rewards_per_func
 
     @property
-    def _updates_per_generation(self) -> int:
-        batches = self.args.steps_per_generation * self.num_iterations
-        return max(batches // self.args.gradient_accumulation_steps, 1)
+    def _training(self) -> bool:
+        return bool(self.model is not None and self.model.training)
+
+    @property
+    def _generation(self) -> int:
+        """Number of the generation under way, from 1; an update may take several, or one serve several updates."""
+        args: Any = self.args
+        accumulation = args.gradient_accumulation_steps
+        batches = self.state.global_step * accumulation + self._step % accumulation
+        return batches // (args.steps_per_generation * self.num_iterations) + 1
 
     # -- before generation ------------------------------------------------------------------------------------------
 
@@ -181,22 +146,24 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         """Allocate over the prompts of all processes; return this process's rows and the step."""
         started = time.perf_counter()
         everything = gather_object(inputs)
-        size = self.num_generations
+        size: Any = self.num_generations
         blocks = [everything[at : at + size] for at in range(0, len(everything), size)]
         keys = [self._key_of_block(block) for block in blocks]
-        rows = {key: block[0] for key, block in zip(reversed(keys), reversed(blocks), strict=True)}
-        prompts = list(dict.fromkeys(keys))
-        if len(prompts) < len(keys):
-            self._warn("duplicates", "a batch holds the same prompt more than once; its rollouts form one group")
-        budget = len(everything)
+        rows: dict[PromptId, dict[str, Any]] = {}
+        for key, block in zip(keys, blocks, strict=True):
+            if rows.setdefault(key, block[0]).get("prompt") != block[0].get("prompt"):
+                raise ValueError(f"id {key!r} names different prompts in one batch; make ids unique over all sources")
+        prompts = list(rows)
         place = {key: position for position, key in enumerate(prompts)}
         stock_R = np.repeat([place[key] for key in keys], size)
         if self._setting("allocation") == "uniform":
-            allocation = self.allocator.adopt(prompts, np.bincount(stock_R))
+            allocation, ragged = self.allocator.adopt(prompts, np.bincount(stock_R)), False
         else:
             # One process decides for all, so that no difference between machines can split a group.
-            allocation = _from_main_process(self.allocator.allocate(prompts, budget))
-        ragged = bool((allocation.counts != np.bincount(stock_R)).any())
+            allocation = _from_main_process(self.allocator.allocate(prompts, len(everything)))
+            ragged = len(prompts) < len(keys) or bool((allocation.counts != size).any())
+            if len(prompts) < len(keys):
+                self._warn("duplicates", "a batch holds the same prompt more than once; its rollouts form one group")
         if ragged:
             group_R = allocation.expand()
             start = self.accelerator.process_index * len(inputs)
@@ -212,8 +179,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             if row.get("prompt") != first.get("prompt") or prompt_key(row, self._setting("prompt_id_column")) != key:
                 raise ValueError(
                     f"rows of different prompts stand in one block of num_generations={self.num_generations} "
-                    f"(prompt {key!r}): the data loader broke a group. With an IterableDataset, make every process read "
-                    "whole groups"
+                    f"(prompt {key!r}): the data loader broke a group. With an IterableDataset, make every process "
+                    "read whole groups"
                 )
         return key
 
@@ -221,34 +188,38 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     def _finish_step(self, step: _Step, output: dict[str, Any]) -> None:
         """Replace advantages where groups are ragged, record outcomes, log."""
-        matrix, self._reward_matrix = self._reward_matrix, None
-        rollouts = step.group_R.size
-        if matrix is None or matrix.shape != (rollouts, len(self.reward_func_names)):
-            got = None if matrix is None else matrix.shape
+        scored, self._scored = self._scored, None
+        expected = (step.group_R.size, len(self.reward_func_names))
+        if scored is None or scored.matrix.shape != expected:
+            got = None if scored is None else scored.matrix.shape
             raise RuntimeError(
-                f"expected rewards of shape {(rollouts, len(self.reward_func_names))}, got {got}; "
+                f"expected rewards of shape {expected}, got {got}; "
                 "a subclass may override _calculate_rewards without calling super()"
             )
-        if np.isinf(matrix).any():
+        infinite = np.isinf(scored.matrix)
+        if infinite.any():
             self._warn("infinite", "a reward function returned an infinite value; the rollout counts as unscored")
-            matrix = np.where(np.isinf(matrix), np.nan, matrix)
+        matrix = np.where(infinite, np.nan, scored.matrix)
         weights = self.reward_weights.double().cpu().numpy()
         total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
-        if step.ragged:
+        if step.ragged or (infinite.any() and self._setting("allocation") == "knapsack"):
             self._replace_advantages(step, matrix, total, weights, output)
-        lengths = gather(output["completion_mask"].sum(dim=1)).cpu().numpy()
         outcome = self._outcome(matrix)
-        keys_R = [step.prompts[group] for group in step.group_R]
-        self.allocator.observe(keys_R, outcome, lengths)
+        self.allocator.observe([step.prompts[group] for group in step.group_R], outcome, scored.lengths)
 
         metrics = self._metrics["train"]
         for name, number in self.allocator.metrics().items():
             metrics[f"knapsack/{name}"].append(number)
         metrics["knapsack/allocation_seconds"][-1] = step.seconds
         by_prompt = group_outcomes(step.group_R, total).mean_reward
-        metrics["knapsack/reward_per_prompt"].append(float(np.nanmean(by_prompt)) if by_prompt.size else float("nan"))
+        by_prompt = by_prompt[~np.isnan(by_prompt)]
+        metrics["knapsack/reward_per_prompt"].append(float(by_prompt.mean()) if by_prompt.size else float("nan"))
         if self._setting("log_allocations") and self.accelerator.is_main_process:
             self._log_allocation(step, outcome)
+
+    @property
+    def _aggregation(self) -> str:
+        return getattr(self, "multi_objective_aggregation", "sum_then_normalize")  # TRL 1.9 has the one way only
 
     def _replace_advantages(
         self, step: _Step, matrix: FloatArray, total: FloatArray, weights: FloatArray, output: dict[str, Any]
@@ -259,7 +230,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             total,
             weights,
             scale=self.scale_rewards,
-            aggregation=getattr(self, "multi_objective_aggregation", "sum_then_normalize"),
+            aggregation=self._aggregation,
             weighting=self._setting("weighting"),
         )
         old = output["advantages"]
@@ -271,13 +242,13 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 f"TRL computed advantages of shape {tuple(old.shape)}, the groups give {tuple(mine.shape)}"
             )
         output["advantages"] = mine
-        logged = self._logs.get("advantages")
+        logged: Any = self._logs.get("advantages")
         if logged is not None:
             for _ in range(min(len(logged), advantages.size)):
                 logged.pop()
             logged.extend(advantages.tolist())
         zero_std = self._metrics["train"].get("frac_reward_zero_std")
-        if zero_std and self.scale_rewards != "batch":
+        if zero_std and self.scale_rewards != "batch" and self._aggregation == "sum_then_normalize":
             zero_std[-1] = float(1.0 - group_outcomes(step.group_R, total).effective[step.group_R].mean())
 
     def _outcome(self, matrix: FloatArray) -> FloatArray:
@@ -292,7 +263,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         groups = group_outcomes(step.group_R, outcome, self.allocator.success)
         order = np.argsort(step.group_R[groups.first_row])  # back from first appearance to the order of the prompts
         record = {
-            "step": self.state.global_step // self._updates_per_generation + 1,
+            "step": self._generation,
             "prompt_ids": step.prompts,
             "counts": step.allocation.counts.tolist(),
             "successes": groups.successes[order].tolist(),
@@ -312,7 +283,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     # -- resume -----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GRPOTrainer.train``; resuming also restores the allocator.
 
         A checkpoint without allocator state (made by the stock trainer) resumes with nothing known of the prompts,
@@ -328,7 +299,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 self.allocator.load_state_dict({"header": header, "arrays": arrays})
             else:
                 self._warn("no state", f"{folder} holds no {STATE_FILE}: the allocator starts with nothing known")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
 class _SaveAllocator(TrainerCallback):
@@ -339,66 +310,10 @@ class _SaveAllocator(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            # In a hyperparameter search the trainer's folder is one below output_dir.
+            root = self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
+            folder = Path(root) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self._trainer.allocator.save(folder / STATE_FILE)
-
-
-def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
-    """Stable identity of a prompt: its id column, else a hash of the prompt itself.
-
-    Raises:
-        ValueError: the id is no string or whole number, or there is none and the prompt holds images.
-    """
-    given = row.get(id_column)
-    if given is not None:
-        if isinstance(given, bool) or not isinstance(given, (str, int)):
-            raise ValueError(f"column {id_column!r} must hold strings or whole numbers, got {given!r}")
-        return given
-    if "image" in row or "images" in row:
-        raise ValueError(f"prompts with images need an id: add a column {id_column!r} that names each prompt")
-    text = json.dumps(row.get("prompt"), sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def ragged_advantages(
-    group_R: IntArray,
-    matrix: FloatArray,
-    total: FloatArray,
-    weights: FloatArray,
-    *,
-    scale: Any,
-    aggregation: str,
-    weighting: Any,
-) -> FloatArray:
-    """TRL's advantages for groups of any size.
-
-    Args:
-        group_R: (R,) group of each rollout.
-        matrix: (R, F) reward of each function, NaN where it gave none.
-        total: (R,) weighted sum, NaN where no function gave a reward.
-        weights: (F,) reward weights.
-        scale: ``scale_rewards``: "group", "batch" or "none".
-        aggregation: ``"sum_then_normalize"`` (GRPO), or ``"normalize_then_sum"`` (GDPO: each function normalised
-            inside its group, then the sum over the batch).
-        weighting: "rollout" or "prompt".
-
-    Returns:
-        (R,) float64.
-
-    Raises:
-        ValueError: an option is unknown.
-    """
-    if aggregation == "sum_then_normalize":
-        return group_advantages(group_R, total, scale, weighting)
-    if aggregation != "normalize_then_sum":
-        raise ValueError(f"unknown multi_objective_aggregation {aggregation!r}")
-    normalised = [group_advantages(group_R, column, "group") for column in matrix.T]
-    combined = np.where(np.isnan(total), np.nan, np.asarray(normalised).T @ weights)
-    scored = combined[~np.isnan(combined)]
-    if scored.size < 2:
-        return np.zeros_like(total)
-    advantages = np.nan_to_num((combined - scored.mean()) / (scored.std(ddof=1) + STD_EPSILON))
-    return advantages * prompt_weights(group_R) if weighting == "prompt" else advantages
 
 
 def _check_internals() -> None:
@@ -421,31 +336,12 @@ def _check_internals() -> None:
             )
 
 
-def _check_ids(dataset: Any, id_column: str) -> None:
-    """Refuse an id that names several prompts; their histories would be mixed.
-
-    Raises:
-        ValueError: two rows share an id and differ in their prompt.
-    """
-    if id_column not in (dataset.column_names or []):
-        logger.info("no column %r: prompts are told apart by a hash of their text", id_column)
-        return
-    seen: dict[Any, int] = {}
-    for position, prompt_id in enumerate(dataset[id_column]):
-        first = seen.setdefault(prompt_id, position)
-        if first != position and dataset[first]["prompt"] != dataset[position]["prompt"]:
-            raise ValueError(
-                f"column {id_column!r}: id {prompt_id!r} names different prompts (rows {first} and {position}); make ids "
-                "unique over all files, for example by putting the source in front"
-            )
-
-
 def _one_completion_per_row(generate: Callable[..., Any], trainer: KnapsackGRPOTrainer) -> Callable[..., Any]:
     """Force n = 1: vLLM's server mode sends every G-th prompt with n = G, which ragged rows break."""
 
     @wraps(generate)
     def generate_rows(*args: Any, **kwargs: Any) -> Any:
-        if trainer.model.training:
+        if trainer._training:
             bound = inspect.signature(generate).bind(*args, **kwargs)
             bound.arguments["num_generations"] = 1
             return generate(*bound.args, **bound.kwargs)

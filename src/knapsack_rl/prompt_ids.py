@@ -1,0 +1,39 @@
+"""Prompt ids: what they may be, and an order that depends on nothing else."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from knapsack_rl.value import FloatArray
+
+PromptId = str | int
+"""A string or a whole number that names the same prompt in every epoch; ``7`` and ``"7"`` are different prompts."""
+
+
+def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> list[PromptId]:
+    """Return ids as plain ``str`` and ``int``; ``name`` is what an error calls them.
+
+    Raises:
+        ValueError: an id is neither (``None``, a float, a bool, a list...), or one string is given instead of several.
+    """
+    if isinstance(prompt_ids, (str, bytes)):
+        raise ValueError(f"{name} must be a sequence of ids, got the single string {prompt_ids!r}")
+    ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
+    for position, given in enumerate(ids):
+        prompt_id = given.item() if isinstance(given, np.generic) else given
+        if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)):
+            raise ValueError(
+                f"{name}[{position}] is {prompt_id!r}; a prompt id is a string or a whole number that stays the "
+                "same in every epoch"
+            )
+        ids[position] = prompt_id
+    return ids
+
+
+def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
+    """A number per prompt that depends on its id alone, the same in every process: the last tie-break."""
+    return np.array([zlib.crc32(repr(prompt_id).encode()) for prompt_id in prompt_ids], dtype=np.float64)

@@ -1,0 +1,80 @@
+"""Configuration of the trainer: TRL's own, and how to allocate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl.trainer.grpo_config import GRPOConfig
+
+from knapsack_rl.estimator import ESTIMATORS
+
+
+@dataclass
+class KnapsackGRPOConfig(GRPOConfig):
+    """TRL's ``GRPOConfig`` and how to allocate. ``num_generations`` is the mean number of rollouts per prompt.
+
+    Attributes:
+        allocation: ``"knapsack"``, or ``"uniform"`` for stock GRPO with the same metrics.
+        estimator: ``"empirical-bayes"``, ``"beta"``, or ``"window"`` for the paper's rule with its fallback.
+        min_rollouts: fewest rollouts of a prompt, 2 <= min_rollouts <= num_generations.
+        max_rollouts: most rollouts of a prompt, >= num_generations.
+        weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
+            prompt weighs the same, as under uniform allocation).
+        prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
+        success_threshold: an outcome above it counts as success.
+        outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
+            the rollout. Unlike the training reward it is neither weighted nor summed.
+        log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
+
+    Raises:
+        ValueError: the settings cannot work together; see :func:`check_settings`.
+    """
+
+    allocation: str = field(default="knapsack", metadata={"help": "'knapsack' or 'uniform'."})
+    estimator: str = field(default="empirical-bayes", metadata={"help": "'empirical-bayes', 'beta' or 'window'."})
+    min_rollouts: int = field(default=2, metadata={"help": "Fewest rollouts of a prompt."})
+    max_rollouts: int = field(default=128, metadata={"help": "Most rollouts of a prompt."})
+    weighting: str = field(default="rollout", metadata={"help": "Loss weight per 'rollout' or per 'prompt'."})
+    prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
+    success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
+    outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that tells success."})
+    log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self)
+
+
+_DEFAULTS = {
+    own.name: own.default for own in fields(KnapsackGRPOConfig) if own.name not in {f.name for f in fields(GRPOConfig)}
+}
+
+
+def setting(args: Any, name: str) -> Any:
+    """An allocation setting of ``args``, or its default where ``args`` is a plain ``GRPOConfig``."""
+    return getattr(args, name, _DEFAULTS[name])
+
+
+def check_settings(args: Any) -> None:
+    """Refuse a configuration that cannot work, before a model is loaded.
+
+    Raises:
+        ValueError: bounds exclude ``num_generations``, an option is unknown, or ``generation_kwargs`` sets ``seed``.
+    """
+    low, high, mean = setting(args, "min_rollouts"), setting(args, "max_rollouts"), args.num_generations
+    if not 2 <= low <= mean <= high:
+        raise ValueError(
+            f"rollouts per prompt must satisfy 2 <= min_rollouts <= num_generations <= max_rollouts, got "
+            f"min_rollouts={low}, num_generations={mean}, max_rollouts={high}"
+        )
+    choices = {
+        "allocation": ("knapsack", "uniform"),
+        "weighting": ("rollout", "prompt"),
+        "estimator": tuple(ESTIMATORS),
+    }
+    for name, allowed in choices.items():
+        if setting(args, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
+    if "seed" in (args.generation_kwargs or {}):
+        raise ValueError("generation_kwargs must not set seed: every rollout of a prompt would be the same")

@@ -1,0 +1,48 @@
+"""Which rows are the same prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+from knapsack_rl.prompt_ids import PromptId
+
+logger = logging.getLogger(__name__)
+
+
+def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
+    """Stable identity of a prompt: its id column, else a hash of the prompt itself.
+
+    Raises:
+        ValueError: the id is no string or whole number, or there is none and the prompt holds images.
+    """
+    given = row.get(id_column)
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, (str, int)):
+            raise ValueError(f"column {id_column!r} must hold strings or whole numbers, got {given!r}")
+        return given
+    if "image" in row or "images" in row:
+        raise ValueError(f"prompts with images need an id: add a column {id_column!r} that names each prompt")
+    text = json.dumps(row.get("prompt"), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_ids(dataset: Any, id_column: str) -> None:
+    """Refuse an id that names several prompts; their histories would be mixed.
+
+    Raises:
+        ValueError: two rows share an id and differ in their prompt.
+    """
+    if id_column not in (dataset.column_names or []):
+        logger.info("no column %r: prompts are told apart by a hash of their text", id_column)
+        return
+    seen: dict[Any, int] = {}
+    for position, prompt_id in enumerate(dataset[id_column]):
+        first = seen.setdefault(prompt_id, position)
+        if first != position and dataset[first]["prompt"] != dataset[position]["prompt"]:
+            raise ValueError(
+                f"column {id_column!r}: id {prompt_id!r} names different prompts (rows {first} and {position}); make "
+                "ids unique over all files, for example by putting the source in front"
+            )

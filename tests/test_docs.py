@@ -1,0 +1,201 @@
+"""The documentation holds: its code runs, its output is real, its links lead somewhere, it leaves nothing out."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import knapsack_rl as kr
+from knapsack_rl.cli import main
+from knapsack_rl.training.settings import TrainSettings
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES += [path for path in (ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")) if path.exists()]
+
+FENCE = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TITLE = re.compile(r'title="([^"]+)"')
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+NOT_RUN = "# not run: "
+HEAVY = ("knapsack_rl.trl", "transformers", "datasets", "torch")
+NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    title: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        title = TITLE.search(match[2])
+        line = text.count("\n", 0, match.start()) + 2
+        found.append(Block(page, line, match[1], title and title[1], match[3]))
+    return found
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def run(block: Block, space: dict[str, object]) -> None:
+    # Blank lines in front make the line numbers of errors those of the page.
+    code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec", dont_inherit=True)
+    if not block.text.startswith(NOT_RUN):
+        exec(code, space)
+
+
+def names(page: Path) -> str:
+    return page.stem
+
+
+PAGES_WITH_CODE = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=names)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    code = [block for block in blocks(page) if block.language == "python"]
+    if any(word in block.text for block in code for word in HEAVY):
+        torch = pytest.importorskip("torch")
+        pytest.importorskip("trl")
+        torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"__name__": f"docs_{page.stem}"}
+    for block in code:
+        run(block, space)
+
+
+def test_most_pages_have_code():
+    assert {"index", "quickstart", "method", "trl", "metrics"} <= {page.stem for page in PAGES_WITH_CODE}
+
+
+def test_a_block_that_is_not_run_says_why():
+    for page in PAGES_WITH_CODE:
+        for block in blocks(page):
+            if block.text.startswith(NOT_RUN):
+                assert re.match(r"# not run: needs \w+", block.text), str(block)
+
+
+def examples() -> list[tuple[Block, str, str]]:
+    """(block, command, expected output) of every ``$ knapsack-rl`` in the documentation."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "console":
+                for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+                    command, _, output = part.partition("\n")
+                    if command.startswith("knapsack-rl "):
+                        found.append((block, command, output))
+    return found
+
+
+def same_output(given: str, expected: str) -> bool:
+    """Equal but for the last digits of decimal fractions."""
+    if NUMBER.sub("#", given) != NUMBER.sub("#", expected):
+        return False
+    pairs = zip(NUMBER.findall(given), NUMBER.findall(expected), strict=True)
+    return all(np.isclose(float(a), float(b), rtol=1e-9) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("block", "command", "expected"), [pytest.param(*example, id=example[1]) for example in examples()]
+)
+def test_commands_print_what_the_page_shows(block, command, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for other in blocks(block.page):
+        if other.title:
+            Path(other.title).write_text(other.text, encoding="utf-8")
+    main(shlex.split(command)[1:])
+    captured = capsys.readouterr()
+    assert same_output(captured.out + captured.err, expected), captured.out + captured.err
+
+
+def test_the_quickstart_shows_commands():
+    assert len(examples()) >= 3
+
+
+def anchors(page: Path) -> set[str]:
+    """Ids of the page's headings, as the ``toc`` extension makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE):
+        plain = unicodedata.normalize("NFKD", heading.replace("`", "")).encode("ascii", "ignore").decode()
+        plain = re.sub(r"[^\w\s-]", "", plain).strip().lower()
+        found.add(re.sub(r"[-\s]+", "-", plain))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_links_between_pages_lead_somewhere(page):
+    for target in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor and path.suffix == ".md":
+            assert anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in navigation
+
+
+def reference() -> list[str]:
+    return re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", kr.__all__)
+def test_public_names_are_in_the_reference(name):
+    exported, defined = f"knapsack_rl.{name}", f"{getattr(kr, name).__module__}.{name}"
+    # The documentation reads the source, where a module stands before a function of its name.
+    shadowed = (ROOT / "src" / "knapsack_rl" / f"{name}.py").exists()
+    assert (defined if shadowed else exported) in reference()
+
+
+def test_metrics_are_documented():
+    allocator = kr.KnapsackAllocator()
+    allocator.allocate(["a", "b"], 8)
+    allocator.observe(["a"] * 4 + ["b"] * 4, [0, 1] * 4)
+    documented = set(re.findall(r"^\| `knapsack/([^`]+)`", prose(ROOT / "docs" / "metrics.md"), re.MULTILINE))
+    assert documented == set(allocator.metrics()) | {"reward_per_prompt"}
+
+
+def test_trainer_fields_and_allocation_log_are_documented():
+    trl = pytest.importorskip("trl")
+    from knapsack_rl.trl import KnapsackGRPOConfig
+
+    stock = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    own = {field.name: field.default for field in dataclasses.fields(KnapsackGRPOConfig) if field.name not in stock}
+    table = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", prose(ROOT / "docs" / "quickstart.md"), re.MULTILINE)
+    assert {name: ast.literal_eval(default) for name, default in table} == own
+
+
+def test_the_defaults_of_a_training_run_are_those_told():
+    table = dict(
+        re.findall(r"^\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", prose(ROOT / "docs" / "deviations.md"), re.MULTILINE)
+    )
+    defaults = TrainSettings()
+    assert table["prompts per step × rollouts"] == f"{defaults.prompts_per_step} × {defaults.rollouts_per_prompt}"
+    assert int(table["updates per step"]) == defaults.updates_per_step
+    assert int(table["steps"]) == defaults.steps
+    assert float(table["learning rate"].split(",")[0]) == defaults.learning_rate
+    assert table["clip range"] == f"{defaults.clip_low} / {defaults.clip_high}"
+    assert table["N_low, N_up"] == f"{defaults.min_rollouts}, {defaults.max_rollouts}"
