@@ -203,10 +203,10 @@ def successes(
 
 
 def by_stratum(problems: Sequence[Problem], rates: torch.Tensor) -> dict[str, float]:
-    """Mean success rate per operation and digits of the larger operand."""
+    """Mean success rate by digits of the larger operand."""
     groups: dict[str, list[float]] = {}
     for problem, rate in zip(problems, rates.tolist(), strict=True):
-        groups.setdefault(f"{problem.operation} {problem.digits}", []).append(rate)
+        groups.setdefault(f"{problem.digits} digits", []).append(rate)
     return {name: round(sum(values) / len(values), 4) for name, values in sorted(groups.items())}
 
 

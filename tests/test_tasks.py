@@ -82,10 +82,10 @@ def test_splits_have_the_sizes_asked_for_and_share_no_problem(train: int, held_o
 
 
 def test_a_reserved_sum_is_not_pretrained_with_exchanged_operands() -> None:
-    tiny = [p for p in SPLITS.train if p.operation == "addition" and p.digits == 1]
+    tiny = [p for p in SPLITS.train if p.digits == 1]
     seen = {identity(p) for p in SPLITS.pretrain.sample(20_000, random.Random(0))}
-    small_sums = {key for key in seen if key[0] == "+" and key[1] < 10}
-    held = [p for p in SPLITS.held_out if p.operation == "addition" and p.digits == 1]
+    small_sums = {key for key in seen if key[1] < 10}
+    held = [p for p in SPLITS.held_out if p.digits == 1]
     # 27 of the 55 are reserved, and every other one turns up.
     assert len(small_sums) == 28
     assert len(tiny) + len(held) == 27
@@ -101,21 +101,18 @@ def test_a_seed_decides_the_splits() -> None:
 
 
 def test_answers_agree_with_integer_arithmetic() -> None:
-    value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
-    name = {"+": "addition", "-": "subtraction", "*": "multiplication"}
     for problem in (*SPLITS.train, *SPLITS.held_out, *SPLITS.pretrain.sample(3000, random.Random(2))):
         a, sign, b = operands(problem)
-        result = value[sign](a, b)
-        assert result >= 0
+        assert sign == "+"
+        result = a + b
         assert problem.answer == "".join(reversed(str(result)))
         assert problem.prompt_id + "=" == problem.prompt
-        assert problem.operation == name[sign]
         assert problem.digits == max(len(str(a)), len(str(b))) <= 4
         assert len(problem.answer) + 1 <= MAX_COMPLETION_TOKENS
 
 
 def test_train_and_held_out_have_the_same_shares() -> None:
-    train, held_out = (Counter((p.operation, p.digits) for p in split) for split in (SPLITS.train, SPLITS.held_out))
+    train, held_out = (Counter(p.digits for p in split) for split in (SPLITS.train, SPLITS.held_out))
     assert train.keys() == held_out.keys()
     for group, count in train.items():
         # Each group is at most four strata, each rounded by less than one.
@@ -134,11 +131,9 @@ def test_more_problems_than_there_are_is_refused_before_drawing() -> None:
 
 
 def test_sampler_refuses_what_cannot_end() -> None:
-    every_product = [
-        Problem(f"{a}*{b}=", str(a * b)[::-1], f"{a}*{b}", "multiplication", 1) for a in range(10) for b in range(10)
-    ]
-    with pytest.raises(ValueError, match="All 55 problems of multiplication"):
-        PretrainSampler(every_product)
+    every_small_sum = [Problem(f"{a}+{b}=", str(a + b)[::-1], f"{a}+{b}", 1) for a in range(10) for b in range(10)]
+    with pytest.raises(ValueError, match="All 55 problems with 1 and 1 digits"):
+        PretrainSampler(every_small_sum)
     with pytest.raises(ValueError, match="got -1"):
         SPLITS.pretrain.sample(-1, random.Random(0))
 
@@ -150,7 +145,6 @@ def test_rows_carry_every_field() -> None:
             "prompt": problem.prompt,
             "answer": problem.answer,
             "prompt_id": problem.prompt_id,
-            "operation": problem.operation,
             "digits": problem.digits,
         }
     ]

@@ -17,6 +17,7 @@ from knapsack_rl.tasks.arithmetic import (
     make_splits,
     to_rows,
 )
+from knapsack_rl.tasks.matching import exact_match_reward
 
 __all__ = [
     "Problem",
@@ -26,6 +27,7 @@ __all__ = [
     "to_rows",
     "is_correct",
     "accuracy_reward",
+    "exact_match_reward",
     "base_model_path",
     "EOS_TOKEN",
     "PAD_TOKEN",

@@ -1,15 +1,15 @@
-"""Generated arithmetic with graded difficulty: a task on which a tiny model can be trained in minutes.
+"""Generated addition with graded difficulty: a task on which a tiny model can be trained in minutes.
 
 A prompt is an expression such as ``"123+4567="`` and the answer is its value with the digits *reversed*
 (``"0964"`` for 4690), so that a model that writes from left to right meets each carry after the digits
 that cause it. A completion is the answer followed by the end-of-sequence token.
 
-Problems are graded by *stratum*: the operation and the digits of the larger and of the smaller operand.
+Problems are graded by *stratum*: the digits of the larger and of the smaller operand, one to four each.
 Long operands are hard and short ones easy, which gives a base model the mixture of unsolved, partly solved
 and solved prompts on which allocating rollouts makes a difference.
 
-Two expressions with exchanged operands (``"5+12="``, ``"12+5="``) are the same problem for sums and
-products; the splits never share a problem in this sense.
+Two expressions with exchanged operands (``"5+12="``, ``"12+5="``) are the same problem; the splits never
+share a problem in this sense.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-Operation: TypeAlias = Literal["addition", "subtraction", "multiplication"]
+from typing import Any, TypeAlias
 
 EOS_TOKEN = "<eos>"  # noqa: S105 - the name of a vocabulary entry, not a secret
 PAD_TOKEN = "<pad>"  # noqa: S105
@@ -29,14 +27,15 @@ PAD_TOKEN = "<pad>"  # noqa: S105
 MAX_COMPLETION_TOKENS = 6
 """Tokens of the longest right completion: five digits (9999 + 9999) and the end-of-sequence token."""
 
-_SIGNS: dict[Operation, str] = {"addition": "+", "subtraction": "-", "multiplication": "*"}
-
 # No right completion is longer than this even when every token is spelt out, so that a longer text is
 # refused before any work is done on it.
 _MAX_COMPLETION_CHARS = 64
 
-# A problem's identity: the operation, the larger and the smaller operand.
-_Key: TypeAlias = tuple[Operation, int, int]
+# A problem's identity: the larger and the smaller operand.
+_Key: TypeAlias = tuple[int, int]
+
+MAX_DIGITS = 4
+"""Digits of the longest operand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +46,19 @@ class Problem:
         prompt: The expression up to and with the equals sign, for example ``"123+4567="``.
         answer: The decimal digits of the value, least significant first, without the end-of-sequence token.
         prompt_id: The expression without the equals sign; unique within a split and stable between runs.
-        operation: ``"addition"``, ``"subtraction"`` or ``"multiplication"``.
         digits: Decimal digits of the larger operand, at least 1.
     """
 
     prompt: str
     answer: str
     prompt_id: str
-    operation: Operation
     digits: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Stratum:
-    """All problems of one operation with ``large`` and ``small`` digits per operand, ``large >= small``."""
+    """All problems with ``large`` and ``small`` digits per operand, ``large >= small``."""
 
-    operation: Operation
     large: int
     small: int
     weight: float
@@ -81,7 +77,7 @@ class _Stratum:
             column = index - row * (row + 1) // 2
         else:
             row, column = divmod(index, _count(self.small))
-        return self.operation, _first(self.large) + row, _first(self.small) + column
+        return _first(self.large) + row, _first(self.small) + column
 
 
 def _count(digits: int) -> int:
@@ -95,21 +91,12 @@ def _first(digits: int) -> int:
 
 
 def _strata() -> tuple[_Stratum, ...]:
-    """The strata with their weights, which sum to one.
-
-    Within an operation the digits of the two operands are independent and uniform. Products stop at two
-    digits times one: longer ones need intermediate results, which a model of this size cannot hold.
-    """
-    strata: list[_Stratum] = []
-    shares: tuple[tuple[Operation, float, int], ...] = (("addition", 0.55, 4), ("subtraction", 0.35, 4))
-    for operation, share, most in shares:
-        for large in range(1, most + 1):
-            for small in range(1, large + 1):
-                weight = share * (1 if large == small else 2) / most**2
-                strata.append(_Stratum(operation, large, small, weight))
-    strata.append(_Stratum("multiplication", 1, 1, 0.02))
-    strata.append(_Stratum("multiplication", 2, 1, 0.08))
-    return tuple(strata)
+    """The strata with their weights, which sum to one: the digits of both operands are independent and uniform."""
+    return tuple(
+        _Stratum(large, small, (1 if large == small else 2) / MAX_DIGITS**2)
+        for large in range(1, MAX_DIGITS + 1)
+        for small in range(1, large + 1)
+    )
 
 
 _STRATA = _strata()
@@ -131,14 +118,10 @@ class PretrainSampler:
         self._reserved = frozenset(_key_of(problem) for problem in reserved)
         self._weights = [stratum.weight for stratum in _STRATA]
         for stratum in _STRATA:
-            taken = sum(
-                operation == stratum.operation and (len(str(a)), len(str(b))) == (stratum.large, stratum.small)
-                for operation, a, b in self._reserved
-            )
+            taken = sum((len(str(a)), len(str(b))) == (stratum.large, stratum.small) for a, b in self._reserved)
             if taken >= stratum.size:
                 raise ValueError(
-                    f"All {stratum.size} problems of {stratum.operation} with {stratum.large} and"
-                    f" {stratum.small} digits are reserved, so none is left for pre-training;"
+                    f"All {stratum.size} problems with {stratum.large} and {stratum.small} digits are reserved, so none is left for pre-training;"
                     f" reserve at most {stratum.size - 1}."
                 )
 
@@ -242,14 +225,13 @@ def to_rows(problems: Sequence[Problem]) -> list[dict[str, Any]]:
 
     Returns:
         One dictionary per problem, in order, with the keys ``prompt``, ``answer``, ``prompt_id``,
-        ``operation`` (strings) and ``digits`` (an integer).
+        ``digits`` (an integer).
     """
     return [
         {
             "prompt": problem.prompt,
             "answer": problem.answer,
             "prompt_id": problem.prompt_id,
-            "operation": problem.operation,
             "digits": problem.digits,
         }
         for problem in problems
@@ -313,32 +295,20 @@ def base_model_path() -> Path:
 
 
 def _problem(key: _Key, rng: random.Random) -> Problem:
-    """Spell out a problem, with the operands of a sum or product in random order."""
-    operation, large, small = key
-    if operation == "addition":
-        value = large + small
-    elif operation == "subtraction":
-        value = large - small
-    else:
-        value = large * small
-    left, right = large, small
-    # A difference keeps its order: exchanged it would be negative.
-    if operation != "subtraction" and rng.random() < 0.5:
-        left, right = small, large
-    expression = f"{left}{_SIGNS[operation]}{right}"
+    """Spell out a problem, with its operands in random order."""
+    left, right = key if rng.random() < 0.5 else key[::-1]
     return Problem(
-        prompt=f"{expression}=",
-        answer=str(value)[::-1],
-        prompt_id=expression,
-        operation=operation,
-        digits=len(str(large)),
+        prompt=f"{left}+{right}=",
+        answer=str(left + right)[::-1],
+        prompt_id=f"{left}+{right}",
+        digits=len(str(key[0])),
     )
 
 
 def _key_of(problem: Problem) -> _Key:
     """The identity of a problem, whatever the order of its operands."""
-    left, right = map(int, problem.prompt_id.split(_SIGNS[problem.operation]))
-    return problem.operation, max(left, right), min(left, right)
+    left, right = map(int, problem.prompt_id.split("+"))
+    return max(left, right), min(left, right)
 
 
 def _below(limit: int, rng: random.Random) -> int:

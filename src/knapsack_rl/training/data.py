@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, accuracy_reward, make_splits, to_rows
+from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, accuracy_reward, exact_match_reward, make_splits, to_rows
 from knapsack_rl.training.settings import TrainSettings
 
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ def load_task(settings: TrainSettings) -> TaskData:
     return TaskData(
         kept[: settings.train_prompts],
         kept[settings.train_prompts :],
-        accuracy_reward,
+        exact_match_reward,
         settings.max_completion_tokens or FILE_COMPLETION_TOKENS,
     )
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl.estimator import ESTIMATORS
+
 CONFIG_FILE = "config.yaml"
 
 ALLOCATIONS = ("knapsack", "paper", "uniform")
-ESTIMATORS = ("empirical-bayes", "beta", "window")
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:

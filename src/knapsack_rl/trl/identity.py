@@ -40,6 +40,8 @@ def check_ids(dataset: Any, id_column: str) -> None:
         return
     seen: dict[Any, int] = {}
     for position, prompt_id in enumerate(dataset[id_column]):
+        if prompt_id is None:
+            continue  # told apart by its hash
         first = seen.setdefault(prompt_id, position)
         if first != position and dataset[first]["prompt"] != dataset[position]["prompt"]:
             raise ValueError(
