@@ -45,7 +45,7 @@ from knapsack_rl.tasks.arithmetic import (
     make_splits,
 )
 
-TOKENS = (PAD_TOKEN, EOS_TOKEN, *"0123456789+-*=")
+TOKENS = (PAD_TOKEN, EOS_TOKEN, *"0123456789+=")
 VOCABULARY = {token: index for index, token in enumerate(TOKENS)}
 PAD_ID, EOS_ID = VOCABULARY[PAD_TOKEN], VOCABULARY[EOS_TOKEN]
 MAX_POSITIONS = 32  # the longest prompt has 10 characters and the longest completion 6 tokens
@@ -230,10 +230,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     parser.add_argument("--ema", type=float, default=0.96, help="decay of the moving average of the weights")
     parser.add_argument("--max-steps", type=int, default=3000, help="give up after this many steps")
-    parser.add_argument("--eval-every", type=int, default=10, help="steps between evaluations")
-    parser.add_argument("--unsolved", type=float, nargs=2, default=(0.18, 0.25), help="range of the unsolved share")
-    parser.add_argument("--solved", type=float, default=0.14, help="least share of solved prompts")
-    parser.add_argument("--mean", type=float, nargs=2, default=(0.40, 0.48), help="range of the mean rate")
+    parser.add_argument("--eval-every", type=int, default=5, help="steps between evaluations")
+    parser.add_argument("--unsolved", type=float, nargs=2, default=(0.28, 0.42), help="range of the unsolved share")
+    parser.add_argument("--solved", type=float, default=0.105, help="least share of solved prompts")
+    parser.add_argument("--mean", type=float, nargs=2, default=(0.30, 0.45), help="range of the mean rate")
     args = parser.parse_args(argv)
     if args.width % 8 or args.width < 8:
         parser.error(f"--width must be a positive multiple of 8, got {args.width}")

@@ -35,7 +35,7 @@ from knapsack_rl.tasks import (
 
 SPLITS = make_splits()
 TOKENIZER = AutoTokenizer.from_pretrained(base_model_path())
-CHARACTERS = "0123456789+-*="
+CHARACTERS = "0123456789+="
 SAMPLES = 8
 
 
@@ -301,9 +301,9 @@ def test_spectrum_of_the_checkpoint() -> None:
     mean = successes.mean().item() / SAMPLES
     # The standard errors over samples are below 0.01 (shares) and 0.004 (mean): the bounds leave room for
     # other kernels and seeds.
-    assert 0.15 <= unsolved <= 0.35, (unsolved, solved, mean)
-    assert 0.10 <= solved <= 0.35, (unsolved, solved, mean)
-    assert 0.30 <= mean <= 0.55, (unsolved, solved, mean)
+    assert unsolved >= 0.15, (unsolved, solved, mean)
+    assert solved >= 0.10, (unsolved, solved, mean)
+    assert 0.25 <= mean <= 0.60, (unsolved, solved, mean)
     recorded = json.loads((base_model_path() / "training.json").read_text(encoding="utf-8"))
     assert mean == pytest.approx(recorded["train_prompts"]["spectrum_expected"]["mean"], abs=0.02)
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from knapsack_rl.cli.settings_flags import add_flags, settings_of
-from knapsack_rl.training.settings import CONFIG_FILE, read_yaml, settings_from
+from knapsack_rl.runfiles import CONFIG_FILE
+from knapsack_rl.training.settings import read_yaml, settings_from
 
 EXAMPLES = """examples:
   knapsack-rl train                                       the shipped model on arithmetic, about ten minutes

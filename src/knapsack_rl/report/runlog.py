@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
 from knapsack_rl.report.curves import ratio
-from knapsack_rl.report.runfiles import by_step, check_allocation, read_config, read_rows
+from knapsack_rl.runfiles import by_step, check_allocation, read_config, read_rows
 from knapsack_rl.value import FloatArray, IntArray
 
 BoolArray = NDArray[np.bool_]

@@ -121,8 +121,8 @@ class PretrainSampler:
             taken = sum((len(str(a)), len(str(b))) == (stratum.large, stratum.small) for a, b in self._reserved)
             if taken >= stratum.size:
                 raise ValueError(
-                    f"All {stratum.size} problems with {stratum.large} and {stratum.small} digits are reserved, so none is left for pre-training;"
-                    f" reserve at most {stratum.size - 1}."
+                    f"All {stratum.size} problems with {stratum.large} and {stratum.small} digits are reserved, so"
+                    f" none is left for pre-training; reserve at most {stratum.size - 1}."
                 )
 
     def sample(self, count: int, rng: random.Random) -> list[Problem]:

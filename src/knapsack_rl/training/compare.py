@@ -8,21 +8,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from knapsack_rl.training.settings import CONFIG_FILE, TrainSettings, read_yaml, settings_from
+from knapsack_rl.runfiles import ALLOCATION_LOG, CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, complete_checkpoints
+from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
 POLICIES = ("uniform", "uniform-2n", "paper", "knapsack")
 
 POLL_SECONDS = 1.0
-
-# Files of a run folder; named here too because importing the training code takes seconds and torch.
-_METRICS_FILE = "metrics.jsonl"
-_MODEL_FOLDER = "model"
-_STATE_FILE = "knapsack_allocator.npz"
 
 
 @dataclass(frozen=True)
@@ -35,12 +31,12 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run trained all its steps."""
-        return (self.folder / _MODEL_FOLDER).is_dir()
+        return (self.folder / MODEL_FOLDER).is_dir()
 
     @property
     def steps_done(self) -> int:
         """Newest step in the metrics; 0 if there is none."""
-        path = self.folder / _METRICS_FILE
+        path = self.folder / METRICS_FILE
         if not path.is_file():
             return 0
         # The last line may be half written; the one before it is whole.
@@ -143,18 +139,14 @@ def _check_same_settings(run: Run) -> None:
 def _start(run: Run) -> subprocess.Popen[bytes]:
     run.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "knapsack_rl", "train", "--quiet"]
-    if any((checkpoint / _STATE_FILE).exists() for checkpoint in _checkpoints(run.folder)):
+    if complete_checkpoints(run.folder):
         command += ["--resume", str(run.folder)]
     else:
         # What a run left that was stopped before its first checkpoint is of no use.
-        (run.folder / _METRICS_FILE).unlink(missing_ok=True)
-        (run.folder / "allocations.jsonl").unlink(missing_ok=True)
+        (run.folder / METRICS_FILE).unlink(missing_ok=True)
+        (run.folder / ALLOCATION_LOG).unlink(missing_ok=True)
         (run.folder / CONFIG_FILE).write_text(run.settings.to_yaml(), encoding="utf-8")
         command += ["--config", str(run.folder / CONFIG_FILE), "--output", str(run.folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (run.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)  # noqa: S603
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    return folder.glob("checkpoint-*")

@@ -15,20 +15,24 @@ from typing import Any, Protocol
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knapsack_rl.report import write_report
-from knapsack_rl.report.runfiles import append_row
+from knapsack_rl.runfiles import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    append_row,
+    complete_checkpoints,
+    steps_of,
+)
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.data import TaskData, load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
-from knapsack_rl.training.settings import CONFIG_FILE, TrainSettings
-from knapsack_rl.trl import STATE_FILE, KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-MODEL_FOLDER = "model"
 SHIPPED_MODEL = "arithmetic-base"
 
 
@@ -102,7 +106,7 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     with _graceful_interrupt(recorder):
-        display.start(settings, _steps_of(checkpoint) // settings.updates_per_step)
+        display.start(settings, steps_of(checkpoint) // settings.updates_per_step if checkpoint else 0)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
@@ -118,19 +122,15 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
 def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> Path | None:
     """Write the settings, or find the checkpoint to go on from."""
     if resume:
-        complete = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / STATE_FILE).exists()]
+        complete = complete_checkpoints(folder)
         if not complete:
             raise FileNotFoundError(f"{folder} holds no complete checkpoint to resume from")
-        return max(complete, key=_steps_of)
+        return complete[-1]
     if (folder / METRICS_FILE).exists():
         raise FileExistsError(f"{folder} already holds a run; resume it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
     return None
-
-
-def _steps_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) -> KnapsackGRPOConfig:

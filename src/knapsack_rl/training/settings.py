@@ -10,8 +10,6 @@ from typing import Any
 
 from knapsack_rl.estimator import ESTIMATORS
 
-CONFIG_FILE = "config.yaml"
-
 ALLOCATIONS = ("knapsack", "paper", "uniform")
 
 
@@ -39,7 +37,7 @@ class TrainSettings:
     train_prompts: int = _option(1024, "prompts trained on (the first ones of a file)")
     held_out_prompts: int = _option(512, "prompts only evaluated on")
     estimator: str = _option(
-        "empirical-bayes", "what is known of success rates, with --allocation knapsack", ESTIMATORS
+        "empirical-bayes", "what is known of success rates, with --allocation knapsack", tuple(ESTIMATORS)
     )
     min_rollouts: int = _option(2, "fewest rollouts of a prompt")
     max_rollouts: int = _option(128, "most rollouts of a prompt")

@@ -24,7 +24,7 @@ from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import group_outcomes
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.report.runfiles import append_row
+from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.config import check_settings, setting
@@ -32,9 +32,6 @@ from knapsack_rl.trl.identity import check_ids, prompt_key
 from knapsack_rl.value import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "knapsack_allocator.npz"
-ALLOCATION_LOG = "allocations.jsonl"
 
 
 @dataclass

@@ -11,8 +11,27 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+ALLOCATION_LOG = "allocations.jsonl"
+STATE_FILE = "knapsack_allocator.npz"
+"""State of the allocator inside a checkpoint, written last: its presence marks a complete one."""
+MODEL_FOLDER = "model"
+"""The trained model; its presence marks a finished run."""
+
 PER_PROMPT = ("counts", "successes", "scored", "effective", "estimate", "predicted")
 """Lists of an allocation row that have one entry per prompt."""
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run that can be resumed from, by ascending step."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).exists()]
+    return sorted(complete, key=steps_of)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """Optimizer updates after which a checkpoint was written, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def read_config(path: Path) -> dict[str, Any]:

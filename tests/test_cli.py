@@ -1,0 +1,586 @@
+import csv
+import dataclasses
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from pyarrow import parquet
+
+import knapsack_rl as kr
+from knapsack_rl.cli import COMMANDS, build_parser, main
+from knapsack_rl.cli.display import Panel, PlainLines, Quiet, make_display
+from knapsack_rl.training.settings import TrainSettings
+from run_folders import write_run
+
+COMMAND_NAMES = ("train", "compare", "report", "allocate")
+SETTINGS = dataclasses.fields(TrainSettings)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command that must succeed; returns (standard output, standard error)."""
+
+    def run(*arguments):
+        assert main([str(argument) for argument in arguments]) == 0
+        return tuple(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail on its input; returns the one line it says."""
+
+    def run(*arguments):
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("knapsack-rl: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err.removeprefix("knapsack-rl: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def misused(capsys):
+    """Runs a command that the argument parser refuses; returns its last line."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        assert stop.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in err
+        return err.splitlines()[-1]
+
+    return run
+
+
+# -- The command itself -----------------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert [name for name in COMMAND_NAMES if f"\n    {name} " in text] == list(COMMAND_NAMES)
+    assert len(COMMANDS) == len(COMMAND_NAMES)
+
+
+@pytest.mark.parametrize("command", COMMAND_NAMES)
+def test_the_help_of_a_command_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    _, marker, examples = capsys.readouterr().out.partition("examples:\n")
+    assert marker
+    lines = [line.strip() for line in examples.splitlines() if line.strip()]
+    assert len(lines) >= 2
+    for line in lines:
+        words = line.split("    ")[0].split()  # what follows explains
+        assert words[:2] == ["knapsack-rl", command]
+        assert build_parser().parse_args(words[1:]).run
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_help_tells_every_setting_and_its_default(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    text = " ".join(out.split())
+    varied = ("allocation", "seed", "threads") if command == "compare" else ()
+    for spec in SETTINGS:
+        told = f"\n  --{spec.name.replace('_', '-')} " in out
+        assert told == (spec.name not in varied), spec.name
+        if told:
+            assert f"{spec.metadata['help']} (default: {spec.default})" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"knapsack-rl {kr.__version__}\n"
+
+
+def test_no_command_and_an_unknown_one_are_refused(misused):
+    assert "required: COMMAND" in misused()
+    assert "invalid choice: 'alocate'" in misused("alocate")
+
+
+def test_the_installed_script_allocates(tmp_path):
+    (tmp_path / "rates.csv").write_text("prompt_id,success_rate\na,0.5\nb,1\n")
+    script = Path(sys.executable).with_name("knapsack-rl")
+    done = subprocess.run(
+        [script, "allocate", "rates.csv"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "prompt_id,success_rate,rollouts\na,0.5,14\nb,1.0,2\n"
+
+
+def test_an_interruption_is_said_and_exits_with_130(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("knapsack_rl.cli.allocate.read_columns", interrupted)
+    assert main(["allocate", "rates.csv"]) == 130
+    assert capsys.readouterr() == ("", "knapsack-rl: interrupted\n")
+
+
+# -- allocate ---------------------------------------------------------------------------------------------------------
+
+RATES = {"easy": 0.9, "even": 0.5, "new": None, "hard": 0.05, "solved": 1.0, "unsolved": 0.0}
+
+
+def write_rates(path=Path("rates.csv"), rates=RATES):
+    lines = [f"{name},{'' if rate is None else rate}\n" for name, rate in rates.items()]
+    path.write_text("prompt_id,success_rate\n" + "".join(lines))
+    return path
+
+
+def read_table(text):
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert rows
+    assert list(rows[0]) == ["prompt_id", "success_rate", "rollouts"]
+    return (
+        [row["prompt_id"] for row in rows],
+        [float(row["success_rate"] or "nan") for row in rows],
+        [int(row["rollouts"]) for row in rows],
+    )
+
+
+def as_array(rates):
+    return np.array([math.nan if rate is None else rate for rate in rates])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), {"budget": 48}),
+        (("--budget", 60), {"budget": 60}),
+        (("--rollouts-per-prompt", 5), {"budget": 30}),
+        (
+            ("--budget", 48, "--min-rollouts", 4, "--max-rollouts", 12),
+            {"budget": 48, "min_rollouts": 4, "max_rollouts": 12},
+        ),
+        (("--budget", 9, "--min-rollouts", 0), {"budget": 9, "min_rollouts": 0}),
+        (("--budget", 90, "--fallback"), {"budget": 90, "fallback": True}),
+    ],
+    ids=str,
+)
+def test_rates_are_allocated_as_by_the_library(cli, flags, expected):
+    ids, rates, counts = read_table(cli("allocate", write_rates(), *flags)[0])
+    given = as_array(RATES.values())
+    assert ids == list(RATES)
+    np.testing.assert_array_equal(rates, given)
+    assert counts == kr.allocate(given, **expected).counts.tolist()
+    assert sum(counts) == expected["budget"]
+
+
+def test_what_became_of_a_surplus_is_said_apart_from_the_table(cli):
+    rates = {"a": 1.0, "b": 0.0}
+    out, err = cli("allocate", write_rates(rates=rates))
+    found = kr.allocate([1.0, 0.0], 16)
+    assert found.reason
+    assert err == found.reason + "\n"
+    assert read_table(out)[2] == found.counts.tolist()
+    assert cli("allocate", write_rates())[1] == ""
+
+
+def test_rates_without_ids_are_numbered(cli):
+    Path("rates.csv").write_text("rate\n0.5\n0.1\n")
+    ids, rates, counts = read_table(cli("allocate", "rates.csv", "--rate-column", "rate")[0])
+    assert (ids, rates) == (["0", "1"], [0.5, 0.1])
+    assert counts == kr.allocate([0.5, 0.1], 16).counts.tolist()
+
+
+def test_columns_may_have_other_names(cli):
+    Path("rates.jsonl").write_text('{"name": 7, "p": 0.5}\n{"name": "é", "p": null}\n', encoding="utf-8")
+    out, _ = cli("allocate", "rates.jsonl", "--id-column", "name", "--rate-column", "p", "--format", "json")
+    assert [row["prompt_id"] for row in json.loads(out)["prompts"]] == [7, "é"]
+
+
+def test_json_output(cli):
+    out, _ = cli("allocate", write_rates(), "--budget", 60, "--format", "json")
+    found = kr.allocate(as_array(RATES.values()), 60)
+    assert json.loads(out) == {
+        "expected_value": found.expected_value,
+        "reason": found.reason,
+        "prompts": [
+            {"prompt_id": name, "success_rate": rate, "rollouts": count}
+            for (name, rate), count in zip(RATES.items(), found.counts.tolist(), strict=True)
+        ],
+    }
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_output_goes_to_a_file(cli, form):
+    printed, _ = cli("allocate", write_rates(), "--format", form)
+    out, err = cli("allocate", "rates.csv", "--format", form, "--output", "found.txt")
+    assert (out, err) == ("", "")
+    assert Path("found.txt").read_text(encoding="utf-8") == printed
+
+
+def reward_log(seed=0, steps=5, prompts=6):
+    """Rows of rewards, shuffled, with a few that could not be scored."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for step in range(steps):
+        for prompt in rng.permutation(prompts)[: prompts - 1]:
+            for _ in range(int(rng.integers(1, 6))):
+                reward = None if rng.random() < 0.1 else float(rng.random() < (prompt + 1) / (prompts + 1))
+                rows.append({"prompt_id": f"p{prompt}", "step": step, "reward": reward})
+    return [rows[k] for k in rng.permutation(len(rows))]
+
+
+def write_table(rows, kind):
+    path = Path(f"rewards.{kind}")
+    names = list(rows[0])
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parquet.write_table(pa.table({name: [row[name] for row in rows] for name in names}), path)
+    return path
+
+
+def fed_in_order(rows, *arguments, **settings):
+    """An allocator that saw the steps one by one; the prompts in the order in which the file names them."""
+    allocator = kr.KnapsackAllocator(*arguments, **settings)
+    for step in sorted({row["step"] for row in rows}):
+        seen = [row for row in rows if row["step"] == step]
+        allocator.observe(
+            [row["prompt_id"] for row in seen], [math.nan if row["reward"] is None else row["reward"] for row in seen]
+        )
+    return allocator, list(dict.fromkeys(row["prompt_id"] for row in rows))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("estimator", ["empirical-bayes", "beta", "window"])
+def test_rewards_are_allocated_as_by_an_allocator_that_saw_them_step_by_step(cli, kind, estimator):
+    rows = reward_log()
+    out, _ = cli("allocate", write_table(rows, kind), "--estimator", estimator)
+    allocator, prompts = fed_in_order(rows, estimator)
+    expected = allocator.allocate(prompts, 8 * len(prompts))
+    ids, rates, counts = read_table(out)
+    assert ids == prompts
+    np.testing.assert_array_equal(rates, expected.success_rates)
+    assert counts == expected.counts.tolist()
+    assert len(set(counts)) > 2
+
+
+def test_the_order_of_steps_matters_and_is_that_of_their_numbers(cli):
+    rows = [
+        {"prompt_id": prompt, "step": step, "reward": float((prompt == "rising") == (step >= 10))}
+        for step in (13, 12, 11, 10, 3, 2, 1, 0)  # as text, 10 would come before 2
+        for prompt in ("rising", "falling")
+        for _ in range(4)
+    ]
+    _, rates, _ = read_table(cli("allocate", write_table(rows, "csv"), "--estimator", "window")[0])
+    assert rates == [1.0, 0.0]
+
+
+def test_rewards_without_steps_are_one_batch(cli):
+    rows = [{"prompt_id": row["prompt_id"], "reward": row["reward"]} for row in reward_log()]
+    allocator, prompts = fed_in_order([row | {"step": 0} for row in rows])
+    _, _, counts = read_table(cli("allocate", write_table(rows, "csv"))[0])
+    assert counts == allocator.allocate(prompts, 8 * len(prompts)).counts.tolist()
+
+
+def test_a_log_with_other_names_bounds_and_threshold(cli):
+    rows = [dict(row, reward=2.0 if row["reward"] else 0.5) for row in reward_log(1)]
+    allocator, prompts = fed_in_order(rows, min_rollouts=3, max_rollouts=20, success=0.5)
+    renamed = [{"id": row["prompt_id"], "epoch": row["step"], "score": row["reward"]} for row in rows]
+    out, _ = cli(
+        *("allocate", write_table(renamed, "csv"), "--id-column", "id", "--step-column", "epoch"),
+        *("--reward-column", "score", "--success-threshold", "0.5", "--min-rollouts", 3, "--max-rollouts", 20),
+        *("--budget", 50),
+    )
+    assert read_table(out)[2] == allocator.allocate(prompts, 50).counts.tolist()
+
+
+def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so(cli):
+    rows = reward_log()
+    out, err = cli("allocate", write_table(rows, "csv"), "--budget", 6)
+    assert sum(read_table(out)[2]) == 6
+    assert "budget 6 is below 6 prompts x 2" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("success_rate\n0.5\nhalf\n", (), "column 'success_rate', row 2: 'half' is no number"),
+        ("success_rate\n1.5\n", (), "1.5"),
+        ("success_rate\n-0.5\n", (), "-0.5"),
+        ("success_rate\n0.5\n", ("--budget", "-1"), "budget"),
+        ("success_rate\n0.5\n", ("--budget", "1"), "budget"),
+        ("success_rate\n0.5\n", ("--budget", "129"), "budget"),
+        ("success_rate\n0.5\n", ("--min-rollouts", "-1"), "min_rollouts"),
+        ("success_rate\n0.5\n", ("--min-rollouts", "9", "--max-rollouts", "8"), "min_rollouts"),
+        ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1: '' is no prompt id"),
+        ("prompt_id,score\na,1\n", (), "no column 'reward'; its columns are prompt_id, score"),
+        ("id,reward\na,1\n", (), "no column 'prompt_id'; its columns are id, reward"),
+        ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is no number"),
+        ("prompt_id,reward\na,inf\n", (), "reward"),
+        ("prompt_id,step,reward\na,1,1\na,,1\n", (), "column 'step', row 2 is empty"),
+        ("prompt_id,reward\na,1\n", ("--fallback",), "--estimator window"),
+        ("prompt_id,reward\na,1\n", ("--max-rollouts", "1"), "max_rollouts"),
+        ("prompt_id,reward\na,1,2\n", (), "a row has 3 values"),
+        ("prompt_id,reward\n", (), "holds no rows"),
+        ("success_rate\n0.5\n", ("--output", "missing/found.csv"), "missing/found.csv"),
+    ],
+)
+def test_bad_input_to_allocate_is_one_line(refused, text, flags, message):
+    Path("table.csv").write_text(text)
+    assert message in refused("allocate", "table.csv", *flags)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(refused):
+    assert "there is no file missing.csv" in refused("allocate", "missing.csv")
+    Path("table.txt").write_text("success_rate\n0.5\n")
+    assert ".csv, .jsonl, .json, .parquet" in refused("allocate", "table.txt")
+
+
+def test_a_missing_extra_is_one_line(refused, monkeypatch):
+    write_table(reward_log(), "parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert refused("allocate", "rewards.parquet").endswith('pip install "knapsack-rl[data]"')
+
+
+def test_flags_that_contradict_or_are_no_numbers_are_refused(misused):
+    for rollouts in (8, 9):  # the default is no exception
+        assert "not allowed with" in misused("allocate", "a.csv", "--budget", 8, "--rollouts-per-prompt", rollouts)
+    assert "invalid int value: '8.5'" in misused("allocate", "a.csv", "--budget", 8.5)
+    assert "invalid choice: 'mean'" in misused("allocate", "a.csv", "--estimator", "mean")
+
+
+# -- Settings ---------------------------------------------------------------------------------------------------------
+
+OTHER = {
+    **{"allocation": "paper", "rollouts_per_prompt": 6, "prompts_per_step": 12, "steps": 7, "seed": 5, "model": "a: b"},
+    **{"dataset": "no.jsonl", "prompt_column": "question", "answer_column": "é", "train_prompts": 24},
+    **{"held_out_prompts": 3, "estimator": "beta", "min_rollouts": 3, "max_rollouts": 9, "weighting": "prompt"},
+    **{"learning_rate": 1e-5, "updates_per_step": 2, "loss_type": "grpo", "clip_low": 0.1, "clip_high": 0.3},
+    **{"kl_coefficient": 0.01, "temperature": 0.7, "max_completion_tokens": 5, "eval_every": 2, "eval_samples": 1},
+    **{"save_every": 3, "threads": 1, "report_to": "tensorboard"},
+}
+
+
+def as_flags(values):
+    return [part for name, given in values.items() for part in ("--" + name.replace("_", "-"), given)]
+
+
+def test_every_setting_is_a_flag(cli):
+    assert set(OTHER) == {spec.name for spec in SETTINGS}
+    assert all(OTHER[spec.name] != spec.default for spec in SETTINGS)
+    out, err = cli("train", "--print-config", *as_flags(OTHER))
+    assert yaml.safe_load(out) == OTHER
+    assert err == ""
+    assert not list(Path().iterdir())
+
+
+def test_without_flags_the_defaults_are_printed(cli):
+    assert yaml.safe_load(cli("train", "--print-config")[0]) == dataclasses.asdict(TrainSettings())
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_printed_configuration_fed_back_prints_the_same(cli, command):
+    values = {name: given for name, given in OTHER.items() if name not in ("allocation", "seed", "threads")}
+    printed, _ = cli(command, "--print-config", *as_flags(values))
+    Path("config.yaml").write_text(printed, encoding="utf-8")
+    assert cli(command, "--print-config", "--config", "config.yaml")[0] == printed
+
+
+def test_flags_override_the_file(cli):
+    Path("mine.yaml").write_text("steps: 9\nseed: 4\nlearning_rate: 1\n")
+    found = yaml.safe_load(cli("train", "--print-config", "--config", "mine.yaml", "--seed", 0)[0])
+    assert found == dataclasses.asdict(TrainSettings(steps=9, seed=0, learning_rate=1.0))
+
+
+def test_an_empty_file_changes_nothing(cli):
+    Path("mine.yaml").write_text("# nothing yet\n")
+    assert cli("train", "--print-config", "--config", "mine.yaml") == cli("train", "--print-config")
+
+
+def test_a_number_may_have_an_exponent_without_a_point(cli):
+    # YAML 1.1 takes 1e-4 for text; people write it all the same.
+    Path("mine.yaml").write_text("learning_rate: 1e-4\n")
+    assert yaml.safe_load(cli("train", "--print-config", "--config", "mine.yaml")[0])["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step: 9\nlearning-rate: 1\n", "mine.yaml: unknown settings learning-rate, step; known are allocation, "),
+        ("3: 9\n", "mine.yaml: unknown settings 3; known are allocation, "),
+        ("3: 9\nstep: 9\n", "mine.yaml: unknown settings 3, step; known are allocation, "),
+        ("steps: many\n", "mine.yaml: steps must be int, got 'many'"),
+        ("steps: 9.0\n", "mine.yaml: steps must be int, got 9.0"),
+        ("steps: true\n", "mine.yaml: steps must be int, got True"),
+        ("learning_rate: true\n", "mine.yaml: learning_rate must be float, got True"),
+        ("learning_rate: fast\n", "mine.yaml: learning_rate must be float, got 'fast'"),
+        ("model: 7\n", "mine.yaml: model must be str, got 7"),
+        ("model:\n", "mine.yaml: model must be str, got None"),
+        ("steps: 0\n", "mine.yaml: steps must be >= 1, got 0"),
+        ("weighting: token\n", "mine.yaml: weighting must be one of rollout, prompt, got 'token'"),
+        ("- steps\n", "mine.yaml must hold a mapping of settings, got list"),
+        ("steps: [1\nseed: 2\n", "mine.yaml is no YAML"),
+        ("steps: 9\n\tseed: 2\n", "mine.yaml is no YAML"),
+    ],
+)
+def test_a_bad_configuration_file_is_one_line(refused, command, text, message):
+    Path("mine.yaml").write_text(text)
+    assert refused(command, "--config", "mine.yaml").startswith(message)
+
+
+def test_a_missing_configuration_file_is_one_line(refused):
+    assert "missing.yaml" in refused("train", "--config", "missing.yaml")
+
+
+def test_flags_out_of_range_are_one_line(refused):
+    assert refused("train", "--steps", 0) == "command line: steps must be >= 1, got 0"
+    message = refused("train", "--rollouts-per-prompt", 200)
+    assert message.startswith("command line: min_rollouts <= rollouts_per_prompt <= max_rollouts must hold")
+    assert not list(Path().iterdir())
+
+
+def test_flags_of_the_wrong_type_are_refused(misused):
+    assert misused("train", "--steps", "many").endswith("argument --steps: invalid int value: 'many'")
+    assert "argument --weighting: invalid choice: 'token'" in misused("train", "--weighting", "token")
+    assert "invalid choice: 'grpo'" in misused("compare", "--policies", "uniform", "grpo")
+
+
+@pytest.mark.parametrize("name", ["allocation", "threads"])
+def test_compare_has_no_flag_for_what_it_varies(misused, name):
+    assert f"unrecognized arguments: --{name}" in misused("compare", f"--{name}", "1")
+
+
+def test_resume_takes_no_other_settings(refused):
+    assert "config.yaml" in refused("train", "--resume", "missing")
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("steps: 9\nseed: 4\n")
+    Path("mine.yaml").write_text("steps: 9\n")
+    for flags in (("--steps", 9), ("--seed", 0), ("--config", "mine.yaml"), ("--output", "other")):
+        assert "--resume goes on with the run's own settings" in refused("train", "--resume", "run", *flags)
+
+
+def test_resume_prints_the_configuration_of_the_run(cli):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("steps: 9\nseed: 4\n")
+    printed, _ = cli("train", "--resume", "run", "--print-config")
+    assert printed == TrainSettings(steps=9, seed=4).to_yaml()
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_report_of_one_run(cli):
+    write_run(Path("runs/one"), steps=4)
+    assert cli("report", "runs/one") == ("report: runs/one/report.html\n", "")
+    assert "Training run one" in Path("runs/one/report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def two_runs():
+    write_run(Path("runs/uniform"), allocation="uniform", steps=6, evaluate_every=2)
+    write_run(Path("runs/knapsack"), steps=6, evaluate_every=2)
+    return ["runs/knapsack", "runs/uniform"]
+
+
+@pytest.mark.parametrize(("flags", "page"), [((), "comparison.html"), (("--output", "pages/c.html"), "pages/c.html")])
+def test_report_of_several_runs_is_a_comparison(cli, two_runs, flags, page):
+    out, err = cli("report", *two_runs, *flags)
+    assert err == ""
+    header, rule, *rows, empty, last = out.splitlines()
+    assert header.startswith("| policy | seeds |")
+    assert set(rule) == set("| -")
+    assert [row.split(" | ")[0] for row in rows] == ["| uniform N=8", "| knapsack N=8"]
+    assert (empty, last) == ("", f"report: {page}")
+    assert "Comparison of allocation policies" in Path(page).read_text(encoding="utf-8")
+
+
+def test_the_comparison_as_json(cli, two_runs):
+    from knapsack_rl.report import RunLog, comparison_table
+
+    rows = json.loads(cli("report", *two_runs, "--json")[0])
+    assert [row["policy"] for row in rows] == ["uniform N=8", "knapsack N=8"]
+    expected = comparison_table([RunLog.load(folder) for folder in two_runs])
+    assert rows == json.loads(json.dumps(expected))
+    assert Path("comparison.html").is_file()
+
+
+def test_a_report_of_what_is_no_run_is_one_line(refused, two_runs):
+    Path("empty").mkdir()
+    assert "empty is not a run folder" in refused("report", "empty")
+    assert "missing is not a run folder" in refused("report", "missing")
+    assert "empty is not a run folder" in refused("report", *two_runs, "empty")
+    assert "have the seed 0" in refused("report", "runs/uniform", "runs/uniform")
+
+
+# -- Progress ---------------------------------------------------------------------------------------------------------
+
+STEP = {
+    **{"step": 3, "reward": 0.25, "knapsack/effective_gradient_ratio": 0.5, "knapsack/effective_prompt_ratio": 0.75},
+    **{"knapsack/budget_max": 17.0, "step_time": 1.5, "knapsack/budget_to/hard": 0.5, "knapsack/budget_to/easy": None},
+}
+EVALUATION = {"step": 4, "held_out/accuracy": 0.125, "held_out/greedy_accuracy": 0.375}
+
+
+def test_a_display_fits_its_output(monkeypatch):
+    assert isinstance(make_display(quiet=True), Quiet)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert isinstance(make_display(quiet=False), PlainLines)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert isinstance(make_display(quiet=False), Panel)
+
+
+def shown_by(display, rows, capsys):
+    display.start(TrainSettings(steps=20, seed=7), first_step=2)
+    for row in rows:
+        display.row(row)
+    display.stop()
+    return capsys.readouterr().out
+
+
+def test_the_quiet_display_prints_nothing(capsys):
+    assert shown_by(Quiet(), [STEP, EVALUATION], capsys) == ""
+
+
+def test_plain_lines_show_every_evaluation_and_a_step_now_and_then(capsys):
+    lines = shown_by(PlainLines(), [EVALUATION | {"step": 0}, STEP, STEP | {"step": 4}, EVALUATION], capsys)
+    first, start, step, evaluation = lines.splitlines()
+    assert first == "knapsack-n8-seed7: 20 steps of 512 rollouts"
+    assert start == "step 0/20  held-out accuracy 0.125  greedy 0.375"
+    assert step.startswith("step 3/20  reward 0.250  effective gradient ratio 0.50 (prompts 0.75)  largest budget 17")
+    assert evaluation == "step 4/20  held-out accuracy 0.125  greedy 0.375"
+
+
+def test_the_panel_shows_the_newest_numbers(capsys):
+    text = shown_by(Panel(), [EVALUATION | {"step": 0}, STEP], capsys)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "knapsack-n8-seed7: 64 prompts x 8 rollouts" in lines
+    assert any(line.startswith("step") and "3/20" in line for line in lines)
+    assert {"reward 0.250", "held-out accuracy 0.125", "effective prompts 0.75", "largest budget 17"} <= set(lines)
+    assert f"hard {'█' * 12} 50%" in lines
+    assert "easy 0%" in lines

@@ -1,0 +1,219 @@
+import csv
+import json
+import math
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from knapsack_rl.logs import column, identities, numbers, read_columns
+from strategies import no_deadline
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8)
+
+
+def written(path, text):
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+# -- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def test_csv_values_stay_strings(tmp_path):
+    path = written(tmp_path / "a.csv", 'prompt_id,success_rate\n007,0.50\n"x, ""y""",\n')
+    assert read_columns(path) == {"prompt_id": ["007", 'x, "y"'], "success_rate": ["0.50", ""]}
+    assert read_columns(str(path)) == read_columns(path)
+
+
+@no_deadline
+@given(
+    names=st.lists(TEXT.filter(bool), min_size=2, max_size=4, unique=True),
+    data=st.data(),
+)
+def test_csv_round_trip(names, data, tmp_path_factory):
+    rows = data.draw(st.lists(st.lists(TEXT, min_size=len(names), max_size=len(names)), min_size=1, max_size=4))
+    path = tmp_path_factory.mktemp("csv") / "table.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names, *rows])
+    assert read_columns(path) == {name: [row[k] for row in rows] for k, name in enumerate(names)}
+
+
+def test_csv_line_ends_and_blank_lines_do_not_matter(tmp_path):
+    path = written(tmp_path / "a.csv", "a,b\r\n1,2\r\n\r\n3,4")
+    assert read_columns(path) == {"a": ["1", "3"], "b": ["2", "4"]}
+
+
+@pytest.mark.parametrize("row", ["1", "1,2,3"])
+def test_a_ragged_csv_row_is_refused(tmp_path, row):
+    path = written(tmp_path / "a.csv", f"a,b\n5,6\n{row}\n")
+    with pytest.raises(ValueError, match=rf"a\.csv: a row has {row.count(',') + 1} values, the header names 2: {row}$"):
+        read_columns(path)
+
+
+def test_a_long_ragged_row_is_quoted_in_part(tmp_path):
+    path = written(tmp_path / "a.csv", f"a,b\n{'z' * 500}\n")
+    with pytest.raises(ValueError, match=r": z{80}$"):
+        read_columns(path)
+
+
+def test_repeated_csv_column_names_are_refused(tmp_path):
+    path = written(tmp_path / "a.csv", "a,b,a\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"a\.csv: column names repeat: a, b, a"):
+        read_columns(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    # Spreadsheets write one.
+    table = read_columns(written(tmp_path / "a.csv", "\ufeffprompt_id,reward\nx,1\n"))
+    assert list(table) == ["prompt_id", "reward"]
+    lines = read_columns(written(tmp_path / "a.jsonl", '\ufeff{"prompt_id": "x"}\n'))
+    assert lines == {"prompt_id": ["x"]}
+
+
+def test_a_csv_value_beyond_the_reader_is_an_error_of_the_file(tmp_path):
+    path = written(tmp_path / "a.csv", f"prompt_id,completion\nx,{'1' * (csv.field_size_limit() + 1)}\n")
+    with pytest.raises(ValueError, match=r"a\.csv"):
+        read_columns(path)
+
+
+# -- JSON lines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_keys_may_differ_between_lines(tmp_path, suffix):
+    path = written(tmp_path / f"a.{suffix}", '{"a": 1, "b": "x"}\n\n  \n{"b": null, "c": [1.5]}\n')
+    assert read_columns(path) == {"a": [1, None], "b": ["x", None], "c": [None, [1.5]]}
+
+
+@no_deadline
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries({"id": TEXT, "n": st.integers(), "x": st.floats(allow_nan=False) | st.none()}),
+        min_size=1,
+        max_size=5,
+    ),
+    ascii_only=st.booleans(),
+)
+def test_json_lines_round_trip(rows, ascii_only, tmp_path_factory):
+    path = tmp_path_factory.mktemp("json") / "table.jsonl"
+    written(path, "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows))
+    assert read_columns(path) == {name: [row[name] for row in rows] for name in ("id", "n", "x")}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": 1', "is no JSON"),
+        ("a,b", "is no JSON"),
+        ("[1, 2]", "must be a JSON object, got list"),
+        ("3", "must be a JSON object, got int"),
+        ("null", "must be a JSON object, got NoneType"),
+    ],
+)
+def test_a_malformed_json_line_is_named(tmp_path, line, message):
+    path = written(tmp_path / "a.jsonl", f'{{"a": 0}}\n\n{line}\n')
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 3 {message}"):
+        read_columns(path)
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_round_trip(tmp_path):
+    table = {"prompt_id": ["a", "b"], "n": [1, 2**62], "rate": [0.25, None]}
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert read_columns(tmp_path / "a.parquet") == table
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 but nothing more", b"a,b\n1,2\n"])
+def test_a_broken_parquet_file_is_refused(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet is no readable parquet file"):
+        read_columns(path)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    parquet.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r'pip install "knapsack-rl\[data\]"$'):
+        read_columns(tmp_path / "a.parquet")
+
+
+# -- Any file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.csv", ""), ("a.csv", "a,b\n"), ("a.jsonl", ""), ("a.json", "\n\n")])
+def test_a_file_without_rows_is_refused(tmp_path, name, text):
+    with pytest.raises(ValueError, match=rf"{name} holds no rows"):
+        read_columns(written(tmp_path / name, text))
+
+
+def test_a_parquet_file_without_rows_is_refused(tmp_path):
+    parquet.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet holds no rows"):
+        read_columns(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "csv", "a.csv.gz"])
+def test_an_unknown_kind_is_refused_and_the_known_ones_named(tmp_path, name):
+    with pytest.raises(ValueError, match=r"must end in \.csv, \.jsonl, \.json, \.parquet"):
+        read_columns(written(tmp_path / name, "a\n1\n"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_a_missing_file_or_a_folder_is_refused(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}"):
+        read_columns(tmp_path / name)
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{name}"):
+        read_columns(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_text_in_another_encoding_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes('{"id": "é"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match="utf-8"):
+        read_columns(tmp_path / name)
+
+
+# -- Columns ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_column_is_named_with_those_there_are():
+    table = {"id": ["a"], "score": [1]}
+    assert column(table, "score", "a.csv") == [1]
+    with pytest.raises(ValueError, match=r"^a\.csv has no column 'reward'; its columns are id, score$"):
+        column(table, "reward", "a.csv")
+
+
+def test_numbers_take_what_people_write():
+    found = numbers(["1", " 2.5 ", "-3e-1", 4, 0.5, True, "inf"], "reward")
+    assert found.dtype == np.float64
+    assert found.tolist() == [1.0, 2.5, -0.3, 4.0, 0.5, 1.0, math.inf]
+
+
+def test_missing_numbers_are_nan():
+    assert np.isnan(numbers(["", None, "nan", "NaN", math.nan], "reward")).all()
+    assert numbers([], "reward").shape == (0,)
+
+
+@pytest.mark.parametrize("value", ["x", "1,5", "0x10", [1], {"a": 1}, " ", pytest.param(10**400, id="huge")])
+def test_what_is_no_number_is_named_with_its_row(value):
+    with pytest.raises(ValueError, match=r"^column 'reward', row 3: .* is no number$"):
+        numbers([1, None, value], "reward")
+
+
+def test_identities_keep_strings_and_whole_numbers_apart():
+    assert identities(["7", 7, "é", 0, -1, " "], "id") == ["7", 7, "é", 0, -1, " "]
+
+
+@pytest.mark.parametrize("value", ["", None, 1.0, True, ["a"], math.nan], ids=repr)
+def test_what_is_no_identity_is_named_with_its_row(value):
+    with pytest.raises(ValueError, match=r"^column 'id', row 2: .* is no prompt id"):
+        identities(["a", value], "id")
