@@ -42,7 +42,7 @@ class TrainSettings:
     min_rollouts: int = _option(2, "fewest rollouts of a prompt")
     max_rollouts: int = _option(128, "most rollouts of a prompt")
     weighting: str = _option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
-    learning_rate: float = _option(3e-4, "learning rate of AdamW, constant")
+    learning_rate: float = _option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = _option(1, "optimizer updates on each step's rollouts")
     loss_type: str = _option("dapo", "TRL's loss_type; dapo is the token mean")
     clip_low: float = _option(0.2, "lower clip range of the ratio")
