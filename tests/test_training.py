@@ -688,3 +688,12 @@ def test_without_matplotlib_there_is_no_report(tmp_path, monkeypatch, caplog):
     assert outcome.finished
     assert outcome.report is None
     assert "no report was written: plots need matplotlib" in caplog.text
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
+    missing = tmp_path / "no-model"
+    assert main(["train", "--quiet", "--model", str(missing), "--output", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("knapsack-rl: ")
+    assert str(missing) in err
+    assert "Traceback" not in err
