@@ -587,7 +587,7 @@ def test_several_updates_on_a_steps_rollouts_are_one_step(two_updates):
 def test_a_folder_that_holds_a_run_is_refused(trained, capsys):
     run = trained(allocation="uniform")
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
-    with pytest.raises(FileExistsError, match="already holds a run; resume it, or choose another folder"):
+    with pytest.raises(FileExistsError, match="already holds a run; resume it, delete it, or choose another folder"):
         train(run.settings, run.folder, Quiet())
     assert main(["train", "--quiet", "--output", str(run.folder)]) == 2
     assert "already holds a run" in capsys.readouterr().err

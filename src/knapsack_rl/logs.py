@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,24 @@ def read_columns(path: str | Path) -> Columns:
         ImportError: parquet needs pyarrow.
     """
     path = Path(path)
-    readers = {".csv": _read_csv, ".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: the file name must end in {', '.join(readers)}")
+    if path.suffix not in READABLE:
+        raise ValueError(f"{path}: the file name must end in {', '.join(READABLE)}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    columns = readers[path.suffix](path)
+    columns = READABLE[path.suffix](path)
     if not columns or not next(iter(columns.values())):
         raise ValueError(f"{path} holds no rows")
     return columns
 
 
 def _read_csv(path: Path) -> Columns:
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        rows = [row for row in reader if row]
+        try:
+            header = next(reader, [])
+            rows = [row for row in reader if row]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} is no CSV: {error}") from error
     if len(set(header)) < len(header):
         raise ValueError(f"{path}: column names repeat: {', '.join(header)}")
     for row in rows:
@@ -56,7 +58,7 @@ def _read_csv(path: Path) -> Columns:
 
 def _read_json_lines(path: Path) -> Columns:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -83,6 +85,14 @@ def _read_parquet(path: Path) -> Columns:
         raise ValueError(f"{path} is no readable parquet file: {error}") from error
 
 
+READABLE: dict[str, Callable[[Path], Columns]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+
 def column(columns: Columns, name: str, path: str | Path) -> list[Any]:
     """A column by name.
 
@@ -104,7 +114,7 @@ def numbers(values: Sequence[Any], name: str) -> FloatArray:
     for row, value in enumerate(values):
         try:
             parsed[row] = np.nan if value in (None, "") else float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"column {name!r}, row {row + 1}: {value!r} is no number") from error
     return parsed
 

@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"knapsack-rl: {error}\n")
+        hint = ""
+        if isinstance(error, ImportError) and "pip install" not in str(error):
+            hint = '. This command needs: pip install "knapsack-rl[trl,plots]"'
+        sys.stderr.write(f"knapsack-rl: {error}{hint}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("knapsack-rl: interrupted\n")

@@ -18,6 +18,8 @@ from knapsack_rl.estimator import ESTIMATORS
 from knapsack_rl.logs import Columns, column, identities, numbers, read_columns
 from knapsack_rl.prompt_ids import PromptId
 
+DEFAULT_ROLLOUTS = 8
+
 EXAMPLES = """examples:
   knapsack-rl allocate rates.csv --budget 2048            columns prompt_id, success_rate (empty = unseen)
   knapsack-rl allocate rewards.jsonl                      columns prompt_id, reward and, if there, step
@@ -38,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSONL or parquet")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget", type=int, help="rollouts in all")
-    budget.add_argument("--rollouts-per-prompt", type=int, default=8, help="mean rollouts per prompt (default: 8)")
+    budget.add_argument("--rollouts-per-prompt", type=int, help="mean rollouts per prompt (default: 8)")
     parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
     parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
     parser.add_argument("--fallback", action="store_true", help="with success rates: the paper's fallback rule")
@@ -73,7 +75,9 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _budget(parsed: argparse.Namespace, prompts: int) -> int:
-    return parsed.rollouts_per_prompt * prompts if parsed.budget is None else parsed.budget
+    if parsed.budget is not None:
+        return parsed.budget
+    return prompts * (DEFAULT_ROLLOUTS if parsed.rollouts_per_prompt is None else parsed.rollouts_per_prompt)
 
 
 def _from_rates(columns: Columns, parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]:

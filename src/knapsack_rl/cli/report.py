@@ -31,6 +31,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Write the page and say where it is."""
     if len(parsed.runs) == 1:
+        if parsed.output or parsed.json:
+            raise ValueError("--output and --json go with several runs; the report of one is written into its folder")
         from knapsack_rl.report import write_report
 
         print(f"report: {write_report(parsed.runs[0])}")

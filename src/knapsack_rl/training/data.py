@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl.logs import READABLE, read_columns
 from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, accuracy_reward, exact_match_reward, make_splits, to_rows
 from knapsack_rl.training.settings import TrainSettings
 
@@ -44,8 +45,8 @@ def load_task(settings: TrainSettings) -> TaskData:
     """
     if settings.dataset == "arithmetic":
         # The split is part of the task, not of the run: every seed trains and is judged on the same prompts.
-        splits = make_splits(train=settings.train_prompts, held_out=settings.held_out_prompts)
-        train, held_out = to_rows(splits.train), to_rows(splits.held_out)
+        splits = make_splits(train=settings.train_prompts, held_out=max(settings.held_out_prompts, 1))
+        train, held_out = to_rows(splits.train), to_rows(splits.held_out[: settings.held_out_prompts])
         longest = settings.max_completion_tokens or MAX_COMPLETION_TOKENS
         return TaskData(train, held_out, accuracy_reward, longest)
     rows = _read_rows(settings.dataset)
@@ -64,14 +65,11 @@ def load_task(settings: TrainSettings) -> TaskData:
 
 
 def _read_rows(name: str) -> list[Row]:
+    if Path(name).suffix in READABLE:
+        columns = read_columns(name)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     from datasets import load_dataset
 
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    path = Path(name)
-    if path.suffix in kinds:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no data file {name}")
-        return load_dataset(kinds[path.suffix], data_files=str(path), split="train").to_list()
     return load_dataset(name, split="train").to_list()
 
 

@@ -90,6 +90,10 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
         torch.set_num_threads(settings.threads)
     task = load_task(settings)
     name = str(base_model_path()) if settings.model == SHIPPED_MODEL else settings.model
+    # A run may have been stopped after its last checkpoint and before its end.
+    trained = checkpoint is not None and steps_of(checkpoint) >= settings.steps * settings.updates_per_step
+    if trained:
+        name = str(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -105,18 +109,27 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
-    with _graceful_interrupt(recorder):
-        display.start(settings, steps_of(checkpoint) // settings.updates_per_step if checkpoint else 0)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            display.stop()
+    if trained and checkpoint is not None:
+        trainer.restore_allocator(checkpoint)
+        trainer.state.global_step = steps_of(checkpoint)
+    else:
+        _run(trainer, recorder, display, checkpoint)
     steps = trainer.state.global_step // settings.updates_per_step
     finished = steps >= settings.steps
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.allocator.save(folder / "allocator.npz")
     return Outcome(folder, finished, steps, _report(folder))
+
+
+def _run(trainer: KnapsackGRPOTrainer, recorder: _Recorder, display: Display, checkpoint: Path | None) -> None:
+    with _graceful_interrupt(recorder):
+        done = steps_of(checkpoint) // recorder.settings.updates_per_step if checkpoint else 0
+        display.start(recorder.settings, done)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            display.stop()
 
 
 def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> Path | None:
@@ -127,7 +140,7 @@ def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> P
             raise FileNotFoundError(f"{folder} holds no complete checkpoint to resume from")
         return complete[-1]
     if (folder / METRICS_FILE).exists():
-        raise FileExistsError(f"{folder} already holds a run; resume it, or choose another folder")
+        raise FileExistsError(f"{folder} already holds a run; resume it, delete it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
     return None
@@ -175,7 +188,7 @@ class _Recorder(TrainerCallback):
 
     def __init__(self, settings: TrainSettings, folder: Path, task: TaskData, tokenizer: Any, display: Display) -> None:
         self.interrupted = False
-        self._settings = settings
+        self.settings = settings
         self._metrics = folder / METRICS_FILE
         self._task = task
         self._tokenizer = tokenizer
@@ -187,18 +200,23 @@ class _Recorder(TrainerCallback):
             self._evaluate(kwargs["model"], 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-        step, updates = divmod(state.global_step, self._settings.updates_per_step)
-        due = self._settings.eval_every and step % self._settings.eval_every == 0
-        if not updates and (due or step == self._settings.steps):
+        step, updates = divmod(state.global_step, self.settings.updates_per_step)
+        due = self.settings.eval_every and step % self.settings.eval_every == 0
+        if not updates and (due or step == self.settings.steps):
             self._evaluate(kwargs["model"], step)
+        self._stop_if_interrupted(state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         # A step of several updates is one row, that of the update which generated.
-        step, updates = divmod(state.global_step - 1, self._settings.updates_per_step)
+        step, updates = divmod(state.global_step - 1, self.settings.updates_per_step)
         if logs and "loss" in logs and not updates:
             self._write(step + 1, {name: number for name, number in logs.items() if isinstance(number, (int, float))})
+        self._stop_if_interrupted(state, control)
+
+    def _stop_if_interrupted(self, state: Any, control: Any) -> None:
+        # Only after a whole step: a checkpoint between its updates would generate the step again.
+        if self.interrupted and state.global_step and state.global_step % self.settings.updates_per_step == 0:
+            control.should_save = control.should_training_stop = True
 
     def _evaluate(self, model: Any, step: int) -> None:
         if not self._task.held_out:
@@ -208,8 +226,8 @@ class _Recorder(TrainerCallback):
             self._tokenizer,
             self._task.held_out,
             self._task.reward,
-            samples=self._settings.eval_samples,
-            temperature=self._settings.temperature,
+            samples=self.settings.eval_samples,
+            temperature=self.settings.temperature,
             max_new_tokens=self._task.max_completion_tokens,
         )
         self._write(step, {"held_out/accuracy": accuracy.sampled, "held_out/greedy_accuracy": accuracy.greedy})
@@ -217,7 +235,7 @@ class _Recorder(TrainerCallback):
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         row: dict[str, Any] = {
             "step": step,
-            "rollouts": step * self._settings.budget,
+            "rollouts": step * self.settings.budget,
             "seconds": round(time.perf_counter() - self._started, 3),
         }
         row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}

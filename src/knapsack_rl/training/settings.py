@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class TrainSettings:
     weighting: str = _option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
     learning_rate: float = _option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = _option(1, "optimizer updates on each step's rollouts")
-    loss_type: str = _option("dapo", "TRL's loss_type; dapo is the token mean")
+    loss_type: str = _option("dapo", "TRL's loss_type; dapo is the token mean", ("dapo", "grpo", "dr_grpo", "bnpo"))
     clip_low: float = _option(0.2, "lower clip range of the ratio")
     clip_high: float = _option(0.28, "upper clip range of the ratio")
     kl_coefficient: float = _option(0.0, "TRL's beta; 0 needs no reference model")
@@ -76,8 +77,11 @@ class TrainSettings:
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be >= {minimum}, got {getattr(self, name)}")
         for name in ("learning_rate", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number > 0, got {getattr(self, name)}")
+        for name in ("clip_low", "clip_high", "kl_coefficient"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
         if not self.min_rollouts <= self.rollouts_per_prompt <= self.max_rollouts:
             raise ValueError(
                 f"min_rollouts <= rollouts_per_prompt <= max_rollouts must hold, got {self.min_rollouts}, "
@@ -112,13 +116,23 @@ def settings_from(values: Mapping[str, Any], source: str) -> TrainSettings:
         ValueError: a key is unknown or a value is not allowed; ``source`` is named.
     """
     known = {spec.name for spec in dataclasses.fields(TrainSettings)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(str(key) for key in set(values) - known)
     if unknown:
         raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    # YAML 1.1 reads 1e-4 as text.
+    floats = {spec.name for spec in dataclasses.fields(TrainSettings) if isinstance(spec.default, float)}
+    values = {name: _as_float(given) if name in floats else given for name, given in values.items()}
     try:
         return TrainSettings(**values)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _as_float(given: Any) -> Any:
+    try:
+        return float(given) if isinstance(given, str) else given
+    except ValueError:
+        return given  # refused by TrainSettings, which names it
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -132,7 +146,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -290,13 +290,21 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))
         if folder:
-            state = Path(folder) / STATE_FILE
-            if state.exists():
-                header, arrays = read_state(state)
-                self.allocator.load_state_dict({"header": header, "arrays": arrays})
-            else:
-                self._warn("no state", f"{folder} holds no {STATE_FILE}: the allocator starts with nothing known")
+            self.restore_allocator(Path(folder))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def restore_allocator(self, checkpoint: Path) -> None:
+        """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
+
+        Raises:
+            ValueError: the state is damaged or belongs to another estimator.
+        """
+        state = checkpoint / STATE_FILE
+        if state.exists():
+            header, arrays = read_state(state)
+            self.allocator.load_state_dict({"header": header, "arrays": arrays})
+        else:
+            self._warn("no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known")
 
 
 class _SaveAllocator(TrainerCallback):
