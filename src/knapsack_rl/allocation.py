@@ -119,7 +119,7 @@ def allocate_expected(
 ) -> Allocation:
     """Allocate by posterior-expected marginal values; an infeasible batch degrades instead of raising.
 
-    A mixture of concave values is concave, so the greedy optimum stays exact (see ``method.md``: expectation keeps
+    A mixture of concave values is concave, so the greedy optimum stays exact (``docs/method.md``: expectation keeps
     concavity). See :func:`feasible_bounds` for the order of degradation.
 
     Args:
