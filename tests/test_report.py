@@ -213,6 +213,7 @@ def test_comparison_table_against_direct_computation(folders):
     assert knapsack["difference_pairs"] == 3
     for key, ratios in (
         ("effective_rollouts", [run.effective_rollout_ratio for run in mine]),
+        ("training_success", [run.training_success for run in mine]),
         ("effective_prompts", [run.effective_prompt_ratio for run in mine]),
     ):
         assert knapsack[key] == pytest.approx(np.mean([ratio[-4:].mean() for ratio in ratios]))

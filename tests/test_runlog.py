@@ -47,6 +47,14 @@ def test_steps_rollouts_and_budgets(run, rows):
     assert run.finished
 
 
+def test_success_on_training_prompts_weighs_every_prompt_the_same(run, rows):
+    for t, row in enumerate(rows):
+        rates = [good / n for good, n in zip(row["successes"], row["scored"], strict=True) if n]
+        assert run.training_success[t] == pytest.approx(sum(rates) / len(rates))
+    pooled = [sum(row["successes"]) / sum(row["scored"]) for row in rows]
+    assert not np.allclose(run.training_success, pooled)
+
+
 def test_effective_ratios(run, rows):
     for t, row in enumerate(rows):
         useful = [n for n, effective in zip(row["counts"], row["effective"], strict=True) if effective]

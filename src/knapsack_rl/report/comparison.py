@@ -121,6 +121,8 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
         accuracy, accuracy_interval, accuracy_by_seed: Held-out accuracy of the last evaluation.
         difference, difference_interval, difference_pairs: Final accuracy minus that of the baseline's run
             with the same seed, both finished, and the number of such pairs.
+        training_success: Mean success rate of the training prompts, each weighing the same, over the last 20 % of
+            the steps.
         effective_rollouts, effective_prompts: Share of rollouts and of groups with a gradient, over the last
             20 % of the steps.
         unsolved_share: Prompts whose last visit had no success.
@@ -163,6 +165,7 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
                 "difference": _mean(pairs),
                 "difference_interval": t_interval(pairs),
                 "difference_pairs": len(pairs),
+                "training_success": _mean(policy.per_seed(lambda run: tail_mean(run.training_success)).values()),
                 "effective_rollouts": _mean(
                     policy.per_seed(lambda run: tail_mean(run.effective_rollout_ratio)).values()
                 ),

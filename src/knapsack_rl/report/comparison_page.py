@@ -33,6 +33,7 @@ HEADER = (
     "rollouts generated",
     "held-out accuracy at the end",
     "difference to baseline, points",
+    "success on training prompts",
     "rollouts with a gradient",
     "prompts with a gradient",
     "unsolved prompts",
@@ -171,6 +172,7 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
         f"{row['rollouts']:,.0f}",
         None if row["accuracy"] is None else f"{_interval(row['accuracy'], row['accuracy_interval'])} %",
         difference,
+        _percent(row["training_success"]),
         _percent(row["effective_rollouts"]),
         _percent(row["effective_prompts"]),
         _percent(row["unsolved_share"]),
@@ -184,7 +186,8 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
     target = rows[0]["target_accuracy"]
     caption = (
         "Means over seeds; ± is the half-width of a 95 % t-interval of the mean. Differences are taken between runs "
-        "of the same seed. Gradient shares are means over the last 20 % of the steps. Unsolved: no success at the "
+        "of the same seed. Success on training prompts (every prompt "
+        "weighs the same) and gradient shares are means over the last 20 % of the steps. Unsolved: no success at the "
         "last visit."
     )
     if target is not None:

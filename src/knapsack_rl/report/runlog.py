@@ -209,6 +209,13 @@ class RunLog:
         return ratio(self._sum(self.visits.effective), self._sum(self.visits.counts > 0))
 
     @cached_property
+    def training_success(self) -> FloatArray:
+        """Mean over the scored prompts of a step of their share of successes: every prompt weighs the same."""
+        visits = self.visits
+        rates = ratio(visits.successes, visits.scored)
+        return ratio(self._sum(np.nan_to_num(rates)), self._sum(visits.scored > 0))
+
+    @cached_property
     def covered_success(self) -> IntArray:
         """Prompts with at least one success in each step."""
         return self._sum(self.visits.successes > 0).astype(np.int64)
