@@ -222,24 +222,28 @@ def _optimum(
     method: solver.Method,
 ) -> tuple[IntArray, str]:
     """The knapsack over the prompts that have a value; what they cannot take is spread over the others."""
-    valued = table.max(axis=1) > 0.0
-    counts = lower.copy()
-    spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
-    if valued.any():
-        counts[valued] = solver.solve(
-            table[valued],
-            spend,
-            lower[valued],
-            upper[valued],
-            method=method,
-            tier=kind[valued],
-            priority=priority[valued],
-        )
-    left = budget - int(counts.sum())
-    if left == 0:
-        return counts, ""
-    filled = _spread(budget, counts, upper, kind, priority)
-    return filled, f"{left} rollouts that no prompt values went to {_by_class(filled - counts, kind)}"
+    valued = table[:, 1] > 0.0 if table.shape[1] > 1 else np.zeros(kind.size, bool)  # the largest marginal of a row
+    if lower.min() >= 1 and method != "dynamic-programming":
+        # Concave: the greedy's tie rule hands out what no prompt values, evenly and class by class.
+        counts = solver.solve(table, budget, lower, upper, method=method, tier=kind, priority=priority)
+        extra = np.where(valued, 0, counts - lower)
+    else:
+        spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
+        counts = lower.copy()
+        if valued.any():
+            counts[valued] = solver.solve(
+                table[valued],
+                spend,
+                lower[valued],
+                upper[valued],
+                method=method,
+                tier=kind[valued],
+                priority=priority[valued],
+            )
+        filled = _spread(budget, counts, upper, kind, priority)
+        counts, extra = filled, filled - counts
+    left = int(extra.sum())
+    return counts, f"{left} rollouts that no prompt values went to {_by_class(extra, kind)}" if left else ""
 
 
 def _spread(budget: int, counts: IntArray, upper: IntArray, tier: IntArray, priority: FloatArray) -> IntArray:

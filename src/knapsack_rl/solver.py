@@ -70,7 +70,9 @@ def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) 
     if (low > high).any():
         i = int(np.flatnonzero(low > high)[0])
         raise ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
-    least, most = sum(low.tolist()), sum(high.tolist())  # whole numbers of any size: caps may be huge
+    least = int(low.sum())
+    # A cap may be so huge that the sum would overflow.
+    most = int(high.sum()) if prompts == 0 or high.max() < 2**40 else sum(high.tolist())
     if not least <= budget <= most:
         raise ValueError(
             f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
