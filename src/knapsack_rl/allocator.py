@@ -166,7 +166,7 @@ class KnapsackAllocator:
         lower, upper, degradation = feasible_bounds(
             budget, self.min_rollouts, self.max_rollouts, belief.marginals, stable_order(ids)
         )
-        found = allocate(belief.mean, budget, lower, upper, fallback=True)
+        found = allocate(belief.mean, budget, lower, upper, fallback=getattr(self.estimator, "fallback", True))
         reason = "; ".join(filter(None, (degradation, found.reason)))
         return Allocation(found.counts, found.expected_value, reason, degraded=bool(degradation))
 

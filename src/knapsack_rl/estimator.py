@@ -82,6 +82,7 @@ class WindowEstimator:
     Args:
         window: rewards, 1 to 64.
         minimum: rewards, >= 1.
+        fallback: whether the paper's fallback applies; without it the plain knapsack takes the means for the truth.
 
     Raises:
         ValueError: a number is out of range.
@@ -92,9 +93,12 @@ class WindowEstimator:
     paper_rule: ClassVar[bool] = True
     discount: float = 1.0
 
-    def __init__(self, window: int = 16, minimum: int = 8) -> None:
+    def __init__(self, window: int = 16, minimum: int = 8, fallback: bool = True) -> None:
         self.window = check_whole("window", window, minimum=1)
         self.minimum = check_whole("minimum", minimum, minimum=1)
+        if not isinstance(fallback, bool):
+            raise ValueError(f"fallback must be true or false, got {fallback!r}")
+        self.fallback = fallback
         if window > RECENT:
             raise ValueError(f"window must be at most {RECENT}, the outcomes kept per prompt, got {window}")
 
@@ -121,7 +125,7 @@ class WindowEstimator:
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of an equal estimator."""
-        return {"window": self.window, "minimum": self.minimum}
+        return {"window": self.window, "minimum": self.minimum, "fallback": self.fallback}
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Nothing is learned."""

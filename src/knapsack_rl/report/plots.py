@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-    from knapsack_rl.report.runlog import BudgetByEstimate, Calibration
+    from knapsack_rl.calibration import Calibration
+    from knapsack_rl.report.runlog import BudgetByEstimate
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, BLACK = "#E69F00", "#56B4E9", "#F0E442", "#000000"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
 from knapsack_rl.report.curves import ratio
 from knapsack_rl.runfiles import by_step, check_allocation, read_config, read_rows
@@ -76,25 +77,6 @@ class BudgetByEstimate:
     low: FloatArray
     high: FloatArray
     visits: IntArray
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """Predicted against realised non-zero gradients, in bins of equal width over [0, 1] that have visits.
-
-    Attributes:
-        predicted: Mean prediction of the bin.
-        realised: Share of groups in the bin that carried a gradient.
-        visits: Groups in the bin.
-        brier: Mean squared error of all predictions (0 is perfect); NaN without predictions.
-        brier_constant: The same error for someone who always predicts the overall share.
-    """
-
-    predicted: FloatArray
-    realised: FloatArray
-    visits: IntArray
-    brier: float
-    brier_constant: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,18 +305,8 @@ class RunLog:
         Args:
             bins: Number of bins of equal width over [0, 1].
         """
-        use = np.isfinite(self.visits.predicted) & (self.visits.counts > 0)
-        predicted, effective = self.visits.predicted[use], self.visits.effective[use].astype(np.float64)
-        place = np.clip((predicted * bins).astype(np.int64), 0, bins - 1)
-        visits = np.bincount(place, minlength=bins)
-        filled = visits > 0
-        return Calibration(
-            predicted=np.bincount(place, predicted, minlength=bins)[filled] / visits[filled],
-            realised=np.bincount(place, effective, minlength=bins)[filled] / visits[filled],
-            visits=visits[filled],
-            brier=float(np.mean((predicted - effective) ** 2)) if predicted.size else math.nan,
-            brier_constant=float(effective.var()) if predicted.size else math.nan,
-        )
+        given = self.visits.counts > 0
+        return calibrate(self.visits.predicted[given], self.visits.effective[given], bins)
 
 
 def _is_number(value: object) -> bool:
