@@ -26,7 +26,9 @@ MIXTURES = {
 }
 """Named distributions of success rates: late in uniform training, the two ends alone, a data set that is too hard."""
 
-_TERM = re.compile(r"(?:(?P<weight>[\d.]+)\*)?(?:(?P<uniform>uniform)|beta\((?P<beta>[^()]*)\)|point\((?P<point>[^()]*)\))")
+_TERM = re.compile(
+    r"(?:(?P<weight>[\d.]+)\*)?(?:(?P<uniform>uniform)|beta\((?P<beta>[^()]*)\)|point\((?P<point>[^()]*)\))"
+)
 
 
 class Episode(Protocol):

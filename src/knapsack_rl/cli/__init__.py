@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from knapsack_rl import __version__
-from knapsack_rl.cli import allocate, compare, report, train
+from knapsack_rl.cli import allocate, compare, experiment, report, train
 
-COMMANDS = (train, compare, report, allocate)
+COMMANDS = (train, compare, report, allocate, experiment)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ GREY = "#777777"
 # Yellow is left out of the curves: a thin yellow line is invisible on white.
 CURVE_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 CURVE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CLASS_COLOURS = (BLUE, SKY, YELLOW, ORANGE, VERMILION)
 
 
@@ -206,6 +207,31 @@ def calibration(data: Calibration, ax: Axes) -> Axes:
     ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfect")
     ax.vlines(100 * data.predicted, 100 * (centre - half), 100 * (centre + half), color=BLUE, linewidth=1.4)
     ax.plot(100 * data.predicted, 100 * share, color=BLUE, marker="o", markersize=4.5, linewidth=1.2, label="this run")
+    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
+    ax.set(xlim=(0, 100), ylim=(0, 100))
+    _legend(ax)
+    return _finish(ax, "Predicted against realised gradients")
+
+
+def reliability(curves: Mapping[str, Calibration], ax: Axes) -> Axes:
+    """Realised against predicted share of groups with a gradient, one curve per policy.
+
+    Args:
+        curves: Binned predictions by label of the policy.
+        ax: Where to draw.
+    """
+    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1)
+    for index, (label, data) in enumerate(curves.items()):
+        ax.plot(
+            100 * data.predicted,
+            100 * data.realised,
+            color=CURVE_COLOURS[index % len(CURVE_COLOURS)],
+            linestyle=CURVE_STYLES[index % len(CURVE_STYLES)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
+            linewidth=1.4,
+            label=_short(label),
+        )
     ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
     ax.set(xlim=(0, 100), ylim=(0, 100))
     _legend(ax)
