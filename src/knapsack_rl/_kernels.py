@@ -212,3 +212,16 @@ def best_of_table(values, lower, upper, budget):  # pragma: no cover - compiled
         count[i] = choice[i, total]
         total -= count[i]
     return count
+
+
+@njit(cache=True)
+def shift_rows(rows, cells, shifted):  # pragma: no cover - compiled
+    """shifted[i] = rows[i] moved up by cells[i] columns, linearly between columns; end values move in from outside."""
+    last = rows.shape[1] - 1
+    for i in range(rows.shape[0]):
+        whole = int(np.floor(cells[i]))
+        part = cells[i] - whole
+        for g in range(rows.shape[1]):
+            near = rows[i, min(max(g - whole, 0), last)]
+            far = rows[i, min(max(g - whole - 1, 0), last)]
+            shifted[i, g] = near + part * (far - near)

@@ -16,7 +16,9 @@ from numpy.typing import ArrayLike
 
 from knapsack_rl import balance
 from knapsack_rl.allocation import Allocation, allocate, allocate_expected, feasible_bounds
-from knapsack_rl.estimator import Belief, Estimator, make_estimator
+from knapsack_rl.belief import Belief, Estimator
+from knapsack_rl.coverage import cover
+from knapsack_rl.estimator import make_estimator
 from knapsack_rl.groups import (
     GroupOutcomes,
     SuccessRule,
@@ -35,7 +37,7 @@ from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 STATE_FORMAT = "knapsack-rl allocator"
 
@@ -56,9 +58,10 @@ class KnapsackAllocator:
     the order of :func:`knapsack_rl.allocation.feasible_bounds`, is counted in the metrics and logged once.
 
     Args:
-        estimator: ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its fallback), or an object
-            with the methods of :class:`knapsack_rl.estimator.Estimator`.
-        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped; a group of one has no gradient.
+        estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
+            fallback), or an object with the methods of :class:`knapsack_rl.belief.Estimator`.
+        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another look is worth its rollouts, see
+            :mod:`knapsack_rl.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
             outcome feeds the estimate; it may differ from the shaped reward that trains.
@@ -78,7 +81,7 @@ class KnapsackAllocator:
 
     def __init__(
         self,
-        estimator: str | Estimator = "empirical-bayes",
+        estimator: str | Estimator = "bayes-filter",
         min_rollouts: int = 2,
         max_rollouts: int = 128,
         *,
@@ -98,7 +101,7 @@ class KnapsackAllocator:
             self.estimator_name, self.estimator = None, estimator
         check_success_rule(success)
         self.success = success
-        self.tracker = Tracker()
+        self.tracker = Tracker(self.estimator.evidence_size)
         self._visits_since_refit = 0
         self._prompts_at_refit = 0
         self._degraded_batches = 0
@@ -120,13 +123,16 @@ class KnapsackAllocator:
         started = time.perf_counter()
         ids = _check_batch(prompt_ids)
         budget = check_whole("budget", budget, minimum=0)
-        belief = self.belief(ids)
+        records = self.tracker.lookup(ids)
+        belief = self.estimator.believe(records, self.max_rollouts)
         if self.estimator.paper_rule:
             allocation = self._by_paper_rule(ids, belief, budget)
-        else:
+        elif self.min_rollouts > 0 or budget > len(ids) * self.max_rollouts:
             allocation = allocate_expected(
                 belief.marginals, budget, self.min_rollouts, self.max_rollouts, priority=stable_order(ids)
             )
+        else:
+            allocation = cover(belief, records.age, budget, self.max_rollouts, stable_order(ids))
         if allocation.degraded:
             if not self._degraded_batches:
                 logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
@@ -202,12 +208,16 @@ class KnapsackAllocator:
         visited = groups.totals > 0
         if visited.any():
             index = np.cumsum(visited) - 1
+            visitors = [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen]
             self.tracker.record(
-                [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen],
+                visitors,
                 index[prompt_R[scored]],
                 successes_of(rewards_R, self.success)[scored],
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
+                evidence=self.estimator.absorb(
+                    self.tracker.lookup(visitors), groups.successes[visited], groups.totals[visited]
+                ),
             )
             self._refit_when_due(int(visited.sum()))
         self._outcome_metrics = self._outcomes(list(distinct), groups)
@@ -296,11 +306,14 @@ class KnapsackAllocator:
         header, arrays = _check_header(state.get("header")), state.get("arrays", {})
         given = (header["estimator"], header["settings"])
         own = (self.estimator_name, self.estimator.settings())
+        if given[0] == own[0] is not None:
+            # An older version may not have known every setting: those have their defaults.
+            given = (given[0], make_estimator(given[0], **given[1]).settings())
         if given != own:
             raise ValueError(
                 f"the state belongs to estimator {given}, this allocator uses {own}; make it with the same"
             )
-        tracker = Tracker()
+        tracker = Tracker(self.estimator.evidence_size)
         tracker.load_state_dict(_section(arrays, "tracker."))
         self.estimator.load_state_dict(_section(arrays, "estimator."))
         self.tracker = tracker

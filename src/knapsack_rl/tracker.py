@@ -38,6 +38,9 @@ class Records:
         length_count: discounted number of rollouts of known length.
         length_sum: discounted sum of lengths, in tokens.
         length_squares: discounted sum of squared lengths.
+        last_visit: the tracker's clock (prompt visits of all prompts so far) after the newest visit.
+        evidence: (P, E) what the estimator keeps of past visits beside the counts; E may be 0.
+        age: time since the newest visit in epochs, that is in visits per known prompt. Derived, not stored.
     """
 
     successes: FloatArray
@@ -52,18 +55,21 @@ class Records:
     length_count: FloatArray
     length_sum: FloatArray
     length_squares: FloatArray
+    last_visit: IntArray
+    evidence: NDArray[np.float32]
+    age: FloatArray
 
     @classmethod
-    def empty(cls, size: int) -> Records:
+    def empty(cls, size: int, evidence_size: int = 0) -> Records:
         """Records of ``size`` prompts never seen."""
         columns: dict[str, Any] = {column: np.zeros(size, dtype) for column, dtype in COLUMNS.items()}
-        return cls(**columns)
+        return cls(**columns, evidence=np.zeros((size, evidence_size), np.float32), age=np.zeros(size))
 
     def take(self, rows: IntArray) -> Records:
         """The records of the given rows; row -1 stands for a prompt never seen."""
         known = rows >= 0
-        taken = Records.empty(rows.size)
-        for column in COLUMNS:
+        taken = Records.empty(rows.size, self.evidence.shape[1])
+        for column in (*COLUMNS, "evidence", "age"):
             getattr(taken, column)[known] = getattr(self, column)[rows[known]]
         return taken
 
@@ -72,15 +78,23 @@ class Records:
 
 
 _TYPES = {"FloatArray": np.float64, "IntArray": np.int64, "NDArray[np.uint64]": np.uint64}
-COLUMNS: dict[str, Any] = {column.name: _TYPES[str(column.type)] for column in fields(Records)}
+COLUMNS: dict[str, Any] = {
+    column.name: _TYPES[str(column.type)] for column in fields(Records) if column.name not in ("evidence", "age")
+}
+"""The stored columns of one number per prompt, with their types."""
 
 
 class Tracker:
-    """Per-prompt records keyed by a stable id (``str`` or ``int``; ``7`` and ``"7"`` are different prompts)."""
+    """Per-prompt records keyed by a stable id (``str`` or ``int``; ``7`` and ``"7"`` are different prompts).
 
-    def __init__(self) -> None:
+    Args:
+        evidence_size: numbers per prompt that the estimator keeps, see :class:`~knapsack_rl.belief.Estimator`.
+    """
+
+    def __init__(self, evidence_size: int = 0) -> None:
         self._row_of: dict[PromptId, int] = {}
-        self._records = Records.empty(0)
+        self._records = Records.empty(0, evidence_size)
+        self._clock = 0
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -93,7 +107,11 @@ class Tracker:
     def records(self) -> Records:
         """The records of all prompts seen; views, not to be written to."""
         size = len(self)
-        return Records(**{column: getattr(self._records, column)[:size] for column in COLUMNS})
+        columns = {column: getattr(self._records, column)[:size] for column in (*COLUMNS, "evidence")}
+        return Records(**columns, age=self._age(columns["last_visit"]))
+
+    def _age(self, last_visit: IntArray) -> FloatArray:
+        return (self._clock - last_visit) / max(len(self), 1)
 
     def rows(self, prompt_ids: Iterable[PromptId]) -> IntArray:
         """Row of each prompt, -1 for one never seen."""
@@ -102,7 +120,10 @@ class Tracker:
 
     def lookup(self, prompt_ids: Iterable[PromptId]) -> Records:
         """Records of the given prompts, in their order; zeros for a prompt never seen."""
-        return self._records.take(self.rows(prompt_ids))
+        rows = self.rows(prompt_ids)
+        found = self._records.take(rows)
+        found.age = np.where(rows >= 0, self._age(found.last_visit), 0.0)
+        return found
 
     def record(
         self,
@@ -112,6 +133,7 @@ class Tracker:
         lengths: FloatArray | None = None,
         *,
         discount: float = 1.0,
+        evidence: FloatArray | None = None,
     ) -> None:
         """Record one visit of each prompt.
 
@@ -121,6 +143,7 @@ class Tracker:
             successes: (R,) whether each rollout succeeded.
             lengths: (R,) tokens of each rollout, if known.
             discount: what older counts of these prompts are multiplied by, in (0, 1]: the policy has moved since.
+            evidence: (P, E) the estimator's new evidence of these prompts.
         """
         rows_P = self._rows_or_new(prompt_ids)
         size = len(prompt_ids)
@@ -136,6 +159,10 @@ class Tracker:
         store.newest_successes[rows_P], store.newest_total[rows_P] = good, total
         store.rollouts[rows_P] += total
         store.visits[rows_P] += 1
+        self._clock += size
+        store.last_visit[rows_P] = self._clock
+        if evidence is not None:
+            store.evidence[rows_P] = evidence
         store.recent[rows_P] = _shift_in(store.recent[rows_P], prompt_of_rollout, successes, total)
         if lengths is not None:
             for column, weights in (
@@ -161,7 +188,8 @@ class Tracker:
     def state_dict(self) -> dict[str, np.ndarray]:
         """Columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types."""
         ids = np.frombuffer(json.dumps(self.prompt_ids).encode(), dtype=np.uint8)
-        return {"prompt_ids": ids} | {column: getattr(self.records(), column).copy() for column in COLUMNS}
+        records = self.records()
+        return {"prompt_ids": ids} | {column: getattr(records, column).copy() for column in (*COLUMNS, "evidence")}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Replace everything by a saved state.
@@ -169,7 +197,11 @@ class Tracker:
         Raises:
             ValueError: a column is missing, has the wrong length or type, or ids repeat.
         """
-        missing = {"prompt_ids", *COLUMNS} - set(state)
+        if "visits" in state:  # version 1 kept neither clock nor evidence: its visits count as just now
+            visits = np.asarray(state["visits"])
+            now = np.full(visits.shape, visits.sum(), np.int64)
+            state = {"last_visit": now, "evidence": np.zeros((visits.size, 0), np.float32), **state}
+        missing = {"prompt_ids", *COLUMNS, "evidence"} - set(state)
         if missing:
             raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
         ids = json.loads(np.asarray(state["prompt_ids"], dtype=np.uint8).tobytes())
@@ -187,7 +219,15 @@ class Tracker:
                     f"expected ({len(ids)},) of {np.dtype(dtype)}"
                 )
             columns[column] = array.copy()
-        self._row_of, self._records = row_of, Records(**columns)
+        evidence = np.asarray(state["evidence"])
+        expected = (len(ids), self._records.evidence.shape[1])
+        if evidence.shape != expected or evidence.dtype != np.float32:
+            raise ValueError(
+                f"evidence of the tracker state has shape {evidence.shape} and type {evidence.dtype}, expected "
+                f"{expected} of float32"
+            )
+        self._row_of, self._clock = row_of, int(columns["visits"].sum())
+        self._records = Records(**columns, evidence=evidence.copy(), age=np.zeros(len(ids)))
 
 
 def _shift_in(

@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
     parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
     parser.add_argument("--fallback", action="store_true", help="with success rates: the paper's fallback rule")
-    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="empirical-bayes", help="with rewards")
+    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="with rewards")
     parser.add_argument("--success-threshold", type=float, default=0.0, help="a reward above it is a success")
     parser.add_argument("--id-column", default="prompt_id", metavar="NAME")
     parser.add_argument("--rate-column", default="success_rate", metavar="NAME")

@@ -164,7 +164,7 @@ class Splits:
     held_out: tuple[Problem, ...]
 
 
-def make_splits(seed: int = 0, train: int = 1024, held_out: int = 512) -> Splits:
+def make_splits(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits:
     """Draw disjoint sets of problems for pre-training, training and evaluation.
 
     Problems are drawn without replacement. A stratum gets its weight's share of ``train + held_out``, but

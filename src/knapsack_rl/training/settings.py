@@ -35,10 +35,10 @@ class TrainSettings:
     dataset: str = _option("arithmetic", "the generated arithmetic task, a JSONL/CSV/parquet file, or a hub data set")
     prompt_column: str = _option("prompt", "column of the prompt in a file or hub data set")
     answer_column: str = _option("answer", "column of the answer in a file or hub data set")
-    train_prompts: int = _option(1024, "prompts trained on (the first ones of a file)")
+    train_prompts: int = _option(2048, "prompts trained on (the first ones of a file)")
     held_out_prompts: int = _option(512, "prompts only evaluated on")
     estimator: str = _option(
-        "empirical-bayes", "what is known of success rates, with --allocation knapsack", tuple(ESTIMATORS)
+        "bayes-filter", "what is known of success rates, with --allocation knapsack", tuple(ESTIMATORS)
     )
     min_rollouts: int = _option(2, "fewest rollouts of a prompt")
     max_rollouts: int = _option(128, "most rollouts of a prompt")

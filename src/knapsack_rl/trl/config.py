@@ -16,7 +16,8 @@ class KnapsackGRPOConfig(GRPOConfig):
 
     Attributes:
         allocation: ``"knapsack"``, or ``"uniform"`` for stock GRPO with the same metrics.
-        estimator: ``"empirical-bayes"``, ``"beta"``, or ``"window"`` for the paper's rule with its fallback.
+        estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, or ``"window"`` for the paper's rule with
+            its fallback.
         min_rollouts: fewest rollouts of a prompt, 2 <= min_rollouts <= num_generations.
         max_rollouts: most rollouts of a prompt, >= num_generations.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
@@ -32,7 +33,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     """
 
     allocation: str = field(default="knapsack", metadata={"help": "'knapsack' or 'uniform'."})
-    estimator: str = field(default="empirical-bayes", metadata={"help": "'empirical-bayes', 'beta' or 'window'."})
+    estimator: str = field(default="bayes-filter", metadata={"help": "Name of an estimator of success rates."})
     min_rollouts: int = field(default=2, metadata={"help": "Fewest rollouts of a prompt."})
     max_rollouts: int = field(default=128, metadata={"help": "Most rollouts of a prompt."})
     weighting: str = field(default="rollout", metadata={"help": "Loss weight per 'rollout' or per 'prompt'."})
