@@ -40,7 +40,7 @@ class TrainSettings:
     estimator: str = _option(
         "bayes-filter", "what is known of success rates, with --allocation knapsack", tuple(ESTIMATORS)
     )
-    min_rollouts: int = _option(2, "fewest rollouts of a prompt")
+    min_rollouts: int = _option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
     max_rollouts: int = _option(128, "most rollouts of a prompt")
     weighting: str = _option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
     learning_rate: float = _option(6e-4, "learning rate of AdamW, constant")
@@ -70,7 +70,7 @@ class TrainSettings:
                 raise ValueError(f"{spec.name} must be one of {', '.join(choices)}, got {given!r}")
         at_least = {
             "rollouts_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "seed": 0, "train_prompts": 1,
-            "held_out_prompts": 0, "min_rollouts": 2, "updates_per_step": 1, "max_completion_tokens": 0,
+            "held_out_prompts": 0, "min_rollouts": 0, "updates_per_step": 1, "max_completion_tokens": 0,
             "eval_every": 0, "eval_samples": 1, "save_every": 0, "threads": 0,
         }  # fmt: skip
         for name, minimum in at_least.items():
@@ -82,6 +82,10 @@ class TrainSettings:
         for name in ("clip_low", "clip_high", "kl_coefficient"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
+        if self.min_rollouts == 1:
+            raise ValueError(
+                "min_rollouts must be 0 (prompts may be skipped) or >= 2 (one rollout has no gradient), got 1"
+            )
         if not self.min_rollouts <= self.rollouts_per_prompt <= self.max_rollouts:
             raise ValueError(
                 f"min_rollouts <= rollouts_per_prompt <= max_rollouts must hold, got {self.min_rollouts}, "

@@ -18,7 +18,8 @@ class KnapsackGRPOConfig(GRPOConfig):
         allocation: ``"knapsack"``, or ``"uniform"`` for stock GRPO with the same metrics.
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, or ``"window"`` for the paper's rule with
             its fallback.
-        min_rollouts: fewest rollouts of a prompt, 2 <= min_rollouts <= num_generations.
+        min_rollouts: fewest rollouts of a prompt: 2 to num_generations, or 0 to let prompts be skipped until another
+            look is worth its rollouts.
         max_rollouts: most rollouts of a prompt, >= num_generations.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation).
@@ -64,9 +65,10 @@ def check_settings(args: Any) -> None:
         ValueError: bounds exclude ``num_generations``, an option is unknown, or ``generation_kwargs`` sets ``seed``.
     """
     low, high, mean = setting(args, "min_rollouts"), setting(args, "max_rollouts"), args.num_generations
-    if not 2 <= low <= mean <= high:
+    if not (low == 0 or 2 <= low) or not low <= mean <= high:
         raise ValueError(
-            f"rollouts per prompt must satisfy 2 <= min_rollouts <= num_generations <= max_rollouts, got "
+            "min_rollouts must be 0 (prompts may be skipped) or at least 2 (a group of one has no gradient), and "
+            f"min_rollouts <= num_generations <= max_rollouts must hold, got "
             f"min_rollouts={low}, num_generations={mean}, max_rollouts={high}"
         )
     choices = {

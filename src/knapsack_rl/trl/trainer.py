@@ -246,7 +246,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             logged.extend(advantages.tolist())
         zero_std = self._metrics["train"].get("frac_reward_zero_std")
         if zero_std and self.scale_rewards != "batch" and self._aggregation == "sum_then_normalize":
-            zero_std[-1] = float(1.0 - group_outcomes(step.group_R, total).effective[step.group_R].mean())
+            groups = group_outcomes(step.group_R, total)
+            zero_std[-1] = float(1.0 - groups.effective[groups.group_of_rollout].mean())
 
     def _outcome(self, matrix: FloatArray) -> FloatArray:
         """(R,) the reward that tells success: the named function's, or the first that scored the rollout."""
@@ -258,14 +259,20 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     def _log_allocation(self, step: _Step, outcome: FloatArray) -> None:
         groups = group_outcomes(step.group_R, outcome, self.allocator.success)
-        order = np.argsort(step.group_R[groups.first_row])  # back from first appearance to the order of the prompts
+        place = step.group_R[groups.first_row]  # groups stand in order of first appearance, skipped prompts have none
+
+        def per_prompt(of_group: np.ndarray) -> list[Any]:
+            values = np.zeros(len(step.prompts), of_group.dtype)
+            values[place] = of_group
+            return values.tolist()
+
         record = {
             "step": self._generation,
             "prompt_ids": step.prompts,
             "counts": step.allocation.counts.tolist(),
-            "successes": groups.successes[order].tolist(),
-            "scored": groups.totals[order].tolist(),
-            "effective": groups.effective[order].tolist(),
+            "successes": per_prompt(groups.successes),
+            "scored": per_prompt(groups.totals),
+            "effective": per_prompt(groups.effective),
             "estimate": _null_for_nan(step.allocation.success_rates),
             "predicted": _null_for_nan(step.allocation.nonzero_gradient),
             "reason": step.allocation.reason,
