@@ -90,7 +90,7 @@ def test_nothing_known_is_uniform(name: str) -> None:
     assert sorted(counts_of(allocator, ["a", "b", "c", "d"], 34)) == [8, 8, 9, 9]
 
 
-@pytest.mark.parametrize("name", ["beta", "empirical-bayes"])
+@pytest.mark.parametrize("name", ["beta", "empirical-bayes", "bayes-filter"])
 def test_counts_follow_the_prompts_not_their_order(name: str) -> None:
     allocator = trained(name)
     ids = [*IDS, "new", "newer", 99]
@@ -106,7 +106,7 @@ def test_counts_of_a_degraded_batch_follow_the_prompts() -> None:
     assert dict(zip(ids[::-1], counts_of(allocator, ids[::-1], 6), strict=True)) == by_id
 
 
-@pytest.mark.parametrize("name", ["beta", "empirical-bayes"])
+@pytest.mark.parametrize("name", ["beta", "empirical-bayes", "bayes-filter"])
 def test_allocation_is_the_optimum_of_the_belief(name: str) -> None:
     allocator = trained(name, max_rollouts=30)
     belief = allocator.belief(IDS)
@@ -449,7 +449,7 @@ def test_transition_matrix() -> None:
 
 
 def test_predicted_lengths() -> None:
-    allocator = kr.KnapsackAllocator(discount=1.0)
+    allocator = kr.KnapsackAllocator("beta", discount=1.0)
     assert allocator.predicted_lengths(["a", "b"]).tolist() == [1.0, 1.0]
     lengths = {"a": [100.0, 120.0, 80.0], "b": [1000.0, 900.0], "c": [500.0, 520.0, 505.0, 495.0]}
     ids = [prompt_id for prompt_id, own in lengths.items() for _ in own]
@@ -469,7 +469,7 @@ def test_predicted_lengths() -> None:
 @pytest.mark.parametrize(
     ("arguments", "settings", "message"),
     [
-        (("bayes",), {}, "estimator must be one of window, beta, empirical-bayes, got 'bayes'"),
+        (("bayes",), {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
         (("beta", -1), {}, "min_rollouts must be a whole number >= 0, got -1"),
         (("beta", 2.0), {}, "min_rollouts must be a whole number"),
         (("beta", 2, 1), {}, "max_rollouts must be a whole number >= 2, got 1"),
@@ -718,7 +718,7 @@ def with_array(name: str, array) -> object:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, "version 99.*reads up to 1.*upgrade"),
+        (newer, "version 99.*reads up to 2.*upgrade"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
         (lambda _: trained("beta").state_dict(), "estimator .*'beta'.*'empirical-bayes'"),
@@ -744,6 +744,48 @@ def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str) -> N
     assert_same_state(allocator.state_dict(), before)
     assert allocator.metrics() == metrics
     assert counts_of(allocator) == counts
+
+
+def test_a_state_that_lacks_a_newer_setting_means_its_default(tmp_path: Path) -> None:
+    state = trained("window").state_dict()
+    del state["header"]["settings"]["fallback"]
+    kr.KnapsackAllocator("window").load_state_dict(state)
+    statefile.write_state(tmp_path / "state.npz", state["header"], state["arrays"])
+    assert kr.KnapsackAllocator.load(tmp_path / "state.npz").estimator.settings()["fallback"] is True
+    with pytest.raises(ValueError, match="make it with the same"):
+        kr.KnapsackAllocator("window", fallback=False).load_state_dict(state)
+
+
+def as_version_1(state: dict) -> dict:
+    """The state as the package wrote it before it kept evidence."""
+    state["header"]["version"] = 1
+    del state["arrays"]["tracker.last_visit"], state["arrays"]["tracker.evidence"]
+    return state
+
+
+@pytest.mark.parametrize("name", ["window", "beta", "empirical-bayes"])
+def test_a_state_of_version_1_goes_on(name: str, tmp_path: Path) -> None:
+    allocator = trained(name)
+    state = as_version_1(allocator.state_dict())
+    statefile.write_state(tmp_path / "state.npz", state["header"], state["arrays"])
+    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
+    rng = np.random.default_rng(3)
+    ids = [*IDS, "new", "newer"]
+    for _ in range(4):
+        assert counts_of(twin, ids, 90) == counts_of(allocator, ids, 90)
+        rewards = rng.integers(0, 2, 28)
+        for each in (allocator, twin):
+            each.observe(ids * 4, rewards)
+    assert twin.state_dict()["header"]["version"] == 2
+
+
+def test_a_state_of_version_1_is_none_of_the_bayes_filter() -> None:
+    allocator = trained("bayes-filter")
+    before = allocator.state_dict()
+    for state in (trained("empirical-bayes").state_dict(), trained("bayes-filter").state_dict()):
+        with pytest.raises(ValueError):
+            allocator.load_state_dict(as_version_1(state))
+        assert_same_state(allocator.state_dict(), before)
 
 
 def test_a_success_function_is_passed_again(tmp_path: Path) -> None:

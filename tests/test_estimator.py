@@ -14,8 +14,10 @@ from scipy.special import betaln
 from scipy.stats import binom
 
 import knapsack_rl as kr
+from knapsack_rl.belief import Estimator
 from knapsack_rl.estimator import (
     ESTIMATORS,
+    BayesFilterEstimator,
     BetaEstimator,
     EmpiricalBayesEstimator,
     WindowEstimator,
@@ -35,12 +37,15 @@ def counted(successes, failures) -> Records:
     return records
 
 
-def recorded(history: list[list[list[bool]]]) -> Records:
-    """Records of prompts whose outcomes are listed visit by visit."""
-    tracker = Tracker()
+def recorded(history: list[list[list[bool]]], estimator: Estimator | None = None) -> Records:
+    """Records of prompts whose outcomes are listed visit by visit, with the evidence of an estimator."""
+    estimator = estimator or WindowEstimator()
+    tracker = Tracker(estimator.evidence_size)
     for prompt, visits_of_prompt in enumerate(history):
         for outcomes in visits_of_prompt:
-            tracker.record([prompt], np.zeros(len(outcomes), dtype=np.int64), np.array(outcomes))
+            counts = np.array([sum(outcomes)]), np.array([len(outcomes)])
+            evidence = estimator.absorb(tracker.lookup([prompt]), *counts)
+            tracker.record([prompt], np.zeros(len(outcomes), dtype=np.int64), np.array(outcomes), evidence=evidence)
     return tracker.lookup(range(len(history)))
 
 
@@ -93,6 +98,23 @@ def test_window_belief() -> None:
     assert np.isnan(predicted[1])
     assert predicted[2] == 0.0
     assert WindowEstimator.paper_rule
+
+
+@no_deadline
+@given(st.lists(visits(max_visits=2, max_rollouts=20), min_size=1, max_size=8), st.integers(0, 40))
+def test_without_the_fallback_the_window_is_the_plain_knapsack_on_its_means(history, extra: int) -> None:
+    budget = 2 * len(history) + extra
+    allocator = kr.KnapsackAllocator("window", max_rollouts=60, window=8, minimum=1, fallback=False)
+    for step in range(2):
+        batch = [(i, outcome) for i, prompt in enumerate(history) if step < len(prompt) for outcome in prompt[step]]
+        allocator.observe([i for i, _ in batch], [float(outcome) for _, outcome in batch])
+    rates = np.array([window_by_hand(prompt, 8, 1) for prompt in history])
+    found = allocator.allocate(range(len(history)), budget)
+    np.testing.assert_array_equal(found.success_rates, rates)
+    # Equal values may go to either of two prompts, so what is compared is what the allocation is worth.
+    best = kr.value(kr.allocate(rates, budget, 2, 60, fallback=False).counts, rates).sum()
+    assert kr.value(found.counts, rates).sum() == pytest.approx(best, rel=1e-12)
+    assert not found.reason.startswith("fallback")
 
 
 # --- Beta ---
@@ -310,6 +332,8 @@ def test_empirical_bayes_captures_more_than_the_papers_rule_and_a_fixed_prior() 
     assert 0.7 < gain["empirical-bayes"] <= 1.0
     assert gain["window"] > 0.3
     assert gain["beta"] > 0.3
+    # The rates stand still here, and empirical Bayes discounts: the filter must find that nothing moves.
+    assert gain["empirical-bayes"] - 0.02 < gain["bayes-filter"] <= 1.0
 
 
 def test_more_visits_capture_more() -> None:
@@ -324,15 +348,16 @@ def test_more_visits_capture_more() -> None:
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
-        ("window", {"window": 32, "minimum": 3}),
+        ("window", {"window": 32, "minimum": 3, "fallback": False}),
         ("beta", {"prior_successes": 1.5, "prior_failures": 0.25, "discount": 0.5}),
         ("empirical-bayes", {"discount": 1.0, "grid_points": 21, "iterations": 7}),
+        ("bayes-filter", {"grid_points": 21, "iterations": 7}),
     ],
 )
 def test_settings_and_state_make_an_equal_estimator(name: str, changed) -> None:
     estimator = make_estimator(name, **changed)
     assert estimator.settings() == changed
-    records = recorded([[[True] * 9, [False] * 3], [[False] * 5], [[True, False] * 12]])
+    records = recorded([[[True] * 9, [False] * 3], [[False] * 5], [[True, False] * 12]], estimator)
     estimator.refit(records)
     twin = make_estimator(name, **estimator.settings())
     twin.load_state_dict(estimator.state_dict())
@@ -349,8 +374,9 @@ def test_every_named_estimator_can_be_made() -> None:
     assert WindowEstimator().discount == 1.0  # the window is what forgets
 
 
-def test_a_state_is_a_copy() -> None:
-    estimator = EmpiricalBayesEstimator(grid_points=3)
+@pytest.mark.parametrize("kind", [EmpiricalBayesEstimator, BayesFilterEstimator])
+def test_a_state_is_a_copy(kind) -> None:
+    estimator = kind(grid_points=3)
     estimator.state_dict()["prior"][:] = 0.0
     assert estimator.prior.sum() == pytest.approx(1.0)
 
@@ -358,11 +384,12 @@ def test_a_state_is_a_copy() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("bayes", {}, "estimator must be one of window, beta, empirical-bayes, got 'bayes'"),
+        ("bayes", {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
         ("window", {"window": 0}, "window must be a whole number >= 1, got 0"),
         ("window", {"window": 65}, "window must be at most 64.*got 65"),
         ("window", {"minimum": 0}, "minimum must be a whole number >= 1"),
         ("window", {"window": 8.0}, "window must be a whole number"),
+        ("window", {"fallback": 0}, "fallback must be true or false, got 0"),
         ("beta", {"prior_successes": 0.0}, "prior_successes must be a positive number, got 0.0"),
         ("beta", {"prior_failures": float("inf")}, "prior_failures must be a positive number, got inf"),
         ("beta", {"prior_failures": float("nan")}, "prior_failures must be a positive number"),
@@ -371,6 +398,9 @@ def test_a_state_is_a_copy() -> None:
         ("empirical-bayes", {"discount": float("nan")}, r"discount must be in \(0, 1\]"),
         ("empirical-bayes", {"grid_points": 2}, "grid_points must be a whole number >= 3, got 2"),
         ("empirical-bayes", {"iterations": 0}, "iterations must be a whole number >= 1, got 0"),
+        ("bayes-filter", {"grid_points": 2}, "grid_points must be a whole number >= 3, got 2"),
+        ("bayes-filter", {"iterations": 0}, "iterations must be a whole number >= 1, got 0"),
+        ("bayes-filter", {"discount": 0.5}, "'bayes-filter' has no setting discount; it has grid_points, iterations"),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, settings, message: str) -> None:

@@ -35,13 +35,17 @@ def runs(draw: st.DrawFn) -> list[list[tuple[object, bool, float]]]:
 
 
 def record(tracker: Tracker, batch, discount: float) -> None:
+    """Record a batch; what an estimator would keep is a running sum of the prompt's rollouts and visits."""
     ids = list(dict.fromkeys(row[0] for row in batch))
+    width = tracker.records().evidence.shape[1]
+    rollouts = np.array([sum(row[0] == prompt_id for row in batch) for prompt_id in ids])
     tracker.record(
         ids,
         np.array([ids.index(row[0]) for row in batch]),
         np.array([row[1] for row in batch]),
         np.array([row[2] for row in batch]),
         discount=discount,
+        evidence=tracker.lookup(ids).evidence + rollouts[:, None] + np.arange(width),
     )
 
 
@@ -142,6 +146,61 @@ def test_the_tracker_grows() -> None:
     assert tracker.rows([0, 1500, 3002, 3003]).tolist() == [0, 1500, 3002, -1]
 
 
+# --- evidence and age ---
+
+
+@no_deadline
+@given(runs(), st.integers(0, 3))
+def test_evidence_is_kept_per_prompt(run, width: int) -> None:
+    tracker = Tracker(evidence_size=width)
+    for batch in run:
+        record(tracker, batch, 0.8)
+    records = tracker.records()
+    assert records.evidence.shape == (len(tracker), width)
+    assert records.evidence.dtype == np.float32
+    expected = records.rollouts[:, None] + records.visits[:, None] * np.arange(width)
+    np.testing.assert_array_equal(records.evidence, expected)
+    turned = tracker.prompt_ids[::-1]
+    np.testing.assert_array_equal(tracker.lookup(turned).evidence, expected[::-1])
+    assert tracker.lookup(["no such prompt"]).evidence.tolist() == [[0.0] * width]
+
+
+@no_deadline
+@given(runs())
+def test_age_counts_visits_per_known_prompt(run) -> None:
+    """Of two prompts the one visited earlier is older by the visits recorded between the two, per known prompt."""
+    tracker = Tracker()
+    batches = [list(dict.fromkeys(row[0] for row in batch)) for batch in run]
+    for batch in run:
+        record(tracker, batch, 0.8)
+    newest = {prompt_id: step for step, ids in enumerate(batches) for prompt_id in ids}
+    youngest = tracker.lookup(batches[-1]).age
+    assert (youngest == youngest[0]).all()
+    assert youngest[0] >= 0
+    for prompt_id, step in newest.items():
+        since = sum(len(ids) for ids in batches[step + 1 :]) / len(newest)
+        assert tracker.lookup([prompt_id]).age[0] - youngest[0] == pytest.approx(since, abs=1e-12)
+    np.testing.assert_array_equal(tracker.records().age, tracker.lookup(tracker.prompt_ids).age)
+    assert tracker.lookup(["no such prompt"]).age.tolist() == [0.0]
+
+
+def test_a_state_without_clock_and_evidence_counts_as_just_now() -> None:
+    """Version 1 kept neither."""
+    tracker = Tracker()
+    for prompt_id in ("a", "b", "a"):
+        tracker.record([prompt_id], np.array([0, 0]), np.array([True, False]))
+    state = tracker.state_dict()
+    del state["last_visit"], state["evidence"]
+    twin = Tracker()
+    twin.load_state_dict(state)
+    assert len(set(twin.lookup(["a", "b"]).age)) == 1
+    twin.record(["a"], np.array([0]), np.array([True]))
+    ages = twin.lookup(["a", "b"]).age
+    assert ages[1] - ages[0] == pytest.approx(1 / 2)
+    with pytest.raises(ValueError, match=r"evidence .*shape \(2, 0\).*expected \(2, 5\)"):
+        Tracker(evidence_size=5).load_state_dict(state)
+
+
 # --- identity (mistake 6) ---
 
 
@@ -210,7 +269,7 @@ def test_the_last_tie_break_is_the_same_in_every_process() -> None:
 
 
 def restored(tracker: Tracker) -> Tracker:
-    twin = Tracker()
+    twin = Tracker(tracker.records().evidence.shape[1])
     twin.load_state_dict(tracker.state_dict())
     return twin
 
@@ -218,13 +277,13 @@ def restored(tracker: Tracker) -> Tracker:
 @no_deadline
 @given(runs())
 def test_a_restored_tracker_goes_on_alike(run) -> None:
-    tracker = Tracker()
+    tracker = Tracker(evidence_size=3)
     for batch in run:
         twin = restored(tracker)
         record(tracker, batch, 0.8)
         record(twin, batch, 0.8)
         assert twin.prompt_ids == tracker.prompt_ids
-        for column in COLUMNS:
+        for column in (*COLUMNS, "evidence", "age"):
             one, other = getattr(tracker.records(), column), getattr(twin.records(), column)
             assert one.dtype == other.dtype
             np.testing.assert_array_equal(one, other)
@@ -244,7 +303,7 @@ def test_a_state_is_plain_arrays_and_a_copy() -> None:
     tracker = Tracker()
     tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
     state = tracker.state_dict()
-    assert set(state) == {"prompt_ids", *COLUMNS}
+    assert set(state) == {"prompt_ids", "evidence", *COLUMNS}
     assert all(array.dtype.kind != "O" for array in state.values())
     state["successes"][:] = 9.0
     assert tracker.records().successes.tolist() == [1.0, 0.0]
@@ -271,11 +330,16 @@ def as_ids(value) -> np.ndarray:
         ("successes", np.zeros(3), r"column successes .*shape \(3,\).*expected \(2,\) of float64"),
         ("successes", np.zeros(2, dtype=np.float32), "column successes .*float32.*expected .*float64"),
         ("recent", np.zeros(2, dtype=np.int64), "column recent"),
-        ("visits", None, r"lacks \['visits'\]"),
+        ("visits", None, r"lacks .*'visits'"),
+        ("evidence", np.zeros((2, 3), np.float64), r"evidence .*float64, expected \(2, 3\) of float32"),
+        ("evidence", np.zeros((2, 2), np.float32), r"evidence .*shape \(2, 2\).*expected \(2, 3\)"),
+        ("evidence", np.zeros(2, np.float32), r"evidence .*shape \(2,\).*expected \(2, 3\)"),
+        ("evidence", None, r"evidence .*expected \(2, 3\)|lacks"),
+        ("last_visit", np.zeros(2), "column last_visit .*float64.*expected .*int64"),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(name: str, array, message: str | None) -> None:
-    tracker = Tracker()
+    tracker = Tracker(evidence_size=3)
     tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
     state = tracker.state_dict()
     if array is None:

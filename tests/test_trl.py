@@ -848,7 +848,7 @@ def test_a_plain_grpo_config_is_accepted(tmp_path):
         processing_class=tiny.tokenizer(),
     )
     trainer.train()
-    assert trainer.allocator.estimator_name == "empirical-bayes"
+    assert trainer.allocator.estimator_name == "bayes-filter"
     assert (trainer.allocator.min_rollouts, trainer.allocator.max_rollouts) == (2, 128)
     assert metric(trainer, "knapsack/budget") == [16.0] * 3
 
@@ -862,7 +862,7 @@ def test_settings_reach_the_allocator(tmp_path):
     assert allocator.success == 0.5
 
 
-@pytest.mark.parametrize("estimator", ["empirical-bayes", "beta", "window"])
+@pytest.mark.parametrize("estimator", ["bayes-filter", "empirical-bayes", "beta", "window"])
 def test_every_estimator_trains_over_several_epochs(estimator, tmp_path):
     def never_for_some(prompts, completions, **_):
         return [

@@ -65,7 +65,7 @@ def check_settings(args: Any) -> None:
         ValueError: bounds exclude ``num_generations``, an option is unknown, or ``generation_kwargs`` sets ``seed``.
     """
     low, high, mean = setting(args, "min_rollouts"), setting(args, "max_rollouts"), args.num_generations
-    if not (low == 0 or 2 <= low) or not low <= mean <= high:
+    if not (low == 0 or low >= 2) or not low <= mean <= high:
         raise ValueError(
             "min_rollouts must be 0 (prompts may be skipped) or at least 2 (a group of one has no gradient), and "
             f"min_rollouts <= num_generations <= max_rollouts must hold, got "
