@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.environments import Replay, Trace
 from knapsack_rl.report.curves import rollouts_to_reach
@@ -177,6 +178,7 @@ def dry_run(log: RewardLog, settings: Settings | None = None, done: Callable[[st
     """
     settings = settings or Settings()
     check_whole("seeds", settings.seeds, minimum=1)
+    KnapsackAllocator(settings.estimator, settings.min_rollouts, settings.max_rollouts)  # refuses what cannot work
     _check_enough(log)
     trace = Trace.from_visits(log.prompt, log.successes, log.totals)
     batches = np.split(log.prompt, np.flatnonzero(np.diff(log.step)) + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def read_reward_log(
     """
     path, names = Path(path), names or ColumnNames()
     if path.is_file():
-        return _read_rows([path], names, success, source=str(path), own=set())
+        return _from_tables([(path, read_columns(path))], names, success, source=str(path))
     if not path.is_dir():
         raise FileNotFoundError(f"there is no file or folder {path}")
     if (path / CONFIG_FILE).is_file() and (path / ALLOCATION_LOG).is_file():
@@ -164,7 +164,8 @@ def read_reward_log(
     files = _numbered(path, _VERL_FILE)
     if files:
         verl = ColumnNames(names.prompt or "input", names.step or "step", names.reward or "score")
-        return _read_rows(files, verl, success, source=f"verl rollouts in {path}", own={"input", "output", "gts"})
+        tables = ((file, read_columns(file)) for file in files)
+        return _from_tables(tables, verl, success, source=f"verl rollouts in {path}")
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise ValueError(
         f"{path} holds no log that can be read: expected a run folder ({CONFIG_FILE}, {ALLOCATION_LOG}), TRL's "
@@ -202,26 +203,28 @@ def _read_run(folder: Path) -> RewardLog:
 
 
 def _read_trl(files: Sequence[Path], names: ColumnNames, success: SuccessRule | None, source: str) -> RewardLog:
-    kept, repeated, previous = [], 0, None
+    tables: list[tuple[Path, Columns]] = []
+    previous, repeated = 0, 0
     for file in files:
         columns = read_columns(file)
         # TRL logs its newest generation again at every later step that generates nothing.
-        rows = repr([columns.get("prompt"), columns.get("completion")])
+        rows = hash(repr([columns.get("prompt"), columns.get("completion")]))
         if rows == previous:
             repeated += 1
             continue
         previous = rows
-        kept.append(file)
-        if names.reward is None:
-            names = ColumnNames(names.prompt, names.step, _trl_reward(columns, file))
+        if not tables:
+            reward = names.reward or _trl_reward(columns, file)
+            names = ColumnNames(names.prompt or "prompt", names.step or "step", reward)
+        # Completions are long; what is not needed goes before the next file is read.
+        needed = (names.prompt, names.step, names.reward)
+        tables.append((file, {name: column(columns, name, file) for name in needed if name is not None}))
     notes = [f"{repeated} files repeat the completions of the file before and were left out"] if repeated else []
-    trl = ColumnNames(names.prompt or "prompt", names.step or "step", names.reward)
-    log = _read_rows(kept, trl, success, source=source, own=TRL_OWN, notes=notes)
+    log = _from_tables(tables, names, success, source=source)
     if log.steps.size > 1 and np.diff(log.steps).min() > 1:
         every = int(np.diff(log.steps).min())
-        note = f"only every {every}th step is in the log; logging_steps=1 keeps all, and visits lie closer then"
-        return RewardLog(**{**vars(log), "notes": (*log.notes, note)})
-    return log
+        notes.append(f"at most every {every}th step is in the log; with logging_steps=1 all would be")
+    return replace(log, notes=(*log.notes, *notes))
 
 
 def _trl_reward(columns: Columns, file: Path) -> str:
@@ -239,28 +242,20 @@ def _numeric(values: Sequence[Any]) -> bool:
     )
 
 
-def _read_rows(
-    files: Sequence[Path],
-    names: ColumnNames,
-    success: SuccessRule | None,
-    *,
-    source: str,
-    own: set[str],
-    notes: Sequence[str] = (),
+def _from_tables(
+    tables: Iterable[tuple[Path, Columns]], names: ColumnNames, success: SuccessRule | None, *, source: str
 ) -> RewardLog:
-    """Files with a row per rollout, one after the other."""
+    """Tables with a row per rollout, one after the other; the first decides on the columns."""
     ids: list[PromptId] = []
     steps: list[FloatArray] = []
     rewards: list[FloatArray] = []
     chosen: dict[str, str] = {}
-    for file in files:
-        columns = read_columns(file)
-        named = {
+    for file, columns in tables:
+        chosen = chosen or {
             "prompt": names.prompt or _usual(columns, ID_NAMES, file, "prompt", "--id-column"),
             "step": names.step or _usual(columns, STEP_NAMES, file, "step", "--step-column"),
             "reward": names.reward or _usual(columns, REWARD_NAMES, file, "reward", "--reward-column"),
         }
-        chosen = chosen or named
         ids += _prompts(column(columns, chosen["prompt"], file), chosen["prompt"])
         steps.append(numbers(column(columns, chosen["step"], file), chosen["step"]))
         rewards.append(_outcomes(column(columns, chosen["reward"], file), chosen["reward"]))
@@ -271,7 +266,7 @@ def _read_rows(
         np.concatenate(rewards),
         success=0.0 if success is None else success,
         source=source,
-        notes=(f"read {read}", *notes),
+        notes=(f"read {read}",),
     )
 
 

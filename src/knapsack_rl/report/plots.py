@@ -272,7 +272,8 @@ def ratio_pairs(pairs: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
     shares = 100 * np.array(list(pairs.values()), dtype=np.float64).reshape(len(pairs), 2)
     ax.hlines(rows, shares.min(axis=1), shares.max(axis=1), color=GREY, linewidth=1)
     for column, (label, colour, marker) in enumerate((("rollouts", BLUE, "o"), ("prompts", VERMILION, "s"))):
-        ax.plot(shares[:, column], rows, marker, color=colour, markersize=7, label=label)
+        size = 9 - 4 * column  # where both shares are equal, the square lies on the circle
+        ax.plot(shares[:, column], rows, marker, color=colour, markersize=size, label=label)
     ax.set_yticks(rows, [textwrap.fill(_short(label), 24) for label in pairs])
     ax.set_ylim(len(pairs) - 0.5, -0.5)
     ax.set(xlabel="with a gradient (%)", xlim=(0, 100))
