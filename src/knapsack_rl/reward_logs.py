@@ -19,7 +19,8 @@ from knapsack_rl.environments import BoolArray
 from knapsack_rl.groups import SuccessRule, group_outcomes
 from knapsack_rl.logs import Columns, column, identities, numbers, read_columns
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import ALLOCATION_LOG, CONFIG_FILE
+from knapsack_rl.report.runlog import read_visits
+from knapsack_rl.runfiles import ALLOCATION_LOG
 from knapsack_rl.value import FloatArray, IntArray
 
 ID_NAMES = ("prompt_id", "id", "uid", "index", "problem_id", "question_id", "prompt", "input", "question", "problem")
@@ -153,7 +154,7 @@ def read_reward_log(
         return _from_tables([(path, read_columns(path))], names, success, source=str(path))
     if not path.is_dir():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    if (path / CONFIG_FILE).is_file() and (path / ALLOCATION_LOG).is_file():
+    if (path / ALLOCATION_LOG).is_file():
         if names != ColumnNames() or success is not None:
             raise ValueError(f"{path} is a run folder, which fixes columns and successes; give no options for them")
         return _read_run(path)
@@ -168,7 +169,7 @@ def read_reward_log(
         return _from_tables(tables, verl, success, source=f"verl rollouts in {path}")
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{path} holds no log that can be read: expected a run folder ({CONFIG_FILE}, {ALLOCATION_LOG}), TRL's "
+        f"{path} holds no log that can be read: expected a run folder ({ALLOCATION_LOG}), TRL's "
         f"completions_*.parquet or verl's N.jsonl; found {inside}"
     )
 
@@ -180,10 +181,7 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def _read_run(folder: Path) -> RewardLog:
-    from knapsack_rl.report.runlog import RunLog
-
-    run = RunLog.load(folder)
-    visits = run.visits
+    rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
     scored = visits.scored > 0
     if not scored.any():
         raise ValueError(f"{folder}: no step with a scored rollout is in {ALLOCATION_LOG}")
@@ -191,8 +189,8 @@ def _read_run(folder: Path) -> RewardLog:
     present, step = np.unique(visits.step[scored], return_inverse=True)
     return RewardLog(
         source=f"run folder {folder}",
-        prompt_ids=tuple(run.prompt_ids[k] for k in kept),
-        steps=run.steps[present],
+        prompt_ids=tuple(prompt_ids[k] for k in kept),
+        steps=np.array([row["step"] for row in rows], dtype=np.int64)[present],
         step=step,
         prompt=prompt,
         totals=visits.scored[scored],
