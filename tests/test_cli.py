@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert [name for name in COMMAND_NAMES if f"\n    {name} " in text] == list(COMMAND_NAMES)
+    assert [name for name in COMMAND_NAMES if re.search(rf"\n    {name}\s", text)] == list(COMMAND_NAMES)
     assert len(COMMANDS) == len(COMMAND_NAMES)
 
 

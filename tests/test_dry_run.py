@@ -11,9 +11,10 @@ import pytest
 
 from knapsack_rl import dry_run as module
 from knapsack_rl.dry_run import KNAPSACK, LIMIT, Settings, dry_run, simulations
-from knapsack_rl.environments import draw_rates
+from knapsack_rl.environments import Synthetic, draw_rates
 from knapsack_rl.report.dry_run_page import savings, summary, write_dry_run
 from knapsack_rl.reward_logs import RewardLog
+from knapsack_rl.simulate import simulate, uniform
 
 
 def make_log(rates, epochs=8, batch=16, rollouts=8, seed=0, graded=False, unscored=0.0):
@@ -232,3 +233,28 @@ def test_the_page_is_self_contained_and_escaped(tmp_path):
     assert not re.search(r'(?:src|href)="(?!#)', page)
     assert page.count("<svg") == 4
     assert module.ASSUMPTION in page
+
+
+def test_the_prediction_is_close_to_the_truth():
+    """Record a uniform run of an environment whose truth is known; what the replay of its log predicts for the other
+    policies is compared with these policies in the environment itself."""
+    environment = Synthetic("late-training", prompts=256, epochs=12, batch_size=64, walk=0.1)
+    recorded = simulate(environment, uniform(), 0)
+    names = ("step", "prompt", "counts", "successes", "effective")
+    step, prompt, counts, successes, effective = (getattr(recorded, name) for name in names)
+    log = RewardLog("made up", tuple(range(256)), np.unique(step), step, prompt, counts, successes, effective)
+    predicted = dry_run(log, Settings(seeds=1))
+    steps = predicted.log.steps.size
+    for name, make in Settings().policies().items():
+        full = simulate(environment, make, 0)
+        row = predicted.row(name, 1.0)
+        assert row.value / predicted.recorded.value == pytest.approx(
+            full.values.sum() / recorded.values.sum(), abs=0.02
+        )
+        given = full.counts[full.effective].sum() / full.counts.sum()
+        assert row.effective_rollouts == pytest.approx(given, abs=0.04)
+        assert row.effective_prompts == pytest.approx(full.effective.mean(), abs=0.04)
+        if name != "uniform":
+            needed = round((1 - predicted.saved(name)) * 64 * 8)
+            bought = simulate(environment, make, 0, [needed] * steps).values.sum()
+            assert bought == pytest.approx(recorded.values.sum(), rel=0.03)

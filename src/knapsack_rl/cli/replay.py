@@ -10,10 +10,10 @@ from knapsack_rl.cli.progress import progress
 from knapsack_rl.estimator import ESTIMATORS
 
 EXAMPLES = """examples:
-  knapsack-rl replay runs/uniform-n8-seed0                a run folder of this package
-  knapsack-rl replay outputs/my-grpo-run                  TRL with log_completions=True: completions_*.parquet
-  knapsack-rl replay dumps/rollouts --reward-column acc   verl with trainer.rollout_data_dir: 1.jsonl, 2.jsonl, ...
-  knapsack-rl replay rewards.csv --id-column question     any table with a row per rollout
+  knapsack-rl replay runs/uniform-n8-seed0                      a run folder of this package
+  knapsack-rl replay outputs/my-grpo-run                        TRL with log_completions=True: completions_*.parquet
+  knapsack-rl replay dumps/rollouts --reward-column acc         verl with trainer.rollout_data_dir: 1.jsonl, ...
+  knapsack-rl replay rewards.csv --id-column question           any table with a row per rollout
 """
 
 
