@@ -121,6 +121,8 @@ def test_commands_print_what_the_page_shows(block, command, expected, tmp_path, 
     for other in blocks(block.page):
         if other.title:
             Path(other.title).write_text(other.text, encoding="utf-8")
+        if other.language == "python" and other.title:
+            run(other, {})  # it makes the files that the command reads
     main(shlex.split(command)[1:])
     captured = capsys.readouterr()
     assert same_output(captured.out + captured.err, expected), captured.out + captured.err

@@ -72,7 +72,9 @@ def draw_rates(mixture: str, prompts: int, rng: np.random.Generator) -> FloatArr
     size = check_whole("prompts", prompts, minimum=1)
     terms = _parse(mixture)
     which = rng.choice(len(terms), size=size, p=[weight for weight, _ in terms])
-    drawn = np.stack([rng.beta(*shape, size=size) if len(shape) == 2 else np.full(size, *shape) for _, shape in terms])
+    drawn = np.stack(
+        [rng.beta(*shape, size=size) if len(shape) == 2 else np.full(size, shape[0]) for _, shape in terms]
+    )
     return drawn[which, np.arange(size)]
 
 
@@ -148,7 +150,9 @@ class SyntheticEpisode:
     def __init__(self, environment: Synthetic, seed: int) -> None:
         order, start, self._steps = (np.random.default_rng([seed, stream]) for stream in range(3))
         self._environment = environment
-        self.batches = shuffled_batches(environment.prompts, environment.epochs, environment.batch_size, order)
+        self.batches: Sequence[IntArray] = shuffled_batches(
+            environment.prompts, environment.epochs, environment.batch_size, order
+        )
         rates = draw_rates(environment.mixture, environment.prompts, start)
         with np.errstate(divide="ignore"):
             self._logits = np.log(rates) - np.log1p(-rates)  # infinite, and so for ever, at 0 and 1

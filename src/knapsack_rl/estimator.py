@@ -81,7 +81,9 @@ class WindowEstimator(CountsOnly):
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of an equal estimator."""
-        return {"window": self.window, "minimum": self.minimum, "fallback": self.fallback}
+        settings = {"window": self.window, "minimum": self.minimum}
+        # Named only when off, so that states saved before it existed still belong to an equal estimator.
+        return settings if self.fallback else settings | {"fallback": False}
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Nothing is learned."""

@@ -80,7 +80,9 @@ class KnownRates:
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
         """The exact optimum of the true values, and the true probabilities."""
         rates = self.episode.rates(prompts)
-        lower = min(self.min_rollouts, budget // prompts.size)
+        share = budget // prompts.size
+        # Below two a group could not hold both outcomes, so some prompts are better skipped.
+        lower = self.min_rollouts if share >= self.min_rollouts else share if share >= 2 else 0
         upper = max(self.max_rollouts, -(-budget // prompts.size))
         counts = allocate(rates, budget, lower, upper).counts
         return counts, nonzero_gradient_probability(counts, rates)
@@ -215,7 +217,7 @@ def simulate(
     """
     episode = environment.start(seed)
     batches = episode.batches
-    budgets = [budget * batch.size for batch in batches] if isinstance(budget, int) else list(budget)
+    budgets = [budget * batch.size for batch in batches] if isinstance(budget, (int, np.integer)) else list(budget)
     if len(budgets) != len(batches):
         raise ValueError(f"there are {len(batches)} steps and {len(budgets)} budgets; give one for each step")
     policy, optimum = make_policy(episode), KnownRates(episode, min_rollouts, max_rollouts)

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from knapsack_rl import __version__
-from knapsack_rl.cli import allocate, compare, experiment, report, train
+from knapsack_rl.cli import allocate, compare, experiment, replay, report, train
 
-COMMANDS = (train, compare, report, allocate, experiment)
+COMMANDS = (train, compare, report, allocate, replay, experiment)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,9 +11,9 @@ from knapsack_rl.cli.progress import progress
 from knapsack_rl.experiments.trace import SPLITS
 
 EXAMPLES = """examples:
-  knapsack-rl experiment estimation --quick               a first look, well under a minute
-  knapsack-rl experiment estimation                       five seeds; prompts on which nothing was chosen
-  knapsack-rl experiment estimation --split development   the half on which settings may be chosen
+  knapsack-rl experiment estimation --quick                     a first look, well under a minute
+  knapsack-rl experiment estimation                             five seeds; prompts on which nothing was chosen
+  knapsack-rl experiment estimation --split development         the half on which settings may be chosen
 """
 
 

@@ -40,8 +40,8 @@ def _plots(rows: Sequence[Result], number: int) -> list[str]:
     found = [
         page.plot(
             f"gain-{number}",
-            "0 % is uniform allocation, 100 % is what known success rates would buy. Dots are seeds, bars means; left of "
-            "0 % a policy wastes more than it moves well.",
+            "0 % is uniform allocation, 100 % is what known success rates would buy. Dots are seeds, bars means; left "
+            "of 0 % a policy wastes more than it moves well.",
             partial(plots.final_values, gains, quantity="gain captured"),
         )
     ]

@@ -238,6 +238,63 @@ def reliability(curves: Mapping[str, Calibration], ax: Axes) -> Axes:
     return _finish(ax, "Predicted against realised gradients")
 
 
+def value_by_budget(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes, *, target: tuple[float, float]
+) -> Axes:
+    """Value against rollouts spent, one curve per policy.
+
+    Args:
+        curves: Rollouts, and value in percent of the target's, by label of the policy.
+        ax: Where to draw.
+        target: Rollouts and value of the run that was recorded.
+    """
+    for index, (label, (rollouts, values)) in enumerate(curves.items()):
+        colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
+        marker = MARKERS[index % len(MARKERS)]
+        ax.plot(rollouts, values, color=colour, linestyle=style, marker=marker, markersize=4, label=_short(label))
+    ax.axhline(target[1], color=GREY, linestyle=":", linewidth=1.2)
+    ax.plot([target[0]], [target[1]], color=BLACK, marker="*", markersize=11, linestyle="none", label="as it was")
+    ax.set(xlabel="rollouts", ylabel="value, the run = 100")
+    ax.set_xlim(left=0)
+    _counting(ax.xaxis)
+    _legend(ax)
+    return _finish(ax, "Value of the rollouts")
+
+
+def ratio_pairs(pairs: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
+    """Share of rollouts and share of prompts with a gradient, one row per policy.
+
+    Args:
+        pairs: Both shares (0 to 1) by label of the policy.
+        ax: Where to draw.
+    """
+    rows = np.arange(len(pairs))
+    shares = 100 * np.array(list(pairs.values()), dtype=np.float64).reshape(len(pairs), 2)
+    ax.hlines(rows, shares.min(axis=1), shares.max(axis=1), color=GREY, linewidth=1)
+    for column, (label, colour, marker) in enumerate((("rollouts", BLUE, "o"), ("prompts", VERMILION, "s"))):
+        size = 9 - 4 * column  # where both shares are equal, the square lies on the circle
+        ax.plot(shares[:, column], rows, marker, color=colour, markersize=size, label=label)
+    ax.set_yticks(rows, [textwrap.fill(_short(label), 24) for label in pairs])
+    ax.set_ylim(len(pairs) - 0.5, -0.5)
+    ax.set(xlabel="with a gradient (%)", xlim=(0, 100))
+    _legend(ax)
+    return _finish(ax, "Share of the work that carries a gradient")
+
+
+def rate_histogram(rates: ArrayLike, ax: Axes) -> Axes:
+    """How many visits have which success rate.
+
+    Args:
+        rates: Success rates, 0 to 1.
+        ax: Where to draw.
+    """
+    heights, edges = np.histogram(np.asarray(rates), bins=20, range=(0, 1))
+    ax.bar((edges[:-1] + edges[1:]) / 2, heights, width=0.046, color=BLUE, linewidth=0)
+    ax.set(xlabel="success rate", ylabel="groups", xlim=(0, 1))
+    _counting(ax.yaxis)
+    return _finish(ax, "Success rates of the groups")
+
+
 def accuracy_by_policy(curves: Mapping[str, Curve], ax: Axes) -> Axes:
     """Mean held-out accuracy against rollouts generated, one curve per policy, band from lowest to highest seed.
 

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
 from knapsack_rl.report.curves import ratio
-from knapsack_rl.runfiles import by_step, check_allocation, read_config, read_rows
+from knapsack_rl.runfiles import ALLOCATION_LOG, by_step, check_allocation, read_config, read_rows
 from knapsack_rl.value import FloatArray, IntArray
 
 BoolArray = NDArray[np.bool_]
@@ -79,6 +79,35 @@ class BudgetByEstimate:
     visits: IntArray
 
 
+def read_visits(path: Path) -> tuple[list[dict[str, Any]], tuple[str | int, ...], Visits]:
+    """Rows of an allocation log by step, distinct prompt ids in the order of their first visit, and all visits.
+
+    Raises:
+        ValueError: If the file's content does not follow the schema.
+    """
+    rows = by_step(read_rows(path))
+    for row in rows:
+        check_allocation(row, path)
+    index: dict[str | int, int] = {}
+    prompt = [index.setdefault(name, len(index)) for row in rows for name in row["prompt_ids"]]
+    sizes = [len(row["prompt_ids"]) for row in rows]
+
+    def column(key: str) -> list[Any]:
+        return [value for row in rows for value in row[key]]
+
+    visits = Visits(
+        step=np.repeat(np.arange(len(rows), dtype=np.int64), sizes),
+        prompt=np.array(prompt, dtype=np.int64),
+        counts=np.array(column("counts"), dtype=np.int64),
+        successes=np.array(column("successes"), dtype=np.int64),
+        scored=np.array(column("scored"), dtype=np.int64),
+        effective=np.array(column("effective"), dtype=np.bool_),
+        estimate=np.array(column("estimate"), dtype=np.float64),  # null becomes NaN
+        predicted=np.array(column("predicted"), dtype=np.float64),
+    )
+    return rows, tuple(index), visits
+
+
 @dataclass(frozen=True, eq=False)
 class RunLog:
     """The log of one training run and the measures derived from it.
@@ -118,31 +147,12 @@ class RunLog:
         """
         folder = Path(folder)
         config = read_config(folder / "config.yaml")
-        rows = by_step(read_rows(folder / "allocations.jsonl"))
-        for row in rows:
-            check_allocation(row, folder / "allocations.jsonl")
-        index: dict[str | int, int] = {}
-        prompt = [index.setdefault(name, len(index)) for row in rows for name in row["prompt_ids"]]
-        sizes = [len(row["prompt_ids"]) for row in rows]
-
-        def column(key: str) -> list[Any]:
-            return [value for row in rows for value in row[key]]
-
-        visits = Visits(
-            step=np.repeat(np.arange(len(rows), dtype=np.int64), sizes),
-            prompt=np.array(prompt, dtype=np.int64),
-            counts=np.array(column("counts"), dtype=np.int64),
-            successes=np.array(column("successes"), dtype=np.int64),
-            scored=np.array(column("scored"), dtype=np.int64),
-            effective=np.array(column("effective"), dtype=np.bool_),
-            estimate=np.array(column("estimate"), dtype=np.float64),  # null becomes NaN
-            predicted=np.array(column("predicted"), dtype=np.float64),
-        )
+        rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
         metrics = by_step(read_rows(folder / "metrics.jsonl"))
         return cls(
             folder=folder,
             config=config,
-            prompt_ids=tuple(index),
+            prompt_ids=prompt_ids,
             steps=np.array([row["step"] for row in rows], dtype=np.int64),
             reasons=tuple(str(row.get("reason") or "") for row in rows),
             seconds=np.array([row.get("seconds") for row in rows], dtype=np.float64),

@@ -1,0 +1,66 @@
+"""``knapsack-rl replay``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from knapsack_rl.cli.progress import progress
+from knapsack_rl.estimator import ESTIMATORS
+
+EXAMPLES = """examples:
+  knapsack-rl replay runs/uniform-n8-seed0                      a run folder of this package
+  knapsack-rl replay outputs/my-grpo-run                        TRL with log_completions=True: completions_*.parquet
+  knapsack-rl replay dumps/rollouts --reward-column acc         verl with trainer.rollout_data_dir: 1.jsonl, ...
+  knapsack-rl replay rewards.csv --id-column question           any table with a row per rollout
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "replay",
+        help="what another allocation would have made of an earlier run, from its reward log",
+        description="A dry run on the rewards of an earlier run, before any rollout is paid for: effective ratios and "
+        "value of the run as it was and under each policy, at the same and at half the budget, and the rollouts saved "
+        "at equal value. Assumes that success rates do not react to the allocation.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("logs", type=Path, metavar="LOGS", help="run folder, folder of logs, CSV, JSONL or parquet")
+    parser.add_argument("--id-column", metavar="NAME", help="what identifies a prompt in every step")
+    parser.add_argument("--step-column", metavar="NAME", help="the training step")
+    parser.add_argument("--reward-column", metavar="NAME", help="the outcome")
+    parser.add_argument(
+        "--success-threshold", type=float, metavar="X", help="a reward above X is a success (default: 0)"
+    )
+    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="empirical-bayes", help="of the knapsack")
+    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
+    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
+    parser.add_argument("--bandwidth", type=float, default=2.5, help="of the smoothing, in visits (default: 2.5)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="replays of each policy (default: 3)")
+    parser.add_argument("--output", type=Path, default=Path("replay.html"), metavar="FILE", help="the page to write")
+    parser.add_argument("--no-page", action="store_true", help="write no page (matplotlib is not needed then)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
+    parser.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Replay, print the table and write the page."""
+    from knapsack_rl.dry_run import Settings, dry_run, simulations
+    from knapsack_rl.report.dry_run_page import summary, write_dry_run
+    from knapsack_rl.reward_logs import ColumnNames, read_reward_log
+
+    names = ColumnNames(parsed.id_column, parsed.step_column, parsed.reward_column)
+    log = read_reward_log(parsed.logs, names, parsed.success_threshold)
+    settings = Settings(parsed.bandwidth, parsed.seeds, parsed.estimator, parsed.min_rollouts, parsed.max_rollouts)
+    with progress(simulations(settings), quiet=parsed.quiet) as done:
+        result = dry_run(log, settings, done)
+    print(json.dumps(result.as_dict(), indent=2) if parsed.json else summary(result))
+    if not parsed.no_page:
+        page = write_dry_run(result, parsed.output)
+        if not parsed.json:
+            print(f"\nreport: {page}")
+    return 0
