@@ -22,6 +22,7 @@ LISTED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "paper without fallback": ("window", {"fallback": False}),
     "Beta": ("beta", {}),
     "empirical Bayes": ("empirical-bayes", {}),
+    "Bayes filter": ("bayes-filter", {}),
 }
 """Label in the table to a name of ``ESTIMATORS`` and its settings."""
 
@@ -68,6 +69,7 @@ def policies(options: Options) -> dict[str, PolicyMaker]:
     """The policies of the table."""
     bounds = (options.min_rollouts, options.max_rollouts)
     estimated = {label: allocated(name, *bounds, **settings) for label, (name, settings) in LISTED.items()}
+    estimated["Bayes filter, may skip"] = allocated("bayes-filter", 0, options.max_rollouts)
     return {"uniform": uniform(), "uniform 2N": uniform(2), **estimated, "rates known": known_rates(*bounds)}
 
 
