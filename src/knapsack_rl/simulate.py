@@ -108,6 +108,16 @@ class Allocated:
         self.allocator.observe(prompts_R.tolist(), successes_R.astype(np.float64))
 
 
+class Watching(Allocated):
+    """Uniform allocation watched by an allocator, whose predictions can be compared on the same data as another's."""
+
+    def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
+        """Equal counts, and what the allocator expects of them."""
+        found = self.allocator.adopt(prompts.tolist(), uniform_counts(prompts.size, budget))
+        assert found.nonzero_gradient is not None, "the stateful allocator always predicts"
+        return found.counts, found.nonzero_gradient
+
+
 def uniform(factor: int = 1) -> PolicyMaker:
     """Makes :class:`Uniform`."""
     return lambda _: Uniform(factor)
@@ -119,7 +129,7 @@ def known_rates(min_rollouts: int = 2, max_rollouts: int = 128) -> PolicyMaker:
 
 
 def allocated(
-    estimator: str | Callable[[], Estimator] = "empirical-bayes",
+    estimator: str | Callable[[], Estimator] = "bayes-filter",
     min_rollouts: int = 2,
     max_rollouts: int = 128,
     **settings: Any,
@@ -138,6 +148,11 @@ def allocated(
         return Allocated(KnapsackAllocator(chosen, min_rollouts, max_rollouts, **settings))
 
     return make
+
+
+def watching(estimator: str, **settings: Any) -> PolicyMaker:
+    """Makes :class:`Watching` with an allocator of its own for every episode."""
+    return lambda _: Watching(KnapsackAllocator(estimator, **settings))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import Any
 from knapsack_rl.environments import Environment, Replay, Synthetic
 from knapsack_rl.experiments.trace import Split, load_trace
 from knapsack_rl.scoring import Result, compare, markdown_tables
-from knapsack_rl.simulate import PolicyMaker, allocated, known_rates, uniform
+from knapsack_rl.simulate import PolicyMaker, allocated, known_rates, uniform, watching
 
 LISTED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "paper": ("window", {}),
@@ -35,6 +35,9 @@ SYNTHETIC = {
         "0.4*beta(1,30) + 0.6*beta(1,2)", prompts=1024, epochs=30, gain=0.05, drift=0.03, walk=0.25
     ),
 }
+
+WATCHED = ", uniform allocation watched"
+"""Ending of the label of an environment in which the policies only predict."""
 
 RESULTS_FILE, PAGE_FILE = "estimation.jsonl", "estimation.html"
 
@@ -73,6 +76,14 @@ def policies(options: Options) -> dict[str, PolicyMaker]:
     return {"uniform": uniform(), "uniform 2N": uniform(2), **estimated, "rates known": known_rates(*bounds)}
 
 
+def watchers() -> dict[str, PolicyMaker]:
+    """Uniform allocation, watched by each estimator.
+
+    Brier scores of policies that allocate differently are about different events; these are about the same ones.
+    """
+    return {label: watching(name, **settings) for label, (name, settings) in LISTED.items()}
+
+
 def environments(options: Options) -> dict[str, Environment]:
     """The environments of the table."""
     trace = load_trace(options.split)
@@ -85,7 +96,8 @@ def environments(options: Options) -> dict[str, Environment]:
 
 def simulations(options: Options) -> int:
     """How many simulations :func:`run` makes."""
-    return len(environments(options)) * len(policies(options)) * len(options.seed_list)
+    pairs = len(environments(options)) * len(policies(options)) + len(watchers())
+    return pairs * len(options.seed_list)
 
 
 def run(options: Options, done: Callable[[str], None] | None = None) -> list[Result]:
@@ -95,15 +107,22 @@ def run(options: Options, done: Callable[[str], None] | None = None) -> list[Res
         options: what to run.
         done: called with a line of text after each simulation.
     """
-    return compare(
-        environments(options),
-        policies(options),
-        options.seed_list,
-        budget=options.rollouts_per_prompt,
-        min_rollouts=options.min_rollouts,
-        max_rollouts=options.max_rollouts,
-        done=done,
-    )
+    places = environments(options)
+    recorded = next(iter(places))
+    plans = ((places, policies(options)), ({recorded + WATCHED: places[recorded]}, watchers()))
+    return [
+        result
+        for where, chosen in plans
+        for result in compare(
+            where,
+            chosen,
+            options.seed_list,
+            budget=options.rollouts_per_prompt,
+            min_rollouts=options.min_rollouts,
+            max_rollouts=options.max_rollouts,
+            done=done,
+        )
+    ]
 
 
 def table(results: list[Result]) -> str:
