@@ -211,12 +211,19 @@ def test_comparison_table_against_direct_computation(folders):
     assert knapsack["difference"] == pytest.approx(gap.mean())
     assert knapsack["difference_interval"] == pytest.approx(half * gap.std(ddof=1))
     assert knapsack["difference_pairs"] == 3
-    for key, ratios in (
-        ("effective_rollouts", [run.effective_rollout_ratio for run in mine]),
-        ("training_success", [run.training_success for run in mine]),
-        ("effective_prompts", [run.effective_prompt_ratio for run in mine]),
+    for key, ratios, steps in (
+        ("effective_rollouts", [run.effective_rollout_ratio for run in mine], 20),
+        ("training_success", [run.training_success for run in mine], 4),
+        ("effective_prompts", [run.effective_prompt_ratio for run in mine], 20),
     ):
-        assert knapsack[key] == pytest.approx(np.mean([ratio[-4:].mean() for ratio in ratios]))
+        assert knapsack[key] == pytest.approx(np.mean([ratio[-steps:].mean() for ratio in ratios]))
+    # Evaluations are evenly spaced: trapezoids are the mean with half weight at both ends.
+    on_the_way = [
+        np.average(np.array([run.held_out[1] for run in group]), axis=1, weights=[0.5, 1, 1, 1, 0.5])
+        for group in (mine, base)
+    ]
+    assert knapsack["mean_accuracy"] == pytest.approx(on_the_way[0].mean())
+    assert knapsack["mean_difference"] == pytest.approx((on_the_way[0] - on_the_way[1]).mean())
     assert knapsack["largest_allocation"] == max(run.max_budget.max() for run in mine)
     assert knapsack["unsolved_share"] == pytest.approx(np.mean([run.unsolved_share for run in mine]))
 

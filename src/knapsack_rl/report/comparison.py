@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knapsack_rl.report.curves import Curve, mean_curve, moving_average, rollouts_to_reach, t_interval, tail_mean
 from knapsack_rl.report.runlog import RunLog
@@ -96,6 +97,19 @@ def final_accuracy(run: RunLog) -> float:
     return float(accuracy[-1]) if accuracy.size else math.nan
 
 
+def mean_accuracy(run: RunLog) -> float:
+    """Held-out accuracy averaged over the rollouts of the run (trapezoids), NaN without two evaluations.
+
+    The end of a run is one moment; this says how good the model was on the way.
+    """
+    rollouts, accuracy = run.held_out
+    known = np.isfinite(accuracy)
+    if known.sum() < 2:
+        return math.nan
+    x, y = rollouts[known], accuracy[known]
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
 def accuracy_curve(policy: Policy, smoothing: int = 1) -> Curve:
     """Held-out accuracy against rollouts generated, over the compared seeds of a policy.
 
@@ -121,10 +135,11 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
         accuracy, accuracy_interval, accuracy_by_seed: Held-out accuracy of the last evaluation.
         difference, difference_interval, difference_pairs: Final accuracy minus that of the baseline's run
             with the same seed, both finished, and the number of such pairs.
+        mean_accuracy, mean_accuracy_interval: Held-out accuracy averaged over the rollouts of the run.
+        mean_difference, mean_difference_interval: The same minus the baseline's, as for the difference.
         training_success: Mean success rate of the training prompts, each weighing the same, over the last 20 % of
             the steps.
-        effective_rollouts, effective_prompts: Share of rollouts and of groups with a gradient, over the last
-            20 % of the steps.
+        effective_rollouts, effective_prompts: Share of rollouts and of groups with a gradient, over all steps.
         unsolved_share: Prompts whose last visit had no success.
         largest_allocation: Most rollouts that a prompt got in one step, over all seeds.
         target_accuracy: The baseline's accuracy at its end.
@@ -147,7 +162,10 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for policy in groups:
         accuracy = policy.per_seed(final_accuracy)
-        pairs = [] if baseline is None or policy is baseline else _gaps(policy, baseline)
+        average = policy.per_seed(mean_accuracy)
+        compared = baseline is not None and policy is not baseline
+        pairs = _gaps(policy, baseline, final_accuracy) if compared and baseline else []
+        mean_pairs = _gaps(policy, baseline, mean_accuracy) if compared and baseline else []
         smooth = accuracy_curve(policy, SMOOTHING)
         reached = rollouts_to_reach(smooth.x, smooth.mean, target)
         members = list(policy.compared.values())
@@ -165,11 +183,15 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
                 "difference": _mean(pairs),
                 "difference_interval": t_interval(pairs),
                 "difference_pairs": len(pairs),
+                "mean_accuracy": _mean(average.values()),
+                "mean_accuracy_interval": t_interval(list(average.values())),
+                "mean_difference": _mean(mean_pairs),
+                "mean_difference_interval": t_interval(mean_pairs),
                 "training_success": _mean(policy.per_seed(lambda run: tail_mean(run.training_success)).values()),
                 "effective_rollouts": _mean(
-                    policy.per_seed(lambda run: tail_mean(run.effective_rollout_ratio)).values()
+                    policy.per_seed(lambda run: _all_mean(run.effective_rollout_ratio)).values()
                 ),
-                "effective_prompts": _mean(policy.per_seed(lambda run: tail_mean(run.effective_prompt_ratio)).values()),
+                "effective_prompts": _mean(policy.per_seed(lambda run: _all_mean(run.effective_prompt_ratio)).values()),
                 "unsolved_share": _mean(policy.per_seed(lambda run: run.unsolved_share).values()),
                 "largest_allocation": max((int(run.max_budget.max()) for run in started), default=None),
                 "target_accuracy": _known(target),
@@ -180,14 +202,18 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
     return rows
 
 
-def _gaps(policy: Policy, baseline: Policy) -> list[float]:
-    """Final accuracy minus the baseline's, for each seed that both have finished."""
-    mine, base = policy.per_seed(final_accuracy), baseline.per_seed(final_accuracy)
+def _gaps(policy: Policy, baseline: Policy, measure: Callable[[RunLog], float]) -> list[float]:
+    """A measure minus the baseline's, for each seed that both have finished."""
+    mine, base = policy.per_seed(measure), baseline.per_seed(measure)
     return [
         mine[seed] - base[seed]
         for seed in mine
         if seed in base and policy.runs[seed].finished and baseline.runs[seed].finished
     ]
+
+
+def _all_mean(values: NDArray[np.float64]) -> float:
+    return float(np.mean(values)) if values.size else math.nan
 
 
 def _mean(values: Any) -> float | None:

@@ -33,6 +33,8 @@ HEADER = (
     "rollouts generated",
     "held-out accuracy at the end",
     "difference to baseline, points",
+    "held-out accuracy, mean over the run",
+    "its difference, points",
     "success on training prompts",
     "rollouts with a gradient",
     "prompts with a gradient",
@@ -172,6 +174,10 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
         f"{row['rollouts']:,.0f}",
         None if row["accuracy"] is None else f"{_interval(row['accuracy'], row['accuracy_interval'])} %",
         difference,
+        None if row["mean_accuracy"] is None else f"{_interval(row['mean_accuracy'], row['mean_accuracy_interval'])} %",
+        "baseline"
+        if row["baseline"]
+        else _interval(row["mean_difference"], row["mean_difference_interval"], sign=True),
         _percent(row["training_success"]),
         _percent(row["effective_rollouts"]),
         _percent(row["effective_prompts"]),
@@ -187,7 +193,7 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
     caption = (
         "Means over seeds; ± is the half-width of a 95 % t-interval of the mean. Differences are taken between runs "
         "of the same seed. Success on training prompts (every prompt "
-        "weighs the same) and gradient shares are means over the last 20 % of the steps. Unsolved: no success at the "
+        "weighs the same) is the mean over the last 20 % of the steps, gradient shares are over all steps. Unsolved: no success at the "
         "last visit."
     )
     if target is not None:
