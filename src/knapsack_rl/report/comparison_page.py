@@ -192,9 +192,8 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
     target = rows[0]["target_accuracy"]
     caption = (
         "Means over seeds; ± is the half-width of a 95 % t-interval of the mean. Differences are taken between runs "
-        "of the same seed. Success on training prompts (every prompt "
-        "weighs the same) is the mean over the last 20 % of the steps, gradient shares are over all steps. Unsolved: no success at the "
-        "last visit."
+        "of the same seed. Success on training prompts (every prompt weighs the same) is the mean over the last 20 % "
+        "of the steps, gradient shares are over all steps. Unsolved: no success at the last visit."
     )
     if target is not None:
         caption += (
