@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from knapsack_rl.rows import GeometricRows
 from knapsack_rl.value import FloatArray, IntArray, check_whole
 
 Method = Literal["auto", "greedy", "dynamic-programming"]
@@ -65,45 +66,55 @@ def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) 
     Raises:
         ValueError: bounds are not whole, out of order, or the budget is outside [sum(lower), sum(upper)].
     """
+    from knapsack_rl import _kernels
+
     low = _bound("min_rollouts", lower, prompts)
     high = _bound("max_rollouts", upper, prompts)
-    if (low > high).any():
-        i = int(np.flatnonzero(low > high)[0])
-        raise ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
-    least = int(low.sum())
-    # A cap may be so huge that the sum would overflow.
-    most = int(high.sum()) if prompts == 0 or high.max() < 2**40 else sum(high.tolist())
-    if not least <= budget <= most:
-        raise ValueError(
-            f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
-            f"max_rollouts allows at most {most}; choose a budget in [{least}, {most}] or change the bounds"
-        )
-    return low, np.minimum(high, low + (budget - least))
+    fits, _, _ = _kernels.fit_bounds(low, high, budget)
+    if not fits:
+        raise _misfit(prompts, budget, lower, upper)
+    return low, high
 
 
 def _bound(name: str, bound: ArrayLike, prompts: int) -> IntArray:
     array = np.asarray(bound)
-    if array.dtype.kind not in "iu" or array.shape not in ((), (prompts,)) or (array.size and array.min() < 0):
+    if array.dtype.kind not in "iu" or array.shape not in ((), (prompts,)):
         raise ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {bound!r}")
     full = np.empty(prompts, np.int64)
     full[:] = array
     return full
 
 
-def total_value(marginals: FloatArray, counts: IntArray) -> float:
+def _misfit(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) -> ValueError:
+    """What is wrong with bounds that ``fit_bounds`` refused."""
+    low, high = np.broadcast_to(np.asarray(lower), prompts), np.broadcast_to(np.asarray(upper), prompts)
+    for name, bound, given in (("min_rollouts", low, lower), ("max_rollouts", high, upper)):
+        if prompts and bound.min() < 0:
+            return ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {given!r}")
+    if (low > high).any():
+        i = int(np.flatnonzero(low > high)[0])
+        return ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
+    least, most = sum(low.tolist()), sum(high.tolist())  # Python's whole numbers do not overflow
+    return ValueError(
+        f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
+        f"max_rollouts allows at most {most}; choose a budget in [{least}, {most}] or change the bounds"
+    )
+
+
+def total_value(marginals: FloatArray | GeometricRows, counts: IntArray) -> float:
     """Value of an allocation: the sum of the marginals it takes, because V[i, 0] = 0.
 
     Args:
-        marginals: (M, K) D[i, n].
+        marginals: (M, K) D[i, n], or geometric rows.
         counts: (M,) rollouts per prompt, at most K.
     """
     from knapsack_rl import _kernels
 
-    return float(_kernels.sum_taken(marginals, counts))
+    return float(_kernels.total_value(marginals, counts))
 
 
 def solve(
-    marginals: ArrayLike,
+    marginals: ArrayLike | GeometricRows,
     budget: int,
     lower: ArrayLike,
     upper: ArrayLike,
@@ -112,15 +123,16 @@ def solve(
     tier: ArrayLike | None = None,
     priority: ArrayLike | None = None,
 ) -> IntArray:
-    """Solve the knapsack exactly for a table of marginal values.
+    """Solve the knapsack exactly.
 
     Args:
-        marginals: (M, K) finite; D[i, n] is the gain of rollout n+1 of prompt i.
+        marginals: (M, K) finite; D[i, n] is the gain of rollout n+1 of prompt i. Or geometric rows, which need no
+            table as long as every lower bound is at least 1.
         budget: rollouts to hand out, within [sum(lower), sum(upper)].
         lower: fewest rollouts per prompt, a whole number or (M,).
         upper: most rollouts per prompt, a whole number or (M,), at most K.
-        method: ``"auto"`` tests concavity and chooses; ``"greedy"`` refuses a table that is not concave;
-            ``"dynamic-programming"`` works for every table.
+        method: ``"auto"`` tests concavity and chooses; ``"greedy"`` refuses rows that are not concave;
+            ``"dynamic-programming"`` works for all.
         tier: (M,) whole numbers, first tie-break (lower first); all equal by default.
         priority: (M,) numbers, third tie-break (lower first); all equal by default.
 
@@ -128,36 +140,76 @@ def solve(
         (M,) int64 counts that sum to the budget.
 
     Raises:
-        ValueError: the table is not finite or too narrow, the budget does not fit the bounds, the method is
-            unknown, or greedy is asked for a table that is not concave.
+        ValueError: the marginals are not finite or too few, the budget does not fit the bounds, the method is
+            unknown, or greedy is asked for rows that are not concave.
     """
-    from knapsack_rl import _kernels
-
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    table = np.ascontiguousarray(marginals, dtype=np.float64)
-    if table.ndim != 2:
-        raise ValueError(f"marginals must be a table (prompts, rollouts), got shape {table.shape}")
-    prompts = table.shape[0]
     budget = check_whole("budget", budget, minimum=0)
+    rows = marginals if isinstance(marginals, GeometricRows) else _check_table(marginals)
+    prompts = rows[0].size if isinstance(rows, GeometricRows) else rows.shape[0]
     low, high = check_bounds(prompts, budget, lower, upper)
-    if prompts and int(high.max()) > table.shape[1]:
-        raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {table.shape[1]}")
     tiers = _tie_break("tier", tier, prompts, np.int64)
     priorities = _tie_break("priority", priority, prompts, np.float64)
-    finite, concave = _kernels.examine(table, low, high, CONCAVITY_TOLERANCE)
-    if not finite:
-        raise ValueError("marginals must be finite; the table holds NaN or infinity within the bounds")
+    return solve_checked(rows, budget, low, high, tiers, priorities, method)
+
+
+def solve_checked(
+    rows: FloatArray | GeometricRows,
+    budget: int,
+    low: IntArray,
+    high: IntArray,
+    tier: IntArray,
+    priority: FloatArray,
+    method: Method = "auto",
+) -> IntArray:
+    """:func:`solve` for arguments that are checked already: contiguous float64 and int64 arrays that fit.
+
+    Raises:
+        ValueError: as :func:`solve` for the table and the method.
+    """
+    from knapsack_rl import _kernels, _selection
+
+    rows, concave = concave_rows(rows, low, high)
     if method == "greedy" and not concave:
         raise ValueError("greedy needs a concave table; use method='auto' or 'dynamic-programming'")
     if concave and method != "dynamic-programming":
-        return _kernels.take_best(table, low, high, budget, tiers, priorities)
-    order = np.lexsort((priorities, tiers))
+        return _selection.take_best(rows, low, high, budget, tier, priority)
+    table = rows.table(int(high.max(initial=1))) if isinstance(rows, GeometricRows) else rows
+    order = np.lexsort((priority, tier))
     reachable = np.where(np.arange(table.shape[1]) < high[:, None], table, 0.0)  # columns beyond may hold anything
-    values = np.concatenate([np.zeros((prompts, 1)), np.cumsum(reachable[order], axis=1)], axis=1)
-    counts = np.empty(prompts, dtype=np.int64)
+    values = np.concatenate([np.zeros((low.size, 1)), np.cumsum(reachable[order], axis=1)], axis=1)
+    counts = np.empty(low.size, dtype=np.int64)
     counts[order] = _kernels.best_of_table(values, low[order], high[order], budget)
     return counts
+
+
+def _check_table(marginals: ArrayLike) -> FloatArray:
+    table = np.ascontiguousarray(marginals, dtype=np.float64)
+    if table.ndim != 2:
+        raise ValueError(f"marginals must be a table (prompts, rollouts), got shape {table.shape}")
+    return table
+
+
+def concave_rows(
+    rows: FloatArray | GeometricRows, low: IntArray, high: IntArray
+) -> tuple[FloatArray | GeometricRows, bool]:
+    """The rows, rid of rises that are mere rounding, and whether they never rise within their bounds.
+
+    Raises:
+        ValueError: an entry within the bounds is not finite, or the rows are shorter than an upper bound.
+    """
+    from knapsack_rl import _kernels
+
+    if isinstance(rows, GeometricRows):
+        # Nothing is known of the first rollout but that it is worth nothing, and the second is worth something.
+        return rows, bool(low.size == 0 or low.min() >= 1)
+    if low.size and int(high.max()) > rows.shape[1]:
+        raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {rows.shape[1]}")
+    finite, concave, falling = _kernels.examine(rows, low, high, CONCAVITY_TOLERANCE)
+    if not finite:
+        raise ValueError("marginals must be finite; the table holds NaN or infinity within the bounds")
+    return (_kernels.smoothed(rows, low, high) if concave and not falling else rows), concave
 
 
 def _tie_break(name: str, given: ArrayLike | None, prompts: int, dtype: type) -> NDArray:
