@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from knapsack_rl._rows import total
-
 
 @njit(cache=True)
 def fill_marginals(weight, first, second, table):  # pragma: no cover - compiled
@@ -81,15 +79,6 @@ def fit_bounds(lower, upper, budget):  # pragma: no cover - compiled
         smallest = min(smallest, lower[i])
         largest = max(largest, upper[i])
     return reachable == room, smallest, largest
-
-
-@njit(cache=True)
-def total_value(rows, counts):  # pragma: no cover - compiled
-    """Sum of the first counts[i] marginals of every row: the value of the allocation."""
-    result = 0.0
-    for i in range(counts.size):
-        result += total(rows, i, counts[i])
-    return result
 
 
 @njit(cache=True)

@@ -1,15 +1,16 @@
-"""What the compiled solver asks of one row of marginal values, for both kinds of rows.
+"""Compiled: what the solver asks of one row of marginal values.
 
-``rows`` is a table (2-d array), or a :class:`knapsack_rl.rows.GeometricRows`. numba compiles the callers once per kind.
-A row must never rise between the bounds asked about; tables are checked (and smoothed) before, geometric rows are made
-so that rounding cannot let them rise: see ``_walk``.
+``rows`` is a :class:`knapsack_rl.rows.Rows` as a plain tuple: a type of this package in the signature would be
+pickled into numba's cache and break that cache when it is renamed. Between the bounds asked about no row may rise;
+tables are checked (and smoothed) before, and rounding cannot let a geometric row rise: see ``_walk``.
+
+The two functions inlined take arrays; passing those to a call per prompt would cost more than the call does.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
 BLOCK_BITS = 7
 BLOCK = 1 << BLOCK_BITS  # rollouts that are skipped at a time in a long geometric row
@@ -57,17 +58,26 @@ def _walk(weight, first, second, value, upper):  # pragma: no cover - compiled
 
 
 @njit(cache=True)
-def _search(row, value, lower, upper):  # pragma: no cover - compiled
-    """First n in [lower, upper] with row[n] <= value, by galloping: row[lower:upper] never rises."""
+def _walk_both(weight, first, second, value, lower, upper):  # pragma: no cover - compiled
+    above, following = _walk(weight, first, second, value, upper)
+    if following == value:
+        at_least = _walk(weight, first, second, np.nextafter(value, -np.inf), upper)[0]
+        return max(above, lower), max(at_least, lower)
+    return max(above, lower), max(above, lower)
+
+
+@njit(cache=True)
+def _search(table, row, value, lower, upper):  # pragma: no cover - compiled
+    """First n in [lower, upper] with table[row, n] <= value, by galloping."""
     stride = 1
     start = lower
-    while start + stride <= upper and row[start + stride - 1] > value:
+    while start + stride <= upper and table[row, start + stride - 1] > value:
         start += stride
         stride *= 2
     end = min(start + stride - 1, upper)
     while start < end:
         half = (start + end) // 2
-        if row[half] > value:
+        if table[row, half] > value:
             start = half + 1
         else:
             end = half
@@ -75,111 +85,80 @@ def _search(row, value, lower, upper):  # pragma: no cover - compiled
 
 
 @njit(cache=True)
-def _counts_in_row(row, value, lower, upper):  # pragma: no cover - compiled
-    above = _search(row, value, lower, upper)
-    at_least = above
-    if above < upper and row[above] == value:
-        at_least = _search(row, np.nextafter(value, -np.inf), above, upper)
-    return above, at_least
+def _search_both(table, row, value, lower, upper):  # pragma: no cover - compiled
+    above = _search(table, row, value, lower, upper)
+    if above < upper and table[row, above] == value:
+        return above, _search(table, row, np.nextafter(value, -np.inf), above, upper)
+    return above, above
 
 
-def counts_at(rows, i, value, lower, upper):
+@njit(inline="always")
+def counts_at(weight, first, second, table, i, value, lower, upper):  # pragma: no cover - compiled
     """Rollouts of row i, within its bounds, whose marginal is (above ``value``, at least ``value``)."""
-    raise NotImplementedError("compiled code only")
+    if weight.size and weight[i] >= 0.0:
+        return _walk_both(weight[i], first[i], second[i], value, lower, upper)
+    return _search_both(table, 0 if weight.size else i, value, lower, upper)
 
 
-def marginal(rows, i, n, upper):
+@njit(cache=True)
+def _geometric_marginal(weight, first, second, n, upper):  # pragma: no cover - compiled
+    x = y = weight
+    ahead = 0.0
+    if upper > BLOCK:
+        by_first, by_second = _block_ratio(first), _block_ratio(second)
+        for _ in range((n - 1) // BLOCK):
+            x *= by_first
+            y *= by_second
+        ahead = x * by_first + y * by_second
+    for _ in range((n - 1) % BLOCK):
+        x *= first
+        y *= second
+    return max(x + y, ahead)
+
+
+@njit(inline="always")
+def marginal(weight, first, second, table, i, n, upper):  # pragma: no cover - compiled
     """Marginal value of rollout n + 1 of row i, whose upper bound is ``upper`` > n."""
-    raise NotImplementedError("compiled code only")
+    if weight.size and weight[i] >= 0.0:
+        return _geometric_marginal(weight[i], first[i], second[i], n, upper)
+    return table[0 if weight.size else i, n]
 
 
-def total(rows, i, n):
-    """Value of the first n rollouts of row i."""
-    raise NotImplementedError("compiled code only")
+@njit(cache=True)
+def _geometric_total(weight, first, second, n):  # pragma: no cover - compiled
+    """Sum of the first n marginals of a geometric row."""
+    result = 0.0
+    x = y = weight
+    left = n - 1  # the first rollout is worth nothing
+    if left >= BLOCK:
+        by_first, by_second = first, second
+        sum_first = sum_second = 1.0  # 1 + r + ... + r^(BLOCK-1) = (1 + r) (1 + r^2) (1 + r^4) ...
+        for _ in range(BLOCK_BITS):
+            sum_first *= 1.0 + by_first
+            sum_second *= 1.0 + by_second
+            by_first *= by_first
+            by_second *= by_second
+        while left >= BLOCK:
+            result += x * sum_first + y * sum_second
+            x *= by_first
+            y *= by_second
+            left -= BLOCK
+    for _ in range(left):
+        result += x + y
+        x *= first
+        y *= second
+    return result
 
 
-@overload(counts_at)
-def _counts_at(rows, i, value, lower, upper):  # pragma: no cover - compiled
-    if isinstance(rows, types.Array):
-        return lambda rows, i, value, lower, upper: _counts_in_row(rows[i], value, lower, upper)
-
-    def geometric(rows, i, value, lower, upper):
-        weight = rows.weight[i]
-        if weight < 0.0:
-            return _counts_in_row(rows.common, value, lower, upper)
-        first, second = rows.first[i], rows.second[i]
-        above, following = _walk(weight, first, second, value, upper)
-        at_least = above
-        if following == value:
-            at_least, _ = _walk(weight, first, second, np.nextafter(value, -np.inf), upper)
-        return max(above, lower), max(at_least, lower)
-
-    return geometric
-
-
-@overload(marginal)
-def _marginal(rows, i, n, upper):  # pragma: no cover - compiled
-    if isinstance(rows, types.Array):
-        return lambda rows, i, n, upper: rows[i, n]
-
-    def geometric(rows, i, n, upper):
-        if rows.weight[i] < 0.0:
-            return rows.common[n]
-        first, second = rows.first[i], rows.second[i]
-        x = y = rows.weight[i]
-        ahead = 0.0
-        if upper > BLOCK:
-            by_first, by_second = _block_ratio(first), _block_ratio(second)
-            for _ in range((n - 1) // BLOCK):
-                x *= by_first
-                y *= by_second
-            ahead = x * by_first + y * by_second
-        for _ in range((n - 1) % BLOCK):
-            x *= first
-            y *= second
-        return max(x + y, ahead)
-
-    return geometric
-
-
-@overload(total)
-def _total(rows, i, n):  # pragma: no cover - compiled
-    if isinstance(rows, types.Array):
-
-        def of_table(rows, i, n):
-            result = 0.0
-            for k in range(n):
-                result += rows[i, k]
-            return result
-
-        return of_table
-
-    def geometric(rows, i, n):
-        result = 0.0
-        if rows.weight[i] < 0.0:
-            for k in range(n):
-                result += rows.common[k]
-            return result
-        first, second = rows.first[i], rows.second[i]
-        x = y = rows.weight[i]
-        left = n - 1
-        if left >= BLOCK:
-            by_first, by_second = first, second
-            sum_first = sum_second = 1.0  # 1 + r + ... + r^(BLOCK-1) = (1 + r) (1 + r^2) (1 + r^4) ...
-            for _ in range(BLOCK_BITS):
-                sum_first *= 1.0 + by_first
-                sum_second *= 1.0 + by_second
-                by_first *= by_first
-                by_second *= by_second
-            while left >= BLOCK:
-                result += x * sum_first + y * sum_second
-                x *= by_first
-                y *= by_second
-                left -= BLOCK
-        for _ in range(left):
-            result += x + y
-            x *= first
-            y *= second
-        return result
-
-    return geometric
+@njit(cache=True)
+def total_value(rows, counts):  # pragma: no cover - compiled
+    """Sum of the first counts[i] marginals of every row: the value of the allocation."""
+    weight, first, second, table = rows
+    result = 0.0
+    for i in range(counts.size):
+        if weight.size and weight[i] >= 0.0:
+            result += _geometric_total(weight[i], first[i], second[i], counts[i])
+        else:
+            for n in range(counts[i]):
+                result += table[0 if weight.size else i, n]
+    return result

@@ -37,9 +37,10 @@ def _value(key):  # pragma: no cover - compiled
 @njit(cache=True)
 def count_rollouts(rows, cost, lower, upper, step, value):  # pragma: no cover - compiled
     """Of every ``step``-th prompt: (cost above, cost at least, rollouts above, rollouts at least) the value."""
+    weight, first, second, table = rows
     cost_above = cost_at_least = above = at_least = 0.0
     for i in range(0, lower.size, step):
-        n_above, n_at_least = counts_at(rows, i, value, lower[i], upper[i])
+        n_above, n_at_least = counts_at(weight, first, second, table, i, value, lower[i], upper[i])
         above += n_above
         at_least += n_at_least
         if cost.size:
@@ -53,14 +54,15 @@ def count_rollouts(rows, cost, lower, upper, step, value):  # pragma: no cover -
 @njit(cache=True)
 def _gather(rows, cost, lower, upper, step, low, high, capacity):  # pragma: no cover - compiled
     """Marginals strictly between low and high, and their costs (empty for unit costs)."""
+    weight, first, second, table = rows
     values = np.empty(capacity)
     weights = np.empty(capacity if cost.size else 0)
     size = 0
     for i in range(0, lower.size, step):
-        _, start = counts_at(rows, i, high, lower[i], upper[i])
-        end, _ = counts_at(rows, i, low, lower[i], upper[i])
+        start = counts_at(weight, first, second, table, i, high, lower[i], upper[i])[1]
+        end = counts_at(weight, first, second, table, i, low, lower[i], upper[i])[0]
         for n in range(start, end):
-            values[size] = marginal(rows, i, n, upper[i])
+            values[size] = marginal(weight, first, second, table, i, n, upper[i])
             if cost.size:
                 weights[size] = cost[i]
             size += 1
@@ -132,9 +134,9 @@ def _search(rows, cost, lower, upper, step, budget, guess, width):  # pragma: no
             high, fits, few = trial, at_least, n_at_least
         if below == np.inf or fits < 0.0:  # one end is open: look further and further away
             if below == np.inf:
-                trial = high - width if high - least > width else least
+                trial = high - width if high > least + width else least
             else:
-                trial = low + width if greatest - low > width else greatest
+                trial = low + width if low < greatest - width else greatest
             width = width * 4 if width < (1 << 60) else width
             continue
         if many - few <= limit:
@@ -158,7 +160,7 @@ def critical_value(rows, cost, lower, upper, budget):  # pragma: no cover - comp
     """The marginal value at which the budget ends; -inf if every rollout fits.
 
     Args:
-        rows: a table or geometric rows; no row rises within its bounds.
+        rows: :class:`knapsack_rl.rows.Rows` as a plain tuple; no row rises within its bounds.
         cost: (M,) of a rollout, or empty for costs of one.
         lower: (M,) int64, >= 1 for geometric rows.
         upper: (M,) int64.
@@ -175,10 +177,11 @@ def critical_value(rows, cost, lower, upper, budget):  # pragma: no cover - comp
     step = 1
     while prompts // step >= 8 * STRIDE:
         step *= STRIDE
+    weight, first, second, table = rows
     guess = 0.0
     for i in range(0, prompts, step):
         if lower[i] < upper[i]:
-            guess = max(guess, marginal(rows, i, lower[i], upper[i]))
+            guess = max(guess, marginal(weight, first, second, table, i, lower[i], upper[i]))
     guess *= 1.0 / 16.0
     width = 4 * OCTAVE
     while step > 1:
@@ -200,9 +203,10 @@ def critical_value(rows, cost, lower, upper, budget):  # pragma: no cover - comp
 @njit(cache=True)
 def counts_around(rows, lower, upper, value):  # pragma: no cover - compiled
     """Counts of every prompt above the value, and at least it."""
+    weight, first, second, table = rows
     above, at_least = np.empty_like(lower), np.empty_like(lower)
     for i in range(lower.size):
-        above[i], at_least[i] = counts_at(rows, i, value, lower[i], upper[i])
+        above[i], at_least[i] = counts_at(weight, first, second, table, i, value, lower[i], upper[i])
     return above, at_least
 
 

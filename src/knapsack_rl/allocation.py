@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl import solver
 from knapsack_rl.fallback import UNSEEN, by_class, paper_rule, spread
-from knapsack_rl.rows import GeometricRows
+from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray, check_success_rates, check_whole
 from knapsack_rl.value_functions import KNAPSACK, MixedOutcomes, ValueLike, differences, make_value_function
 
@@ -98,7 +98,6 @@ def allocate(
     priority = np.where(kind == UNSEEN, 2.0, rates) if unseen else rates
     rows = _rows(value, rates, kind, unseen, int(upper.max(initial=1)))
     if fallback:
-        assert isinstance(rows, GeometricRows)
         counts, reason = paper_rule(rates, kind, rows, budget, lower, upper, priority, method)
     else:
         counts, reason = _optimum(kind, rows, budget, lower, upper, priority, method)
@@ -129,25 +128,25 @@ def _classified(success_rates: ArrayLike) -> tuple[FloatArray, IntArray, int]:
 
 def _rows(
     value: ValueLike | ArrayLike, rates: FloatArray, kind: IntArray, unseen: int, width: int
-) -> FloatArray | GeometricRows:
+) -> Rows:
     """Marginal values of every prompt; an unseen one is worth the mean of the others, or of p = 0 if there is none."""
     from knapsack_rl import _kernels
 
     if isinstance(value, (np.ndarray, list, tuple)):
-        return _given_table(value, rates.size)
+        return Rows(table=_given_table(value, rates.size))
     function = make_value_function(value)  # type: ignore[arg-type]
     if isinstance(function, MixedOutcomes):
         rows = function.rows(rates)
         if unseen:
             rows.weight[kind == UNSEEN] = -1.0
-            common = np.empty(max(width, 2))
-            _kernels.mean_row(rows.weight, rows.first, rows.second, common)
-            rows = rows._replace(common=common)
+            mean = np.empty((1, max(width, 2)))
+            _kernels.mean_row(rows.weight, rows.first, rows.second, mean[0])
+            rows = rows._replace(table=mean)
         return rows
     table = function.marginals(np.where(kind == UNSEEN, 0.0, rates) if unseen else rates, width)
     if 0 < unseen < rates.size:
         table[kind == UNSEEN] = table[kind != UNSEEN].mean(axis=0)
-    return table
+    return Rows(table=table)
 
 
 def _given_table(value: ArrayLike, prompts: int) -> FloatArray:
@@ -162,7 +161,7 @@ def _given_table(value: ArrayLike, prompts: int) -> FloatArray:
 
 def _optimum(
     kind: IntArray,
-    rows: FloatArray | GeometricRows,
+    rows: Rows,
     budget: int,
     lower: IntArray,
     upper: IntArray,
@@ -183,9 +182,8 @@ def _optimum(
     spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
     counts = lower.copy()
     if valued.any():
-        some = rows.take(valued) if isinstance(rows, GeometricRows) else rows[valued]
         counts[valued] = solver.solve_checked(
-            some, spend, lower[valued], upper[valued], kind[valued], priority[valued], method
+            rows.take(valued), spend, lower[valued], upper[valued], kind[valued], priority[valued], method
         )
     filled = spread(budget, counts, upper, kind, priority)
     extra = filled - counts
@@ -194,12 +192,11 @@ def _optimum(
     return filled, "; ".join(filter(None, (note, gift)))
 
 
-def _valued(rows: FloatArray | GeometricRows) -> np.ndarray:
+def _valued(rows: Rows) -> NDArray[np.bool_]:
     """(M,) whether any rollout of the prompt is worth anything, for better or worse."""
-    if isinstance(rows, GeometricRows):
-        valued = rows.weight > 0.0
-        return valued | (rows.weight < 0.0) if rows.common.size > 1 and rows.common[1] > 0.0 else valued
-    return (rows != 0.0).any(axis=1)
+    if not rows.closed_form:
+        return (rows.table != 0.0).any(axis=1)
+    return rows.weight != 0.0 if rows.table.size and rows.table[0, 1] > 0.0 else rows.weight > 0.0
 
 
 def allocate_expected(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from knapsack_rl import solver
-from knapsack_rl.rows import GeometricRows
+from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray, rollouts_for_probability
 
 FALLBACK_PROBABILITY = 0.9
@@ -20,7 +20,7 @@ UNSOLVED, UNSEEN, SOLVED, EFFECTIVE = range(4)
 def paper_rule(
     rates: FloatArray,
     kind: IntArray,
-    rows: GeometricRows,
+    rows: Rows,
     budget: int,
     lower: IntArray,
     upper: IntArray,

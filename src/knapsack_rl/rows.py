@@ -1,7 +1,8 @@
-"""Marginal values without a table: rows that are a sum of two geometric sequences.
+"""Rows of marginal values: a table, or two geometric sequences per row.
 
-The paper's marginal value g (p^n (1-p) + (1-p)^n p) is one: at a million prompts a table of it would take a gigabyte,
-and its three numbers per prompt take 24 megabytes. The solver reads ratios and weights here, never a success rate.
+The paper's marginal value g (p^n (1-p) + (1-p)^n p) is a sum of two geometric sequences: at a million prompts a table
+of it would take a gigabyte, its three numbers per prompt take 24 megabytes. The solver reads weights and ratios here,
+never a success rate.
 """
 
 from __future__ import annotations
@@ -13,37 +14,53 @@ import numpy as np
 from knapsack_rl.value import FloatArray, IntArray
 
 EMPTY: FloatArray = np.empty(0)
+NO_TABLE: FloatArray = np.empty((0, 0))
 
 
-class GeometricRows(NamedTuple):
-    """Marginal values D[i, 0] = 0, D[i, n] = weight_i (first_i^(n-1) + second_i^(n-1)) for n >= 1.
+class Rows(NamedTuple):
+    """Marginal values D[i, n] of rollout n+1 of M prompts, in one of two forms.
 
-    With weights >= 0 and ratios in [0, 1] no row ever rises from n = 1 on: the value is concave there.
+    Without weights, D is ``table``. With weights, D[i, 0] = 0 and D[i, n] = weight_i (first_i^(n-1) + second_i^(n-1))
+    for n >= 1, which never rises from n = 1 on as long as weights are >= 0 and ratios in [0, 1]; a negative weight
+    marks a row that is ``table[0]`` instead.
 
     Attributes:
-        weight: (M,) float64, >= 0; a negative one marks a row that is ``common`` instead.
+        weight: (M,) float64, or empty.
         first: (M,) ratio of the first sequence, in [0, 1]; not read where the weight is negative.
         second: (M,) ratio of the second, likewise.
-        common: (K,) one row of marginals, falling from its second entry on, that several rows may share; else empty.
-            K must reach every upper bound of a row that uses it.
+        table: (M, K) float64, C-contiguous; or one row that rows of negative weight share; else empty.
     """
 
-    weight: FloatArray
-    first: FloatArray
-    second: FloatArray
-    common: FloatArray = EMPTY
+    weight: FloatArray = EMPTY
+    first: FloatArray = EMPTY
+    second: FloatArray = EMPTY
+    table: FloatArray = NO_TABLE
 
-    def take(self, chosen: IntArray) -> GeometricRows:
-        """The chosen rows: a mask or positions."""
-        return GeometricRows(self.weight[chosen], self.first[chosen], self.second[chosen], self.common)
+    @property
+    def closed_form(self) -> bool:
+        """Whether the rows are geometric."""
+        return self.weight.size > 0
 
-    def table(self, width: int) -> FloatArray:
-        """(M, width) the same marginals written out."""
+    @property
+    def prompts(self) -> int:
+        """Number of rows."""
+        return self.weight.size or self.table.shape[0]
+
+    def take(self, chosen: IntArray | slice) -> Rows:
+        """The chosen rows, by mask, positions or slice; at least one."""
+        if not self.closed_form:
+            return Rows(table=np.ascontiguousarray(self.table[chosen]))
+        return Rows(self.weight[chosen], self.first[chosen], self.second[chosen], self.table)
+
+    def as_table(self, width: int) -> FloatArray:
+        """(M, width) the marginals written out."""
         from knapsack_rl import _kernels
 
+        if not self.closed_form:
+            return self.table[:, :width]
         table = np.empty((self.weight.size, width))
         _kernels.fill_marginals(self.weight, self.first, self.second, table)
         shared = self.weight < 0.0
         if shared.any():
-            table[shared] = self.common[:width]
+            table[shared] = self.table[0, :width]
         return table

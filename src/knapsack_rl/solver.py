@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from knapsack_rl.rows import GeometricRows
+from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray, check_whole
 
 Method = Literal["auto", "greedy", "dynamic-programming"]
@@ -101,20 +101,21 @@ def _misfit(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) -> Va
     )
 
 
-def total_value(marginals: FloatArray | GeometricRows, counts: IntArray) -> float:
+def total_value(marginals: FloatArray | Rows, counts: IntArray) -> float:
     """Value of an allocation: the sum of the marginals it takes, because V[i, 0] = 0.
 
     Args:
         marginals: (M, K) D[i, n], or geometric rows.
         counts: (M,) rollouts per prompt, at most K.
     """
-    from knapsack_rl import _kernels
+    from knapsack_rl import _rows
 
-    return float(_kernels.total_value(marginals, counts))
+    rows = marginals if isinstance(marginals, Rows) else _check_table(marginals)
+    return float(_rows.total_value(tuple(rows), counts))
 
 
 def solve(
-    marginals: ArrayLike | GeometricRows,
+    marginals: ArrayLike | Rows,
     budget: int,
     lower: ArrayLike,
     upper: ArrayLike,
@@ -146,8 +147,8 @@ def solve(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     budget = check_whole("budget", budget, minimum=0)
-    rows = marginals if isinstance(marginals, GeometricRows) else _check_table(marginals)
-    prompts = rows[0].size if isinstance(rows, GeometricRows) else rows.shape[0]
+    rows = marginals if isinstance(marginals, Rows) else _check_table(marginals)
+    prompts = rows.prompts
     low, high = check_bounds(prompts, budget, lower, upper)
     tiers = _tie_break("tier", tier, prompts, np.int64)
     priorities = _tie_break("priority", priority, prompts, np.float64)
@@ -155,7 +156,7 @@ def solve(
 
 
 def solve_checked(
-    rows: FloatArray | GeometricRows,
+    rows: Rows,
     budget: int,
     low: IntArray,
     high: IntArray,
@@ -174,8 +175,8 @@ def solve_checked(
     if method == "greedy" and not concave:
         raise ValueError("greedy needs a concave table; use method='auto' or 'dynamic-programming'")
     if concave and method != "dynamic-programming":
-        return _selection.take_best(rows, low, high, budget, tier, priority)
-    table = rows.table(int(high.max(initial=1))) if isinstance(rows, GeometricRows) else rows
+        return _selection.take_best(tuple(rows), low, high, budget, tier, priority)
+    table = rows.as_table(int(high.max(initial=1)))
     order = np.lexsort((priority, tier))
     reachable = np.where(np.arange(table.shape[1]) < high[:, None], table, 0.0)  # columns beyond may hold anything
     values = np.concatenate([np.zeros((low.size, 1)), np.cumsum(reachable[order], axis=1)], axis=1)
@@ -184,16 +185,14 @@ def solve_checked(
     return counts
 
 
-def _check_table(marginals: ArrayLike) -> FloatArray:
+def _check_table(marginals: ArrayLike) -> Rows:
     table = np.ascontiguousarray(marginals, dtype=np.float64)
     if table.ndim != 2:
         raise ValueError(f"marginals must be a table (prompts, rollouts), got shape {table.shape}")
-    return table
+    return Rows(table=table)
 
 
-def concave_rows(
-    rows: FloatArray | GeometricRows, low: IntArray, high: IntArray
-) -> tuple[FloatArray | GeometricRows, bool]:
+def concave_rows(rows: Rows, low: IntArray, high: IntArray) -> tuple[Rows, bool]:
     """The rows, rid of rises that are mere rounding, and whether they never rise within their bounds.
 
     Raises:
@@ -201,15 +200,16 @@ def concave_rows(
     """
     from knapsack_rl import _kernels
 
-    if isinstance(rows, GeometricRows):
-        # Nothing is known of the first rollout but that it is worth nothing, and the second is worth something.
+    if rows.closed_form:
+        # The first rollout is worth nothing and the second something, so a row that starts at 0 rises.
         return rows, bool(low.size == 0 or low.min() >= 1)
-    if low.size and int(high.max()) > rows.shape[1]:
-        raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {rows.shape[1]}")
-    finite, concave, falling = _kernels.examine(rows, low, high, CONCAVITY_TOLERANCE)
+    table = rows.table
+    if low.size and int(high.max()) > table.shape[1]:
+        raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {table.shape[1]}")
+    finite, concave, falling = _kernels.examine(table, low, high, CONCAVITY_TOLERANCE)
     if not finite:
         raise ValueError("marginals must be finite; the table holds NaN or infinity within the bounds")
-    return (_kernels.smoothed(rows, low, high) if concave and not falling else rows), concave
+    return (Rows(table=_kernels.smoothed(table, low, high)) if concave and not falling else rows), concave
 
 
 def _tie_break(name: str, given: ArrayLike | None, prompts: int, dtype: type) -> NDArray:

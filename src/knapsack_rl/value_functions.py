@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from knapsack_rl.rows import GeometricRows
+from knapsack_rl.rows import Rows
 from knapsack_rl.value import (
     FloatArray,
     check_counts,
@@ -55,14 +55,14 @@ class MixedOutcomes:
         """V(N, p), broadcasting."""
         return nonzero_gradient_probability(counts, success_rates) * self.gain(check_success_rates(success_rates))
 
-    def rows(self, success_rates: FloatArray) -> GeometricRows:
+    def rows(self, success_rates: FloatArray) -> Rows:
         """The marginal values in closed form; NaN rates give rows that must be replaced."""
         failure = 1.0 - success_rates
-        return GeometricRows(self.gain(success_rates) * success_rates * failure, success_rates, failure)
+        return Rows(self.gain(success_rates) * success_rates * failure, success_rates, failure)
 
     def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
         """(M, max_rollouts) table; two multiplications per entry."""
-        return self.rows(check_success_rates(success_rates).ravel()).table(max_rollouts)
+        return self.rows(check_success_rates(success_rates).ravel()).as_table(max_rollouts)
 
 
 class RewardVariance:
