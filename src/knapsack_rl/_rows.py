@@ -97,7 +97,7 @@ def counts_at(weight, first, second, table, i, value, lower, upper):  # pragma: 
     """Rollouts of row i, within its bounds, whose marginal is (above ``value``, at least ``value``)."""
     if weight.size and weight[i] >= 0.0:
         return _walk_both(weight[i], first[i], second[i], value, lower, upper)
-    return _search_both(table, 0 if weight.size else i, value, lower, upper)
+    return _search_both(table, int(-weight[i]) - 1 if weight.size else i, value, lower, upper)
 
 
 @njit(cache=True)
@@ -121,7 +121,7 @@ def marginal(weight, first, second, table, i, n, upper):  # pragma: no cover - c
     """Marginal value of rollout n + 1 of row i, whose upper bound is ``upper`` > n."""
     if weight.size and weight[i] >= 0.0:
         return _geometric_marginal(weight[i], first[i], second[i], n, upper)
-    return table[0 if weight.size else i, n]
+    return table[int(-weight[i]) - 1 if weight.size else i, n]
 
 
 @njit(cache=True)
@@ -159,6 +159,7 @@ def total_value(rows, counts):  # pragma: no cover - compiled
         if weight.size and weight[i] >= 0.0:
             result += _geometric_total(weight[i], first[i], second[i], counts[i])
         else:
+            row = int(-weight[i]) - 1 if weight.size else i
             for n in range(counts[i]):
-                result += table[0 if weight.size else i, n]
+                result += table[row, n]
     return result

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl import solver
+from knapsack_rl.costs import Certificate, check_affordable, check_costs, solve_with_costs
 from knapsack_rl.fallback import UNSEEN, by_class, paper_rule, spread
 from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray, check_success_rates, check_whole
@@ -31,6 +32,8 @@ class Allocation:
         success_rates: (M,) rates it was made from; for the stateful allocator the estimates, NaN for unseen prompts.
         nonzero_gradient: (M,) predicted probability of a non-zero gradient at these counts; the stateful allocator
             sets it, and NaN in it stands for an unseen prompt.
+        certificate: the value and what no counts within budget and bounds can exceed; None where the counts are not
+            meant to be an optimum (the paper's fallback rule, counts given from outside).
     """
 
     counts: IntArray
@@ -39,6 +42,7 @@ class Allocation:
     degraded: bool = False
     success_rates: FloatArray | None = None
     nonzero_gradient: FloatArray | None = None
+    certificate: Certificate | None = None
 
     def expand(self) -> IntArray:
         """(budget,) int64 prompt index of each rollout; the rollouts of a prompt stand together."""
@@ -47,10 +51,11 @@ class Allocation:
 
 def allocate(
     success_rates: ArrayLike,
-    budget: int,
+    budget: float,
     min_rollouts: ArrayLike = 2,
     max_rollouts: ArrayLike = 128,
     *,
+    costs: ArrayLike | None = None,
     value: ValueLike | ArrayLike = "knapsack",
     fallback: bool = False,
     method: solver.Method = "auto",
@@ -69,6 +74,9 @@ def allocate(
         min_rollouts: N_low, a whole number or (M,). 0 allows skipping and makes the problem non-concave, so it is
             solved by dynamic programming, O(M budget max_rollouts).
         max_rollouts: N_up, a whole number or (M,).
+        costs: (M,) > 0, what a rollout of each prompt costs: expected tokens, seconds, environment steps. ``budget`` is
+            then a number in the same unit, which the costs of all rollouts must not exceed; what would buy nothing of
+            value stays unspent. ``Allocation.certificate`` says how far the counts can be from the optimum.
         value: what N rollouts are worth: a name of :data:`knapsack_rl.value_functions.VALUES`, a function
             ``f(counts, success_rates)`` that broadcasts like numpy and is 0 for no rollouts, an object with the methods
             of :class:`knapsack_rl.value_functions.ValueFunction`, or an (M, K+1) table V[i, n] with V[i, 0] = 0.
@@ -88,20 +96,30 @@ def allocate(
     [7, 21, 2, 2]
     """
     rates, kind, unseen = _classified(success_rates)
-    budget = check_whole("budget", budget, minimum=0)
-    lower, upper = solver.check_bounds(rates.size, budget, min_rollouts, max_rollouts)
+    if costs is None:
+        budget = check_whole("budget", budget, minimum=0)
+        lower, upper = solver.check_bounds(rates.size, budget, min_rollouts, max_rollouts)
+    else:
+        if fallback or method != "auto":
+            raise ValueError(f"with costs, fallback must be False and method 'auto', got {fallback!r} and {method!r}")
+        price = check_costs(costs, rates.size)
+        lower, upper = check_affordable(price, budget, min_rollouts, max_rollouts)
     if method not in solver.METHODS:
         raise ValueError(f"method must be one of {', '.join(solver.METHODS)}, got {method!r}")
     if fallback and value != "knapsack":
         raise ValueError(f"fallback=True is the paper's rule for value='knapsack', got value={value!r}; choose one")
     # An unseen prompt comes after all others that it ties with.
     priority = np.where(kind == UNSEEN, 2.0, rates) if unseen else rates
-    rows = _rows(value, rates, kind, unseen, int(upper.max(initial=1)))
+    rows = _rows(value, rates, kind, unseen, upper)
+    if costs is not None:
+        return _priced(rows, price, budget, lower, upper, kind, priority, rates)
     if fallback:
         counts, reason = paper_rule(rates, kind, rows, budget, lower, upper, priority, method)
     else:
         counts, reason = _optimum(kind, rows, budget, lower, upper, priority, method)
-    return Allocation(counts, solver.total_value(rows, counts), reason, success_rates=rates)
+    total = solver.total_value(rows, counts)
+    certificate = None if fallback else Certificate(total, total)
+    return Allocation(counts, total, reason, success_rates=rates, certificate=certificate)
 
 
 def _classified(success_rates: ArrayLike) -> tuple[FloatArray, IntArray, int]:
@@ -127,7 +145,7 @@ def _classified(success_rates: ArrayLike) -> tuple[FloatArray, IntArray, int]:
 
 
 def _rows(
-    value: ValueLike | ArrayLike, rates: FloatArray, kind: IntArray, unseen: int, width: int
+    value: ValueLike | ArrayLike, rates: FloatArray, kind: IntArray, unseen: int, upper: IntArray
 ) -> Rows:
     """Marginal values of every prompt; an unseen one is worth the mean of the others, or of p = 0 if there is none."""
     from knapsack_rl import _kernels
@@ -139,10 +157,11 @@ def _rows(
         rows = function.rows(rates)
         if unseen:
             rows.weight[kind == UNSEEN] = -1.0
-            mean = np.empty((1, max(width, 2)))
+            mean = np.empty((1, max(int(upper.max()), 2)))
             _kernels.mean_row(rows.weight, rows.first, rows.second, mean[0])
             rows = rows._replace(table=mean)
         return rows
+    width = max(int(upper.max()), 1)
     table = function.marginals(np.where(kind == UNSEEN, 0.0, rates) if unseen else rates, width)
     if 0 < unseen < rates.size:
         table[kind == UNSEEN] = table[kind != UNSEEN].mean(axis=0)
@@ -174,6 +193,8 @@ def _optimum(
     if concave and method != "dynamic-programming":
         # The greedy's tie rule hands out what no prompt values, evenly and class by class.
         counts = solver.solve_checked(rows, budget, lower, upper, kind, priority, method)
+        if valued.all():
+            return counts, ""
         extra = counts - lower
         extra[valued] = 0
         left = int(extra.sum())
@@ -190,6 +211,23 @@ def _optimum(
     left = int(extra.sum())
     gift = f"{left} rollouts that no prompt values went to {by_class(extra, kind)}" if left else ""
     return filled, "; ".join(filter(None, (note, gift)))
+
+
+def _priced(
+    rows: Rows,
+    price: FloatArray,
+    budget: float,
+    lower: IntArray,
+    upper: IntArray,
+    kind: IntArray,
+    priority: FloatArray,
+    rates: FloatArray,
+) -> Allocation:
+    """The knapsack with costs; says what stays unspent if nothing of value was left to buy."""
+    counts, certificate, sated = solve_with_costs(rows, price, budget, lower, upper, kind, priority)
+    unspent = budget - float(price @ counts)
+    reason = f"{unspent:g} of the budget stay unspent: no further rollout has a value" if sated and unspent > 0 else ""
+    return Allocation(counts, certificate.value, reason, success_rates=rates, certificate=certificate)
 
 
 def _valued(rows: Rows) -> NDArray[np.bool_]:
@@ -227,7 +265,8 @@ def allocate_expected(
     if width > marginals.shape[1]:
         marginals = np.pad(marginals, ((0, 0), (0, width - marginals.shape[1])))
     counts = solver.solve(marginals, budget, lower, upper, priority=priority)
-    return Allocation(counts, solver.total_value(marginals, counts), degradation, degraded=bool(degradation))
+    total = solver.total_value(marginals, counts)
+    return Allocation(counts, total, degradation, degraded=bool(degradation), certificate=Certificate(total, total))
 
 
 def feasible_bounds(

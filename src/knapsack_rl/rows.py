@@ -21,14 +21,14 @@ class Rows(NamedTuple):
     """Marginal values D[i, n] of rollout n+1 of M prompts, in one of two forms.
 
     Without weights, D is ``table``. With weights, D[i, 0] = 0 and D[i, n] = weight_i (first_i^(n-1) + second_i^(n-1))
-    for n >= 1, which never rises from n = 1 on as long as weights are >= 0 and ratios in [0, 1]; a negative weight
-    marks a row that is ``table[0]`` instead.
+    for n >= 1, which never rises from n = 1 on as long as weights are >= 0 and ratios in [0, 1]; a weight of -1,
+    -2, ... marks a row that is ``table[0]``, ``table[1]``, ... instead.
 
     Attributes:
         weight: (M,) float64, or empty.
         first: (M,) ratio of the first sequence, in [0, 1]; not read where the weight is negative.
         second: (M,) ratio of the second, likewise.
-        table: (M, K) float64, C-contiguous; or one row that rows of negative weight share; else empty.
+        table: (M, K) float64, C-contiguous; or the rows that negative weights name; else empty.
     """
 
     weight: FloatArray = EMPTY
@@ -60,7 +60,17 @@ class Rows(NamedTuple):
             return self.table[:, :width]
         table = np.empty((self.weight.size, width))
         _kernels.fill_marginals(self.weight, self.first, self.second, table)
-        shared = self.weight < 0.0
-        if shared.any():
-            table[shared] = self.table[0, :width]
+        other = self.weight < 0.0
+        if other.any():
+            table[other] = self.table[(-self.weight[other]).astype(np.int64) - 1, :width]
         return table
+
+    def per_cost(self, costs: FloatArray) -> Rows:
+        """Marginal value per unit of cost: every row divided by its own cost."""
+        if not self.closed_form:
+            return Rows(table=self.table / costs[:, None])
+        other = np.flatnonzero(self.weight < 0.0)
+        weight = self.weight / costs
+        weight[other] = -1.0 - np.arange(other.size)
+        table = self.table[(-self.weight[other]).astype(np.int64) - 1] / costs[other, None] if other.size else NO_TABLE
+        return Rows(weight, self.first, self.second, np.ascontiguousarray(table))

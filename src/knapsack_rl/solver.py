@@ -72,7 +72,12 @@ def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) 
     high = _bound("max_rollouts", upper, prompts)
     fits, _, _ = _kernels.fit_bounds(low, high, budget)
     if not fits:
-        raise _misfit(prompts, budget, lower, upper)
+        low, high = check_order(prompts, lower, upper)
+        least, most = sum(low.tolist()), sum(high.tolist())  # Python's whole numbers do not overflow
+        raise ValueError(
+            f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
+            f"max_rollouts allows at most {most}; choose a budget in [{least}, {most}] or change the bounds"
+        )
     return low, high
 
 
@@ -85,20 +90,20 @@ def _bound(name: str, bound: ArrayLike, prompts: int) -> IntArray:
     return full
 
 
-def _misfit(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) -> ValueError:
-    """What is wrong with bounds that ``fit_bounds`` refused."""
-    low, high = np.broadcast_to(np.asarray(lower), prompts), np.broadcast_to(np.asarray(upper), prompts)
+def check_order(prompts: int, lower: ArrayLike, upper: ArrayLike) -> tuple[IntArray, IntArray]:
+    """Broadcast bounds to (M,) int64.
+
+    Raises:
+        ValueError: bounds are not whole numbers >= 0, or out of order.
+    """
+    low, high = _bound("min_rollouts", lower, prompts), _bound("max_rollouts", upper, prompts)
     for name, bound, given in (("min_rollouts", low, lower), ("max_rollouts", high, upper)):
         if prompts and bound.min() < 0:
-            return ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {given!r}")
+            raise ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {given!r}")
     if (low > high).any():
         i = int(np.flatnonzero(low > high)[0])
-        return ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
-    least, most = sum(low.tolist()), sum(high.tolist())  # Python's whole numbers do not overflow
-    return ValueError(
-        f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
-        f"max_rollouts allows at most {most}; choose a budget in [{least}, {most}] or change the bounds"
-    )
+        raise ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
+    return low, high
 
 
 def total_value(marginals: FloatArray | Rows, counts: IntArray) -> float:
@@ -116,10 +121,11 @@ def total_value(marginals: FloatArray | Rows, counts: IntArray) -> float:
 
 def solve(
     marginals: ArrayLike | Rows,
-    budget: int,
+    budget: float,
     lower: ArrayLike,
     upper: ArrayLike,
     *,
+    costs: ArrayLike | None = None,
     method: Method = "auto",
     tier: ArrayLike | None = None,
     priority: ArrayLike | None = None,
@@ -132,13 +138,15 @@ def solve(
         budget: rollouts to hand out, within [sum(lower), sum(upper)].
         lower: fewest rollouts per prompt, a whole number or (M,).
         upper: most rollouts per prompt, a whole number or (M,), at most K.
+        costs: (M,) > 0, cost of a rollout; the budget is then a number in the same unit that must not be exceeded, and
+            the counts are the best found: :func:`knapsack_rl.costs.solve_with_costs` certifies them.
         method: ``"auto"`` tests concavity and chooses; ``"greedy"`` refuses rows that are not concave;
             ``"dynamic-programming"`` works for all.
         tier: (M,) whole numbers, first tie-break (lower first); all equal by default.
         priority: (M,) numbers, third tie-break (lower first); all equal by default.
 
     Returns:
-        (M,) int64 counts that sum to the budget.
+        (M,) int64 counts; without costs they sum to the budget.
 
     Raises:
         ValueError: the marginals are not finite or too few, the budget does not fit the bounds, the method is
@@ -146,13 +154,21 @@ def solve(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    budget = check_whole("budget", budget, minimum=0)
     rows = marginals if isinstance(marginals, Rows) else _check_table(marginals)
     prompts = rows.prompts
-    low, high = check_bounds(prompts, budget, lower, upper)
     tiers = _tie_break("tier", tier, prompts, np.int64)
     priorities = _tie_break("priority", priority, prompts, np.float64)
-    return solve_checked(rows, budget, low, high, tiers, priorities, method)
+    if costs is None:
+        budget = check_whole("budget", budget, minimum=0)
+        low, high = check_bounds(prompts, budget, lower, upper)
+        return solve_checked(rows, budget, low, high, tiers, priorities, method)
+    if method != "auto":
+        raise ValueError(f"with costs there is one method, 'auto'; got {method!r}")
+    from knapsack_rl import costs as priced  # which builds on this module
+
+    price = priced.check_costs(costs, prompts)
+    low, high = priced.check_affordable(price, budget, lower, upper)
+    return priced.solve_with_costs(rows, price, budget, low, high, tiers, priorities)[0]
 
 
 def solve_checked(
