@@ -8,6 +8,8 @@ from importlib.metadata import version as _version
 from knapsack_rl.allocation import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import Partition, RolloutQueue, partition
+from knapsack_rl.costs import Certificate
+from knapsack_rl.graded import allocate_graded
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
 from knapsack_rl.value import information_gain, nonzero_gradient_probability, value
 
@@ -20,8 +22,10 @@ __all__ = [
     "value",
     # allocation
     "Allocation",
+    "Certificate",
     "KnapsackAllocator",
     "allocate",
+    "allocate_graded",
     # ragged groups
     "GroupStatistics",
     "group_advantages",

@@ -142,7 +142,7 @@ def solve_with_costs(
         better = solver.total_value(rows, improved)
         if better > value:
             counts, value = improved, better
-        bound = value if exhaustive else max(bound, value)
+        bound = value if exhaustive else max(float(bound), value)
     else:
         bound = value
     return counts, Certificate(value, bound), False
