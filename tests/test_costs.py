@@ -143,3 +143,154 @@ def test_medium_instances_match_integer_programming(case: int) -> None:
     values = values_of(table)
     check(table, costs, budget, lower, upper, integer_programme(values, costs, budget, lower, upper), rel=1e-7)
     assert solved(table, costs, budget, lower, upper)[1].optimal
+
+
+@no_deadline
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6))
+def test_the_certificate_is_no_weaker_than_the_continuous_relaxation(seed: int, prompts: int, width: int) -> None:
+    table, costs, budget, lower, upper = random_case(np.random.default_rng(seed), prompts, width)
+    _, certificate, _ = solved(table, costs, budget, lower, upper)
+    bound = lagrangian_bound(values_of(table), costs, budget, lower, upper)
+    assert certificate.upper_bound <= bound + 1e-9 * (1 + abs(bound))
+
+
+def test_a_search_given_up_leaves_a_valid_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hardly any states allowed greedy's counts stand, and the Lagrangian bound is what is certified."""
+    import knapsack_rl.costs as module
+
+    rng = np.random.default_rng(SEED)
+    open_gaps = 0
+    for _ in range(60):
+        table, costs, budget, lower, upper = random_case(rng, 4, 5)
+        optimum = enumerated(values_of(table), costs, budget, lower, upper)
+        monkeypatch.setattr(module, "STATES", 2)
+        check(table, costs, budget, lower, upper, optimum)
+        open_gaps += not solved(table, costs, budget, lower, upper)[1].optimal
+        monkeypatch.setattr(module, "STATES", 400_000)
+        monkeypatch.setattr(module, "CORE_PROMPTS", 1)
+        check(table, costs, budget, lower, upper, optimum)
+        monkeypatch.setattr(module, "CORE_PROMPTS", 512)
+    assert open_gaps > 5
+
+
+# --- through kr.allocate ---
+
+
+@st.composite
+def priced_batches(draw: st.DrawFn, costs: st.SearchStrategy[float]):
+    rates = draw(st.lists(success_rates(allow_nan=True), min_size=1, max_size=7))
+    price = np.array(draw(st.lists(costs, min_size=len(rates), max_size=len(rates))))
+    low = draw(st.integers(0, 3))
+    budget = float(price.sum() * low + draw(st.floats(0.0, 12.0)) * price.sum())
+    return np.array(rates), budget, low, draw(st.integers(max(low, 1), 14)), price
+
+
+@no_deadline
+@given(priced_batches(st.floats(0.1, 100.0)))
+def test_bounds_and_budget_hold(drawn) -> None:
+    rates, budget, low, high, price = drawn
+    found = kr.allocate(rates, budget, low, high, costs=price)
+    assert found.counts.min() >= low
+    assert found.counts.max() <= high
+    assert price @ found.counts <= budget * (1 + 2 * ROUNDING)
+    assert found.certificate is not None
+    assert found.certificate.gap >= 0.0
+    assert found.certificate.value == found.expected_value
+
+
+@no_deadline
+@given(priced_batches(st.integers(1, 9).map(float)), st.randoms(use_true_random=False))
+def test_the_order_of_the_prompts_does_not_matter(drawn, random) -> None:
+    rates, budget, low, high, price = drawn
+    order = np.array(random.sample(range(rates.size), rates.size))
+    found = kr.allocate(rates, budget, low, high, costs=price).certificate
+    moved = kr.allocate(rates[order], budget, low, high, costs=price[order]).certificate
+    assert moved.value == pytest.approx(found.value, rel=1e-12, abs=1e-300)
+
+
+@no_deadline
+@given(st.lists(success_rates(), min_size=1, max_size=9), st.integers(0, 60), st.sampled_from([1.0, 0.1, 3.5]))
+def test_equal_costs_change_nothing(rates: list[float], extra: int, cost: float) -> None:
+    budget = min(2 * len(rates) + extra, 20 * len(rates))
+    plain = kr.allocate(rates, budget, 2, 20)
+    priced = kr.allocate(rates, budget * cost, 2, 20, costs=np.full(len(rates), cost))
+    assert priced.certificate is not None
+    assert priced.certificate.gap == 0.0
+    assert priced.expected_value == pytest.approx(plain.expected_value, rel=1e-12, abs=1e-300)
+    if "no prompt values" not in plain.reason and plain.counts.sum() == priced.counts.sum():
+        assert priced.counts.tolist() == plain.counts.tolist()
+
+
+def test_scaling_costs_and_budget_changes_nothing() -> None:
+    rng = np.random.default_rng(SEED)
+    rates, costs = rng.beta(0.5, 0.5, 40), rng.integers(1, 9, 40).astype(float)
+    found = kr.allocate(rates, 700.0, costs=costs)
+    for scale in (2.0**-40, 2.0**30):
+        assert kr.allocate(rates, 700.0 * scale, costs=costs * scale).counts.tolist() == found.counts.tolist()
+
+
+def test_more_budget_is_never_worth_less() -> None:
+    rng = np.random.default_rng(SEED)
+    rates, costs = rng.beta(0.5, 0.5, 20), rng.uniform(0.5, 8.0, 20)
+    values = [kr.allocate(rates, b, costs=costs).expected_value for b in np.linspace(2 * costs.sum(), 900, 60)]
+    assert (np.diff(values) >= -1e-12).all()
+
+
+def test_a_cheap_prompt_gets_more_than_a_dear_one() -> None:
+    found = kr.allocate([0.4, 0.4], 60.0, costs=[1.0, 4.0])
+    assert found.counts[0] > found.counts[1]
+
+
+def test_a_budget_that_nobody_values_stays_unspent() -> None:
+    found = kr.allocate([0.5, 0.0, 1.0], 500.0, 2, 16, costs=[2.0, 3.0, 1.0])
+    assert found.counts.tolist() == [16, 2, 2]
+    assert found.reason == "460 of the budget stay unspent: no further rollout has a value"
+    assert found.certificate is not None
+    assert found.certificate.optimal
+    nothing = kr.allocate([0.0, 1.0], 50.0, costs=[1.0, 1.0])
+    assert nothing.counts.tolist() == [2, 2]
+    assert nothing.expected_value == 0.0
+
+
+def test_thousands_of_prompts_have_a_tiny_gap() -> None:
+    rng = np.random.default_rng(SEED)
+    rates, costs = rng.beta(0.3, 0.3, 5000), rng.lognormal(5, 1, 5000)
+    found = kr.allocate(rates, 8 * costs.sum(), costs=costs)
+    assert found.certificate is not None
+    assert found.certificate.gap <= 1e-8 * found.certificate.value
+    assert costs @ found.counts <= 8 * costs.sum() * (1 + ROUNDING)
+
+
+def test_tables_with_costs_through_the_solver() -> None:
+    table = np.array([[5.0, 4.0, 1.0], [6.0, 0.5, 0.1]])
+    # 5 + 4 for two units each, or 6 for three: 7 units buy 5 + 6 with two left over, or 5 + 4 + 1 with one.
+    assert solver.solve(table, 7, 0, 3, costs=[2, 3]).tolist() == [2, 1]
+    assert solver.solve(table, 6, 0, 3, costs=[2, 3]).tolist() == [1, 1]
+    assert solver.solve(np.array([[0.0, 9.0], [1.0, 1.0]]), 2, 0, 2, costs=[1, 1]).tolist() == [2, 0]  # not concave
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([0.5, 0.5], 8.0), {"costs": [1.0]}, r"one number > 0 per prompt \(2\)"),
+        (([0.5, 0.5], 8.0), {"costs": [1.0, 0.0]}, r"costs\[1\] is .*0\.0.*finite numbers > 0"),
+        (([0.5, 0.5], 8.0), {"costs": [1.0, np.nan]}, r"costs\[1\] is .*nan"),
+        (([0.5, 0.5], 8.0), {"costs": [1.0, np.inf]}, r"costs\[1\] is .*inf"),
+        (([0.5, 0.5], 8.0), {"costs": "ab"}, "costs must hold one number"),
+        (([0.5, 0.5], 5.0), {"costs": [1.0, 2.0]}, r"budget of 5\.0 .*costs at least 6\.0.*at least that"),
+        (([0.5, 0.5], np.nan), {"costs": [1.0, 2.0]}, "budget of nan"),
+        (([0.5, 0.5], np.inf), {"costs": [1.0, 2.0]}, "finite budget"),
+        (([0.5, 0.5], "9"), {"costs": [1.0, 2.0]}, "budget must be a number in the unit of the costs"),
+        (([0.5, 0.5], 9.0, 3, 2), {"costs": [1.0, 1.0]}, "min_rollouts 3 is above max_rollouts 2"),
+        (([0.5, 0.5], 9.0), {"costs": [1.0, 1.0], "fallback": True}, "fallback must be False"),
+        (([0.5, 0.5], 9.0), {"costs": [1.0, 1.0], "method": "greedy"}, "method 'auto'"),
+    ],
+)
+def test_errors_say_what_is_allowed(arguments, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kr.allocate(*arguments, **options)
+
+
+def test_the_solver_has_one_method_for_costs() -> None:
+    with pytest.raises(ValueError, match="one method, 'auto'"):
+        solver.solve(np.ones((2, 3)), 4, 0, 3, costs=[1, 1], method="dynamic-programming")

@@ -154,7 +154,7 @@ def solve(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    rows = marginals if isinstance(marginals, Rows) else _check_table(marginals)
+    rows = _check_rows(marginals) if isinstance(marginals, Rows) else _check_table(marginals)
     prompts = rows.prompts
     tiers = _tie_break("tier", tier, prompts, np.int64)
     priorities = _tie_break("priority", priority, prompts, np.float64)
@@ -206,6 +206,19 @@ def _check_table(marginals: ArrayLike) -> Rows:
     if table.ndim != 2:
         raise ValueError(f"marginals must be a table (prompts, rollouts), got shape {table.shape}")
     return Rows(table=table)
+
+
+def _check_rows(rows: Rows) -> Rows:
+    if not rows.closed_form:
+        return _check_table(rows.table)
+    other = rows.weight < 0.0
+    named = -rows.weight[other] - 1.0
+    sound = np.isin(named, np.arange(rows.table.shape[0])).all() and not np.isnan(rows.weight).any()
+    for ratio in (rows.first[~other], rows.second[~other]):
+        sound = sound and bool(((ratio >= 0.0) & (ratio <= 1.0)).all())
+    if not sound:
+        raise ValueError("geometric rows need weights >= 0 and ratios in [0, 1]; -1, -2, ... name rows of their table")
+    return rows
 
 
 def concave_rows(rows: Rows, low: IntArray, high: IntArray) -> tuple[Rows, bool]:
