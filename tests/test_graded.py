@@ -101,7 +101,7 @@ def test_dirichlet_expectation_by_exact_moments() -> None:
 
     unit = [tuple(int(i == k) for i in range(3)) for k in range(3)]
     one = {(0, 0, 0): Fraction(1)}
-    mean = {u: level for u, level in zip(unit, levels, strict=True)}
+    mean = dict(zip(unit, levels, strict=True))
     square = {u: level**2 for u, level in zip(unit, levels, strict=True)}
     gain = times(plus(square, times(mean, mean), -1), plus(one, mean, -1))
 

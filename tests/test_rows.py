@@ -198,7 +198,9 @@ def test_ten_thousand_instances_match_the_dynamic_program() -> None:
         found = solver.solve(table, budget, lower, upper)
         scale = np.abs(table).sum()
         best = sum(float(table[i, :n].sum()) for i, n in enumerate(exact))
-        assert sum(float(table[i, :n].sum()) for i, n in enumerate(found)) == pytest.approx(best, rel=1e-12, abs=1e-15 * scale)
+        assert sum(float(table[i, :n].sum()) for i, n in enumerate(found)) == pytest.approx(
+            best, rel=1e-12, abs=1e-15 * scale
+        )
         if lower.min() >= 1:
             closed = kr.allocate(rates, budget, lower, upper)
             best = kr.allocate(rates, budget, lower, upper, method="dynamic-programming").expected_value

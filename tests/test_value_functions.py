@@ -28,7 +28,9 @@ def groups(n: int, p: Fraction):
 def by_definition(name: str, n: int, p: Fraction) -> Fraction:
     gain = p * (1 - p) ** 2
     if name == "variance":
-        return sum((w * Fraction(k, n) * (1 - Fraction(k, n)) for w, k in groups(n, p)), Fraction(0)) if n else Fraction(0)
+        return (
+            sum((w * Fraction(k, n) * (1 - Fraction(k, n)) for w, k in groups(n, p)), Fraction(0)) if n else Fraction(0)
+        )
     if name == "signal-to-noise":
         x = max(n - 1, 0) * p * (1 - p)
         return gain * x / (1 + x)
@@ -157,5 +159,7 @@ def test_values_that_cannot_be_used_are_explained(value, message: str) -> None:
 
 
 def test_the_papers_rule_keeps_the_papers_value() -> None:
-    with pytest.raises(ValueError, match="fallback=True is the paper's rule for value='knapsack', got value='variance'"):
+    with pytest.raises(
+        ValueError, match="fallback=True is the paper's rule for value='knapsack', got value='variance'"
+    ):
         kr.allocate([0.5, 0.25], 16, value="variance", fallback=True)

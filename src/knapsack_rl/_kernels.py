@@ -39,11 +39,11 @@ def mean_row(weight, first, second, row):  # pragma: no cover - compiled
 
 @njit(cache=True)
 def classify(success_rates, kind):  # pragma: no cover - compiled
-    """kind[i] = 0 (p = 0), 1 (NaN), 2 (p = 1) or 3; return (first entry that is no probability or -1, number of NaN)."""
+    """Fill in the classes of ``knapsack_rl.fallback``; return (first that is no probability or -1, number of NaN)."""
     unseen = 0
     for i in range(success_rates.size):
         p = success_rates[i]
-        if p != p:
+        if np.isnan(p):
             kind[i] = 1
             unseen += 1
         elif p > 0.0 and p < 1.0:

@@ -5,7 +5,7 @@ least v do not. Given v, every prompt's count is known but for rollouts worth ex
 
 The search for v counts rollouts at trial values and keeps an open interval (low, high) that holds v. It starts from
 the critical value of every 16th prompt (found in the same way), narrows by interpolation, and ends by selecting among
-the marginals inside as soon as those are fewer than the prompts. So a batch of any size needs a few passes.
+the marginals inside as soon as those are fewer than half the prompts. So a batch of any size needs a few passes.
 
 Doubles are compared as whole numbers in the same order (``key``), which makes halving and interpolation logarithmic
 in the value, whatever its scale and sign, and lets halving end after at most 64 steps.
@@ -19,6 +19,7 @@ from numba import njit
 from knapsack_rl._rows import counts_at, marginal
 
 STRIDE = 16  # of a sample of the prompts
+FIRST_LOOK = 16  # prompts that give the first guess
 OCTAVE = 1 << 52  # a factor of two between doubles, in keys
 SIGN = np.int64(2**63 - 1)
 
@@ -108,49 +109,55 @@ def _select(values, weights, room):  # pragma: no cover - compiled
 
 
 @njit(cache=True)
-def _search(rows, cost, lower, upper, step, budget, guess, width):  # pragma: no cover - compiled
-    """Critical value of every ``step``-th prompt; -inf if all their rollouts fit the budget.
+def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no cover - compiled
+    """Critical value of every ``step``-th prompt (-inf: all rollouts fit), and how fast cost falls with the key there.
 
-    Args:
-        guess: a value near it, if possible.
-        width: how far from it to look at first, in keys.
+    ``guess`` is a value near it, if possible; ``slope`` the cost per key near it, 0 if unknown.
     """
     least, greatest = _key(-np.inf), _key(np.inf)
     low, high = least, greatest
     below, fits = np.inf, -1.0  # cost at ``low`` (too much) and at ``high``, once tried; then the numbers of rollouts
     many, few = np.inf, 0.0
-    limit = max(64.0, lower.size / step)
+    limit = max(32.0, 0.5 * lower.size / step)
     trial = _key(guess)
-    turn = 0
+    width = OCTAVE
+    slow = 0
     while True:
+        before = many - few
         above, at_least, n_above, n_at_least = count_rollouts(rows, cost, lower, upper, step, _value(trial))
         if above > budget:
             low, below, many = trial, above, n_above
         elif at_least > budget:
-            return _value(trial)
+            return _value(trial), slope
         elif trial == least:
-            return -np.inf
+            return -np.inf, slope
         else:
             high, fits, few = trial, at_least, n_at_least
-        if below == np.inf or fits < 0.0:  # one end is open: look further and further away
+        if below == np.inf or fits < 0.0:  # one end is open: look beyond the budget, then further and further away
+            if slope > 0.0:
+                average = (budget / above if above > 0.0 else 1.0) if cost.size else 1.0
+                wanted = (1.25 * abs(above - budget) + 0.25 * limit * average) / slope
+                width = np.int64(min(max(wanted, float(1 << 32)), float(1 << 58)))
+                slope = 0.0
             if below == np.inf:
                 trial = high - width if high > least + width else least
             else:
                 trial = low + width if low < greatest - width else greatest
-            width = width * 4 if width < (1 << 60) else width
+            width = width * 2 if width < (1 << 60) else width
             continue
+        span = float(high) - float(low)
+        slope = (below - fits) / span
         if many - few <= limit:
             values, weights = _gather(rows, cost, lower, upper, step, _value(low), _value(high), int(many - few))
-            return _select(values, weights, budget - fits)
-        # Aim a little beyond the budget, on the side of the end that is farther away.
-        turn += 1
+            return _select(values, weights, budget - fits), slope
+        # Aim a little beyond the budget, on the side of the end that is farther away; halve where that is slow.
         margin = 0.4 * limit * (below - fits) / (many - few)
-        aim = budget + min(margin, (below - budget) / 2) if below - budget > budget - fits else budget - min(
-            margin, (budget - fits) / 2
-        )
-        share = (below - aim) / (below - fits)
-        share = 0.5 if turn % 3 == 0 else min(max(share, 0.02), 0.98)
-        span = float(high) - float(low)
+        if below - budget > budget - fits:
+            aim = budget + min(margin, (below - budget) / 2)
+        else:
+            aim = budget - min(margin, (budget - fits) / 2)
+        slow = slow + 1 if many - few > 0.5 * before else 0
+        share = 0.5 if slow >= 2 else min(max((below - aim) / (below - fits), 0.02), 0.98)
         trial = low + np.int64(share * span) if share <= 0.5 else high - np.int64((1.0 - share) * span)
         trial = min(max(trial, low + 1), high - 1)
 
@@ -167,37 +174,36 @@ def critical_value(rows, cost, lower, upper, budget):  # pragma: no cover - comp
         budget: float, at least the cost of all lower bounds.
     """
     prompts = lower.size
-    total_least = total_most = 0.0
+    least = most = 0.0
     for i in range(prompts):
         price = cost[i] if cost.size else 1.0
-        total_least += price * lower[i]
-        total_most += price * upper[i]
-    if total_most <= budget:
+        least += price * lower[i]
+        most += price * upper[i]
+    if most <= budget:
         return -np.inf
+    # Where a budget spread evenly would end: the mean marginal of a few prompts there.
+    weight, first, second, table = rows
+    share = (budget - least) / (most - least)
+    guess = slope = 0.0
+    for k in range(FIRST_LOOK):
+        i = k * prompts // FIRST_LOOK
+        n = lower[i] + np.int64(share * (upper[i] - lower[i]))
+        if n < upper[i]:
+            guess += marginal(weight, first, second, table, i, n, upper[i]) / FIRST_LOOK
     step = 1
     while prompts // step >= 8 * STRIDE:
         step *= STRIDE
-    weight, first, second, table = rows
-    guess = 0.0
-    for i in range(0, prompts, step):
-        if lower[i] < upper[i]:
-            guess = max(guess, marginal(weight, first, second, table, i, lower[i], upper[i]))
-    guess *= 1.0 / 16.0
-    width = 4 * OCTAVE
     while step > 1:
         least = most = 0.0
         for i in range(0, prompts, step):
             price = cost[i] if cost.size else 1.0
             least += price * lower[i]
             most += price * upper[i]
-        # The sample's share of the room that the budget leaves above the lower bounds.
-        share = (budget - total_least) * (lower.size + step - 1) // step / lower.size
-        found = _search(rows, cost, lower, upper, step, least + min(share, most - least), guess, width)
-        if found > -np.inf:
-            guess = found
-        width = np.int64(4 * OCTAVE / np.sqrt(prompts / step))
+        found, slope = _search(rows, cost, lower, upper, step, least + share * (most - least), guess, slope)
+        guess = found if found > -np.inf else guess
+        slope *= STRIDE
         step //= STRIDE
-    return _search(rows, cost, lower, upper, 1, budget, guess, width)
+    return _search(rows, cost, lower, upper, 1, budget, guess, slope)[0]
 
 
 @njit(cache=True)

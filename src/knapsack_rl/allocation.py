@@ -17,7 +17,7 @@ from knapsack_rl.costs import Certificate, check_affordable, check_costs, solve_
 from knapsack_rl.fallback import UNSEEN, by_class, paper_rule, spread
 from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray, check_success_rates, check_whole
-from knapsack_rl.value_functions import KNAPSACK, MixedOutcomes, ValueLike, differences, make_value_function
+from knapsack_rl.value_functions import MixedOutcomes, ValueLike, differences, make_value_function
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def _classified(success_rates: ArrayLike) -> tuple[FloatArray, IntArray, int]:
     Raises:
         ValueError: the rates are no one-dimensional array, or one is outside [0, 1].
     """
-    from knapsack_rl import _kernels
+    from knapsack_rl._kernels import classify
 
     try:
         rates = np.asarray(success_rates, dtype=np.float64)
@@ -138,17 +138,15 @@ def _classified(success_rates: ArrayLike) -> tuple[FloatArray, IntArray, int]:
         raise ValueError(f"success_rates must be a non-empty one-dimensional array, got shape {rates.shape}")
     rates = np.ascontiguousarray(rates)
     kind = np.empty(rates.size, np.int64)
-    wrong, unseen = _kernels.classify(rates, kind)
+    wrong, unseen = classify(rates, kind)
     if wrong >= 0:
         check_success_rates(rates, allow_nan=True)
     return rates, kind, unseen
 
 
-def _rows(
-    value: ValueLike | ArrayLike, rates: FloatArray, kind: IntArray, unseen: int, upper: IntArray
-) -> Rows:
+def _rows(value: ValueLike | ArrayLike, rates: FloatArray, kind: IntArray, unseen: int, upper: IntArray) -> Rows:
     """Marginal values of every prompt; an unseen one is worth the mean of the others, or of p = 0 if there is none."""
-    from knapsack_rl import _kernels
+    from knapsack_rl._kernels import mean_row
 
     if isinstance(value, (np.ndarray, list, tuple)):
         return Rows(table=_given_table(value, rates.size))
@@ -158,7 +156,7 @@ def _rows(
         if unseen:
             rows.weight[kind == UNSEEN] = -1.0
             mean = np.empty((1, max(int(upper.max()), 2)))
-            _kernels.mean_row(rows.weight, rows.first, rows.second, mean[0])
+            mean_row(rows.weight, rows.first, rows.second, mean[0])
             rows = rows._replace(table=mean)
         return rows
     width = max(int(upper.max()), 1)

@@ -4,8 +4,8 @@
     subject to  sum_i c_i n_i <= budget,   lower_i <= n_i <= upper_i,   n_i whole
 
 By value per cost ("density") greedy is exact for the continuous relaxation: take all rollouts above the critical
-density v, and a fraction of one at v. Without the fraction the counts are feasible, and v times the remainder is at most
-what they lack (the Lagrangian bound at v). The remainder is then filled with what fits, and a search over the prompts
+density v, and a fraction of one at v. Without the fraction the counts are feasible, and they lack at most v times the
+remainder (the Lagrangian bound at v). The remainder is then filled with what fits, and a search over the prompts
 that can still matter closes the gap, usually to nothing. What is proven comes with the counts: :class:`Certificate`.
 
 Rows that are not concave are bounded by their concave hulls; the search looks at their true values.
@@ -89,8 +89,8 @@ def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: 
     least = float(costs @ low)
     if not least <= budget * (1.0 + ROUNDING) or budget == np.inf:
         raise ValueError(
-            f"a budget of {budget!r} does not fit {costs.size} prompts: min_rollouts costs at least {least!r}; choose a "
-            f"finite budget of at least that, or lower min_rollouts"
+            f"a budget of {budget!r} does not fit {costs.size} prompts: min_rollouts costs at least {least!r}; choose "
+            f"a finite budget of at least that, or lower min_rollouts"
         )
     # One more than fits: rounding is settled later, against the exact sum.
     reachable = np.minimum(np.maximum(budget - least, 0.0) / costs + 1.0, 2.0**53).astype(np.int64)
@@ -116,20 +116,21 @@ def solve_with_costs(
     Returns:
         (M,) counts; the certificate; whether every rollout of positive value was affordable.
     """
-    from knapsack_rl import _core, _selection
+    from knapsack_rl._core import concave_hull
+    from knapsack_rl._selection import counts_around, critical_value
 
     allowed = budget + ROUNDING * abs(budget)
     rows, concave = solver.concave_rows(rows, low, high)
     if rows.closed_form and not concave:
         rows = Rows(table=rows.as_table(max(int(high.max()), 1)))
-    bounding = rows if concave else Rows(table=_core.concave_hull(rows.table, low, high))
+    bounding = rows if concave else Rows(table=concave_hull(rows.table, low, high))
     by_density = bounding.per_cost(costs)
-    density = float(_selection.critical_value(tuple(by_density), costs, low, high, allowed))
+    density = float(critical_value(tuple(by_density), costs, low, high, allowed))
     if density <= 0.0:
-        counts, _ = _selection.counts_around(tuple(by_density), low, high, 0.0)
+        counts, _ = counts_around(tuple(by_density), low, high, 0.0)
         value = solver.total_value(rows, counts)
         return counts, Certificate(value, value), True
-    base, at_least = _selection.counts_around(tuple(by_density), low, high, density)
+    base, at_least = counts_around(tuple(by_density), low, high, density)
     base_value, room = solver.total_value(rows, base), max(allowed - float(costs @ base), 0.0)
     bound = base_value + density * room
     counts = base.copy()
@@ -160,22 +161,23 @@ def _fill(
     priority: FloatArray,
 ) -> None:
     """Raise ``counts`` by what still fits: first the rollouts at the critical density, then the best of the rest."""
-    from knapsack_rl import _core, _selection
+    from knapsack_rl._core import fill, next_values
+    from knapsack_rl._selection import share_out
 
     tied = np.flatnonzero(counts < at_least)
     if tied.size and costs[tied].min() == costs[tied].max():
         price = costs[tied[0]]
         affordable = min(int(room / price), int((at_least - counts)[tied].sum()))
-        _selection.share_out(counts, at_least, affordable, tier, priority)
+        share_out(counts, at_least, affordable, tier, priority)
         room -= affordable * price
     else:
-        room = _core.fill(tuple(by_density), costs, counts, at_least, room, tied, tier, priority)
+        room = fill(tuple(by_density), costs, counts, at_least, room, tied, tier, priority)
     open_ = np.flatnonzero((counts < high) & (costs <= room))
     if open_.size > FILL_CANDIDATES:
-        following = _core.next_values(tuple(by_density), counts, high, open_)
+        following = next_values(tuple(by_density), counts, high, open_)
         open_ = np.sort(open_[np.argsort(-following, kind="stable")[:FILL_CANDIDATES]])
     if open_.size:
-        _core.fill(tuple(by_density), costs, counts, high, room, open_, tier, priority)
+        fill(tuple(by_density), costs, counts, high, room, open_, tier, priority)
 
 
 def _improve(
@@ -191,18 +193,18 @@ def _improve(
     concave: bool,
 ) -> tuple[IntArray, bool]:
     """Search the prompts whose counts may still differ from the base; whether that proves the optimum."""
-    from knapsack_rl import _core
+    from knapsack_rl._core import losses, margins, search
 
     reach = REACH if concave else int((high - low).max())
-    margin = _core.margins(tuple(rows), costs, base, low, high, density, 1 if concave else reach)  # one step loses least
+    margin = margins(tuple(rows), costs, base, low, high, density, 1 if concave else reach)  # one step loses least
     chosen = np.flatnonzero(margin < gap)
     every = chosen.size <= CORE_PROMPTS
     order = np.argsort(margin[chosen], kind="stable")[:CORE_PROMPTS]
     chosen = chosen[order]
-    loss = _core.losses(tuple(rows), costs, base, low, high, chosen, density, reach)
+    loss = losses(tuple(rows), costs, base, low, high, chosen, density, reach)
     # Beyond the reach a concave row loses even more than at its end; at a bound there is nothing beyond.
     inside = (np.maximum(base - low, high - base)[chosen] <= reach) | (np.minimum(loss[:, 0], loss[:, -1]) >= gap)
-    deviation, _, exhaustive = _core.search(loss, costs[chosen], room, density, gap, STATES)
+    deviation, _, exhaustive = search(loss, costs[chosen], room, density, gap, STATES)
     counts = base.copy()
     counts[chosen] += deviation
     return counts, bool(every and exhaustive and inside.all())

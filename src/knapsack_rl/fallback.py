@@ -57,10 +57,10 @@ def paper_rule(
 
 def spread(budget: int, counts: IntArray, upper: IntArray, tier: IntArray, priority: FloatArray) -> IntArray:
     """Raise counts evenly to the budget, tier by tier, within the caps: the solver's tie rule."""
-    from knapsack_rl import _selection
+    from knapsack_rl._selection import share_out
 
     raised = counts.copy()
-    _selection.share_out(raised, upper, budget - int(counts.sum()), tier, priority)
+    share_out(raised, upper, budget - int(counts.sum()), tier, priority)
     return raised
 
 

@@ -97,7 +97,7 @@ def value(counts: ArrayLike, probabilities: ArrayLike, levels: ArrayLike) -> Flo
 
 
 def marginal_values(probabilities: ArrayLike, levels: ArrayLike, max_rollouts: int) -> FloatArray:
-    """(M, max_rollouts) table D[i, n] = gain_i sum_k pi_ik^n (1 - pi_ik) for n >= 1; the first rollout is worth nothing.
+    """(M, max_rollouts) table D[i, n] = gain_i sum_k pi_ik^n (1 - pi_ik) for n >= 1; the first column is 0.
 
     Raises:
         ValueError: a row is no distribution, the levels do not fit it, or max_rollouts is below 1.

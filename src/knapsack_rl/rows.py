@@ -54,12 +54,12 @@ class Rows(NamedTuple):
 
     def as_table(self, width: int) -> FloatArray:
         """(M, width) the marginals written out."""
-        from knapsack_rl import _kernels
+        from knapsack_rl._kernels import fill_marginals
 
         if not self.closed_form:
             return self.table[:, :width]
         table = np.empty((self.weight.size, width))
-        _kernels.fill_marginals(self.weight, self.first, self.second, table)
+        fill_marginals(self.weight, self.first, self.second, table)
         other = self.weight < 0.0
         if other.any():
             table[other] = self.table[(-self.weight[other]).astype(np.int64) - 1, :width]

@@ -66,11 +66,11 @@ def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) 
     Raises:
         ValueError: bounds are not whole, out of order, or the budget is outside [sum(lower), sum(upper)].
     """
-    from knapsack_rl import _kernels
+    from knapsack_rl._kernels import fit_bounds
 
     low = _bound("min_rollouts", lower, prompts)
     high = _bound("max_rollouts", upper, prompts)
-    fits, _, _ = _kernels.fit_bounds(low, high, budget)
+    fits, _, _ = fit_bounds(low, high, budget)
     if not fits:
         low, high = check_order(prompts, lower, upper)
         least, most = sum(low.tolist()), sum(high.tolist())  # Python's whole numbers do not overflow
@@ -113,10 +113,10 @@ def total_value(marginals: FloatArray | Rows, counts: IntArray) -> float:
         marginals: (M, K) D[i, n], or geometric rows.
         counts: (M,) rollouts per prompt, at most K.
     """
-    from knapsack_rl import _rows
+    from knapsack_rl._rows import total_value
 
     rows = marginals if isinstance(marginals, Rows) else _check_table(marginals)
-    return float(_rows.total_value(tuple(rows), counts))
+    return float(total_value(tuple(rows), counts))
 
 
 def solve(
@@ -185,19 +185,20 @@ def solve_checked(
     Raises:
         ValueError: as :func:`solve` for the table and the method.
     """
-    from knapsack_rl import _kernels, _selection
+    from knapsack_rl._kernels import best_of_table
+    from knapsack_rl._selection import take_best
 
     rows, concave = concave_rows(rows, low, high)
     if method == "greedy" and not concave:
         raise ValueError("greedy needs a concave table; use method='auto' or 'dynamic-programming'")
     if concave and method != "dynamic-programming":
-        return _selection.take_best(tuple(rows), low, high, budget, tier, priority)
+        return take_best(tuple(rows), low, high, budget, tier, priority)
     table = rows.as_table(int(high.max(initial=1)))
     order = np.lexsort((priority, tier))
     reachable = np.where(np.arange(table.shape[1]) < high[:, None], table, 0.0)  # columns beyond may hold anything
     values = np.concatenate([np.zeros((low.size, 1)), np.cumsum(reachable[order], axis=1)], axis=1)
     counts = np.empty(low.size, dtype=np.int64)
-    counts[order] = _kernels.best_of_table(values, low[order], high[order], budget)
+    counts[order] = best_of_table(values, low[order], high[order], budget)
     return counts
 
 
@@ -227,7 +228,7 @@ def concave_rows(rows: Rows, low: IntArray, high: IntArray) -> tuple[Rows, bool]
     Raises:
         ValueError: an entry within the bounds is not finite, or the rows are shorter than an upper bound.
     """
-    from knapsack_rl import _kernels
+    from knapsack_rl._kernels import examine, smoothed
 
     if rows.closed_form:
         # The first rollout is worth nothing and the second something, so a row that starts at 0 rises.
@@ -235,10 +236,10 @@ def concave_rows(rows: Rows, low: IntArray, high: IntArray) -> tuple[Rows, bool]
     table = rows.table
     if low.size and int(high.max()) > table.shape[1]:
         raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {table.shape[1]}")
-    finite, concave, falling = _kernels.examine(table, low, high, CONCAVITY_TOLERANCE)
+    finite, concave, falling = examine(table, low, high, CONCAVITY_TOLERANCE)
     if not finite:
         raise ValueError("marginals must be finite; the table holds NaN or infinity within the bounds")
-    return (Rows(table=_kernels.smoothed(table, low, high)) if concave and not falling else rows), concave
+    return (Rows(table=smoothed(table, low, high)) if concave and not falling else rows), concave
 
 
 def _tie_break(name: str, given: ArrayLike | None, prompts: int, dtype: type) -> NDArray:

@@ -85,7 +85,9 @@ class RewardVariance:
 
 
 class SignalToNoise:
-    """Information gain times the share of it that a noisy gradient achieves: V = p (1-p)^2 x / (1+x), x = (N-1) p (1-p).
+    """Information gain times the share of it that a noisy gradient achieves: V = p (1-p)^2 x / (1+x).
+
+    Here x = (N-1) p (1-p), the gradient's ratio of signal to noise.
 
     Derivation. Of one rollout with advantage a, the gradient contribution is a times its score. Over a group with the
     mean of the others as baseline, the part along the true gradient has mean s = p (1-p), the reward's variance:
