@@ -41,8 +41,10 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)  ## measure solver and balancer
-	$(BIN)/python benchmarks/bench_solver.py
-	$(BIN)/python benchmarks/bench_balance.py
+	@status=0; \
+	$(BIN)/python benchmarks/bench_solver.py --check || status=1; \
+	$(BIN)/python benchmarks/bench_balance.py || status=1; \
+	exit $$status
 
 docs: $(INSTALLED)  ## build the documentation site
 	$(BIN)/mkdocs build --strict

@@ -1,10 +1,17 @@
-"""Time kr.allocate against the paper's dynamic program and a plain heap, side by side in one run.
+"""Time kr.allocate against a heap and the paper's dynamic program, side by side in one run.
 
     python benchmarks/bench_solver.py
-    python benchmarks/bench_solver.py --rounds 50 --json solver.json
+    python benchmarks/bench_solver.py --huge              # ten million prompts, too
+    python benchmarks/bench_solver.py --check             # fail where a ratio is twice as bad as the committed one
+    python benchmarks/bench_solver.py --write-baselines
 
-All three get the same success rates and find the same optimum, which is checked. Rounds alternate between the methods,
-so that a drift of the machine hits all alike; medians are printed, and ratios of the medians.
+All get the same success rates and find the same optimum, which is checked. Rounds alternate between the methods, so
+that a drift of the machine hits all alike; medians are printed, and ratios of the medians. Milliseconds depend on the
+machine; ratios, exponent and memory are what is compared with ``benchmarks/baselines.json``.
+
+The methods: ``allocate`` is the public function, with all its checks and its certificate; ``kernel`` is the compiled
+solver within it; ``heap`` pops the best rollout from a heap and is given a table of all marginals for free; ``heap,
+own`` computes its marginals as it goes; ``dynamic program`` is the paper's, O(M B N_up), with a table for free.
 """
 
 from __future__ import annotations
@@ -12,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +30,26 @@ import numba
 import numpy as np
 
 import knapsack_rl as kr
+from knapsack_rl import _selection
 from knapsack_rl.value import FloatArray, IntArray, marginal_values
+from knapsack_rl.value_functions import KNAPSACK
 
 MIN_ROLLOUTS, MAX_ROLLOUTS = 2, 128
-SIZES = (64, 256, 1024)
-# The dynamic program takes O(M B N_up): at 1024 prompts about a second.
-TARGET_MILLISECONDS = 0.3
+SIZES = (64, 256, 1024, 10_000, 100_000, 1_000_000)
+HUGE = 10_000_000
+DYNAMIC_PROGRAM_UP_TO = 1024
+TABLE_UP_TO = 1_000_000  # a gigabyte
+ROLLOUTS_PER_ROUND = 20_000_000  # small sizes are repeated more often
+SECONDS_PER_METHOD = 2.0
+BASELINES = Path(__file__).with_name("baselines.json")
+TARGETS = {
+    "dynamic program / allocate, 256 prompts": 1000.0,
+    "dynamic program / allocate, 1024 prompts": 5000.0,
+    "heap, own / kernel, 256 prompts": 1.0,
+    "heap / allocate, 1024 prompts": 1.0,
+    "heap / allocate, 1000000 prompts": 1.0,
+}
+MOST_MEGABYTES, MOST_EXPONENT = 400.0, 1.1
 
 
 @numba.njit(cache=True)
@@ -74,6 +97,35 @@ def heap_greedy(marginals: FloatArray, budget: int, low: int, high: int) -> IntA
 
 
 @numba.njit(cache=True)
+def heap_with_own_marginals(rates: FloatArray, budget: int, low: int, high: int) -> IntArray:
+    """The same, with the two powers of each prompt carried along."""
+    prompts = rates.size
+    counts = np.full(prompts, low)
+    heap = np.arange(prompts)
+    by_p, by_q, keys = np.empty(prompts), np.empty(prompts), np.empty(prompts)
+    for i in range(prompts):
+        p, q = rates[i], 1.0 - rates[i]
+        start = p * q * q * p * q
+        by_p[i], by_q[i] = start * p ** (low - 1), start * q ** (low - 1)
+        keys[i] = by_p[i] + by_q[i]
+    size = prompts
+    for start_at in range(size // 2 - 1, -1, -1):
+        _sink(heap, keys, size, start_at)
+    for _ in range(budget - prompts * low):
+        top = heap[0]
+        counts[top] += 1
+        if counts[top] < high:
+            by_p[top] *= rates[top]
+            by_q[top] *= 1.0 - rates[top]
+            keys[top] = by_p[top] + by_q[top]
+        else:
+            size -= 1
+            heap[0] = heap[size]
+        _sink(heap, keys, size, 0)
+    return counts
+
+
+@numba.njit(cache=True)
 def _sink(heap: IntArray, keys: FloatArray, size: int, at: int) -> None:
     while 2 * at + 1 < size:
         child = 2 * at + 1
@@ -95,63 +147,145 @@ def success_rates(prompts: int, seed: int) -> FloatArray:
     return rates
 
 
-def run(sizes: Sequence[int] = SIZES, rounds: int = 30, seed: int = 0) -> list[dict[str, float]]:
-    """Median milliseconds of each method per size, and ratios to ours."""
-    rows = []
-    for prompts in sizes:
-        budget = 8 * prompts
-        rates = success_rates(prompts, seed)
-        marginals = marginal_values(rates, MAX_ROLLOUTS)
-        values = np.concatenate([np.zeros((prompts, 1)), np.cumsum(marginals, axis=1)], axis=1)
-        methods: dict[str, Callable[[], IntArray]] = {
-            "ours": lambda r=rates, b=budget: kr.allocate(r, b, MIN_ROLLOUTS, MAX_ROLLOUTS).counts,
-            "heap": lambda m=marginals, b=budget: heap_greedy(m, b, MIN_ROLLOUTS, MAX_ROLLOUTS),
-            "dynamic_program": lambda v=values, b=budget: paper_dynamic_program(v, b, MIN_ROLLOUTS, MAX_ROLLOUTS),
-        }
-        optimum = {name: float(kr.value(method(), rates).sum()) for name, method in methods.items()}  # and compiles
-        if not np.allclose(list(optimum.values()), optimum["ours"], rtol=1e-10):
-            raise AssertionError(f"the methods disagree at {prompts} prompts: {optimum}")
-        seconds: dict[str, list[float]] = {name: [] for name in methods}
-        for turn in range(rounds):
-            for name, method in methods.items():
-                if name == "dynamic_program" and turn >= 5:
-                    continue  # slow, and its time hardly varies
-                started = time.perf_counter()
-                method()
-                seconds[name].append(time.perf_counter() - started)
-        median = {name: 1e3 * float(np.median(times)) for name, times in seconds.items()}
-        rows.append(
-            {"prompts": prompts, "budget": budget}
-            | {f"{name}_ms": value for name, value in median.items()}
-            | {f"{name}_ratio": median[name] / median["ours"] for name in methods if name != "ours"}
-        )
-    return rows
+def methods_at(prompts: int, seed: int) -> dict[str, Callable[[], IntArray]]:
+    """What is timed at a size; each returns counts."""
+    budget, rates = 8 * prompts, success_rates(prompts, seed)
+    rows, low, high = tuple(KNAPSACK.rows(rates)), np.full(prompts, MIN_ROLLOUTS), np.full(prompts, MAX_ROLLOUTS)
+    tier = np.zeros(prompts, np.int64)
+    found: dict[str, Callable[[], IntArray]] = {
+        "allocate": lambda: kr.allocate(rates, budget, MIN_ROLLOUTS, MAX_ROLLOUTS).counts,
+        "kernel": lambda: _selection.take_best(rows, low, high, budget, tier, rates),
+        "heap, own": lambda: heap_with_own_marginals(rates, budget, MIN_ROLLOUTS, MAX_ROLLOUTS),
+    }
+    if prompts <= TABLE_UP_TO:
+        table = marginal_values(rates, MAX_ROLLOUTS)
+        found["heap"] = lambda: heap_greedy(table, budget, MIN_ROLLOUTS, MAX_ROLLOUTS)
+    if prompts <= DYNAMIC_PROGRAM_UP_TO:
+        values = np.concatenate([np.zeros((prompts, 1)), np.cumsum(table, axis=1)], axis=1)
+        found["dynamic program"] = lambda: paper_dynamic_program(values, budget, MIN_ROLLOUTS, MAX_ROLLOUTS)
+    optimum = {name: float(kr.value(method(), rates).sum()) for name, method in found.items()}  # and compiles
+    if not np.allclose(list(optimum.values()), optimum["allocate"], rtol=1e-10):
+        raise AssertionError(f"the methods disagree at {prompts} prompts: {optimum}")
+    return found
+
+
+def median_milliseconds(prompts: int, rounds: int, seed: int) -> dict[str, float]:
+    """Median of each method, rounds interleaved."""
+    methods = methods_at(prompts, seed)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(max(3, min(rounds, ROLLOUTS_PER_ROUND // (8 * prompts)))):
+        for name, method in methods.items():
+            if sum(seconds[name]) > SECONDS_PER_METHOD:
+                continue  # slow, and its time hardly varies
+            started = time.perf_counter()
+            method()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: 1e3 * float(np.median(times)) for name, times in seconds.items()}
+
+
+def extra_megabytes(prompts: int, seed: int) -> float:
+    """Peak resident memory that one call adds, measured in a process of its own after a small call."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import bench_solver, knapsack_rl as kr;"
+        "rates = bench_solver.success_rates(int(sys.argv[2]), int(sys.argv[3]));"
+        "kr.allocate(rates[:1000], 8000); before = bench_solver.peak();"
+        "kr.allocate(rates, 8 * rates.size); print(bench_solver.peak() - before)"
+    )
+    arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(prompts), str(seed)]
+    return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout) / 1e6
+
+
+def peak() -> int:
+    """Peak resident memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands the peak that getrusage tells down from the parent process
+        return 1024 * int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds_to_start() -> dict[str, float]:
+    """Import, first call with compiled code at hand, and calls after it, in a process of their own."""
+    code = (
+        "import time; a = time.perf_counter(); import knapsack_rl as kr; b = time.perf_counter();"
+        "kr.allocate([0.5, 0.1], 8); c = time.perf_counter(); print(b - a, c - b)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    return {"import": float(out[0]), "first call": float(out[1])}
+
+
+def ratios_of(rows: dict[int, dict[str, float]]) -> dict[str, float]:
+    """How many times as long the others take, per size: larger is better for us."""
+    found = {}
+    for prompts, row in rows.items():
+        for other, ours in (
+            ("dynamic program", "allocate"),
+            ("heap", "allocate"),
+            ("heap", "kernel"),
+            ("heap, own", "kernel"),
+        ):
+            if other in row:
+                found[f"{other} / {ours}, {prompts} prompts"] = row[other] / row[ours]
+    return found
+
+
+def fitted_exponent(rows: dict[int, dict[str, float]]) -> float:
+    """Slope of log time over log prompts, from 1000 prompts on."""
+    sizes = [size for size in rows if size >= 1000]
+    return float(np.polyfit(np.log(sizes), np.log([rows[size]["allocate"] for size in sizes]), 1)[0])
+
+
+def failures_of(ratios: dict[str, float], baselines: dict[str, float] | None) -> list[str]:
+    """Targets missed and ratios that are twice as bad as the committed ones."""
+    found = [
+        f"{name}: {ratios[name]:.2f}, target {target:g}"
+        for name, target in TARGETS.items()
+        if name in ratios and ratios[name] < target
+    ]
+    for name, committed in (baselines or {}).items():
+        if name in ratios and ratios[name] < committed / 2:
+            found.append(f"{name}: {ratios[name]:.2f}, less than half of the committed {committed:.2f}")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; exit status 1 if 256 prompts take longer than the target."""
+    """Print the tables; exit status 1 if a target is missed or, with --check, a ratio got twice as bad."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30, help="timed calls per method (default: 30)")
+    parser.add_argument("--rounds", type=int, default=100, help="timed calls per method at small sizes (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the success rates (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--huge", action="store_true", help="also ten million prompts")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    parser.add_argument("--check", action="store_true", help="compare ratios with the committed ones")
+    parser.add_argument("--write-baselines", action="store_true", help="commit this run's ratios")
     parsed = parser.parse_args(arguments)
-    rows = run(rounds=parsed.rounds, seed=parsed.seed)
-    print(f"kr.allocate, N_low={MIN_ROLLOUTS}, N_up={MAX_ROLLOUTS}; {platform.machine()}, numba {numba.__version__}")
-    print(f"{'prompts':>8} {'budget':>7} {'ours':>10} {'heap':>18} {'dynamic program':>24}")
-    for row in rows:
-        print(
-            f"{row['prompts']:>8} {row['budget']:>7} {row['ours_ms']:>7.3f} ms {row['heap_ms']:>8.3f} ms "
-            f"{row['heap_ratio']:>5.2f}x {row['dynamic_program_ms']:>11.2f} ms {row['dynamic_program_ratio']:>8.0f}x"
-        )
+    print(f"N_low={MIN_ROLLOUTS}, N_up={MAX_ROLLOUTS}, budget 8 per prompt, median ms (times as long as kr.allocate)")
     print(
-        "ours includes validation, the marginal table and the total value; heap and dynamic program get theirs for free"
+        f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, numba {numba.__version__}"
     )
+    names = ("allocate", "kernel", "heap", "heap, own", "dynamic program")
+    print(f"{'prompts':>9}" + "".join(f"{name:>22}" for name in names))
+    rows: dict[int, dict[str, float]] = {}
+    for prompts in SIZES + (HUGE,) * parsed.huge:
+        rows[prompts] = row = median_milliseconds(prompts, parsed.rounds, parsed.seed)
+        cells = (f"{row[name]:.3f} ({row[name] / row['allocate']:.2f}x)" if name in row else "-" for name in names)
+        print(f"{prompts:>9}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+    ratios, exponent = ratios_of(rows), fitted_exponent(rows)
+    megabytes, start = extra_megabytes(1_000_000, parsed.seed), seconds_to_start()
+    print(f"cost grows as prompts^{exponent:.2f} from 1000 prompts on; 1000000 prompts add {megabytes:.0f} MB")
+    print(f"import {start['import']:.2f} s; first call with compiled code at hand {start['first call']:.2f} s")
     if parsed.json:
-        parsed.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    slow = next(row for row in rows if row["prompts"] == 256)["ours_ms"] > TARGET_MILLISECONDS
-    if slow:
-        print(f"256 prompts took longer than {TARGET_MILLISECONDS} ms", file=sys.stderr)
-    return int(slow)
+        report = {"milliseconds": rows, "ratios": ratios, "exponent": exponent, "megabytes": megabytes, "start": start}
+        parsed.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if parsed.write_baselines:
+        BASELINES.write_text(json.dumps({"solver": ratios}, indent=2) + "\n", encoding="utf-8")
+    baselines = json.loads(BASELINES.read_text(encoding="utf-8"))["solver"] if parsed.check else None
+    failed = failures_of(ratios, baselines)
+    if exponent > MOST_EXPONENT:
+        failed.append(f"exponent {exponent:.2f}, target {MOST_EXPONENT}")
+    if megabytes > MOST_MEGABYTES:
+        failed.append(f"{megabytes:.0f} MB at 1000000 prompts, target {MOST_MEGABYTES:.0f}")
+    for failure in failed:
+        print(failure, file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

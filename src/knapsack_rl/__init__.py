@@ -3,15 +3,22 @@
 Importing this package imports numpy alone; training on TRL is in :mod:`knapsack_rl.trl`.
 """
 
-from importlib.metadata import version as _version
-
 from knapsack_rl.allocation import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import Partition, RolloutQueue, partition
+from knapsack_rl.costs import Certificate
+from knapsack_rl.graded import allocate_graded
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
 from knapsack_rl.value import information_gain, nonzero_gradient_probability, value
 
-__version__ = _version("knapsack-rl")
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read when asked for: the standard library takes as long to import as numpy
+        from importlib.metadata import version
+
+        return version("knapsack-rl")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     # the paper's equations
@@ -20,8 +27,10 @@ __all__ = [
     "value",
     # allocation
     "Allocation",
+    "Certificate",
     "KnapsackAllocator",
     "allocate",
+    "allocate_graded",
     # ragged groups
     "GroupStatistics",
     "group_advantages",

@@ -1,4 +1,4 @@
-"""Compiled loops of the solver. Imported on the first solve, because numba takes longer to import than numpy."""
+"""Compiled loops of solver and allocation. Imported on the first solve: numba takes longer to import than numpy."""
 
 from __future__ import annotations
 
@@ -7,36 +7,84 @@ from numba import njit
 
 
 @njit(cache=True)
-def fill_marginals(success_rates, start, table):  # pragma: no cover - compiled
-    """table[i, n] = start_i (p^(n-1) + q^(n-1)) for n >= 1, each column by two multiplications."""
+def fill_marginals(weight, first, second, table):  # pragma: no cover - compiled
+    """table[i, n] = weight_i (first_i^(n-1) + second_i^(n-1)) for n >= 1, each column by two multiplications."""
     for i in range(table.shape[0]):
-        p = success_rates[i]
-        q = 1.0 - p
-        by_p = start[i]
-        by_q = start[i]
+        x = y = weight[i]
         table[i, 0] = 0.0
         for n in range(1, table.shape[1]):
-            table[i, n] = by_p + by_q
-            by_p *= p
-            by_q *= q
+            table[i, n] = x + y
+            x *= first[i]
+            y *= second[i]
 
 
 @njit(cache=True)
-def sum_taken(marginals, counts):  # pragma: no cover - compiled
-    """Sum of the first counts[i] marginals of every row: the value of the allocation."""
-    total = 0.0
-    for i in range(marginals.shape[0]):
-        row = 0.0
-        for n in range(counts[i]):
-            row += marginals[i, n]
-        total += row
-    return total
+def mean_row(weight, first, second, row):  # pragma: no cover - compiled
+    """row[n] = mean over the rows with weight >= 0 of their marginals, summed row by row."""
+    row[:] = 0.0
+    rows = 0
+    for i in range(weight.size):
+        if weight[i] < 0.0:
+            continue
+        rows += 1
+        x = y = weight[i]
+        for n in range(1, row.size):
+            if x + y == 0.0:
+                break
+            row[n] += x + y
+            x *= first[i]
+            y *= second[i]
+    row /= max(rows, 1)
+
+
+@njit(cache=True)
+def classify(success_rates, kind):  # pragma: no cover - compiled
+    """Fill in the classes of ``knapsack_rl.fallback``; return (first that is no probability or -1, number of NaN)."""
+    unseen = 0
+    for i in range(success_rates.size):
+        p = success_rates[i]
+        if np.isnan(p):
+            kind[i] = 1
+            unseen += 1
+        elif p > 0.0 and p < 1.0:
+            kind[i] = 3
+        elif p == 0.0:
+            kind[i] = 0
+        elif p == 1.0:
+            kind[i] = 2
+        else:
+            return i, unseen
+    return -1, unseen
+
+
+@njit(cache=True)
+def fit_bounds(lower, upper, budget):  # pragma: no cover - compiled
+    """Lower each upper bound to what the budget can reach; return (fits, smallest lower bound, largest upper bound).
+
+    ``fits`` is false if a bound is negative, bounds are out of order or the budget is outside their sums.
+    """
+    least = 0
+    for i in range(lower.size):
+        if lower[i] < 0 or lower[i] > upper[i]:
+            return False, 0, 0
+        least += lower[i]
+        if least > budget:  # also keeps the sum from overflowing
+            return False, 0, 0
+    room = budget - least
+    reachable = 0
+    smallest, largest = budget, 0
+    for i in range(lower.size):
+        upper[i] = min(upper[i], lower[i] + room)
+        reachable = min(reachable + upper[i] - lower[i], room)
+        smallest = min(smallest, lower[i])
+        largest = max(largest, upper[i])
+    return reachable == room, smallest, largest
 
 
 @njit(cache=True)
 def examine(marginals, lower, upper, tolerance):  # pragma: no cover - compiled
-    """Return (all entries finite, no row rises within its bounds by more than its rounding)."""
-    concave = True
+    """Return (all entries finite, no row rises within its bounds by more than its rounding, none rises at all)."""
+    concave = falling = True
     for i in range(marginals.shape[0]):
         first, last = lower[i], upper[i]
         rises = 0
@@ -49,127 +97,24 @@ def examine(marginals, lower, upper, tolerance):  # pragma: no cover - compiled
         if last > 0:
             finite &= abs(marginals[i, last - 1]) < np.inf
         if not finite:
-            return False, False
+            return False, False, False
         if rises:
+            falling = False
             largest = np.abs(marginals[i, :last]).max()
             for n in range(first + 1, last):
                 if marginals[i, n] > marginals[i, n - 1] + tolerance * largest:
                     concave = False
-    return True, concave
+    return True, concave, falling
 
 
 @njit(cache=True)
-def _comes_before(a, b, key, tier, count, priority):  # pragma: no cover - compiled
-    """The documented order of rollouts: marginal value, tier, rollouts held, priority, position."""
-    if key[a] != key[b]:
-        return key[a] > key[b]
-    if tier[a] != tier[b]:
-        return tier[a] < tier[b]
-    if count[a] != count[b]:
-        return count[a] < count[b]
-    if priority[a] != priority[b]:
-        return priority[a] < priority[b]
-    return a < b
-
-
-@njit(cache=True)
-def _sift_down(heap, size, start, key, tier, count, priority):  # pragma: no cover - compiled
-    at = start
-    moving = heap[at]
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and _comes_before(heap[child + 1], heap[child], key, tier, count, priority):
-            child += 1
-        if not _comes_before(heap[child], moving, key, tier, count, priority):
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = moving
-
-
-@njit(cache=True)
-def take_best(marginals, lower, upper, budget, tier, priority):  # pragma: no cover - compiled
-    """Take the ``budget - sum(lower)`` best marginal rollouts.
-
-    Nearly all of them are found by bisection on a threshold: every rollout whose marginal lies strictly above it
-    comes first in the documented order, whatever the ties. A heap with one candidate per prompt takes the few that
-    are left, in that order.
-    """
-    count = _take_above_threshold(marginals, lower, upper, budget)
-    prompts = marginals.shape[0]
-    spent = 0
-    key = np.empty(prompts)
-    heap = np.empty(prompts, np.int64)
-    size = 0
-    for i in range(prompts):
-        spent += count[i]
-        if count[i] < upper[i]:
-            key[i] = marginals[i, count[i]]
-            heap[size] = i
-            size += 1
-    if spent == budget:
-        return count
-    for start in range(size // 2 - 1, -1, -1):
-        _sift_down(heap, size, start, key, tier, count, priority)
-    while spent < budget:
-        best = heap[0]
-        count[best] += 1
-        spent += 1
-        if count[best] < upper[best]:
-            key[best] = marginals[best, count[best]]
-        else:
-            size -= 1
-            heap[0] = heap[size]
-        _sift_down(heap, size, 0, key, tier, count, priority)
-    return count
-
-
-@njit(cache=True)
-def _take_above_threshold(marginals, lower, upper, budget):  # pragma: no cover - compiled
-    """Counts at the lowest threshold tried under which the budget is not exceeded.
-
-    Invariant: ``few`` (marginals > high) fits the budget, ``many`` (marginals > low) exceeds it, and a row's count
-    at any threshold between lies between the two, which narrows the binary searches as the interval shrinks.
-    """
-    prompts = marginals.shape[0]
-    few = lower.copy()
-    many = upper.copy()
-    high = 0.0
-    spent = 0
-    for i in range(prompts):
-        spent += lower[i]
-        if lower[i] < upper[i]:
-            high = max(high, marginals[i, lower[i]])
-    low = 0.0
-    trial = np.empty_like(few)
-    close_enough = max(8, prompts // 8)
-    for _ in range(200):  # a bound for safety: halving an interval of doubles cannot go on for longer
-        if budget - spent <= close_enough:
-            break
-        middle = np.sqrt(low * high) if low > 0.0 else high / 64.0
-        if not low < middle < high:
-            break
-        total = 0
-        for i in range(prompts):
-            at, end = few[i], many[i]
-            while at < end:
-                half = (at + end) // 2
-                if marginals[i, half] > middle:
-                    at = half + 1
-                else:
-                    end = half
-            trial[i] = at
-            total += at
-        if total <= budget:
-            few, trial = trial, few
-            high = middle
-            spent = total
-        else:
-            many, trial = trial, many
-            low = middle
-    return few
+def smoothed(marginals, lower, upper):  # pragma: no cover - compiled
+    """A copy whose rows never rise within their bounds: an entry above its predecessor takes its value."""
+    table = marginals.copy()
+    for i in range(table.shape[0]):
+        for n in range(lower[i] + 1, upper[i]):
+            table[i, n] = min(table[i, n], table[i, n - 1])
+    return table
 
 
 @njit(cache=True)

@@ -10,23 +10,14 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl import solver
-from knapsack_rl.value import (
-    FloatArray,
-    IntArray,
-    check_success_rates,
-    check_whole,
-    marginal_values,
-    rollouts_for_probability,
-)
-
-FALLBACK_PROBABILITY = 0.9
-"""The paper's alpha: an effective prompt is served once its non-zero gradient is this likely."""
-
-# Classes of a success rate, in the order in which they receive budget that no prompt values.
-UNSOLVED, UNSEEN, SOLVED, EFFECTIVE = range(4)
+from knapsack_rl.costs import Certificate, check_affordable, check_costs, solve_with_costs
+from knapsack_rl.fallback import UNSEEN, by_class, paper_rule, spread
+from knapsack_rl.rows import Rows
+from knapsack_rl.value import FloatArray, IntArray, check_success_rates, check_whole
+from knapsack_rl.value_functions import MixedOutcomes, ValueLike, differences, make_value_function
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +32,8 @@ class Allocation:
         success_rates: (M,) rates it was made from; for the stateful allocator the estimates, NaN for unseen prompts.
         nonzero_gradient: (M,) predicted probability of a non-zero gradient at these counts; the stateful allocator
             sets it, and NaN in it stands for an unseen prompt.
+        certificate: the value and what no counts within budget and bounds can exceed; None where the counts are not
+            meant to be an optimum (the paper's fallback rule, counts given from outside).
     """
 
     counts: IntArray
@@ -49,6 +42,7 @@ class Allocation:
     degraded: bool = False
     success_rates: FloatArray | None = None
     nonzero_gradient: FloatArray | None = None
+    certificate: Certificate | None = None
 
     def expand(self) -> IntArray:
         """(budget,) int64 prompt index of each rollout; the rollouts of a prompt stand together."""
@@ -57,10 +51,12 @@ class Allocation:
 
 def allocate(
     success_rates: ArrayLike,
-    budget: int,
+    budget: float,
     min_rollouts: ArrayLike = 2,
     max_rollouts: ArrayLike = 128,
     *,
+    costs: ArrayLike | None = None,
+    value: ValueLike | ArrayLike = "knapsack",
     fallback: bool = False,
     method: solver.Method = "auto",
 ) -> Allocation:
@@ -78,6 +74,14 @@ def allocate(
         min_rollouts: N_low, a whole number or (M,). 0 allows skipping and makes the problem non-concave, so it is
             solved by dynamic programming, O(M budget max_rollouts).
         max_rollouts: N_up, a whole number or (M,).
+        costs: (M,) > 0, what a rollout of each prompt costs: expected tokens, seconds, environment steps. ``budget`` is
+            then a number in the same unit, which the costs of all rollouts must not exceed; what would buy nothing of
+            value stays unspent. ``Allocation.certificate`` says how far the counts can be from the optimum.
+        value: what N rollouts are worth: a name of :data:`knapsack_rl.value_functions.VALUES`, a function
+            ``f(counts, success_rates)`` that broadcasts like numpy and is 0 for no rollouts, an object with the methods
+            of :class:`knapsack_rl.value_functions.ValueFunction`, or an (M, K+1) table V[i, n] with V[i, 0] = 0.
+            Values that are not concave go to dynamic programming; ``reason`` says so. ``"knapsack"`` and
+            ``"nonzero-gradient"`` need no table and so little memory at any number of prompts.
         fallback: apply the paper's rule instead: unseen prompts get the uniform budget, solved and unsolved ones
             N_low, and what the effective prompts do not need for a non-zero gradient with probability 0.9 goes evenly
             to the unsolved prompts, or to the solved ones if there are none.
@@ -91,22 +95,144 @@ def allocate(
     >>> allocate([0.5, 0.1, 1.0, 0.0], budget=32).counts.tolist()
     [7, 21, 2, 2]
     """
-    rates = check_success_rates(success_rates, allow_nan=True)
+    rates, kind, unseen = _classified(success_rates)
+    if costs is None:
+        budget = check_whole("budget", budget, minimum=0)
+        lower, upper = solver.check_bounds(rates.size, budget, min_rollouts, max_rollouts)
+    else:
+        if fallback or method != "auto":
+            raise ValueError(f"with costs, fallback must be False and method 'auto', got {fallback!r} and {method!r}")
+        price = check_costs(costs, rates.size)
+        lower, upper = check_affordable(price, budget, min_rollouts, max_rollouts)
+    if method not in solver.METHODS:
+        raise ValueError(f"method must be one of {', '.join(solver.METHODS)}, got {method!r}")
+    if fallback and value != "knapsack":
+        raise ValueError(f"fallback=True is the paper's rule for value='knapsack', got value={value!r}; choose one")
+    # An unseen prompt comes after all others that it ties with.
+    priority = np.where(kind == UNSEEN, 2.0, rates) if unseen else rates
+    rows = _rows(value, rates, kind, unseen, upper)
+    if costs is not None:
+        return _priced(rows, price, budget, lower, upper, kind, priority, rates)
+    if fallback:
+        counts, reason = paper_rule(rates, kind, rows, budget, lower, upper, priority, method)
+    else:
+        counts, reason = _optimum(kind, rows, budget, lower, upper, priority, method)
+    total = solver.total_value(rows, counts)
+    certificate = None if fallback else Certificate(total, total)
+    return Allocation(counts, total, reason, success_rates=rates, certificate=certificate)
+
+
+def _classified(success_rates: ArrayLike) -> tuple[FloatArray, IntArray, int]:
+    """Success rates as float64, the class of each, and how many are unseen.
+
+    Raises:
+        ValueError: the rates are no one-dimensional array, or one is outside [0, 1].
+    """
+    from knapsack_rl._kernels import classify
+
+    try:
+        rates = np.asarray(success_rates, dtype=np.float64)
+    except (TypeError, ValueError):
+        rates = check_success_rates(success_rates, allow_nan=True)  # says what is wrong
     if rates.ndim != 1 or rates.size == 0:
         raise ValueError(f"success_rates must be a non-empty one-dimensional array, got shape {rates.shape}")
-    budget = check_whole("budget", budget, minimum=0)
-    lower, upper = solver.check_bounds(rates.size, budget, min_rollouts, max_rollouts)
-    unseen = np.isnan(rates)
-    kind = np.where(unseen, UNSEEN, np.where(rates == 0.0, UNSOLVED, np.where(rates == 1.0, SOLVED, EFFECTIVE)))
-    priority = np.where(unseen, 2.0, rates)
-    table = marginal_values(np.where(unseen, 0.0, rates), max(int(upper.max()), 1))
-    if fallback:
-        counts, reason = _paper_rule(rates, kind, table, budget, lower, upper, priority, method)
-    else:
-        if unseen.any() and not unseen.all():
-            table[unseen] = table[~unseen].mean(axis=0)
-        counts, reason = _optimum(kind, table, budget, lower, upper, priority, method)
-    return Allocation(counts, solver.total_value(table, counts), reason, success_rates=rates)
+    rates = np.ascontiguousarray(rates)
+    kind = np.empty(rates.size, np.int64)
+    wrong, unseen = classify(rates, kind)
+    if wrong >= 0:
+        check_success_rates(rates, allow_nan=True)
+    return rates, kind, unseen
+
+
+def _rows(value: ValueLike | ArrayLike, rates: FloatArray, kind: IntArray, unseen: int, upper: IntArray) -> Rows:
+    """Marginal values of every prompt; an unseen one is worth the mean of the others, or of p = 0 if there is none."""
+    from knapsack_rl._kernels import mean_row
+
+    if isinstance(value, (np.ndarray, list, tuple)):
+        return Rows(table=_given_table(value, rates.size))
+    function = make_value_function(value)  # type: ignore[arg-type]
+    if isinstance(function, MixedOutcomes):
+        rows = function.rows(rates)
+        if unseen:
+            rows.weight[kind == UNSEEN] = -1.0
+            mean = np.empty((1, max(int(upper.max()), 2)))
+            mean_row(rows.weight, rows.first, rows.second, mean[0])
+            rows = rows._replace(table=mean)
+        return rows
+    width = max(int(upper.max()), 1)
+    table = function.marginals(np.where(kind == UNSEEN, 0.0, rates) if unseen else rates, width)
+    if 0 < unseen < rates.size:
+        table[kind == UNSEEN] = table[kind != UNSEEN].mean(axis=0)
+    return Rows(table=table)
+
+
+def _given_table(value: ArrayLike, prompts: int) -> FloatArray:
+    """Marginal values of a table of values V[i, n], n = 0..K."""
+    values = np.asarray(value, dtype=np.float64)
+    if values.ndim != 2 or values.shape[0] != prompts or values.shape[1] < 2 or not np.isfinite(values).all():
+        raise ValueError(
+            f"a table of values must be finite, of shape ({prompts}, K + 1) with K >= 1, got shape {values.shape}"
+        )
+    return differences(values)
+
+
+def _optimum(
+    kind: IntArray,
+    rows: Rows,
+    budget: int,
+    lower: IntArray,
+    upper: IntArray,
+    priority: FloatArray,
+    method: solver.Method,
+) -> tuple[IntArray, str]:
+    """The knapsack over the prompts that have a value; what they cannot take is spread over the others."""
+    valued = _valued(rows)
+    rows, concave = solver.concave_rows(rows, lower, upper)
+    if concave and method != "dynamic-programming":
+        # The greedy's tie rule hands out what no prompt values, evenly and class by class.
+        counts = solver.solve_checked(rows, budget, lower, upper, kind, priority, method)
+        if valued.all():
+            return counts, ""
+        extra = counts - lower
+        extra[valued] = 0
+        left = int(extra.sum())
+        return counts, f"{left} rollouts that no prompt values went to {by_class(extra, kind)}" if left else ""
+    note = "" if concave else "the values are not concave: solved by dynamic programming"
+    spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
+    counts = lower.copy()
+    if valued.any():
+        counts[valued] = solver.solve_checked(
+            rows.take(valued), spend, lower[valued], upper[valued], kind[valued], priority[valued], method
+        )
+    filled = spread(budget, counts, upper, kind, priority)
+    extra = filled - counts
+    left = int(extra.sum())
+    gift = f"{left} rollouts that no prompt values went to {by_class(extra, kind)}" if left else ""
+    return filled, "; ".join(filter(None, (note, gift)))
+
+
+def _priced(
+    rows: Rows,
+    price: FloatArray,
+    budget: float,
+    lower: IntArray,
+    upper: IntArray,
+    kind: IntArray,
+    priority: FloatArray,
+    rates: FloatArray,
+) -> Allocation:
+    """The knapsack with costs; says what stays unspent if nothing of value was left to buy."""
+    counts, certificate, sated = solve_with_costs(rows, price, budget, lower, upper, kind, priority)
+    unspent = budget - float(price @ counts)
+    reason = f"{unspent:g} of the budget stay unspent: no further rollout has a value" if sated and unspent > 0 else ""
+    return Allocation(counts, certificate.value, reason, success_rates=rates, certificate=certificate)
+
+
+def _valued(rows: Rows) -> NDArray[np.bool_]:
+    """(M,) whether any rollout of the prompt is worth anything, for better or worse."""
+    if not rows.closed_form:
+        return (rows.table != 0.0).any(axis=1)
+    return rows.weight != 0.0 if rows.table.size and rows.table[0, 1] > 0.0 else rows.weight > 0.0
 
 
 def allocate_expected(
@@ -137,7 +263,8 @@ def allocate_expected(
     if width > marginals.shape[1]:
         marginals = np.pad(marginals, ((0, 0), (0, width - marginals.shape[1])))
     counts = solver.solve(marginals, budget, lower, upper, priority=priority)
-    return Allocation(counts, solver.total_value(marginals, counts), degradation, degraded=bool(degradation))
+    total = solver.total_value(marginals, counts)
+    return Allocation(counts, total, degradation, degraded=bool(degradation), certificate=Certificate(total, total))
 
 
 def feasible_bounds(
@@ -172,87 +299,3 @@ def feasible_bounds(
     upper[served[:1]] = 3 if pairs else budget
     upper[served[1:]] = 2
     return lower, upper, f"{shortage}: {served.size} prompts served, the others skipped"
-
-
-def _paper_rule(
-    rates: FloatArray,
-    kind: IntArray,
-    table: FloatArray,
-    budget: int,
-    lower: IntArray,
-    upper: IntArray,
-    priority: FloatArray,
-    method: solver.Method,
-) -> tuple[IntArray, str]:
-    """The paper's fallback strategy; every bound holds and every rollout is spent."""
-    effective, unseen = kind == EFFECTIVE, kind == UNSEEN
-    counts = lower.copy()
-    uniform = np.clip(budget // rates.size, lower[unseen], upper[unseen])
-    # Per-prompt minima of the others may leave less than the uniform share.
-    room = budget - int(lower[~unseen].sum())
-    counts[unseen] = _spread(min(int(uniform.sum()), room), lower[unseen], uniform, kind[unseen], priority[unseen])
-    available = budget - int(counts[~effective].sum())
-    if (kind == UNSOLVED).any() or (kind == SOLVED).any():
-        # A prompt is served at its need, which no bound may contradict.
-        need = rollouts_for_probability(rates[effective], FALLBACK_PROBABILITY)
-        need = np.clip(need, lower[effective], upper[effective])
-        spend = min(available, math.ceil(need.sum()))
-    else:
-        spend = min(available, int(upper[effective].sum()))  # nobody to fall back on
-    if effective.any():
-        counts[effective] = solver.solve(
-            table[effective], spend, lower[effective], upper[effective], method=method, priority=priority[effective]
-        )
-    surplus = budget - int(counts.sum())
-    if surplus == 0:
-        return counts, ""
-    order = np.array([0, 3, 1, 2])  # tier of UNSOLVED, UNSEEN, SOLVED, EFFECTIVE
-    filled = _spread(budget, counts, upper, order[kind], priority)
-    receivers = _by_class(filled - counts, kind)
-    return filled, f"fallback: {surplus} rollouts beyond the need of the effective prompts went to {receivers}"
-
-
-def _optimum(
-    kind: IntArray,
-    table: FloatArray,
-    budget: int,
-    lower: IntArray,
-    upper: IntArray,
-    priority: FloatArray,
-    method: solver.Method,
-) -> tuple[IntArray, str]:
-    """The knapsack over the prompts that have a value; what they cannot take is spread over the others."""
-    valued = table[:, 1] > 0.0 if table.shape[1] > 1 else np.zeros(kind.size, bool)  # the largest marginal of a row
-    if lower.min() >= 1 and method != "dynamic-programming":
-        # Concave: the greedy's tie rule hands out what no prompt values, evenly and class by class.
-        counts = solver.solve(table, budget, lower, upper, method=method, tier=kind, priority=priority)
-        extra = np.where(valued, 0, counts - lower)
-    else:
-        spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
-        counts = lower.copy()
-        if valued.any():
-            counts[valued] = solver.solve(
-                table[valued],
-                spend,
-                lower[valued],
-                upper[valued],
-                method=method,
-                tier=kind[valued],
-                priority=priority[valued],
-            )
-        filled = _spread(budget, counts, upper, kind, priority)
-        counts, extra = filled, filled - counts
-    left = int(extra.sum())
-    return counts, f"{left} rollouts that no prompt values went to {_by_class(extra, kind)}" if left else ""
-
-
-def _spread(budget: int, counts: IntArray, upper: IntArray, tier: IntArray, priority: FloatArray) -> IntArray:
-    """Raise counts evenly to the budget, tier by tier, within the caps: the solver's tie rule on an all-zero table."""
-    worthless = np.zeros((counts.size, max(int(upper.max(initial=0)), 1)))
-    return solver.solve(worthless, budget, counts, upper, tier=tier, priority=priority)
-
-
-def _by_class(extra: IntArray, kind: IntArray) -> str:
-    names = {UNSOLVED: "unsolved", UNSEEN: "unseen", SOLVED: "solved", EFFECTIVE: "effective"}
-    parts = [f"{int((extra[kind == k] > 0).sum())} {name}" for k, name in names.items() if (extra[kind == k] > 0).any()]
-    return ", ".join(parts) + " prompts"

@@ -27,6 +27,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray, check_whole
 
 Method = Literal["auto", "greedy", "dynamic-programming"]
@@ -65,99 +66,180 @@ def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) 
     Raises:
         ValueError: bounds are not whole, out of order, or the budget is outside [sum(lower), sum(upper)].
     """
+    from knapsack_rl._kernels import fit_bounds
+
     low = _bound("min_rollouts", lower, prompts)
     high = _bound("max_rollouts", upper, prompts)
-    if (low > high).any():
-        i = int(np.flatnonzero(low > high)[0])
-        raise ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
-    least = int(low.sum())
-    # A cap may be so huge that the sum would overflow.
-    most = int(high.sum()) if prompts == 0 or high.max() < 2**40 else sum(high.tolist())
-    if not least <= budget <= most:
+    fits, _, _ = fit_bounds(low, high, budget)
+    if not fits:
+        low, high = check_order(prompts, lower, upper)
+        least, most = sum(low.tolist()), sum(high.tolist())  # Python's whole numbers do not overflow
         raise ValueError(
             f"a budget of {budget} rollouts does not fit {prompts} prompts: min_rollouts needs at least {least} and "
             f"max_rollouts allows at most {most}; choose a budget in [{least}, {most}] or change the bounds"
         )
-    return low, np.minimum(high, low + (budget - least))
+    return low, high
 
 
 def _bound(name: str, bound: ArrayLike, prompts: int) -> IntArray:
     array = np.asarray(bound)
-    if array.dtype.kind not in "iu" or array.shape not in ((), (prompts,)) or (array.size and array.min() < 0):
+    if array.dtype.kind not in "iu" or array.shape not in ((), (prompts,)):
         raise ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {bound!r}")
     full = np.empty(prompts, np.int64)
     full[:] = array
     return full
 
 
-def total_value(marginals: FloatArray, counts: IntArray) -> float:
+def check_order(prompts: int, lower: ArrayLike, upper: ArrayLike) -> tuple[IntArray, IntArray]:
+    """Broadcast bounds to (M,) int64.
+
+    Raises:
+        ValueError: bounds are not whole numbers >= 0, or out of order.
+    """
+    low, high = _bound("min_rollouts", lower, prompts), _bound("max_rollouts", upper, prompts)
+    for name, bound, given in (("min_rollouts", low, lower), ("max_rollouts", high, upper)):
+        if prompts and bound.min() < 0:
+            raise ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {given!r}")
+    if (low > high).any():
+        i = int(np.flatnonzero(low > high)[0])
+        raise ValueError(f"min_rollouts {low[i]} is above max_rollouts {high[i]} (prompt {i}); lower the minimum")
+    return low, high
+
+
+def total_value(marginals: FloatArray | Rows, counts: IntArray) -> float:
     """Value of an allocation: the sum of the marginals it takes, because V[i, 0] = 0.
 
     Args:
-        marginals: (M, K) D[i, n].
+        marginals: (M, K) D[i, n], or geometric rows.
         counts: (M,) rollouts per prompt, at most K.
     """
-    from knapsack_rl import _kernels
+    from knapsack_rl._rows import total_value
 
-    return float(_kernels.sum_taken(marginals, counts))
+    rows = marginals if isinstance(marginals, Rows) else _check_table(marginals)
+    return float(total_value(tuple(rows), counts))
 
 
 def solve(
-    marginals: ArrayLike,
-    budget: int,
+    marginals: ArrayLike | Rows,
+    budget: float,
     lower: ArrayLike,
     upper: ArrayLike,
     *,
+    costs: ArrayLike | None = None,
     method: Method = "auto",
     tier: ArrayLike | None = None,
     priority: ArrayLike | None = None,
 ) -> IntArray:
-    """Solve the knapsack exactly for a table of marginal values.
+    """Solve the knapsack exactly.
 
     Args:
-        marginals: (M, K) finite; D[i, n] is the gain of rollout n+1 of prompt i.
+        marginals: (M, K) finite; D[i, n] is the gain of rollout n+1 of prompt i. Or geometric rows, which need no
+            table as long as every lower bound is at least 1.
         budget: rollouts to hand out, within [sum(lower), sum(upper)].
         lower: fewest rollouts per prompt, a whole number or (M,).
         upper: most rollouts per prompt, a whole number or (M,), at most K.
-        method: ``"auto"`` tests concavity and chooses; ``"greedy"`` refuses a table that is not concave;
-            ``"dynamic-programming"`` works for every table.
+        costs: (M,) > 0, cost of a rollout; the budget is then a number in the same unit that must not be exceeded, and
+            the counts are the best found: :func:`knapsack_rl.costs.solve_with_costs` certifies them.
+        method: ``"auto"`` tests concavity and chooses; ``"greedy"`` refuses rows that are not concave;
+            ``"dynamic-programming"`` works for all.
         tier: (M,) whole numbers, first tie-break (lower first); all equal by default.
         priority: (M,) numbers, third tie-break (lower first); all equal by default.
 
     Returns:
-        (M,) int64 counts that sum to the budget.
+        (M,) int64 counts; without costs they sum to the budget.
 
     Raises:
-        ValueError: the table is not finite or too narrow, the budget does not fit the bounds, the method is
-            unknown, or greedy is asked for a table that is not concave.
+        ValueError: the marginals are not finite or too few, the budget does not fit the bounds, the method is
+            unknown, or greedy is asked for rows that are not concave.
     """
-    from knapsack_rl import _kernels
-
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    table = np.ascontiguousarray(marginals, dtype=np.float64)
-    if table.ndim != 2:
-        raise ValueError(f"marginals must be a table (prompts, rollouts), got shape {table.shape}")
-    prompts = table.shape[0]
-    budget = check_whole("budget", budget, minimum=0)
-    low, high = check_bounds(prompts, budget, lower, upper)
-    if prompts and int(high.max()) > table.shape[1]:
-        raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {table.shape[1]}")
+    rows = _check_rows(marginals) if isinstance(marginals, Rows) else _check_table(marginals)
+    prompts = rows.prompts
     tiers = _tie_break("tier", tier, prompts, np.int64)
     priorities = _tie_break("priority", priority, prompts, np.float64)
-    finite, concave = _kernels.examine(table, low, high, CONCAVITY_TOLERANCE)
-    if not finite:
-        raise ValueError("marginals must be finite; the table holds NaN or infinity within the bounds")
+    if costs is None:
+        budget = check_whole("budget", budget, minimum=0)
+        low, high = check_bounds(prompts, budget, lower, upper)
+        return solve_checked(rows, budget, low, high, tiers, priorities, method)
+    if method != "auto":
+        raise ValueError(f"with costs there is one method, 'auto'; got {method!r}")
+    from knapsack_rl import costs as priced  # which builds on this module
+
+    price = priced.check_costs(costs, prompts)
+    low, high = priced.check_affordable(price, budget, lower, upper)
+    return priced.solve_with_costs(rows, price, budget, low, high, tiers, priorities)[0]
+
+
+def solve_checked(
+    rows: Rows,
+    budget: int,
+    low: IntArray,
+    high: IntArray,
+    tier: IntArray,
+    priority: FloatArray,
+    method: Method = "auto",
+) -> IntArray:
+    """:func:`solve` for arguments that are checked already: contiguous float64 and int64 arrays that fit.
+
+    Raises:
+        ValueError: as :func:`solve` for the table and the method.
+    """
+    from knapsack_rl._kernels import best_of_table
+    from knapsack_rl._selection import take_best
+
+    rows, concave = concave_rows(rows, low, high)
     if method == "greedy" and not concave:
         raise ValueError("greedy needs a concave table; use method='auto' or 'dynamic-programming'")
     if concave and method != "dynamic-programming":
-        return _kernels.take_best(table, low, high, budget, tiers, priorities)
-    order = np.lexsort((priorities, tiers))
+        return take_best(tuple(rows), low, high, budget, tier, priority)
+    table = rows.as_table(int(high.max(initial=1)))
+    order = np.lexsort((priority, tier))
     reachable = np.where(np.arange(table.shape[1]) < high[:, None], table, 0.0)  # columns beyond may hold anything
-    values = np.concatenate([np.zeros((prompts, 1)), np.cumsum(reachable[order], axis=1)], axis=1)
-    counts = np.empty(prompts, dtype=np.int64)
-    counts[order] = _kernels.best_of_table(values, low[order], high[order], budget)
+    values = np.concatenate([np.zeros((low.size, 1)), np.cumsum(reachable[order], axis=1)], axis=1)
+    counts = np.empty(low.size, dtype=np.int64)
+    counts[order] = best_of_table(values, low[order], high[order], budget)
     return counts
+
+
+def _check_table(marginals: ArrayLike) -> Rows:
+    table = np.ascontiguousarray(marginals, dtype=np.float64)
+    if table.ndim != 2:
+        raise ValueError(f"marginals must be a table (prompts, rollouts), got shape {table.shape}")
+    return Rows(table=table)
+
+
+def _check_rows(rows: Rows) -> Rows:
+    if not rows.closed_form:
+        return _check_table(rows.table)
+    other = rows.weight < 0.0
+    named = -rows.weight[other] - 1.0
+    sound = np.isin(named, np.arange(rows.table.shape[0])).all() and not np.isnan(rows.weight).any()
+    for ratio in (rows.first[~other], rows.second[~other]):
+        sound = sound and bool(((ratio >= 0.0) & (ratio <= 1.0)).all())
+    if not sound:
+        raise ValueError("geometric rows need weights >= 0 and ratios in [0, 1]; -1, -2, ... name rows of their table")
+    return rows
+
+
+def concave_rows(rows: Rows, low: IntArray, high: IntArray) -> tuple[Rows, bool]:
+    """The rows, rid of rises that are mere rounding, and whether they never rise within their bounds.
+
+    Raises:
+        ValueError: an entry within the bounds is not finite, or the rows are shorter than an upper bound.
+    """
+    from knapsack_rl._kernels import examine, smoothed
+
+    if rows.closed_form:
+        # The first rollout is worth nothing and the second something, so a row that starts at 0 rises.
+        return rows, bool(low.size == 0 or low.min() >= 1)
+    table = rows.table
+    if low.size and int(high.max()) > table.shape[1]:
+        raise ValueError(f"max_rollouts {int(high.max())} needs as many columns of marginals, got {table.shape[1]}")
+    finite, concave, falling = examine(table, low, high, CONCAVITY_TOLERANCE)
+    if not finite:
+        raise ValueError("marginals must be finite; the table holds NaN or infinity within the bounds")
+    return (Rows(table=smoothed(table, low, high)) if concave and not falling else rows), concave
 
 
 def _tie_break(name: str, given: ArrayLike | None, prompts: int, dtype: type) -> NDArray:

@@ -138,7 +138,8 @@ def marginal_values(success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
     from knapsack_rl import _kernels
 
     table = np.empty((p.size, max_rollouts))
-    _kernels.fill_marginals(p, information_gain(p) * p * (1.0 - p), table)
+    flat = p.ravel()
+    _kernels.fill_marginals(information_gain(flat) * flat * (1.0 - flat), flat, 1.0 - flat, table)
     return table
 
 

@@ -1,0 +1,165 @@
+"""Value functions against their definitions in fractions, by simulation of groups, and through kr.allocate."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import knapsack_rl as kr
+from knapsack_rl.value import marginal_values
+from knapsack_rl.value_functions import KNAPSACK, VALUES, ValueFunction, make_value_function, marginal_table
+from strategies import Batch, batches, no_deadline, success_rates
+
+RATES = [Fraction(0), Fraction(1, 8), Fraction(1, 3), Fraction(1, 2), Fraction(9, 10), Fraction(1)]
+
+
+def groups(n: int, p: Fraction):
+    """(probability, successes) of every group of n rollouts."""
+    for outcome in itertools.product((0, 1), repeat=n):
+        k = sum(outcome)
+        yield p**k * (1 - p) ** (n - k), k
+
+
+def by_definition(name: str, n: int, p: Fraction) -> Fraction:
+    gain = p * (1 - p) ** 2
+    if name == "variance":
+        return (
+            sum((w * Fraction(k, n) * (1 - Fraction(k, n)) for w, k in groups(n, p)), Fraction(0)) if n else Fraction(0)
+        )
+    if name == "signal-to-noise":
+        x = max(n - 1, 0) * p * (1 - p)
+        return gain * x / (1 + x)
+    mixed = sum((w for w, k in groups(n, p) if 0 < k < n), Fraction(0))
+    return mixed * gain if name == "knapsack" else mixed
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_and_marginals_are_those_of_the_definition(name: str) -> None:
+    function, rates = VALUES[name], [float(p) for p in RATES]
+    exact = np.array([[by_definition(name, n, p) for n in range(9)] for p in RATES])
+    values = function.values(np.arange(9), np.array(rates)[:, None])
+    assert values == pytest.approx(exact.astype(float), rel=1e-12, abs=1e-15)
+    assert function.marginals(rates, 8) == pytest.approx(np.diff(exact).astype(float), rel=1e-12, abs=1e-16)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_concave_from_one_rollout_on(name: str) -> None:
+    table = marginal_table(name, np.linspace(0, 1, 101), 300)
+    assert (table[:, 0] == 0).all()
+    assert (table[:, 2:] <= table[:, 1:-1]).all()
+    assert (table >= 0).all()
+
+
+def test_the_knapsacks_table_is_that_of_the_equations() -> None:
+    p = np.random.default_rng(0).random(50)
+    assert (KNAPSACK.marginals(p, 40) == marginal_values(p, 40)).all()
+
+
+def test_the_noise_of_a_groups_gradient() -> None:
+    """The advantage's variance in the derivation of "signal-to-noise": p q N/(N-1) with the others as baseline."""
+    for n, p in itertools.product((2, 3, 6), RATES[1:5]):
+        moment = Fraction(0)
+        for weight, k in groups(n, p):
+            for reward, times in ((1, k), (0, n - k)):
+                moment += weight * Fraction(times, n) * (reward - Fraction(k - reward, n - 1)) ** 2
+        assert moment == p * (1 - p) * Fraction(n, n - 1)
+
+
+@no_deadline
+@given(batches(least=1, allow_nan=True), st.sampled_from(list(VALUES)))
+def test_every_named_value_is_allocated_to_its_optimum(batch: Batch, name: str) -> None:
+    """One rollout at a time by the best gain is optimal for concave values."""
+    found = kr.allocate(*batch, value=name)
+    lower, upper = (np.broadcast_to(b, batch.rates.shape) for b in (batch.lower, batch.upper))
+    seen = ~np.isnan(batch.rates)
+    values = VALUES[name].values(np.arange(16), np.where(seen, batch.rates, 0.0)[:, None])
+    if seen.any():
+        values[~seen] = values[seen].mean(axis=0)
+    counts = lower.copy()
+    for _ in range(batch.budget - counts.sum()):
+        gains = [values[i, n + 1] - values[i, n] if n < upper[i] else -1.0 for i, n in enumerate(counts)]
+        counts[int(np.argmax(gains))] += 1
+    best = values[np.arange(counts.size), counts].sum()
+    assert found.counts.sum() == batch.budget
+    assert values[np.arange(counts.size), found.counts].sum() == pytest.approx(best, rel=1e-12, abs=1e-15)
+    assert found.expected_value == pytest.approx(best, rel=1e-11, abs=1e-14)
+
+
+def test_a_function_of_ones_own_is_the_same_as_the_named_one() -> None:
+    rates = [0.5, 0.1, 0.02, 0.9]
+    named = kr.allocate(rates, 60)
+    own = kr.allocate(rates, 60, value=lambda n, p: (1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2 * (n > 0))
+    table = kr.allocate(rates, 60, value=kr.value(np.arange(129), np.array(rates)[:, None]))
+    assert own.counts.tolist() == table.counts.tolist() == named.counts.tolist()
+    assert own.expected_value == pytest.approx(named.expected_value, rel=1e-12)
+
+
+def test_an_object_with_the_methods_is_taken() -> None:
+    class Halves:
+        def values(self, counts, success_rates):
+            return np.broadcast_to(1.0 - 0.5 ** np.asarray(counts), np.broadcast(counts, success_rates).shape)
+
+        def marginals(self, success_rates, max_rollouts):
+            return np.tile(0.5 ** np.arange(1, max_rollouts + 1), (len(success_rates), 1))
+
+    assert isinstance(Halves(), ValueFunction)
+    assert make_value_function(Halves()).marginals([0.1], 2).tolist() == [[0.5, 0.25]]
+    assert kr.allocate([0.1, 0.9, 0.5], 12, value=Halves()).counts.tolist() == [4, 4, 4]
+
+
+def test_a_value_that_is_not_concave_goes_to_dynamic_programming() -> None:
+    """Worth something from four rollouts on: going uphill one rollout at a time sees nothing."""
+    found = kr.allocate([0.5, 0.25, 0.75], 8, 0, 8, value=lambda n, p: (n >= 4) * p)
+    assert found.counts.tolist() == [4, 0, 4]
+    assert found.expected_value == 1.25
+    assert "not concave: solved by dynamic programming" in found.reason
+    with pytest.raises(ValueError, match="greedy needs a concave table"):
+        kr.allocate([0.5, 0.25], 6, value=lambda n, p: (n >= 4) * p, method="greedy")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_posterior_on_a_grid_multiplies_the_table(name: str) -> None:
+    grid = np.linspace(0.01, 0.99, 40)
+    weights = np.random.default_rng(1).dirichlet(np.ones(40), 6)
+    expected = weights @ marginal_table(name, grid, 30)
+    values = VALUES[name].values(np.arange(31), grid[:, None])
+    assert expected.cumsum(axis=1) == pytest.approx((weights @ values)[:, 1:], rel=1e-10)
+
+
+@no_deadline
+@given(st.lists(success_rates(), min_size=1, max_size=5), st.integers(1, 200))
+def test_rows_in_closed_form_are_the_table(rates: list[float], width: int) -> None:
+    for name in ("knapsack", "nonzero-gradient"):
+        function = VALUES[name]
+        assert (function.rows(np.array(rates)).as_table(width) == function.marginals(rates, width)).all()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("best", "value must be one of knapsack, nonzero-gradient.*'best'"),
+        (3.0, "value must be one of"),
+        (np.zeros((3, 9)), r"table of values must be finite, of shape \(2, K \+ 1\).*\(3, 9\)"),
+        (np.full((2, 129), np.nan), "table of values must be finite"),
+        (np.ones((2, 129)), "value of no rollouts must be 0, got .*1.0.* for prompt 0"),
+        (np.zeros((2, 9)), "max_rollouts 16 needs as many columns of marginals, got 8"),
+        (lambda n, p: n + 1.0 + 0 * p, "value of no rollouts must be 0"),
+        (lambda n, p: 1.0, r"must return finite numbers of shape \(2, \d+\).*got shape \(\)"),
+        (lambda n, p: np.full(np.broadcast(n, p).shape, np.inf), "with NaN or infinity"),
+    ],
+)
+def test_values_that_cannot_be_used_are_explained(value, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kr.allocate([0.5, 0.25], 18, 2, 16, value=value)
+
+
+def test_the_papers_rule_keeps_the_papers_value() -> None:
+    with pytest.raises(
+        ValueError, match="fallback=True is the paper's rule for value='knapsack', got value='variance'"
+    ):
+        kr.allocate([0.5, 0.25], 16, value="variance", fallback=True)
