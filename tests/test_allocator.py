@@ -746,14 +746,21 @@ def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str) -> N
     assert counts_of(allocator) == counts
 
 
-def test_a_state_that_lacks_a_newer_setting_means_its_default(tmp_path: Path) -> None:
-    state = trained("window").state_dict()
-    del state["header"]["settings"]["fallback"]
-    kr.KnapsackAllocator("window").load_state_dict(state)
+@pytest.mark.parametrize(
+    ("name", "setting", "other"),
+    [("window", "fallback", False), ("beta", "discount", 0.5), ("bayes-filter", "iterations", 7)],
+)
+def test_a_state_that_lacks_a_newer_setting_means_its_default(name: str, setting: str, other, tmp_path: Path) -> None:
+    allocator = trained(name)
+    state = allocator.state_dict()
+    state["header"]["settings"].pop(setting, None)
+    kr.KnapsackAllocator(name).load_state_dict(state)
     statefile.write_state(tmp_path / "state.npz", state["header"], state["arrays"])
-    assert kr.KnapsackAllocator.load(tmp_path / "state.npz").estimator.settings()["fallback"] is True
+    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
+    assert twin.estimator.settings() == allocator.estimator.settings()
+    assert counts_of(twin) == counts_of(allocator)
     with pytest.raises(ValueError, match="make it with the same"):
-        kr.KnapsackAllocator("window", fallback=False).load_state_dict(state)
+        kr.KnapsackAllocator(name, **{setting: other}).load_state_dict(state)
 
 
 def as_version_1(state: dict) -> dict:

@@ -28,6 +28,7 @@ LISTED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 SYNTHETIC = {
     "late in training": Synthetic("late-training", prompts=1024, epochs=30),
+    "very late in training": Synthetic("0.38*beta(100,1) + 0.22*beta(1,100) + 0.4*uniform", prompts=1024, epochs=30),
     "any rate alike": Synthetic("uniform", prompts=1024, epochs=30),
     "too hard": Synthetic("hard", prompts=1024, epochs=30),
     "learning": Synthetic("0.4*beta(1,30) + 0.6*beta(1,2)", prompts=1024, epochs=30, gain=0.1),
