@@ -145,7 +145,8 @@ def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no
                 trial = low + width if low < greatest - width else greatest
             width = width * 2 if width < (1 << 60) else width
             continue
-        span = float(high) - float(low)
+        # The difference of keys of unlike signs may not fit an int64; a double is too coarse for those that are close.
+        span = float(high - low) if (high < 0) == (low < 0) else float(high) - float(low)
         slope = (below - fits) / span
         if many - few <= limit:
             values, weights = _gather(rows, cost, lower, upper, step, _value(low), _value(high), int(many - few))
