@@ -137,7 +137,7 @@ def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no
             if slope > 0.0:
                 average = (budget / above if above > 0.0 else 1.0) if cost.size else 1.0
                 wanted = (1.25 * abs(above - budget) + 0.25 * limit * average) / slope
-                width = np.int64(min(max(wanted, float(1 << 32)), float(1 << 58)))
+                width = int(min(max(wanted, float(1 << 32)), float(1 << 58)))
                 slope = 0.0
             if below == np.inf:
                 trial = high - width if high > least + width else least
