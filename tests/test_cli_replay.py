@@ -87,13 +87,16 @@ def test_an_experiment_prints_its_table_and_writes_its_files(capsys, tmp_path):
     assert main(["experiment", "estimation", "--seeds", "2", "--split", "development", "--output", "out"]) == 0
     out, err = capsys.readouterr()
     assert "**small, development** (2 seeds)" in out
-    for label in ("uniform", "uniform 2N", *estimation.LISTED, "rates known"):
+    assert "**small, development, uniform allocation watched** (2 seeds)" in out
+    allocating = ("uniform", "uniform 2N", *estimation.LISTED, "Bayes filter, may skip", "rates known")
+    for label in allocating:
         assert f"\n| {label} | " in out
     rows = [json.loads(line) for line in (tmp_path / "out" / "estimation.jsonl").read_text().splitlines()]
-    assert [row["policy"] for row in rows] == ["uniform", "uniform 2N", *estimation.LISTED, "rates known"]
-    assert rows[-1]["mean"]["gain_captured"] == 1.0
+    assert [row["policy"] for row in rows] == [*allocating, *estimation.LISTED]
+    assert rows[len(allocating) - 1]["mean"]["gain_captured"] == 1.0
+    assert all(abs(row["mean"]["gain_captured"]) < 1e-12 for row in rows[len(allocating) :])  # they only watch
     page = (tmp_path / "out" / "estimation.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4
     assert err == ""
 
 
@@ -104,7 +107,7 @@ def test_the_experiments_own_environments(tmp_path):
     assert next(iter(estimation.environments(quick))) == "recorded run, report (295 prompts)"
     assert full.seed_list == [0, 1, 2, 3, 4]
     assert quick.seed_list == [0, 1]
-    assert estimation.simulations(full) == 6 * 7 * 5
+    assert estimation.simulations(full) == (7 * 9 + 5) * 5
     for environment in estimation.environments(quick).values():
         episode = environment.start(0)
         assert max(batch.size for batch in episode.batches) == 128
