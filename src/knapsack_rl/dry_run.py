@@ -50,7 +50,7 @@ class Settings:
 
     bandwidth: float = 2.5
     seeds: int = 3
-    estimator: str = "empirical-bayes"
+    estimator: str = "bayes-filter"
     min_rollouts: int = 2
     max_rollouts: int = 128
 

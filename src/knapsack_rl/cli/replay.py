@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--success-threshold", type=float, metavar="X", help="a reward above X is a success (default: 0)"
     )
-    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="empirical-bayes", help="of the knapsack")
+    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="of the knapsack")
     parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
     parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
     parser.add_argument("--bandwidth", type=float, default=2.5, help="of the smoothing, in visits (default: 2.5)")
