@@ -125,7 +125,8 @@ def test_commands_print_what_the_page_shows(block, command, expected, tmp_path, 
             run(other, {})  # it makes the files that the command reads
     main(shlex.split(command)[1:])
     captured = capsys.readouterr()
-    assert same_output(captured.out + captured.err, expected), captured.out + captured.err
+    shown = captured.out or captured.err  # beside a result, stderr is progress, which a slow machine prints
+    assert same_output(shown, expected), shown
 
 
 def test_the_quickstart_shows_commands():
