@@ -40,9 +40,10 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## measure solver and balancer
+bench: $(INSTALLED)  ## measure solver, balancer and state file
 	$(BIN)/python benchmarks/bench_solver.py
 	$(BIN)/python benchmarks/bench_balance.py
+	$(BIN)/python benchmarks/bench_state.py
 
 docs: $(INSTALLED)  ## build the documentation site
 	$(BIN)/mkdocs build --strict
