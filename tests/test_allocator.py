@@ -751,7 +751,7 @@ def test_a_state_that_lacks_a_newer_setting_means_its_default(tmp_path: Path) ->
     assert "fallback" not in state["header"]["settings"]  # it is named only when off
     kr.KnapsackAllocator("window").load_state_dict(state)
     statefile.write_state(tmp_path / "state.npz", state["header"], state["arrays"])
-    assert kr.KnapsackAllocator.load(tmp_path / "state.npz").estimator.settings()["fallback"] is True
+    assert kr.KnapsackAllocator.load(tmp_path / "state.npz").estimator.fallback is True
     with pytest.raises(ValueError, match="make it with the same"):
         kr.KnapsackAllocator("window", fallback=False).load_state_dict(state)
 

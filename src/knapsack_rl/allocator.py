@@ -151,8 +151,8 @@ class KnapsackAllocator:
         ids = _check_batch(prompt_ids)
         budget = check_whole("budget", budget, minimum=0)
         self._warn_of_twins(ids)
-        allocation = self._attempt("allocation", lambda: self._allocate(ids, budget, started))
-        return allocation or self._evenly(ids, budget)
+        allocation = self.attempt("allocation", lambda: self._allocate(ids, budget, started))
+        return allocation or self._evenly(ids, budget, started)
 
     def _allocate(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
         records = self.tracker.lookup(ids)
@@ -174,8 +174,13 @@ class KnapsackAllocator:
             self._degraded_batches += 1
         return noted
 
-    def _attempt(self, what: str, attempt: Callable[[], T]) -> T | None:
-        """The result, or None where the estimator or the solver raised, which is counted and logged once."""
+    def attempt(self, what: str, attempt: Callable[[], T]) -> T | None:
+        """Do something that must not end a run: the result, or None if it raised, which is counted and logged once.
+
+        Args:
+            what: a noun for the log.
+            attempt: called without arguments.
+        """
         try:
             return attempt()
         except Exception:
@@ -189,7 +194,7 @@ class KnapsackAllocator:
                 )
             return None
 
-    def _evenly(self, ids: list[PromptId], budget: int) -> Allocation:
+    def _evenly(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
         """The same for all, or the minimum for as many as the budget serves; nothing here can fail."""
         served = min(len(ids), budget // max(self.min_rollouts, 1)) or 1
         each, extra = divmod(budget, served)
@@ -197,12 +202,20 @@ class KnapsackAllocator:
         first = np.argsort(stable_order(ids), kind="stable")[:served]
         counts[first] = each
         counts[first[:extra]] += 1
+        return self._unpredicted(
+            ids, Allocation(counts, float("nan"), "allocation failed: divided evenly", True), started
+        )
+
+    def _unpredicted(self, ids: list[PromptId], allocation: Allocation, started: float) -> Allocation:
+        """Note that nothing is expected of the batch."""
         for prompt_id in ids:
             self._predicted.pop(prompt_id, None)
-        unknown = np.full(len(ids), np.nan)
-        allocation = Allocation(counts, float("nan"), "allocation failed: divided evenly", degraded=True)
-        self._allocation_metrics = {"budget": float(budget), "budget_min": float(counts.min())} | {
-            "budget_max": float(counts.max())
+        counts, unknown = allocation.counts, np.full(len(ids), np.nan)
+        self._allocation_metrics = {
+            "budget": float(counts.sum()),
+            "budget_min": float(counts.min()),
+            "budget_max": float(counts.max()),
+            "allocation_seconds": time.perf_counter() - started,
         }
         return replace(allocation, success_rates=unknown, nonzero_gradient=unknown.copy())
 
@@ -245,10 +258,8 @@ class KnapsackAllocator:
             value = total_value(belief.marginals, given)
             return self._expect(ids, Allocation(given, value, reason), belief, started)
 
-        unknown = np.full(len(ids), np.nan)
-        return self._attempt("prediction", predict) or Allocation(
-            given, float("nan"), reason, success_rates=unknown, nonzero_gradient=unknown.copy()
-        )
+        found = self.attempt("prediction", predict)
+        return found or self._unpredicted(ids, Allocation(given, float("nan"), reason), started)
 
     def _expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief, started: float) -> Allocation:
         """Note what is expected of the batch; ``observe`` compares it with what happens."""
@@ -310,7 +321,7 @@ class KnapsackAllocator:
                 successes_of(rewards_R, self.success)[scored],
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
-                evidence=self._attempt("learning", lambda: self._absorb(known, successes, totals)),
+                evidence=self.attempt("learning", lambda: self._absorb(known, successes, totals)),
             )
             self._refit_when_due(int(visited.sum()))
         self._outcome_metrics = self._outcomes(list(distinct), groups)
@@ -328,7 +339,7 @@ class KnapsackAllocator:
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
         self._visits_since_refit += visits
         if self._visits_since_refit >= self._prompts_at_refit:
-            self._attempt("refitting", lambda: self.estimator.refit(self.tracker.records()))
+            self.attempt("refitting", lambda: self.estimator.refit(self.tracker.records()))
             self._visits_since_refit, self._prompts_at_refit = 0, len(self.tracker)
 
     def _outcomes(self, ids: list[PromptId], groups: GroupOutcomes) -> dict[str, float]:
