@@ -44,7 +44,7 @@ class Run:
         for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()[-2:]):
             try:
                 return int(json.loads(line)["step"])
-            except json.JSONDecodeError:
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return 0
 

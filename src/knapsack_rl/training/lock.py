@@ -74,5 +74,5 @@ def _owner(descriptor: int) -> str:
     try:
         owner = json.loads(text)
         return f"process {int(owner['pid'])} on {owner['host']}, since {owner['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return text.strip()
