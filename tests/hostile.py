@@ -107,7 +107,7 @@ def texts(number: int, seed: int = 0) -> Iterator[str]:
     """Hostile completions. None of them ends in :data:`RIGHT` or in anything equal to it."""
     rng = random.Random(seed)
     for k in range(number):
-        kind = _long if k % 500 == 0 else rng.choice(KINDS)  # a megabyte now and then
+        kind = _long if k % 500 == 499 else rng.choice(KINDS)  # a megabyte now and then
         text = kind(rng)
         if rng.random() < 0.1:
             text += rng.choice(KINDS)(rng)

@@ -14,6 +14,7 @@ import pytest
 
 from knapsack_rl.runfiles import by_step
 
+KNOWN = 16  # rollouts of each prompt before the run
 EPOCH = 6  # steps: 24 prompts, 4 at a time
 
 
@@ -56,7 +57,7 @@ def check(found: list[dict], steps: int) -> None:
     assert any(max(row["counts"]) > min(row["counts"]) for row in expected), "the run never allocates"
     for one in others:
         rows = [without_clock(row) for row in by_step(one["rows"])]
-        scored = Counter()
+        scored = Counter({f"p{k}": KNOWN for k in range(24)})
         for row in rows:
             scored.update(dict(zip(row["prompt_ids"], row["scored"], strict=True)))
         assert one["end"]["rollouts"] == dict(scored), (one["moment"], "each observation counts once")

@@ -139,6 +139,17 @@ def test_whole_members_that_do_not_belong_together_are_refused(change, path: Pat
         read_state(path)
 
 
+def test_a_checksum_may_be_missing_in_old_versions_only(path: Path) -> None:
+    for version in (1, 2, 3, 99):
+        header = npy(np.frombuffer(json.dumps(HEAD | {"version": version}).encode(), np.uint8))
+        rewritten(path, lambda members, header=header: members | {"header.npy": header})
+        if version < 3:
+            assert_same(read_state(path), HEAD | {"version": version})
+            continue
+        with pytest.raises(ValueError, match="its checksum is missing"):
+            read_state(path)
+
+
 def test_a_compression_bomb_is_refused_unopened(path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("header.npy", npy(np.zeros(10**7, np.uint8)))

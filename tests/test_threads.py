@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import threading
@@ -71,6 +72,16 @@ def test_no_observation_is_lost(estimator: str, tmp_path) -> None:
     assert records.visits.sum() == THREADS * ROUNDS * 3
     assert allocator.tracker.lookup(["shared"]).visits[0] == THREADS * ROUNDS
     assert allocator.metrics()["allocation_failures"] == 0
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    allocator = kr.KnapsackAllocator("beta")
+    allocator.observe(["a"] * 4, [1, 0, 0, 0])
+    twin = copy.deepcopy(allocator)
+    with allocator._lock:
+        together(lambda number: twin.observe(["a"], [1]))
+    assert twin.tracker.lookup(["a"]).rollouts[0] == 4 + THREADS
+    assert allocator.tracker.lookup(["a"]).rollouts[0] == 4
 
 
 def test_the_order_of_calls_decides_and_not_the_thread() -> None:

@@ -136,6 +136,14 @@ class KnapsackAllocator:
         self._allocation_metrics: dict[str, float] = {}
         self._outcome_metrics: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: each has a lock of its own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
     @_one_at_a_time
     def allocate(self, prompt_ids: Iterable[PromptId], budget: int) -> Allocation:
         """Rollouts for each prompt of a batch, summing to the budget.

@@ -26,6 +26,8 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
     """
     if isinstance(prompt_ids, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of ids, got the single string {prompt_ids!r}")
+    if not hasattr(prompt_ids, "__iter__"):
+        raise ValueError(f"{name} must be a sequence of ids, got {prompt_ids!r}")
     ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
     if {*map(type, ids)} <= {str}:
         return ids

@@ -22,7 +22,10 @@ import numpy as np
 
 HEADER = "header"
 CHECKSUM = "checksum"
-"""Key of the header; files of versions 1 and 2 have none."""
+"""Key of the header."""
+
+LAST_WITHOUT_CHECKSUM = 2
+"""Files of versions 1 and 2 have none."""
 
 
 @contextlib.contextmanager
@@ -127,6 +130,8 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
             header = json.loads(arrays.pop(HEADER).tobytes())
             if not isinstance(header, dict):
                 raise ValueError(f"its header is a {type(header).__name__}, not a mapping")
+            if CHECKSUM not in header and header.get("version", 0) > LAST_WITHOUT_CHECKSUM:
+                raise ValueError("its checksum is missing")
             if header.pop(CHECKSUM, expected := _checksum(members)) != expected:
                 raise ValueError("its checksum does not match its content")
         except (*DAMAGE, RecursionError) as error:

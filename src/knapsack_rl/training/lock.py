@@ -47,6 +47,8 @@ def own_folder(folder: Path) -> Iterator[None]:
                     f"{folder} is being written by another run: {_owner(descriptor)}. Wait for it, stop it, or choose "
                     "another folder"
                 ) from None
+            except OSError as error:  # a file system without locks
+                logger.warning("%s cannot be locked (%s): see to it that no other run writes %s", path, error, folder)
         stale = _owner(descriptor)
         if stale:
             logger.warning("%s was left by a run that was killed (%s): taken over", path, stale)
