@@ -131,7 +131,8 @@ def values(dice: random.Random, folder: Path) -> None:
 
 
 def marginals(dice: random.Random, folder: Path) -> None:
-    table = marginal_values(numbers(dice, 3), dice.randrange(20))
+    rates = numbers(dice, 3)
+    table = marginal_values(rates if isinstance(rates, list) else [rates], dice.randrange(20))
     assert np.isfinite(table).all() and (table >= 0).all()
 
 

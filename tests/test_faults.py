@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -317,6 +318,23 @@ def test_an_id_too_long_to_be_printed_is_refused() -> None:
     allocator = kr.KnapsackAllocator("beta")
     with pytest.raises(ValueError, match=r"prompt_ids\[1\] is a number of more than 300 digits"):
         allocator.allocate(["a", 10**5000], 8)
+
+
+def test_a_budget_beyond_all_reason_is_refused() -> None:
+    for budget in (2**24 + 1, 2**63, 10**400):
+        with pytest.raises(ValueError, match="budget must be at most 16777216 rollouts a step"):
+            kr.KnapsackAllocator("beta").allocate(["a", "b"], budget)
+
+
+def test_every_test_that_the_documentation_names_is_there() -> None:
+    here = Path(__file__).parent
+    text = (here.parent / "docs" / "faults.md").read_text()
+    names = set(re.findall(r"\b(test_\w+)\b(?!\.py)", text))
+    assert len(names) > 25
+    defined = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in here.glob("test_*.py")), re.MULTILINE))
+    assert names <= defined, names - defined
+    files = set(re.findall(r"\btest_\w+\.py", text))
+    assert all((here / name).exists() for name in files), files
 
 
 def rows_of(*prompts):

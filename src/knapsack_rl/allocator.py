@@ -66,6 +66,10 @@ def _one_at_a_time(
     return locked
 
 
+LARGEST_BUDGET = 2**24
+"""Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
+
+
 class KnapsackAllocator:
     """Allocates each step's rollouts from what earlier steps observed.
 
@@ -150,14 +154,17 @@ class KnapsackAllocator:
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
-            budget: total rollouts, >= 0.
+            budget: total rollouts, 0 to 2^24.
 
         Raises:
-            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number >= 0.
+            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number from 0 to
+                2^24.
         """
         started = time.perf_counter()
         ids = _check_batch(prompt_ids)
         budget = check_whole("budget", budget, minimum=0)
+        if budget > LARGEST_BUDGET:
+            raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts a step, got {budget}")
         self._warn_of_twins(ids)
         allocation = self.attempt("allocation", lambda: self._allocate(ids, budget, started))
         return allocation or self._evenly(ids, budget, started)
