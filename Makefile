@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare test test-slow check format bench docs base-model clean
+.PHONY: help train compare test test-slow check format bench fuzz docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,11 +40,15 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## measure solver and balancer
+bench: $(INSTALLED)  ## measure solver, balancer and state file
 	@status=0; \
 	$(BIN)/python benchmarks/bench_solver.py --check || status=1; \
 	$(BIN)/python benchmarks/bench_balance.py || status=1; \
+	$(BIN)/python benchmarks/bench_state.py || status=1; \
 	exit $$status
+
+fuzz: $(INSTALLED)  ## a million random cases against the public functions and the readers of files
+	$(BIN)/python tests/fuzz.py --cases 1100000
 
 docs: $(INSTALLED)  ## build the documentation site
 	$(BIN)/mkdocs build --strict

@@ -589,10 +589,10 @@ def test_a_failing_write_leaves_the_old_file(stage: str, error, tmp_path: Path, 
 
     def fail(*arguments, **_):
         if stage == "arrays":
-            arguments[0].write(b"half a file")
+            arguments[0].writestr("half", b"half a file")
         raise error
 
-    target = {"arrays": (np, "savez"), "fsync": (os, "fsync"), "rename": (Path, "replace")}[stage]
+    target = {"arrays": (statefile, "_write_array"), "fsync": (os, "fsync"), "rename": (Path, "replace")}[stage]
     with monkeypatch.context() as patch:
         patch.setattr(*target, fail)
         with pytest.raises(type(error)):
@@ -718,7 +718,7 @@ def with_array(name: str, array) -> object:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, "version 99.*reads up to 2.*upgrade"),
+        (newer, "version 99.*reads up to 3.*upgrade"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
         (lambda _: trained("beta").state_dict(), "estimator .*'beta'.*'empirical-bayes'"),
@@ -766,6 +766,7 @@ def test_a_state_that_lacks_a_newer_setting_means_its_default(name: str, setting
 def as_version_1(state: dict) -> dict:
     """The state as the package wrote it before it kept evidence."""
     state["header"]["version"] = 1
+    del state["header"]["allocation_failures"]
     del state["arrays"]["tracker.last_visit"], state["arrays"]["tracker.evidence"]
     return state
 
@@ -783,7 +784,20 @@ def test_a_state_of_version_1_goes_on(name: str, tmp_path: Path) -> None:
         rewards = rng.integers(0, 2, 28)
         for each in (allocator, twin):
             each.observe(ids * 4, rewards)
-    assert twin.state_dict()["header"]["version"] == 2
+    assert twin.state_dict()["header"]["version"] == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_version_2_goes_on(name: str, tmp_path: Path) -> None:
+    """It was written by numpy, without a checksum and without a count of failures."""
+    allocator = trained(name)
+    state = allocator.state_dict()
+    header = {key: value for key, value in state["header"].items() if key != "allocation_failures"} | {"version": 2}
+    encoded = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+    np.savez(tmp_path / "state.npz", header=encoded, **state["arrays"])
+    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
+    assert_same_state(twin.state_dict(), state)
+    assert counts_of(twin) == counts_of(allocator)
 
 
 def test_a_state_of_version_1_is_none_of_the_bayes_filter() -> None:

@@ -296,7 +296,7 @@ def test_partition_cannot_be_altered_and_leaves_its_input_alone() -> None:
         ([1.0, -2.0], 1, r"work\[1\] is -2.0; allowed: numbers from 0 to 1e\+300"),
         ([np.nan], 1, r"work\[0\] is nan"),
         ([np.inf], 1, r"work\[0\] is inf"),
-        ([1.0], 0, r"workers is 0; allowed: a whole number >= 1; pass"),
+        ([1.0], 0, r"workers is 0; allowed: a whole number from 1 to 16777216; pass"),
         ([1.0], -3, r"workers is -3"),
         ([1.0], 2.0, r"workers is 2.0"),
         ([1.0], True, r"workers is True"),

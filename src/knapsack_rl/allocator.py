@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import wraps
 from itertools import pairwise
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -29,23 +31,43 @@ from knapsack_rl.groups import (
     summarise,
     transition_matrix,
 )
-from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, stable_order
+from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, other_type, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
-from knapsack_rl.tracker import Tracker
+from knapsack_rl.tracker import Records, Tracker
 from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+P = ParamSpec("P")
+T = TypeVar("T")
+
+STATE_VERSION = 3
 
 STATE_FORMAT = "knapsack-rl allocator"
 
-COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
-"""Whole numbers of an allocator's own that its state holds."""
+COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts", "allocation_failures")
+"""Whole numbers of an allocator's own that its state holds; versions 1 and 2 lack the last."""
 
 BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
 """Left edges of the budget histogram's bins; the last is open."""
+
+
+def _one_at_a_time(
+    method: Callable[Concatenate[KnapsackAllocator, P], T],
+) -> Callable[Concatenate[KnapsackAllocator, P], T]:
+    """A call that waits until those of other threads are over."""
+
+    @wraps(method)
+    def locked(self: KnapsackAllocator, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
+LARGEST_BUDGET = 2**24
+"""Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
 
 
 class KnapsackAllocator:
@@ -55,7 +77,12 @@ class KnapsackAllocator:
     ``observe(ids_per_rollout, rewards)``. Prompts are known by id, so an id must name the same prompt in every epoch.
 
     Inside a run nothing dies because of allocation: a batch whose bounds and budget contradict each other degrades in
-    the order of :func:`knapsack_rl.allocation.feasible_bounds`, is counted in the metrics and logged once.
+    the order of :func:`knapsack_rl.allocation.feasible_bounds`, is counted in the metrics and logged once. If the
+    estimator or the solver raises, the batch is divided evenly, the failure is counted (``allocation_failures``) and
+    logged once with its traceback. Arguments that make no sense raise ``ValueError``.
+
+    Calls from several threads are safe and run one after the other; the result depends on their order, so a run that
+    is to be repeated must make them in a fixed order.
 
     Args:
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
@@ -106,25 +133,47 @@ class KnapsackAllocator:
         self._prompts_at_refit = 0
         self._degraded_batches = 0
         self._unscored_rollouts = 0
+        self._allocation_failures = 0
+        self._failure_told = self._twins_told = False
+        self._lock = threading.RLock()
         self._predicted: dict[PromptId, float] = {}
         self._allocation_metrics: dict[str, float] = {}
         self._outcome_metrics: dict[str, float] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: each has a lock of its own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
+    @_one_at_a_time
     def allocate(self, prompt_ids: Iterable[PromptId], budget: int) -> Allocation:
         """Rollouts for each prompt of a batch, summing to the budget.
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
-            budget: total rollouts, >= 0.
+            budget: total rollouts, 0 to 2^24.
 
         Raises:
-            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number >= 0.
+            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number from 0 to
+                2^24.
         """
         started = time.perf_counter()
         ids = _check_batch(prompt_ids)
         budget = check_whole("budget", budget, minimum=0)
+        if budget > LARGEST_BUDGET:
+            raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts a step, got {budget}")
+        self._warn_of_twins(ids)
+        allocation = self.attempt("allocation", lambda: self._allocate(ids, budget, started))
+        return allocation or self._evenly(ids, budget, started)
+
+    def _allocate(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
         records = self.tracker.lookup(ids)
         belief = self.estimator.believe(records, self.max_rollouts)
+        if not np.isfinite(belief.marginals).all():
+            raise ArithmeticError("the estimator gave marginal values that are not finite")
         if self.estimator.paper_rule:
             allocation = self._by_paper_rule(ids, belief, budget)
         elif self.min_rollouts > 0 or budget > len(ids) * self.max_rollouts:
@@ -133,12 +182,73 @@ class KnapsackAllocator:
             )
         else:
             allocation = cover(belief, records.age, budget, self.max_rollouts, stable_order(ids))
+        noted = self._expect(ids, allocation, belief, started)
         if allocation.degraded:
             if not self._degraded_batches:
                 logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
             self._degraded_batches += 1
-        return self._expect(ids, allocation, belief, started)
+        return noted
 
+    def attempt(self, what: str, attempt: Callable[[], T]) -> T | None:
+        """Do something that must not end a run: the result, or None if it raised, which is counted and logged once.
+
+        Args:
+            what: a noun for the log.
+            attempt: called without arguments.
+        """
+        try:
+            return attempt()
+        except Exception:
+            self._allocation_failures += 1
+            if not self._failure_told:
+                self._failure_told = True
+                logger.exception(
+                    "%s failed; the run goes on without it: budgets are divided evenly, estimates stay as they were "
+                    "(logged once, counted as allocation_failures)",
+                    what,
+                )
+            return None
+
+    def _evenly(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
+        """The same for all, or the minimum for as many as the budget serves; nothing here can fail."""
+        served = min(len(ids), budget // max(self.min_rollouts, 1)) or 1
+        each, extra = divmod(budget, served)
+        counts = np.zeros(len(ids), np.int64)
+        first = np.argsort(stable_order(ids), kind="stable")[:served]
+        counts[first] = each
+        counts[first[:extra]] += 1
+        return self._unpredicted(
+            ids, Allocation(counts, float("nan"), "allocation failed: divided evenly", True), started
+        )
+
+    def _unpredicted(self, ids: list[PromptId], allocation: Allocation, started: float) -> Allocation:
+        """Note that nothing is expected of the batch."""
+        for prompt_id in ids:
+            self._predicted.pop(prompt_id, None)
+        counts, unknown = allocation.counts, np.full(len(ids), np.nan)
+        self._allocation_metrics = {
+            "budget": float(counts.sum()),
+            "budget_min": float(counts.min()),
+            "budget_max": float(counts.max()),
+            "allocation_seconds": time.perf_counter() - started,
+        }
+        return replace(allocation, success_rates=unknown, nonzero_gradient=unknown.copy())
+
+    def _warn_of_twins(self, ids: list[PromptId]) -> None:
+        """Tell once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
+        if self._twins_told:
+            return
+        for prompt_id in ids:
+            if prompt_id not in self.tracker and (twin := other_type(prompt_id)) in self.tracker:
+                self._twins_told = True
+                logger.warning(
+                    "prompt id %r is new, but %r is known: ids keep their type, so what was observed of %r does not "
+                    "count for %r. Give every id the same type in every epoch (told once)",
+                    *(prompt_id, twin, twin, prompt_id),
+                )
+                return
+
+    @_one_at_a_time
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
         """Take counts from elsewhere (a uniform baseline, an engine's own choice) in place of :meth:`allocate`.
 
@@ -155,9 +265,16 @@ class KnapsackAllocator:
         ids, given = _check_batch(prompt_ids), check_counts(counts)
         if given.shape != (len(ids),):
             raise ValueError(f"counts must hold one number per prompt ({len(ids)}), got shape {given.shape}")
-        belief = self.estimator.believe(self.tracker.lookup(ids), max(int(given.max()), 1))
-        value = total_value(belief.marginals, given)
-        return self._expect(ids, Allocation(given, value, "counts given from outside"), belief, started)
+        self._warn_of_twins(ids)
+        reason = "counts given from outside"
+
+        def predict() -> Allocation:
+            belief = self.estimator.believe(self.tracker.lookup(ids), max(int(given.max()), 1))
+            value = total_value(belief.marginals, given)
+            return self._expect(ids, Allocation(given, value, reason), belief, started)
+
+        found = self.attempt("prediction", predict)
+        return found or self._unpredicted(ids, Allocation(given, float("nan"), reason), started)
 
     def _expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief, started: float) -> Allocation:
         """Note what is expected of the batch; ``observe`` compares it with what happens."""
@@ -176,10 +293,12 @@ class KnapsackAllocator:
         reason = "; ".join(filter(None, (degradation, found.reason)))
         return Allocation(found.counts, found.expected_value, reason, degraded=bool(degradation))
 
+    @_one_at_a_time
     def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
         """What is known of the given prompts: mean success rate, marginal values, predictions."""
         return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
 
+    @_one_at_a_time
     def observe(
         self, prompt_ids_per_rollout: Iterable[PromptId], rewards: ArrayLike, lengths: ArrayLike | None = None
     ) -> None:
@@ -209,24 +328,33 @@ class KnapsackAllocator:
         if visited.any():
             index = np.cumsum(visited) - 1
             visitors = [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen]
+            successes, totals = groups.successes[visited], groups.totals[visited]
+            known = self.tracker.lookup(visitors)
             self.tracker.record(
                 visitors,
                 index[prompt_R[scored]],
                 successes_of(rewards_R, self.success)[scored],
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
-                evidence=self.estimator.absorb(
-                    self.tracker.lookup(visitors), groups.successes[visited], groups.totals[visited]
-                ),
+                evidence=self.attempt("learning", lambda: self._absorb(known, successes, totals)),
             )
             self._refit_when_due(int(visited.sum()))
         self._outcome_metrics = self._outcomes(list(distinct), groups)
+
+    def _absorb(self, known: Records, successes: IntArray, totals: IntArray) -> FloatArray:
+        evidence = self.estimator.absorb(known, successes, totals)
+        if evidence.shape != known.evidence.shape or not np.isfinite(evidence).all():
+            raise ArithmeticError(
+                f"the estimator gave evidence of shape {evidence.shape}, expected finite numbers of shape "
+                f"{known.evidence.shape}"
+            )
+        return evidence
 
     def _refit_when_due(self, visits: int) -> None:
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
         self._visits_since_refit += visits
         if self._visits_since_refit >= self._prompts_at_refit:
-            self.estimator.refit(self.tracker.records())
+            self.attempt("refitting", lambda: self.estimator.refit(self.tracker.records()))
             self._visits_since_refit, self._prompts_at_refit = 0, len(self.tracker)
 
     def _outcomes(self, ids: list[PromptId], groups: GroupOutcomes) -> dict[str, float]:
@@ -243,6 +371,7 @@ class KnapsackAllocator:
             found["brier_score"] = float(np.mean((predicted[told] - realised) ** 2))
         return found
 
+    @_one_at_a_time
     def metrics(self) -> dict[str, float]:
         """Numbers of the newest ``allocate`` and ``observe``, and totals of the run, for a logger.
 
@@ -255,9 +384,11 @@ class KnapsackAllocator:
                 "prompts_seen": float(len(self.tracker)),
                 "degraded_batches": float(self._degraded_batches),
                 "unscored_rollouts": float(self._unscored_rollouts),
+                "allocation_failures": float(self._allocation_failures),
             }
         )
 
+    @_one_at_a_time
     def transition_matrix(self) -> IntArray:
         """(5, 5) prompts by difficulty class at their first visit (rows) and their newest one (columns)."""
         records = self.tracker.records()
@@ -266,6 +397,7 @@ class KnapsackAllocator:
             difficulty_class(records.newest_successes, records.newest_total),
         )
 
+    @_one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
         """(M,) expected tokens of a rollout of each prompt, shrunk to the population mean; for the balancer.
 
@@ -281,6 +413,7 @@ class KnapsackAllocator:
         )[-1]
         return np.where(rows >= 0, work[rows] if len(self.tracker) else unseen, unseen)
 
+    @_one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``."""
         header = {
@@ -296,6 +429,7 @@ class KnapsackAllocator:
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
         return {"header": header, "arrays": arrays}
 
+    @_one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state into an allocator made with the same estimator; bounds and success rule stay its own.
 
@@ -318,7 +452,7 @@ class KnapsackAllocator:
         self.estimator.load_state_dict(_section(arrays, "estimator."))
         self.tracker = tracker
         for counter in COUNTERS:
-            setattr(self, f"_{counter}", header[counter])
+            setattr(self, f"_{counter}", header.get(counter, 0))
         self._predicted, self._allocation_metrics, self._outcome_metrics = {}, {}, {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -390,12 +524,16 @@ def _check_header(header: Any) -> Mapping[str, Any]:
         raise ValueError(
             f"the state has version {version}, this package reads up to {STATE_VERSION}; upgrade knapsack-rl"
         )
-    kinds: dict[str, Any] = {"settings": dict, "min_rollouts": int, "max_rollouts": int} | dict.fromkeys(COUNTERS, int)
+    kinds: dict[str, Any] = {"settings": dict, "min_rollouts": int, "max_rollouts": int} | dict.fromkeys(
+        COUNTERS if version > 2 else COUNTERS[:-1], int
+    )
     for name in ("estimator", "success", *kinds):
         if name not in header:
             raise ValueError(f"the allocator state lacks {name!r} in its header")
         if name in kinds and not isinstance(header[name], kinds[name]):
             raise ValueError(f"{name!r} of the allocator state must be {kinds[name].__name__}, got {header[name]!r}")
+        if name in COUNTERS and header[name] < 0:
+            raise ValueError(f"{name!r} of the allocator state must be >= 0, got {header[name]}")
     return header
 
 

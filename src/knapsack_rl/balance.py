@@ -129,6 +129,10 @@ class Partition:
         return self.order[self.worker_of[self.order] == worker]
 
 
+MOST_WORKERS = 2**24
+"""Of a partition, which lists every worker: a mistaken number must not fill the memory."""
+
+
 def partition(work: ArrayLike, workers: int) -> Partition:
     """Assign each item to a worker: longest item first, always to the least-loaded worker.
 
@@ -143,7 +147,7 @@ def partition(work: ArrayLike, workers: int) -> Partition:
     Args:
         work: (R,) work per item, in [0, 1e300], any unit; one item per rollout, for example
             `np.repeat(predict_work(...), counts)`.
-        workers: number of workers, >= 1.
+        workers: number of workers, 1 to 2^24.
 
     Returns:
         The assignment, its loads and how far it may be from the optimum.
@@ -152,9 +156,10 @@ def partition(work: ArrayLike, workers: int) -> Partition:
         ValueError: if `work` or `workers` is not as described.
     """
     work_R = _nonnegative_vector(work, "work")
-    if isinstance(workers, bool) or not isinstance(workers, int | np.integer) or workers < 1:
+    if isinstance(workers, bool) or not isinstance(workers, int | np.integer) or not 1 <= workers <= MOST_WORKERS:
         raise ValueError(
-            f"workers is {workers!r}; allowed: a whole number >= 1; pass how many rollouts run at one time"
+            f"workers is {workers!r}; allowed: a whole number from 1 to {MOST_WORKERS}; pass how many rollouts run at "
+            "one time"
         )
     order_R = np.argsort(-work_R, kind="stable").astype(np.int64, copy=False)
     descending = work_R[order_R]

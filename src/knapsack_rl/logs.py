@@ -64,7 +64,7 @@ def _read_json_lines(path: Path) -> Columns:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # broken, a number of 5,000 digits, or nested without end
                 raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}")
@@ -81,7 +81,7 @@ def _read_parquet(path: Path) -> Columns:
         raise ImportError(f'{error}. Reading parquet needs: pip install "knapsack-rl[data]"') from error
     try:
         return parquet.read_table(path).to_pydict()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, ValueError) as error:
         raise ValueError(f"{path} is no readable parquet file: {error}") from error
 
 

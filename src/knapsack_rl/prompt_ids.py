@@ -14,6 +14,10 @@ PromptId = str | int
 """A string or a whole number that names the same prompt in every epoch; ``7`` and ``"7"`` are different prompts."""
 
 
+LARGEST_ID = 10**300
+"""Python refuses to print whole numbers much longer than this, so they could be neither logged nor saved."""
+
+
 def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> list[PromptId]:
     """Return ids as plain ``str`` and ``int``; ``name`` is what an error calls them.
 
@@ -22,7 +26,11 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
     """
     if isinstance(prompt_ids, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of ids, got the single string {prompt_ids!r}")
+    if not hasattr(prompt_ids, "__iter__"):
+        raise ValueError(f"{name} must be a sequence of ids, got {prompt_ids!r}")
     ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
+    if {*map(type, ids)} <= {str}:
+        return ids
     for position, given in enumerate(ids):
         prompt_id = given.item() if isinstance(given, np.generic) else given
         if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)):
@@ -30,6 +38,8 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
                 f"{name}[{position}] is {prompt_id!r}; a prompt id is a string or a whole number that stays the "
                 "same in every epoch"
             )
+        if not isinstance(prompt_id, str) and abs(prompt_id) > LARGEST_ID:
+            raise ValueError(f"{name}[{position}] is a number of more than 300 digits; give such an id as a string")
         ids[position] = prompt_id
     return ids
 
@@ -37,3 +47,14 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
 def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
     """A number per prompt that depends on its id alone, the same in every process: the last tie-break."""
     return np.array([zlib.crc32(repr(prompt_id).encode()) for prompt_id in prompt_ids], dtype=np.float64)
+
+
+def other_type(prompt_id: PromptId) -> PromptId | None:
+    """The id that looks the same and has the other type: ``"7"`` for 7 and the reverse; None if there is none."""
+    if not isinstance(prompt_id, str):
+        return str(prompt_id)
+    digits = prompt_id.removeprefix("-")
+    if len(digits) > 300 or not (digits.isascii() and digits.isdigit()):
+        return None
+    number = int(prompt_id)
+    return number if str(number) == prompt_id else None

@@ -104,7 +104,7 @@ class RewardLog:
         Raises:
             ValueError: a step is missing or no whole number, a reward is infinite, or nothing was scored.
         """
-        whole = np.isfinite(steps) & (steps == np.floor(steps))
+        whole = (np.abs(steps) < 2.0**53) & (steps == np.floor(steps))  # of NaN neither holds
         if not whole.all():
             row = int(np.flatnonzero(~whole)[0])
             raise ValueError(f"{source}: the step of row {row + 1} is {steps[row]}; every row needs a whole number")

@@ -41,14 +41,26 @@ def read_config(path: Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file holds no mapping.
     """
-    import yaml
-
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a run folder: it has no {path.name}")
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}")
     return {str(key): value for key, value in config.items()}
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file; only plain values are made, never objects.
+
+    Raises:
+        ValueError: If the file is no YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -78,7 +90,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 logger.warning("%s, line %d is not a complete JSON object: skipped", path, number)

@@ -1,25 +1,69 @@
-"""State on disk: one npz file of plain arrays, written atomically. Never a pickle."""
+"""State on disk: one npz file of plain arrays, written atomically, with a checksum. Never a pickle.
+
+The file is an uncompressed zip archive of npy members, which ``numpy.load`` reads too, and a member ``header.npy`` with
+JSON. Zip keeps a crc32 of every member; the header, written last, keeps one over names, sizes and checksums of all
+others. So a changed byte of content, a member too many or too few, and one under another's name are all found.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 HEADER = "header"
+CHECKSUM = "checksum"
+"""Key of the header."""
+
+LAST_WITHOUT_CHECKSUM = 2
+"""Files of versions 1 and 2 have none."""
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Write a file as a whole: a temporary file in the same folder, fsync, rename, fsync of the folder.
+
+    A reader sees the old file or the new one, never a part. If the body raises, the old file stays.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where a folder can be opened (not on Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_state(path: str | os.PathLike[str], header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays and a JSON header to ``path``: a temporary file in the same folder, fsync, rename.
-
-    A reader sees the old file or the new one, never a part.
+    """Write arrays and a JSON header to ``path``, see :func:`atomic_file`. The same state gives the same bytes.
 
     Args:
         path: file to write; its folder must exist.
@@ -28,31 +72,47 @@ def write_state(path: str | os.PathLike[str], header: Mapping[str, Any], arrays:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an array holds Python objects.
+        ValueError: an array holds Python objects, or a name is the header's.
     """
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise ValueError(f"array {name!r} holds Python objects, which only a pickle could store")
-    target = Path(path)
-    encoded = np.frombuffer(json.dumps(dict(header)).encode(), dtype=np.uint8)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            named: dict[str, Any] = {HEADER: encoded, **arrays}
-            np.savez(file, **named)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        if name == HEADER:
+            raise ValueError(f"no array may be named {HEADER!r}")
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            _write_array(archive, name, array)
+        text = json.dumps(dict(header) | {CHECKSUM: _checksum(archive.infolist())})
+        _write_array(archive, HEADER, np.frombuffer(text.encode(), dtype=np.uint8))
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    plain = np.require(array, requirements="C")
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(plain))
+        member.write(memoryview(plain.reshape(-1).view(np.uint8)))
+
+
+def _checksum(members: Iterable[zipfile.ZipInfo]) -> int:
+    """One number over names, sizes and checksums of all members but the header."""
+    listed = sorted((m.filename, m.file_size, m.CRC) for m in members if m.filename != f"{HEADER}.npy")
+    return zlib.crc32(json.dumps(listed).encode())
+
+
+DAMAGE = (
+    *(OSError, ValueError, KeyError, IndexError, EOFError, NotImplementedError, TypeError, AttributeError),
+    *(RuntimeError, OverflowError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error),
+)
+"""What reading a damaged archive may raise; an encrypted member, for one, is a RuntimeError."""
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read what :func:`write_state` wrote.
+    """Read what :func:`write_state` wrote, in this version or an earlier one.
+
+    Memory is bounded by the size of the file: compressed members are refused.
 
     Returns:
-        (header, arrays by name).
+        (header, arrays by name); the arrays are read-only.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,16 +120,40 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
     """
     if Path(path).is_dir():
         raise ValueError(f"{os.fspath(path)} is a folder, not a state file")
-    damage = (OSError, ValueError, KeyError, EOFError, NotImplementedError, TypeError, zipfile.BadZipFile, zlib.error)
     with Path(path).open("rb") as file:
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                arrays = {m.filename.removesuffix(".npy"): _read_array(archive, m) for m in members}
+            if len(arrays) < len(members):
+                raise ValueError("two of its members have the same name")
             header = json.loads(arrays.pop(HEADER).tobytes())
             if not isinstance(header, dict):
                 raise ValueError(f"its header is a {type(header).__name__}, not a mapping")
-        except (*damage, AttributeError) as error:
+            if CHECKSUM not in header and header.get("version", 0) > LAST_WITHOUT_CHECKSUM:
+                raise ValueError("its checksum is missing")
+            if header.pop(CHECKSUM, expected := _checksum(members)) != expected:
+                raise ValueError("its checksum does not match its content")
+        except (*DAMAGE, RecursionError) as error:
             raise ValueError(
-                f"{os.fspath(path)} is no readable allocator state ({error}); the file was left as it is"
+                f"{os.fspath(path)} is no readable allocator state ({error}); the file was left as it is. Use an "
+                "earlier checkpoint, or start with a new allocator"
             ) from error
     return header, arrays
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed, which no state is")
+    # Reading a member as a whole is what makes zipfile compare its checksum.
+    content = archive.read(member)
+    start = io.BytesIO(content[:4096])
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(start)
+    if version not in readers:
+        raise ValueError(f"{member.filename} has npy version {version}")
+    shape, fortran, dtype = readers[version](start)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds a pickle, which is never read")
+    data = np.frombuffer(content, dtype=dtype, offset=start.tell())
+    return data.reshape(shape, order="F" if fortran else "C")

@@ -99,6 +99,9 @@ class Tracker:
     def __len__(self) -> int:
         return len(self._row_of)
 
+    def __contains__(self, prompt_id: object) -> bool:
+        return prompt_id in self._row_of
+
     @property
     def prompt_ids(self) -> list[PromptId]:
         """Ids of all prompts seen, in order of first observation, which is the order of :meth:`records`."""
@@ -204,7 +207,7 @@ class Tracker:
         missing = {"prompt_ids", *COLUMNS, "evidence"} - set(state)
         if missing:
             raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
-        ids = json.loads(np.asarray(state["prompt_ids"], dtype=np.uint8).tobytes())
+        ids = _parse_ids(state["prompt_ids"])
         if not isinstance(ids, list):
             raise ValueError(f"the tracker state's prompt ids must be a list, got {type(ids).__name__}")
         row_of = {prompt_id: row for row, prompt_id in enumerate(check_prompt_ids(ids))}
@@ -218,6 +221,9 @@ class Tracker:
                     f"column {column} of the tracker state has shape {array.shape} and type {array.dtype}, "
                     f"expected ({len(ids)},) of {np.dtype(dtype)}"
                 )
+            # NaN fails the comparison; recent outcomes are bits, of which every pattern is possible.
+            if array.size and not (array.min() >= 0 and array.max() < np.inf):
+                raise ValueError(f"column {column} of the tracker state must hold finite numbers >= 0")
             columns[column] = array.copy()
         evidence = np.asarray(state["evidence"])
         expected = (len(ids), self._records.evidence.shape[1])
@@ -226,8 +232,20 @@ class Tracker:
                 f"evidence of the tracker state has shape {evidence.shape} and type {evidence.dtype}, expected "
                 f"{expected} of float32"
             )
-        self._row_of, self._clock = row_of, int(columns["visits"].sum())
+        if evidence.size and not np.isfinite([evidence.min(), evidence.max()]).all():
+            raise ValueError("evidence of the tracker state must hold finite numbers")
+        clock = int(columns["visits"].sum())
+        if columns["last_visit"].max(initial=0) > clock:
+            raise ValueError(f"the tracker state has a last_visit after its {clock} visits")
+        self._row_of, self._clock = row_of, clock
         self._records = Records(**columns, evidence=evidence.copy(), age=np.zeros(len(ids)))
+
+
+def _parse_ids(array: np.ndarray) -> Any:
+    try:
+        return json.loads(np.asarray(array, dtype=np.uint8).tobytes())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"the tracker state's prompt ids are no JSON: {error}") from error
 
 
 def _shift_in(

@@ -66,7 +66,7 @@ def run(parsed: argparse.Namespace) -> int:
     ]
     text = _as_json(rows, allocation) if parsed.format == "json" else _as_csv(rows)
     if parsed.output:
-        parsed.output.write_text(text, encoding="utf-8")
+        parsed.output.write_bytes(text.encode())  # what cannot be encoded fails before the file is opened
     else:
         sys.stdout.write(text)
     if allocation.reason:

@@ -76,9 +76,7 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
     if target.is_dir():
         target = target / "comparison.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A setting may hold half a surrogate pair, which has no UTF-8 form.
-    target.write_text(page.document("Comparison of allocation policies", body), encoding="utf-8", errors="replace")
-    return target
+    return page.write(target, "Comparison of allocation policies", body)
 
 
 def _lead(groups: Sequence[Policy]) -> str:

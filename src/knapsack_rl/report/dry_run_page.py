@@ -109,8 +109,7 @@ def write_dry_run(result: DryRun, output: Path) -> Path:
     body.append(page.plots(_plots(result)))
     body.append(page.paragraph(method(result), "soft"))
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page.document(title, body), encoding="utf-8", errors="replace")
-    return output
+    return page.write(output, title, body)
 
 
 def _tiles(result: DryRun) -> list[tuple[str, str, str]]:

@@ -31,8 +31,7 @@ def write_experiment(results: Sequence[Result], output: Path, *, title: str, lea
         caption = f"Mean ± standard deviation over {seeds} {'seed' if seeds == 1 else 'seeds'}"
         body.append(page.table(("policy", *HEADINGS.values()), cells, caption=caption))
         body.append(page.plots(_plots(rows, number)))
-    output.write_text(page.document(title, body), encoding="utf-8")
-    return output
+    return page.write(output, title, body)
 
 
 def _plots(rows: Sequence[Result], number: int) -> list[str]:

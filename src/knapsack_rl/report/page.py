@@ -11,6 +11,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -88,6 +89,12 @@ def document(title: str, body: Iterable[str]) -> str:
 </body>
 </html>
 """
+
+
+def write(target: Path, title: str, body: Iterable[str]) -> Path:
+    """Write a page and return where; half a surrogate pair in an id or a setting, which UTF-8 lacks, becomes ?."""
+    target.write_text(document(title, body), encoding="utf-8", errors="replace")
+    return target
 
 
 def paragraph(text: str, style: str = "") -> str:

@@ -38,9 +38,7 @@ def write_report(folder: str | Path) -> Path:
     body.append(page.plots(_plots(run)))
     body += _tables(run)
     target = run.folder / "report.html"
-    # A prompt id may hold half a surrogate pair, which has no UTF-8 form.
-    target.write_text(page.document(f"Training run {name}", body), encoding="utf-8", errors="replace")
-    return target
+    return page.write(target, f"Training run {name}", body)
 
 
 def _lead(run: RunLog) -> str:

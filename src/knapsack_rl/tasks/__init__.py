@@ -17,7 +17,9 @@ from knapsack_rl.tasks.arithmetic import (
     make_splits,
     to_rows,
 )
+from knapsack_rl.tasks.gsm8k import gsm8k_reward
 from knapsack_rl.tasks.matching import exact_match_reward
+from knapsack_rl.tasks.math_answers import MathVerifier, math_reward
 
 __all__ = [
     "Problem",
@@ -28,6 +30,9 @@ __all__ = [
     "is_correct",
     "accuracy_reward",
     "exact_match_reward",
+    "gsm8k_reward",
+    "math_reward",
+    "MathVerifier",
     "base_model_path",
     "EOS_TOKEN",
     "PAD_TOKEN",

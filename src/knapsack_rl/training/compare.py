@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from knapsack_rl.runfiles import ALLOCATION_LOG, CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, complete_checkpoints
+from knapsack_rl.training.lock import refuse_if_owned
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
 POLICIES = ("uniform", "uniform-2n", "paper", "knapsack")
@@ -43,7 +44,7 @@ class Run:
         for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()[-2:]):
             try:
                 return int(json.loads(line)["step"])
-            except json.JSONDecodeError:
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return 0
 
@@ -138,6 +139,7 @@ def _check_same_settings(run: Run) -> None:
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
     run.folder.mkdir(parents=True, exist_ok=True)
+    refuse_if_owned(run.folder)
     command = [sys.executable, "-m", "knapsack_rl", "train", "--quiet"]
     if complete_checkpoints(run.folder):
         command += ["--resume", str(run.folder)]

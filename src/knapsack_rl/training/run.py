@@ -28,6 +28,7 @@ from knapsack_rl.runfiles import (
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.data import TaskData, load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
+from knapsack_rl.training.lock import own_folder
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 
@@ -84,8 +85,18 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     Raises:
         FileExistsError: the folder already holds a run and ``resume`` is not asked for.
         FileNotFoundError: ``resume`` is asked for and there is no complete checkpoint.
+        FolderInUseError: another process writes the folder.
+        OSError: a checkpoint could not be written; earlier ones are untouched.
     """
-    checkpoint = _prepare_folder(settings, folder, resume=resume)
+    if not resume:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        raise FileNotFoundError(f"there is no run folder {folder} to resume")
+    with own_folder(folder):
+        return _train(settings, folder, display, _prepare_folder(settings, folder, resume=resume))
+
+
+def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: Path | None) -> Outcome:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings)
@@ -141,7 +152,6 @@ def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> P
         return complete[-1]
     if (folder / METRICS_FILE).exists():
         raise FileExistsError(f"{folder} already holds a run; resume it, delete it, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
     return None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl import runfiles
 from knapsack_rl.estimator import ESTIMATORS
 
 ALLOCATIONS = ("knapsack", "paper", "uniform")
@@ -145,12 +146,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file holds no mapping or is no YAML.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    values = runfiles.read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -29,6 +29,12 @@ def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def prompt_keys(dataset: Any, id_column: str) -> set[PromptId]:
+    """The identities of all prompts of a data set."""
+    columns = [name for name in (id_column, "prompt", "image", "images") if name in (dataset.column_names or [])]
+    return {prompt_key(row, id_column) for row in dataset.select_columns(columns)}
+
+
 def check_ids(dataset: Any, id_column: str) -> None:
     """Refuse an id that names several prompts; their histories would be mixed.
 

@@ -24,11 +24,12 @@ from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import group_outcomes
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row
+from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row, complete_checkpoints
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.config import check_settings, setting
-from knapsack_rl.trl.identity import check_ids, prompt_key
+from knapsack_rl.trl.identity import check_ids, prompt_key, prompt_keys
+from knapsack_rl.trl.rewards import watched
 from knapsack_rl.value import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,12 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             # TRL holds rewards in float32: compared with a float64 threshold, 0.4 would lie above 0.4.
             success=float(np.float32(self._setting("success_threshold"))),
         )
+        self.reward_funcs = [
+            function
+            if isinstance(function, torch.nn.Module)
+            else watched(function, name, self._setting("prompt_id_column"))
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
         self._scored: _Scored | None = None
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
@@ -153,11 +160,18 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         prompts = list(rows)
         place = {key: position for position, key in enumerate(prompts)}
         stock_R = np.repeat([place[key] for key in keys], size)
-        if self._setting("allocation") == "uniform":
-            allocation, ragged = self.allocator.adopt(prompts, np.bincount(stock_R)), False
-        else:
+        evenly = np.bincount(stock_R)
+        chosen = None
+        if self._setting("allocation") != "uniform":
             # One process decides for all, so that no difference between machines can split a group.
-            allocation = _from_main_process(self.allocator.allocate(prompts, len(everything)))
+            chosen = _from_main_process(
+                self.allocator.attempt("allocation", lambda: self._allocate(prompts, stock_R.size))
+            )
+        if chosen is None:  # uniform, or allocation failed: exactly the stock step
+            adopted = self.allocator.attempt("prediction", lambda: self.allocator.adopt(prompts, evenly))
+            allocation, ragged = adopted or _unpredicted(evenly), False
+        else:
+            allocation = chosen
             ragged = len(prompts) < len(keys) or bool((allocation.counts != size).any())
             if len(prompts) < len(keys):
                 self._warn("duplicates", "a batch holds the same prompt more than once; its rollouts form one group")
@@ -168,6 +182,21 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         else:
             group_R, mine = stock_R, inputs  # exactly the stock step: same rows, same order
         return mine, _Step(prompts, allocation, group_R, ragged, time.perf_counter() - started)
+
+    def _allocate(self, prompts: list[PromptId], budget: int) -> Allocation:
+        """Ask the allocator, which may be one of the user's own, and check its answer."""
+        allocation = self.allocator.allocate(prompts, budget)
+        counts = np.asarray(allocation.counts)
+        if (
+            counts.shape != (len(prompts),)
+            or counts.dtype.kind not in "iu"
+            or (counts < 0).any()
+            or counts.sum() != budget
+        ):
+            raise ArithmeticError(
+                f"the allocator gave {counts}, expected {len(prompts)} counts >= 0 that sum to {budget}"
+            )
+        return allocation
 
     def _key_of_block(self, block: list[dict[str, Any]]) -> PromptId:
         first = block[0]
@@ -202,17 +231,18 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if step.ragged or (infinite.any() and self._setting("allocation") == "knapsack"):
             self._replace_advantages(step, matrix, total, weights, output)
         outcome = self._outcome(matrix)
-        self.allocator.observe([step.prompts[group] for group in step.group_R], outcome, scored.lengths)
+        ids, lengths = [step.prompts[group] for group in step.group_R], scored.lengths
+        self.allocator.attempt("observation", lambda: self.allocator.observe(ids, outcome, lengths))
 
         metrics = self._metrics["train"]
-        for name, number in self.allocator.metrics().items():
+        numbers = self.allocator.attempt("reporting", self.allocator.metrics) or {}
+        for name, number in (numbers | {"allocation_seconds": step.seconds}).items():
             metrics[f"knapsack/{name}"].append(number)
-        metrics["knapsack/allocation_seconds"][-1] = step.seconds
         by_prompt = group_outcomes(step.group_R, total).mean_reward
         by_prompt = by_prompt[~np.isnan(by_prompt)]
         metrics["knapsack/reward_per_prompt"].append(float(by_prompt.mean()) if by_prompt.size else float("nan"))
         if self._setting("log_allocations") and self.accelerator.is_main_process:
-            self._log_allocation(step, outcome)
+            self.allocator.attempt("logging", lambda: self._log_allocation(step, outcome))
 
     @property
     def _aggregation(self) -> str:
@@ -278,7 +308,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             "reason": step.allocation.reason,
             "seconds": step.seconds,
         }
-        append_row(Path(str(self.args.output_dir)) / ALLOCATION_LOG, record)
+        try:
+            append_row(Path(str(self.args.output_dir)) / ALLOCATION_LOG, record)
+        except OSError as error:
+            self._warn("log", f"{ALLOCATION_LOG} could not be written ({error}); the run goes on, the row is lost")
 
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._warned:
@@ -290,18 +323,24 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GRPOTrainer.train``; resuming also restores the allocator.
 
-        A checkpoint without allocator state (made by the stock trainer) resumes with nothing known of the prompts,
-        and says so.
+        ``True`` takes the newest complete checkpoint, so that one whose writing was cut short is passed over. A
+        checkpoint without allocator state (made by the stock trainer) resumes with nothing known of the prompts, and
+        says so.
         """
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
+            complete = complete_checkpoints(Path(str(self.args.output_dir)))
+            folder = str(complete[-1]) if complete else get_last_checkpoint(str(self.args.output_dir))
+            resume_from_checkpoint = folder or True
         if folder:
             self.restore_allocator(Path(folder))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def restore_allocator(self, checkpoint: Path) -> None:
         """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
+
+        Where the data set is another than before, what is known of prompts that are in both is kept, what is known
+        of the others stays in the state, and the numbers are logged.
 
         Raises:
             ValueError: the state is damaged or belongs to another estimator.
@@ -310,8 +349,23 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if state.exists():
             header, arrays = read_state(state)
             self.allocator.load_state_dict({"header": header, "arrays": arrays})
+            self._tell_changed_data()
         else:
             self._warn("no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known")
+
+    def _tell_changed_data(self) -> None:
+        if not isinstance(self.train_dataset, Dataset):
+            return  # a stream cannot be compared without reading it
+        known = set(self.allocator.tracker.prompt_ids)
+        present = prompt_keys(self.train_dataset, self._setting("prompt_id_column"))
+        removed, added = len(known - present), len(present - known)
+        level = logging.WARNING if removed else logging.INFO
+        logger.log(
+            level,
+            "resumed: of %d prompts %d are known, %d are new (added, or not visited yet); %d known prompts are no "
+            "longer in the data set",
+            *(len(present), len(known & present), added, removed),
+        )
 
 
 class _SaveAllocator(TrainerCallback):
@@ -325,7 +379,15 @@ class _SaveAllocator(TrainerCallback):
             # In a hyperparameter search the trainer's folder is one below output_dir.
             root = self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
             folder = Path(root) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self._trainer.allocator.save(folder / STATE_FILE)
+            try:
+                self._trainer.allocator.save(folder / STATE_FILE)
+            except OSError as error:
+                # Going on would let the rotation of checkpoints remove the complete ones.
+                raise OSError(
+                    error.errno,
+                    f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints "
+                    "are untouched: make room, then resume",
+                ) from error
 
 
 def _check_internals() -> None:
@@ -362,7 +424,12 @@ def _one_completion_per_row(generate: Callable[..., Any], trainer: KnapsackGRPOT
     return generate_rows
 
 
-def _from_main_process(allocation: Allocation) -> Allocation:
+def _unpredicted(counts: IntArray) -> Allocation:
+    unknown = np.full(counts.size, np.nan)
+    return Allocation(counts, float("nan"), "divided evenly", success_rates=unknown, nonzero_gradient=unknown.copy())
+
+
+def _from_main_process(allocation: Allocation | None) -> Allocation | None:
     shared = [allocation]
     broadcast_object_list(shared)
     return shared[0]

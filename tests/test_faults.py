@@ -1,0 +1,491 @@
+"""Faults while training: each has a stated behaviour (docs/faults.md), and none ends a run because of allocation."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+
+import knapsack_rl as kr
+import tiny
+from knapsack_rl import statefile
+from knapsack_rl.estimator import BetaEstimator
+from knapsack_rl.training import lock
+from knapsack_rl.training.lock import FolderInUseError, own_folder, refuse_if_owned
+from knapsack_rl.trl import ALLOCATION_LOG, STATE_FILE, KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl import trainer as trainer_module
+from knapsack_rl.trl.rewards import RewardError, watched
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_not_collected():
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def trainer_of(folder, *rewards, data=None, allocator=None, **changes):
+    trainer = KnapsackGRPOTrainer(
+        model=tiny.model(),
+        reward_funcs=list(rewards) or [tiny.has_digit_five],
+        args=KnapsackGRPOConfig(**tiny.arguments(folder, **changes)),
+        train_dataset=tiny.dataset(24) if data is None else data,
+        processing_class=tiny.tokenizer(),
+        allocator=allocator,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def last_metric(trainer, name):
+    return [row[name] for row in trainer.state.log_history if name in row][-1]
+
+
+# --- reward functions ---
+
+COLUMNS = {
+    "prompts": ["one", "two", "three"],
+    "completions": ["a", "b" * 500, "c"],
+    "completion_ids": [[1], [2], [3]],
+    "prompt_id": ["p1", "p2", None],
+}
+
+
+def call(function, **changes):
+    return watched(function, "mine", "prompt_id")(**(COLUMNS | changes))
+
+
+@pytest.mark.parametrize(
+    ("returned", "rewards"),
+    [
+        ([1, 0.5, True], [1.0, 0.5, 1.0]),
+        ([None, NAN, -INF], [None, NAN, -INF]),
+        ((1, 2, 3), [1.0, 2.0, 3.0]),
+        (np.array([1, 2, 3]), [1.0, 2.0, 3.0]),
+        (torch.tensor([1.0, 2.0, 3.0]), [1.0, 2.0, 3.0]),
+        ([torch.tensor(1.0), np.float32(2), np.int8(3)], [1.0, 2.0, 3.0]),
+        (iter([1, 2, 3]), [1.0, 2.0, 3.0]),
+    ],
+)
+def test_rewards_of_any_number_type_pass(returned, rewards) -> None:
+    assert repr(call(lambda **_: returned)) == repr(rewards)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1, 2], "mine returned 2 rewards for 3 completions"),
+        ([], "mine returned 0 rewards for 3 completions"),
+        (np.ones((1, 3)), "mine returned 1 rewards for 3"),
+        (None, r"mine returned None \(NoneType\); return a list of 3"),
+        (1.0, r"mine returned 1\.0 \(float\)"),
+        ("abc", r"mine returned 'abc' \(str\)"),
+        ({"a": 1, "b": 2, "c": 3}, r"\(dict\)"),
+        ([1, "1", 3], r"returned '1' \(str\) for prompt 'p2', completion 'bbb"),
+        ([1, 2, [3]], r"returned \[3\] \(list\) for prompt '[0-9a-f]{32}', completion 'c'"),
+        ([1j, 2, 3], r"\(complex\) for prompt 'p1', completion 'a'"),
+        ([10**400, 2, 3], "prompt 'p1'"),
+        ([1, torch.ones(2), 3], "prompt 'p2'"),
+    ],
+)
+def test_what_is_no_reward_is_refused_with_its_prompt(returned, message: str) -> None:
+    with pytest.raises(RewardError, match=message) as caught:
+        call(lambda **_: returned)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_raising_function_is_attributed_to_its_prompt() -> None:
+    seen = []
+
+    def fails(completions, log_metric, **_):
+        log_metric("seen", 1.0)
+        if any(text.startswith("b") for text in completions):
+            raise KeyError("no verdict")
+        return [0.0] * len(completions)
+
+    with pytest.raises(
+        RewardError, match=r"mine raised KeyError\('no verdict'\) for prompt 'p2', completion 'bbb"
+    ) as e:
+        call(fails, log_metric=lambda name, value: seen.append(name))
+    assert isinstance(e.value.__cause__, KeyError)
+    assert seen == ["seen"], "looking for the prompt must log nothing"
+
+    def fails_together(completions, **_):
+        if len(completions) > 1:
+            raise ZeroDivisionError
+        return [0.0]
+
+    with pytest.raises(RewardError, match="a batch of 3 completions, and for none of them alone"):
+        call(fails_together)
+    with pytest.raises(KeyboardInterrupt):
+        call(lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
+def test_faults_of_reward_functions_stop_the_run_with_the_prompt(tmp_path) -> None:
+    def strings(completions, **_):
+        return [0.0] * (len(completions) - 1) + ["1"]
+
+    async def later(completions, **_):
+        raise OSError("service down")
+
+    def odd(completions, prompt_id, **_):
+        if "p3" in prompt_id:
+            raise RuntimeError("cannot parse")
+        return [0.0] * len(completions)
+
+    for function, message in ((strings, "strings returned '1'"), (later, "later raised OSError.*prompt 'p")):
+        with pytest.raises(RewardError, match=message):
+            trainer_of(tmp_path, function).train()
+    with pytest.raises(RewardError, match=r"odd raised RuntimeError\('cannot parse'\) for prompt 'p3', completion '"):
+        trainer_of(tmp_path, odd, max_steps=6).train()
+
+
+def test_an_asynchronous_reward_trains(tmp_path) -> None:
+    async def later(completions, **_):
+        return tiny.has_digit_five(completions)
+
+    trainer = trainer_of(tmp_path, later)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.allocator.tracker.records().rollouts.sum() == 48
+
+
+@pytest.mark.parametrize("value", [None, NAN, INF, -INF])
+def test_a_reward_that_is_none_is_counted_and_the_run_goes_on(value, tmp_path) -> None:
+    def sometimes(completions, **_):
+        return [value, *tiny.has_digit_five(completions)[1:]]
+
+    trainer = trainer_of(tmp_path, sometimes)
+    trainer.train()
+    assert last_metric(trainer, "knapsack/unscored_rollouts") == 3
+    assert trainer.allocator.tracker.records().rollouts.sum() == 48 - 3
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+# --- the allocator fails ---
+
+
+class Failing(BetaEstimator):
+    """Fails in one method from some call on."""
+
+    def __init__(self, method: str, how="raise"):
+        super().__init__()
+        self.evidence_size = 0
+        self._method, self._how = method, how
+
+    def _maybe(self, name):
+        if name == self._method and self._how == "raise":
+            raise RuntimeError("estimator broken")
+
+    def believe(self, records, max_rollouts):
+        self._maybe("believe")
+        found = super().believe(records, max_rollouts)
+        if self._method == "believe":
+            found.marginals[:] = NAN
+        return found
+
+    def absorb(self, records, successes, totals):
+        self._maybe("absorb")
+        return (
+            np.full((len(records), 3), NAN) if self._method == "absorb" else super().absorb(records, successes, totals)
+        )
+
+    def refit(self, population):
+        self._maybe("refit")
+
+
+@pytest.mark.parametrize("how", ["raise", "nonsense"])
+@pytest.mark.parametrize("method", ["believe", "absorb", "refit"])
+def test_an_estimator_that_fails_does_not_end_the_run(method: str, how: str, caplog) -> None:
+    allocator = kr.KnapsackAllocator(Failing(method, how))
+    for _ in range(3):
+        allocation = allocator.allocate(["a", "b", 7], 20)
+        assert allocation.counts.sum() == 20
+        assert allocation.counts.min() >= 2
+        allocator.observe([["a", "b", 7][i] for i in allocation.expand()], np.arange(20) % 2)
+    records = allocator.tracker.records()
+    assert records.rollouts.sum() == 60
+    failures = allocator.metrics()["allocation_failures"]
+    told = [record for record in caplog.records if "failed; the run goes on" in record.message]
+    if (method, how) == ("refit", "nonsense"):
+        assert failures == 0
+        return
+    assert failures >= 3 if method != "refit" else failures >= 1
+    assert len(told) == 1
+    assert told[0].exc_info is not None
+    if method == "believe":
+        assert sorted(allocation.counts) == [6, 7, 7]
+        assert allocation.reason == "allocation failed: divided evenly"
+        adopted = allocator.adopt(["a", "b"], [3, 1])
+        assert adopted.counts.tolist() == [3, 1]
+
+
+def test_even_division_is_exact_and_serves_whole_groups() -> None:
+    allocator = kr.KnapsackAllocator(Failing("believe"), min_rollouts=3)
+    ids = list(range(7))
+    for budget in range(60):
+        counts = allocator.allocate(ids, budget).counts
+        assert counts.sum() == budget
+        if budget >= 3:
+            served = counts[counts > 0]
+            assert served.min() >= 3
+            assert served.max() - served.min() <= 1
+    again = allocator.allocate(ids[::-1], 25).counts[::-1]
+    assert again.tolist() == allocator.allocate(ids, 25).counts.tolist(), "the same whatever the order of the batch"
+
+
+def test_failures_are_part_of_the_state() -> None:
+    allocator = kr.KnapsackAllocator(Failing("believe"))
+    allocator.allocate(["a"], 4)
+    twin = kr.KnapsackAllocator(BetaEstimator())
+    twin.load_state_dict(allocator.state_dict())
+    assert twin.metrics()["allocation_failures"] == 1
+
+
+class WrongAllocator(kr.KnapsackAllocator):
+    """Answers that no engine could use."""
+
+    answer = "raise"
+
+    def allocate(self, prompt_ids, budget):
+        found = super().allocate(prompt_ids, budget)
+        if self.answer == "raise":
+            raise RuntimeError("allocator broken")
+        wrong = {"short": found.counts[1:], "sum": found.counts + 1, "negative": found.counts * np.array([-1, 1, 1, 1])}
+        object.__setattr__(found, "counts", wrong[self.answer])
+        return found
+
+    def observe(self, *arguments, **settings):
+        if self.answer == "raise":
+            raise RuntimeError("observation broken")
+        super().observe(*arguments, **settings)
+
+
+@pytest.mark.parametrize("answer", ["raise", "short", "sum", "negative"])
+def test_training_goes_on_evenly_where_the_allocator_fails(answer: str, tmp_path, caplog) -> None:
+    allocator = WrongAllocator("beta")
+    allocator.answer = answer
+    trainer = trainer_of(tmp_path, allocator=allocator, log_allocations=True)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert last_metric(trainer, "knapsack/allocation_failures") == (6 if answer == "raise" else 3)
+    assert sum("failed; the run goes on" in record.message for record in caplog.records) == 1
+    rows = [json.loads(line) for line in (tmp_path / ALLOCATION_LOG).read_text().splitlines()]
+    assert [row["counts"] for row in rows] == [[4] * 4] * 3
+    stock = trainer_of(tmp_path / "stock", allocation="uniform")
+    stock.train()
+    assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model), "an even step is the stock step"
+
+
+# --- ids and data ---
+
+
+def test_an_id_that_changes_its_type_is_told_once(caplog) -> None:
+    allocator = kr.KnapsackAllocator("beta")
+    allocator.observe([7, 7, "x", -3], [1, 0, 1, 1])
+    allocator.allocate([7, "x"], 8)
+    assert not caplog.records
+    for _ in range(2):
+        allocator.allocate(["7", "x", "-3"], 12)
+    assert [record.message for record in caplog.records] == [
+        "prompt id '7' is new, but 7 is known: ids keep their type, so what was observed of 7 does not count for '7'. "
+        "Give every id the same type in every epoch (told once)"
+    ]
+    other = kr.KnapsackAllocator("beta")
+    other.observe(["12", "x"], [1, 1])
+    other.adopt([12, 5], [2, 2])
+    assert "prompt id 12 is new, but '12' is known" in caplog.text
+    for quiet in ("012", "1_2", "١٢", "--1", "", "9" * 5000):
+        assert kr.KnapsackAllocator("beta").allocate([quiet], 2).counts.tolist() == [2]
+
+
+def test_an_id_too_long_to_be_printed_is_refused() -> None:
+    allocator = kr.KnapsackAllocator("beta")
+    with pytest.raises(ValueError, match=r"prompt_ids\[1\] is a number of more than 300 digits"):
+        allocator.allocate(["a", 10**5000], 8)
+
+
+def test_a_budget_beyond_all_reason_is_refused() -> None:
+    for budget in (2**24 + 1, 2**63, 10**400):
+        with pytest.raises(ValueError, match="budget must be at most 16777216 rollouts a step"):
+            kr.KnapsackAllocator("beta").allocate(["a", "b"], budget)
+
+
+def test_every_test_that_the_documentation_names_is_there() -> None:
+    here = Path(__file__).parent
+    text = (here.parent / "docs" / "faults.md").read_text()
+    names = set(re.findall(r"\b(test_\w+)\b(?!\.py)", text))
+    assert len(names) > 25
+    defined = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in here.glob("test_*.py")), re.MULTILINE))
+    assert names <= defined, names - defined
+    files = set(re.findall(r"\btest_\w+\.py", text))
+    assert all((here / name).exists() for name in files), files
+
+
+def rows_of(*prompts):
+    return [{"prompt": f"{k}+1=", "prompt_id": f"p{k}"} for k in prompts for _ in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (rows_of(5, 6), None),  # other prompts: each process trains on what it brought, allocated together
+        (rows_of(5, 6)[1:] + rows_of(7)[:1], "different prompts stand in one block"),
+        ([row | {"prompt": "9+9="} for row in rows_of(1, 2)], "id 'p1' names different prompts in one batch"),
+    ],
+)
+def test_a_process_that_sees_other_data(other, message, tmp_path, monkeypatch) -> None:
+    mine = rows_of(1, 2)
+    monkeypatch.setattr(trainer_module, "gather_object", lambda rows: rows + other)
+    trainer = trainer_of(tmp_path)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            trainer._allocate_step(mine)
+        return
+    rows, step = trainer._allocate_step(mine)
+    assert step.prompts == ["p1", "p2", "p5", "p6"]
+    assert len(rows) == 8
+    assert step.allocation.counts.sum() == 16
+
+
+def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> None:
+    first = trainer_of(tmp_path, max_steps=6, save_strategy="steps", save_steps=6)
+    first.train()
+    known = first.allocator.tracker.lookup([f"p{k}" for k in range(24)])
+    assert (known.visits == 1).all()
+
+    rows = [row for row in tiny.dataset(30) if row["prompt_id"] not in ("p0", "p5")]
+    rest = trainer_of(tmp_path / "rest", data=Dataset.from_list(rows), max_steps=6)
+    with caplog.at_level(logging.INFO):
+        rest.restore_allocator(tmp_path / "checkpoint-6")
+    assert (
+        "of 28 prompts 22 are known, 6 are new (added, or not visited yet); 2 known prompts are no longer"
+        in caplog.text
+    )
+    found = rest.allocator.tracker.lookup([f"p{k}" for k in range(24)])
+    assert found.successes.tolist() == known.successes.tolist()
+
+    caplog.clear()
+    same = trainer_of(tmp_path / "same", max_steps=6)
+    same.restore_allocator(tmp_path / "checkpoint-6")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# --- disk ---
+
+
+def full_disk(*arguments, **settings):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_at_a_checkpoint_stops_the_run_and_spares_the_earlier_one(tmp_path, monkeypatch) -> None:
+    trainer = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1)
+    real = statefile._write_array
+    monkeypatch.setattr(
+        statefile, "_write_array", lambda *a: full_disk() if trainer.state.global_step > 2 else real(*a)
+    )
+    with pytest.raises(OSError, match=r"checkpoint-4 is not complete.*No space left.*make room, then resume") as caught:
+        trainer.train()
+    assert caught.value.errno == errno.ENOSPC
+    assert not (tmp_path / "checkpoint-4" / STATE_FILE).exists()
+    assert not list((tmp_path / "checkpoint-4").glob(".*tmp"))
+
+
+def test_resume_passes_over_a_checkpoint_that_was_cut_short(tmp_path) -> None:
+    whole = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    whole.train()
+    for name in (STATE_FILE, "trainer_state.json"):
+        (tmp_path / "checkpoint-4" / name).unlink()
+    rest = trainer_of(tmp_path, max_steps=4)
+    rest.train(resume_from_checkpoint=True)
+    assert tiny.fingerprint(rest.model) == tiny.fingerprint(whole.model)
+    records, others = rest.allocator.tracker.records(), whole.allocator.tracker.records()
+    assert records.rollouts.tolist() == others.rollouts.tolist()
+
+
+def test_a_full_disk_at_the_log_costs_rows_and_not_the_run(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(trainer_module, "append_row", full_disk)
+    trainer = trainer_of(tmp_path, log_allocations=True)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert sum("could not be written" in record.message for record in caplog.records) == 1
+    assert last_metric(trainer, "knapsack/allocation_failures") == 0
+
+
+# --- one process per run folder ---
+
+HOLD = "import sys, time; from pathlib import Path; from knapsack_rl.training.lock import own_folder\n"
+
+
+def holder(folder) -> subprocess.Popen:
+    code = HOLD + "with own_folder(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, caplog) -> None:
+    process = holder(tmp_path)
+    try:
+        for attempt in (lambda: own_folder(tmp_path).__enter__(), lambda: refuse_if_owned(tmp_path)):
+            with pytest.raises(FolderInUseError, match=rf"by another run: process {process.pid} on .*choose another"):
+                attempt()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    with own_folder(tmp_path):
+        assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["pid"] == os.getpid()
+        assert f"left by a run that was killed (process {process.pid}" in caplog.text
+        with pytest.raises(FolderInUseError), own_folder(tmp_path):
+            pass
+    caplog.clear()
+    with own_folder(tmp_path):
+        assert not caplog.records
+    refuse_if_owned(tmp_path)
+    refuse_if_owned(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "{}", '{"pid": "x"}', "\x00" * 50, "[" * 2000])
+def test_a_lock_file_may_hold_anything(content: str, tmp_path) -> None:
+    (tmp_path / lock.LOCK_FILE).write_text(content)
+    with own_folder(tmp_path):
+        pass
+    with pytest.raises(ZeroDivisionError), own_folder(tmp_path):
+        raise ZeroDivisionError
+    with own_folder(tmp_path):
+        pass
+
+
+def test_training_into_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    from knapsack_rl.cli.display import Quiet
+    from knapsack_rl.training.compare import Run, execute
+    from knapsack_rl.training.run import train
+    from knapsack_rl.training.settings import TrainSettings
+
+    settings = TrainSettings(steps=1, prompts_per_step=4, train_prompts=8, held_out_prompts=0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with own_folder(tmp_path):
+        with pytest.raises(FolderInUseError):
+            train(settings, tmp_path, Quiet())
+        with pytest.raises(FolderInUseError):
+            train(settings, tmp_path, Quiet(), resume=True)
+        with pytest.raises(FolderInUseError):
+            execute([Run(settings, tmp_path)], jobs=1, progress=None)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["metrics.jsonl", lock.LOCK_FILE]
