@@ -20,6 +20,7 @@ PUBLIC = [
     "GroupStatistics",
     "group_advantages",
     "group_statistics",
+    "check_engine",
     "Partition",
     "RolloutQueue",
     "partition",
