@@ -476,7 +476,7 @@ def test_a_plug_in_half_switched_on_is_refused(tmp_path, world):
 
 
 def test_the_mode_picks_the_replay_buffer_and_settings_reach_it(tmp_path, world):
-    sync, later = Run(tmp_path, world, poll_interval=0.1).buffer, Run(tmp_path, world, mode="separate_async").buffer
+    sync, later = Run(tmp_path, world, poll_interval=0.1).buffer, Run(tmp_path, world, mode="colocate_async").buffer
     names = [[base.__name__ for base in type(buffer).__mro__] for buffer in (sync, later)]
     assert "ReplayBufferAsync" not in names[0]
     assert "ReplayBufferAsync" in names[1]
