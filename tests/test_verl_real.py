@@ -135,7 +135,13 @@ def test_uniform_allocation_gives_what_verl_gives_without_the_plug_in(uniform, s
                 assert key(row) == key(other)
                 np.testing.assert_allclose(row["advantages"], other["advantages"], rtol=1e-6, atol=1e-7)
     for ours, theirs in zip(uniform.metrics(), stock.metrics(), strict=True):
-        for name in ("actor/grad_norm", "actor/pg_loss", "actor/entropy", "critic/rewards/mean", "response_length/mean"):
+        for name in (
+            "actor/grad_norm",
+            "actor/pg_loss",
+            "actor/entropy",
+            "critic/rewards/mean",
+            "response_length/mean",
+        ):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
 
 

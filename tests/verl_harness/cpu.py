@@ -17,7 +17,15 @@ def _device_module() -> types.ModuleType:
     """``torch.cpu`` with the functions of ``torch.cuda`` that verl calls."""
     module = types.ModuleType("torch_cpu_as_accelerator")
     nothing = dict.fromkeys(
-        ("empty_cache", "synchronize", "set_device", "manual_seed", "manual_seed_all", "reset_peak_memory_stats", "ipc_collect")
+        (
+            "empty_cache",
+            "synchronize",
+            "set_device",
+            "manual_seed",
+            "manual_seed_all",
+            "reset_peak_memory_stats",
+            "ipc_collect",
+        )
     )
     for name in nothing:
         setattr(module, name, lambda *_, **__: None)

@@ -42,7 +42,9 @@ class HFServer:
                 logits = self.model(torch.tensor([prompt + tokens])).logits[0, -1].double()
                 distribution = torch.log_softmax(logits, -1)
                 token = (
-                    int(logits.argmax()) if greedy else int(torch.multinomial(distribution.exp(), 1, generator=generator))
+                    int(logits.argmax())
+                    if greedy
+                    else int(torch.multinomial(distribution.exp(), 1, generator=generator))
                 )
                 tokens.append(token)
                 log_probs.append(float(distribution[token]))
