@@ -31,7 +31,7 @@ class Batch:
         return self.columns[name] if name in self.columns else self.shared[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self.columns.get(name, self.shared.get(name, default))
 
     def row(self, k: int) -> dict[str, Any]:
         return {name: values[k] for name, values in self.columns.items()} | self.shared

@@ -73,7 +73,7 @@ class HFReplica(RolloutReplica):
     """One server for each replica."""
 
     async def launch_servers(self) -> None:
-        path = self.model_config["path"] if "path" in self.model_config else self.model_config.path
+        path = self.model_config.path
         server = (
             ray.remote(HFServer)
             .options(name=f"hf_server_{self.replica_rank}", num_cpus=0, max_concurrency=256)
