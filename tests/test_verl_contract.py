@@ -1,7 +1,7 @@
 """The plug-in against verl's own classes in one process: everything of its path but Ray, generation and the update.
 
-verl composes the configuration, loads the plug-in, batches the rows, reads ``__rollout_n__``, stores trajectories, samples
-groups and computes advantages with its own code; replaced are the transfer queue (a dictionary) and the engine.
+verl composes the configuration, loads the plug-in, batches the rows, reads ``__rollout_n__``, stores trajectories,
+samples groups and computes advantages with its own code; replaced are the transfer queue (a dictionary) and the engine.
 """
 
 from __future__ import annotations
@@ -264,5 +264,5 @@ def test_advantages_of_verl_pass_the_conformance_test():
         return advantages
 
     kr.check_engine(engine(core_algos.compute_grpo_outcome_advantage), allow=("group of one",))
-    with pytest.raises(AssertionError, match="1 of 8 checks(.|\n)*group of one"):
+    with pytest.raises(AssertionError, match=r"1 of 8 checks(.|\n)*group of one"):
         kr.check_engine(engine(core_algos.compute_grpo_outcome_advantage))
