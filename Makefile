@@ -33,7 +33,7 @@ test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
 test-verl: $(VERL_VENV)/.installed  ## run verl itself with the plug-in on the CPU (own environment)
-	$(VERL_VENV)/bin/python -m pytest tests/test_verl_real.py -m slow -v -W ignore
+	$(VERL_VENV)/bin/python -m pytest tests/test_verl_contract.py tests/test_verl_real.py -v -W ignore
 
 $(VERL_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VERL_VENV)

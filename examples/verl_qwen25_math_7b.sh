@@ -16,7 +16,7 @@ NODES=${NODES:-1}
 GPUS=${GPUS:-8}
 
 if [[ "${1:-}" == prepare ]]; then
-    # The published file holds its prompts many times over: keep the first row of each data_source and extra_info.index.
+    # The published file holds each of its prompts about a hundred times: keep the first row of each.
     mkdir -p "$(dirname "$DATA")"
     exec python - "$2" "$DATA" <<'PYTHON'
 import sys
@@ -24,11 +24,9 @@ import sys
 from pyarrow import parquet
 
 table = parquet.read_table(sys.argv[1])
-sources = table.column("data_source").to_pylist()
-extras = table.column("extra_info").to_pylist()
 first = {}
-for row, (source, extra) in enumerate(zip(sources, extras, strict=True)):
-    first.setdefault((source, extra["index"]), row)
+for row, messages in enumerate(table.column("prompt").to_pylist()):
+    first.setdefault(repr(messages), row)
 parquet.write_table(table.take(list(first.values())), sys.argv[2])
 print(f"{table.num_rows} rows, {len(first)} prompts: {sys.argv[2]}")
 PYTHON
