@@ -81,7 +81,7 @@ def environment(folder: Path) -> dict[str, str]:
         "VERL_ENGINE_DEVICE": "cuda",
         "VERL_USE_EXTERNAL_MODULES": "verl_harness.cpu",
         "VERL_FILE_LOGGER_PATH": str(folder / f"metrics-{time.time_ns()}.jsonl"),
-        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_VISIBLE_DEVICES": "0,1",  # Ray hands out as many places as it names
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

@@ -29,7 +29,7 @@ class _Observes:
         if config is not None:
             check_config(config, settings)
         kwargs.setdefault("poll_interval", settings.poll_interval)
-        super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=refill_fn, **kwargs)
+        super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=refill_fn, **kwargs)  # type: ignore[call-arg]
         self.session = session.start(settings)
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
