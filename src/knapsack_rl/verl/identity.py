@@ -45,7 +45,7 @@ def _column(rows: Mapping[str, Sequence[Any]], name: str, how: str) -> Sequence[
 
 def _named(extra: Any, source: Any, key: str) -> str:
     given = extra.get(key) if isinstance(extra, Mapping) else None
-    if hasattr(given, "item"):
+    if given is not None and hasattr(given, "item"):
         given = given.item()
     if given is None:
         raise ValueError(f"a prompt of data_source {source!r} has no extra_info.{key}; {ADVICE.format(key=key)}")
