@@ -2,12 +2,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VERL_VENV ?= .venv-verl
 # The CPU build where your package index offers one; set TORCH to what your accelerator wants.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare test test-slow check format bench docs base-model clean
+.PHONY: help train compare test test-slow test-verl check format bench docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +32,16 @@ test: $(INSTALLED)  ## run the default test suite
 test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
+test-verl: $(VERL_VENV)/.installed  ## run verl itself with the plug-in on the CPU (own environment)
+	$(VERL_VENV)/bin/python -m pytest tests/test_verl_contract.py tests/test_verl_real.py -v -W ignore
+
+$(VERL_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(VERL_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VERL_VENV)/bin/python -m pip install --quiet --editable ".[verl]" --group test
+	touch $@
+
 check: $(INSTALLED)  ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +64,4 @@ base-model: $(INSTALLED)  ## pre-train the shipped base model again
 	$(BIN)/python scripts/pretrain_base.py
 
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) build dist site *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VERL_VENV) build dist site *.egg-info src/*.egg-info

@@ -22,6 +22,7 @@ PUBLIC = [
     "GroupStatistics",
     "group_advantages",
     "group_statistics",
+    "check_engine",
     "Partition",
     "RolloutQueue",
     "partition",

@@ -15,6 +15,7 @@ import pytest
 import knapsack_rl as kr
 from knapsack_rl.cli import main
 from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.verl_launch import VerlSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -193,6 +194,11 @@ def test_trainer_fields_and_allocation_log_are_documented():
     own = {field.name: field.default for field in dataclasses.fields(KnapsackGRPOConfig) if field.name not in stock}
     table = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", prose(ROOT / "docs" / "quickstart.md"), re.MULTILINE)
     assert {name: ast.literal_eval(default) for name, default in table} == own
+
+
+def test_settings_of_the_verl_plug_in_are_documented():
+    table = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", prose(ROOT / "docs" / "verl.md"), re.MULTILINE)
+    assert dict(table) == {field.name: str(field.default) for field in dataclasses.fields(VerlSettings)}
 
 
 def test_the_defaults_of_a_training_run_are_those_told():

@@ -1,11 +1,13 @@
 """Knapsack RL: spend a fixed rollout budget where it buys the most learning (Li et al., arXiv 2509.25849).
 
-Importing this package imports numpy alone; training on TRL is in :mod:`knapsack_rl.trl`.
+Importing this package imports numpy alone; training on TRL is in :mod:`knapsack_rl.trl`, on verl in
+:mod:`knapsack_rl.verl`.
 """
 
 from knapsack_rl.allocation import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import Partition, RolloutQueue, partition
+from knapsack_rl.conformance import check_engine
 from knapsack_rl.costs import Certificate
 from knapsack_rl.graded import allocate_graded
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
@@ -35,6 +37,7 @@ __all__ = [
     "GroupStatistics",
     "group_advantages",
     "group_statistics",
+    "check_engine",
     # rollout balancer
     "Partition",
     "RolloutQueue",

@@ -1,0 +1,195 @@
+"""Does an engine compute right advantages for groups of unequal size? A test to run against its own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from knapsack_rl.value import FloatArray, IntArray
+
+AdvantageFunction = Callable[[IntArray, FloatArray], ArrayLike]
+
+PROPERTIES = {
+    "shape": "one finite advantage for each rollout",
+    "sign": "where rewards of a group differ, a higher reward has a higher advantage",
+    "centre": "advantages of a group sum to zero",
+    "equal rewards": "a group whose rewards are all equal has advantage zero",
+    "own group": "rewards of other groups do not change the advantages of a group",
+    "group of one": "a group of one rollout has advantage zero",
+    "row order": "rows in another order have the same advantages",
+    "labels": "other names for the same groups give the same advantages",
+}
+"""What is checked, by name."""
+
+LIKELY = {
+    "own group": "groups are probably found by position, as reshape(-1, N) does, not by id",
+    "centre": "groups are probably found by position, as reshape(-1, N) does, or no group mean is taken off",
+    "equal rewards": "groups are probably mixed, or no group mean is taken off",
+    "group of one": "it probably gets its raw reward: allocate 0 or at least 2 rollouts to every prompt, and mind that "
+    "failed rollouts shorten groups",
+    "row order": "rows of a group probably have to stand together",
+}
+
+
+class ConformanceError(AssertionError):
+    """An engine's advantages are wrong for ragged groups."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    sizes: tuple[int, ...]
+    group_R: IntArray  # noqa: N815 - the suffix tells the shape
+    rewards: FloatArray
+
+
+def check_engine(
+    advantage_function: AdvantageFunction,
+    *,
+    mean_rollouts: int = 4,
+    scale: Literal["group", "batch", "none"] = "group",
+    allow: Collection[str] = (),
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> None:
+    """Test an engine's advantage function on ragged groups; silence means that it passed.
+
+    The batches have as many rollouts as uniform groups of ``mean_rollouts`` would have, so an engine that reshapes
+    raises no error of its own. What is tested are properties (see ``PROPERTIES``) and no values, so any constant in
+    the denominator, either kind of standard deviation and baselines as RLOO's pass.
+
+    Args:
+        advantage_function: takes (R,) whole-number group ids and (R,) float64 rewards, returns (R,) advantages. Wrap
+            the engine's own function so.
+        mean_rollouts: N of the uniform groups, >= 2: what the engine is configured with.
+        scale: what the engine divides by. With ``"batch"`` other groups may change the scale of a group's advantages,
+            not their proportions.
+        allow: names of properties not to insist on, for example ``("group of one",)``.
+        tolerance: largest difference that counts as none; an engine in float32 has about 1e-6.
+        seed: of the test batches.
+
+    Raises:
+        ConformanceError: a property does not hold; the message names each one, with an example.
+        ValueError: an argument is out of range.
+
+    >>> import knapsack_rl as kr
+    >>> kr.check_engine(kr.group_advantages)
+    """
+    if mean_rollouts < 2:
+        raise ValueError(f"mean_rollouts must be at least 2, got {mean_rollouts}")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+    unknown = set(allow) - set(PROPERTIES)
+    if unknown:
+        raise ValueError(f"allow names unknown properties {sorted(unknown)}; known are {', '.join(PROPERTIES)}")
+    rng = np.random.default_rng(seed)
+    failures: dict[str, str] = {}
+    for case in _cases(mean_rollouts, rng):
+        try:
+            found = _violations(advantage_function, case, scale, tolerance, rng)
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises is a finding
+            failures.setdefault("shape", f"it raised {type(error).__name__}: {error}, for groups of {case.sizes}")
+            continue
+        for name, detail in found.items():
+            failures.setdefault(name, detail)
+    failures = {name: detail for name, detail in failures.items() if name not in allow}
+    if failures:
+        lines = [f"the engine's advantages are wrong for ragged groups ({len(failures)} of {len(PROPERTIES)} checks):"]
+        for name, wanted in PROPERTIES.items():
+            if name in failures:
+                hint = f"; {LIKELY[name]}" if name in LIKELY else ""
+                lines.append(f"  - {name}: {wanted}, but {failures[name]}{hint}")
+        raise ConformanceError("\n".join(lines))
+
+
+def _cases(mean: int, rng: np.random.Generator) -> list[_Case]:
+    """Ragged batches whose totals are multiples of the mean: binary and graded rewards, groups of one."""
+    shapes = [
+        (mean,) * 4,
+        (2, 2 * mean - 2, mean, mean),
+        (2 * mean - 2, 2, mean + 1, mean - 1) if mean > 2 else (2, 2, 2, 2),
+        (1, 2 * mean - 1, mean, mean),
+        (2, 2, 5 * mean - 4),
+    ]
+    cases = []
+    for sizes in shapes:
+        group_R = np.repeat(np.arange(len(sizes)), sizes)
+        for graded in (False, True):
+            rewards = (
+                rng.normal(size=group_R.size).round(2) if graded else (rng.random(group_R.size) < 0.5).astype(float)
+            )
+            for group, size in enumerate(sizes):
+                rows = np.flatnonzero(group_R == group)
+                if size == 1:
+                    rewards[rows] = 1.0
+                elif group == len(sizes) - 1:
+                    rewards[rows] = 1.0  # equal
+                else:
+                    rewards[rows[:2]] = (0.0, 1.0)  # never equal
+            cases.append(_Case(sizes, group_R, rewards))
+    return cases
+
+
+def _violations(
+    function: AdvantageFunction, case: _Case, scale: str, tolerance: float, rng: np.random.Generator
+) -> dict[str, str]:
+    group_R, rewards = case.group_R, case.rewards
+    advantages = np.asarray(function(group_R.copy(), rewards.copy()), dtype=np.float64)
+    if advantages.shape != group_R.shape or not np.isfinite(advantages).all():
+        return {"shape": f"groups of {case.sizes} gave shape {advantages.shape} or numbers that are not finite"}
+    found: dict[str, str] = {}
+
+    def note(name: str, group: int, expected: str) -> None:
+        rows = np.flatnonzero(group_R == group)[:8]
+        given = ", ".join(f"{value:.3g}" for value in advantages[rows])
+        from_ = ", ".join(f"{value:g}" for value in rewards[rows])
+        found.setdefault(name, f"with groups of {case.sizes}, rewards ({from_}) gave ({given}), expected {expected}")
+
+    for group, size in enumerate(case.sizes):
+        rows = group_R == group
+        of_group, given = advantages[rows], rewards[rows]
+        if size == 1:
+            if abs(of_group[0]) > tolerance:
+                note("group of one", group, "0")
+        elif np.ptp(given) == 0.0:
+            if np.abs(of_group).max() > tolerance:
+                note("equal rewards", group, "zeros")
+        else:
+            if abs(of_group.sum()) > tolerance * size:
+                note("centre", group, "a sum of 0")
+            if (np.diff(of_group[np.argsort(given, kind="stable")]) < -tolerance).any() or np.ptp(
+                of_group
+            ) <= tolerance:
+                note("sign", group, "the order of the rewards")
+
+    # The other groups get other rewards; group 0 keeps its own.
+    kept = group_R == 0
+    changed = np.where(kept, rewards, np.where(rng.random(rewards.size) < 0.5, 3.0, -1.0))
+    after = np.asarray(function(group_R.copy(), changed), dtype=np.float64)
+    if after.shape != advantages.shape or not _same(advantages[kept], after[kept], scale, tolerance):
+        note("own group", 0, f"the same as with other groups' rewards changed ({_some(after)})")
+
+    shuffled = rng.permutation(group_R.size)
+    after = np.asarray(function(group_R[shuffled], rewards[shuffled]), dtype=np.float64)
+    if after.shape != advantages.shape or not _same(advantages[shuffled], after, "group", tolerance):
+        note("row order", 0, "the same in another order of rows")
+
+    names = rng.permutation(1000)[: len(case.sizes)]
+    after = np.asarray(function(names[group_R], rewards.copy()), dtype=np.float64)
+    if after.shape != advantages.shape or not _same(advantages, after, "group", tolerance):
+        note("labels", 0, f"the same with ids {names.tolist()}")
+    return found
+
+
+def _same(before: FloatArray, after: FloatArray, scale: str, tolerance: float) -> bool:
+    if scale == "batch":  # proportions only
+        before, after = (x / max(np.abs(x).max(), tolerance) for x in (before, after))
+        tolerance *= 10
+    return bool(np.allclose(before, after, rtol=tolerance, atol=tolerance))
+
+
+def _some(numbers: FloatArray) -> str:
+    return ", ".join(f"{number:.3g}" for number in numbers[:4])

@@ -1,0 +1,31 @@
+"""Knapsack RL on verl: a few overrides on the command line of an unmodified, pip-installed verl 0.9 or 0.10.
+
+verl's v1 trainer asks an agent-loop manager to generate for a batch of prompts and a replay buffer for the finished
+groups. Both can be named in its configuration, and that is all the plug-in uses:
+
+* :class:`KnapsackAgentLoopManager` gives each prompt of a training batch its own number of rollouts;
+* :func:`KnapsackReplayBuffer` observes the rewards of the groups that verl samples, and adds the metrics;
+* :class:`KnapsackCheckpoint` writes the allocator's state into verl's checkpoints.
+
+All three live in verl's task runner, one process, and share one :class:`~knapsack_rl.verl.session.Session`. What other
+processes must know of a prompt, its id, travels with the prompt through verl's own transfer queue.
+
+``knapsack-rl verl-args`` prints the overrides.
+"""
+
+try:
+    import tensordict as _tensordict  # noqa: F401
+    import transfer_queue as _transfer_queue  # noqa: F401
+    import verl as _verl  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f'{error}. knapsack_rl.verl needs: pip install "knapsack-rl[verl]", in an environment without TRL, whose '
+        "transformers is too new for verl"
+    ) from error
+
+from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE
+from knapsack_rl.verl.checkpoint import KnapsackCheckpoint
+from knapsack_rl.verl.manager import KnapsackAgentLoopManager
+from knapsack_rl.verl.replay_buffer import KnapsackReplayBuffer
+
+__all__ = ["ALLOCATION_LOG", "STATE_FILE", "KnapsackAgentLoopManager", "KnapsackCheckpoint", "KnapsackReplayBuffer"]

@@ -1,0 +1,132 @@
+"""The agent-loop manager: verl's own, which is told how many rollouts each prompt of a training batch gets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensordict import TensorDict
+from verl.trainer.ppo.v1 import AgentLoopManagerTQ
+from verl.utils import tensordict_utils
+
+from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.verl import session
+from knapsack_rl.verl.checkpoint import state_to_resume
+from knapsack_rl.verl.identity import check_files, prompt_ids
+from knapsack_rl.verl_launch import check_config, pick
+
+logger = logging.getLogger(__name__)
+
+COUNT_FIELD = "__rollout_n__"
+"""What verl's agent-loop workers read the number of rollouts of a prompt from."""
+
+ID_FIELD = "knapsack_prompt_id"
+"""Travels with a prompt through verl and names it where its rewards are read."""
+
+
+class KnapsackAgentLoopManager(AgentLoopManagerTQ):
+    """``AgentLoopManagerTQ`` whose training batches have an own number of rollouts for each prompt.
+
+    The counts of a batch sum to its prompts x ``rollout.n``, so verl pads nothing. Rows are ordered so that every
+    agent-loop worker sends its longest predicted rollouts first; verl routes each request to the least-loaded replica.
+    Validation is passed on untouched.
+
+    Args:
+        *args: as ``AgentLoopManagerTQ``.
+        **kwargs: as ``AgentLoopManagerTQ``.
+
+    Raises:
+        ValueError: the configuration cannot work, training files repeat a prompt id, or the state to resume from is
+            damaged or of another estimator.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.session = session.current()
+        settings = self.session.settings
+        check_config(self.config, settings)
+        self._custom_data = pick(self.config, "data.custom_cls.path") is not None
+        if not self._custom_data:
+            files = pick(self.config, "data.train_files")
+            check_files(files if files is None or isinstance(files, str) else list(files), settings.prompt_id)
+        state = state_to_resume(self.config)
+        if state is not None:
+            self.session.restore(state)
+            logger.info("allocator restored from %s", state)
+        self.session.log_folder = Path(str(pick(self.config, "trainer.default_local_dir", "checkpoints")))
+        self.session.manager_attached = True
+        self._identified_a_batch = False
+
+    def generate_sequences(self, prompts: TensorDict) -> Any:
+        """As the parent; a training batch is given its counts first.
+
+        Args:
+            prompts: verl's batch, a row for each prompt.
+
+        Raises:
+            ValueError: the prompts of the first training batch cannot be told apart.
+        """
+        if tensordict_utils.get(prompts, "validate", False):
+            return super().generate_sequences(prompts)
+        return super().generate_sequences(self._allocated(prompts))
+
+    def _allocated(self, prompts: TensorDict) -> TensorDict:
+        mean = int(pick(self.config, "actor_rollout_ref.rollout.n", 1))
+        ids = self._identify(prompts)
+        counts = self.session.plan(ids, len(prompts), mean)
+        if ids is not None:
+            tensordict_utils.assign_non_tensor_stack(prompts, ID_FIELD, ids)
+        if self.session.settings.allocation == "uniform":
+            return prompts  # stock verl, but for the id
+        tensordict_utils.assign_non_tensor_stack(prompts, COUNT_FIELD, counts.tolist())
+        lengths = None if ids is None else self.session.predicted_lengths(ids)
+        if lengths is None:
+            return prompts
+        if pick(self.config, "actor_rollout_ref.rollout.scheduling_policy") == "priority":
+            # vLLM serves the lowest number first; 0 would be left out by verl, which is the same.
+            rank = np.empty(lengths.size, np.int64)
+            rank[np.argsort(-lengths, kind="stable")] = np.arange(lengths.size)
+            tensordict_utils.assign_non_tensor_stack(prompts, "priority", rank.tolist())
+        order = longest_first(lengths, len(self.agent_loop_workers))
+        return tensordict_utils.index_select_tensor_dict(prompts, order.tolist())
+
+    def _identify(self, prompts: TensorDict) -> list[PromptId] | None:
+        """Ids of the batch; refused on the first batch if there are none, and done without, once told, later."""
+        rows = {name: _plain(prompts, name) for name in ("raw_prompt", "extra_info", "data_source") if name in prompts}
+        try:
+            ids: list[PromptId] = list(prompt_ids(rows, self.session.settings.prompt_id))
+            if not self._identified_a_batch and len(ids) > 1 and len(set(ids)) == 1:
+                raise ValueError(f"all {len(ids)} prompts of the first batch have the id {ids[0]!r}; make ids unique")
+        except ValueError as error:
+            if not self._identified_a_batch:
+                raise
+            self.session.warn("identity", f"{error}; the batch gets rollout.n for every prompt")
+            return None
+        self._identified_a_batch = True
+        return ids
+
+
+def longest_first(lengths: FloatArray, workers: int) -> IntArray:
+    """Order of rows that deals the longest ones to all workers in turn, each worker's longest in front.
+
+    verl cuts a batch into one contiguous piece for each worker, and a worker sends requests in the order of its rows.
+
+    Args:
+        lengths: (M,) predicted length of each row.
+        workers: pieces that the batch is cut into.
+    """
+    size = max(-(-lengths.size // max(workers, 1)), 1)  # rows of a piece, as torch.chunk cuts
+    place = np.arange(lengths.size)
+    served = np.lexsort((place // size, place % size))  # the first row of every piece, the second of every piece...
+    order = np.empty(lengths.size, np.int64)
+    order[served] = np.argsort(-lengths, kind="stable")
+    return order
+
+
+def _plain(prompts: TensorDict, name: str) -> Sequence[Any]:
+    """A column of verl's batch as a plain list."""
+    return [getattr(value, "data", value) if not isinstance(value, dict) else value for value in list(prompts[name])]

@@ -1,0 +1,121 @@
+"""The replay buffer: verl's own, which also observes the rewards of the groups that it hands to training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import transfer_queue
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+
+from knapsack_rl.value import FloatArray
+from knapsack_rl.verl import session
+from knapsack_rl.verl.manager import ID_FIELD
+from knapsack_rl.verl_launch import VerlSettings, check_config
+
+logger = logging.getLogger(__name__)
+
+
+class _Observes:
+    """Mixed into verl's replay buffers: opens the session of the run, and observes what is sampled."""
+
+    def __init__(self, *args: Any, sampler_kwargs: Any = None, refill_fn: Any = None, **kwargs: Any) -> None:
+        settings = VerlSettings.from_mapping(sampler_kwargs)
+        # The refill function is a method of the trainer, whose configuration is checked before workers start. The
+        # manager checks again, so nothing depends on it.
+        config = getattr(getattr(refill_fn, "__self__", None), "config", None)
+        if config is not None:
+            check_config(config, settings)
+        kwargs.setdefault("poll_interval", settings.poll_interval)
+        super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=refill_fn, **kwargs)  # type: ignore[call-arg]
+        self.session = session.start(settings)
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """As the parent; the outcomes of a training batch are observed and the metrics added."""
+        if partition_id != "val" and not self.session.manager_attached:
+            raise ValueError(
+                "the agent-loop manager of Knapsack RL is not in this process, so no prompt has an allocation; add "
+                "++actor_rollout_ref.rollout.agent.agent_loop_manager_class=knapsack_rl.verl.KnapsackAgentLoopManager"
+            )
+        batch, metrics = super().sample(  # type: ignore[misc]
+            global_steps=global_steps, partition_id=partition_id, batch_size=batch_size
+        )
+        if partition_id != "val":
+            metrics = {**metrics, **self._observe(batch, global_steps)}
+        return batch, metrics
+
+    def _observe(self, batch: Any, step: int) -> dict[str, float]:
+        try:
+            ids, outcomes, lengths = read_outcomes(batch, self.session.settings.outcome)
+        except Exception as error:  # training goes on with what verl sampled
+            logger.debug("reading outcomes failed", exc_info=True)
+            self.session.warn("reading", f"the outcomes of a batch could not be read ({error}); nothing is learned")
+            return {}
+        return self.session.observe(ids, outcomes, lengths, step)
+
+
+class _KnapsackReplayBuffer(_Observes, ReplayBuffer):
+    pass
+
+
+class _KnapsackReplayBufferAsync(_Observes, ReplayBufferAsync):
+    pass
+
+
+def KnapsackReplayBuffer(*, trainer_mode: str, **kwargs: Any) -> ReplayBuffer:  # noqa: N802 - stands for a class
+    """The replay buffer for a trainer mode: name this as ``trainer.v1.sampler.custom_sampler.name``.
+
+    Args:
+        trainer_mode: ``"sync"``, or one of verl's asynchronous modes.
+        **kwargs: as verl's ``ReplayBuffer``; ``sampler_kwargs`` are the fields of
+            :class:`~knapsack_rl.verl_launch.VerlSettings`.
+
+    Raises:
+        ValueError: a setting is unknown or out of range, or the configuration cannot work.
+    """
+    kind = _KnapsackReplayBuffer if trainer_mode == "sync" else _KnapsackReplayBufferAsync
+    return kind(trainer_mode=trainer_mode, **kwargs)
+
+
+def read_outcomes(batch: Any, outcome: str) -> tuple[list[str], FloatArray, FloatArray]:
+    """(prompt ids, outcomes, tokens generated) of the sessions in a sampled batch.
+
+    A session of several turns may leave several rows; as in verl its last one has the reward.
+
+    Args:
+        batch: keys ``{uid}_{session}_{index}``, tags and partition, as the replay buffer returns them.
+        outcome: ``"reward"`` or a key of ``reward_extra_info``.
+
+    Raises:
+        ValueError: a row was dispatched without an id, or its reward function returns no such value.
+    """
+    final = _final_rows(batch.keys)
+    keys, tags = [batch.keys[row] for row in final], [batch.tags[row] for row in final]
+    value = "rm_scores" if outcome == "reward" else "extra_fields"
+    data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[ID_FIELD, value])
+    ids = [getattr(given, "data", given) for given in list(data[ID_FIELD])]
+    if outcome == "reward":
+        outcomes = [float(scores.sum()) for scores in data[value]]
+    else:
+        outcomes = [_extra(given, outcome) for given in list(data[value])]
+    lengths = [float(tag.get("response_len") or 0) for tag in tags]
+    return ids, np.asarray(outcomes, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+
+
+def _final_rows(keys: Sequence[str]) -> list[int]:
+    newest: dict[str, tuple[int, int]] = {}
+    for row, key in enumerate(keys):
+        rollout, _, index = key.rpartition("_")
+        if rollout not in newest or int(index) > newest[rollout][0]:
+            newest[rollout] = (int(index), row)
+    return [row for _, row in newest.values()]
+
+
+def _extra(fields: Any, name: str) -> float:
+    fields = getattr(fields, "data", fields)
+    returned = fields.get("reward_extra_info") or {}
+    if name not in returned:
+        raise ValueError(f"the reward function returned no {name!r} beside its score but {sorted(returned)}")
+    return float(returned[name])

@@ -1,0 +1,129 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+import knapsack_rl as kr
+from knapsack_rl.conformance import PROPERTIES, ConformanceError
+
+
+def normalised(rewards, *, ddof=1, epsilon=1e-6):
+    spread = rewards.std(ddof=ddof) if rewards.size > ddof else 0.0
+    return (rewards - rewards.mean()) / (spread + epsilon)
+
+
+def by_id(function):
+    """An engine that finds groups by id and treats each with the function."""
+
+    def advantages(groups, rewards):
+        found = np.empty_like(rewards)
+        for group in np.unique(groups):
+            found[groups == group] = function(rewards[groups == group])
+        return found
+
+    return advantages
+
+
+def leave_one_out(rewards):
+    if rewards.size == 1:
+        return np.zeros(1)
+    return rewards - (rewards.sum() - rewards) / (rewards.size - 1)
+
+
+RIGHT = {
+    "this package": kr.group_advantages,
+    "sample deviation": by_id(normalised),
+    "population deviation": by_id(lambda rewards: normalised(rewards, ddof=0, epsilon=1e-4)),
+    "no scale": by_id(lambda rewards: rewards - rewards.mean()),
+    "leave one out": by_id(leave_one_out),
+    "a list, in single precision": lambda g, r: by_id(normalised)(g, r).astype(np.float32).tolist(),
+}
+
+
+@pytest.mark.parametrize("engine", RIGHT.values(), ids=RIGHT)
+@pytest.mark.parametrize("mean", [2, 3, 4, 8])
+def test_right_engines_pass(engine, mean):
+    kr.check_engine(engine, mean_rollouts=mean, seed=mean)
+
+
+def reshaped(size, function=normalised):
+    return lambda _, rewards: np.concatenate([function(row) for row in rewards.reshape(-1, size)])
+
+
+def raw_when_alone(rewards):  # verl's GRPO
+    return rewards if rewards.size == 1 else normalised(rewards)
+
+
+def contiguous(groups, rewards):
+    edges = [0, *(np.flatnonzero(np.diff(groups)) + 1), groups.size]
+    return np.concatenate([normalised(rewards[a:b]) for a, b in pairwise(edges)])
+
+
+def first_of_each_label(groups, rewards):  # takes ids for positions
+    sizes = np.bincount(groups)
+    means = np.bincount(groups, rewards)[: len(np.unique(groups))] / sizes[: len(np.unique(groups))]
+    return rewards - means[np.minimum(groups, means.size - 1)]
+
+
+WRONG = {
+    "reshape": (reshaped(4), {"centre", "own group"}),
+    "reshape, unscaled": (reshaped(4, lambda rewards: rewards - rewards.mean()), {"centre", "own group"}),
+    "one group": (lambda _, r: normalised(r), {"centre", "own group", "equal rewards"}),
+    "raw rewards": (lambda _, r: r, {"centre", "equal rewards", "group of one"}),
+    "raw when alone": (by_id(raw_when_alone), {"group of one"}),
+    "contiguous": (contiguous, {"row order"}),
+    "turned round": (by_id(lambda rewards: -normalised(rewards)), {"sign"}),
+    "nothing": (lambda _, r: np.zeros_like(r), {"sign"}),
+    "too few": (lambda _, r: r[:-1], {"shape"}),
+    "not finite": (lambda _, r: r * np.nan, {"shape"}),
+    "raises": (lambda _, r: r.reshape(-1, 7), {"shape"}),
+}
+
+
+@pytest.mark.parametrize(("engine", "broken"), WRONG.values(), ids=WRONG)
+def test_wrong_engines_are_told_what_is_wrong(engine, broken):
+    with pytest.raises(ConformanceError) as caught:
+        kr.check_engine(engine)
+    told = {name for name in PROPERTIES if f"  - {name}: " in str(caught.value)}
+    assert broken <= told
+    if len(broken) == 1 and broken != {"shape"}:
+        assert told == broken
+
+
+def test_labels_that_are_taken_for_positions_are_caught():
+    with np.errstate(all="ignore"), pytest.raises(ConformanceError):
+        kr.check_engine(first_of_each_label)
+
+
+def test_a_reshape_passes_on_uniform_groups_only():
+    """What makes it silent: on groups of one size it is right."""
+    groups = np.repeat(np.arange(4), 4)
+    rewards = np.random.default_rng(0).random(16)
+    np.testing.assert_allclose(reshaped(4)(groups, rewards), by_id(normalised)(groups, rewards))
+
+
+def test_batch_scale_lets_other_groups_change_the_scale_only():
+    def engine(groups, rewards):
+        return kr.group_advantages(groups, rewards, "batch")
+
+    kr.check_engine(engine, scale="batch")
+    with pytest.raises(ConformanceError, match="own group"):
+        kr.check_engine(engine)
+    with pytest.raises(ConformanceError, match="own group"):
+        kr.check_engine(reshaped(4), scale="batch")
+
+
+def test_a_property_can_be_allowed_to_fail():
+    kr.check_engine(by_id(raw_when_alone), allow=("group of one",))
+    with pytest.raises(ConformanceError, match="allocate 0 or at least 2 rollouts"):
+        kr.check_engine(by_id(raw_when_alone))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mean_rollouts": 1}, {"scale": "layer"}, {"allow": ("group of two",)}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"must|known are"):
+        kr.check_engine(kr.group_advantages, **wrong)

@@ -1,0 +1,537 @@
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import verl_standins
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.cli import main
+from knapsack_rl.verl_launch import VerlSettings, check_config, overrides, parse_overrides, pick
+from verl_standins import Batch
+
+RATES = (0.0, 0.1, 0.5, 1.0)
+
+
+@pytest.fixture
+def world(monkeypatch):
+    world = verl_standins.World()
+    verl_standins.install(monkeypatch, world)
+    yield world
+    for name in [name for name in sys.modules if name.startswith("knapsack_rl.verl.") or name == "knapsack_rl.verl"]:
+        del sys.modules[name]
+
+
+class Run:
+    """A run of verl's loop over the stand-ins."""
+
+    def __init__(self, folder, world, *, prompts=12, mode="sync", changes=None, **settings):
+        from knapsack_rl.verl import KnapsackAgentLoopManager, KnapsackCheckpoint, KnapsackReplayBuffer
+
+        self.world, self.prompts, self.folder, self.step = world, prompts, Path(folder), 0
+        self.config = verl_standins.config(
+            folder,
+            **{"trainer.v1.trainer_mode": mode, "trainer.v1.sampler.sampler_kwargs": settings},
+            **(changes or {}),
+        )
+        self.callback = KnapsackCheckpoint(config=self.config)
+        self.buffer = KnapsackReplayBuffer(
+            trainer_mode=mode,
+            trainer_config={},
+            max_off_policy_threshold=8,
+            max_off_policy_strategy="drop",
+            sampler_kwargs=settings,
+            refill_fn=self.refill,
+        )
+        self.manager = KnapsackAgentLoopManager(config=self.config, llm_client=None)
+
+    def refill(self, count):
+        raise NotImplementedError
+
+    def batch(self, *, rows=None, prefix="", validate=False, **columns):
+        rows = self.prompts if rows is None else rows
+        table = {
+            "uid": [f"{prefix}u{self.step}-{k}" for k in range(rows)],
+            "raw_prompt": [[{"role": "user", "content": f"prompt {k}"}] for k in range(rows)],
+            "extra_info": [{"index": k, "rate": RATES[k % 4]} for k in range(rows)],
+            "data_source": ["math"] * rows,
+        } | columns
+        return Batch(table, {"validate": True} if validate else {"global_steps": self.step})
+
+    def train(self, **columns):
+        """One step; (sizes of the groups by prompt, metrics)."""
+        self.step += 1
+        self.world.received.clear()
+        self.manager.generate_sequences(self.batch(**columns))
+        return self.sample()
+
+    def sample(self):
+        batch, metrics = self.buffer.sample(global_steps=self.step, partition_id="train", batch_size=self.prompts)
+        uid_of = {prompt["uid"]: prompt["extra_info"].get("index") for prompt in self.world.received}
+        sizes = Counter(uid_of[key.split("_")[0]] for key in batch.keys)
+        self.world.queue.rows["train"].clear()
+        return sizes, metrics
+
+    def save(self):
+        folder = self.folder / f"global_step_{self.step}"
+        folder.mkdir(parents=True)
+        (self.folder / "latest_checkpointed_iteration.txt").write_text(str(self.step))
+        self.callback.on_save(trainer=None, global_step=self.step, checkpoint_dir=str(folder), async_save=False)
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+def test_counts_sum_to_the_budget_and_follow_what_was_learned(tmp_path, world, mode):
+    run = Run(tmp_path, world, mode=mode)
+    oracle = KnapsackAllocator()
+    for _ in range(6):
+        expected = oracle.allocate([f"math/{k}" for k in range(12)], 48).counts
+        sizes, metrics = run.train()
+        assert [sizes[k] for k in range(12)] == expected.tolist()
+        assert sum(sizes.values()) == 48
+        assert metrics["stock"] == 1.0
+        assert metrics["knapsack/budget"] == 48
+        oracle = run.manager.session.allocator  # what it learned is what the next batch is allocated by
+    assert min(sizes.values()) >= 2
+    assert len(set(sizes.values())) > 1
+    assert metrics["knapsack/uniform_batches"] == 0
+
+
+def test_rewards_and_lengths_are_observed_by_prompt(tmp_path, world):
+    run = Run(tmp_path, world)
+    run.train()
+    records = run.manager.session.allocator.tracker.lookup([f"math/{k}" for k in range(12)])
+    solved = records.successes / records.rollouts
+    np.testing.assert_array_equal(solved[np.arange(12) % 4 == 0], 0.0)
+    np.testing.assert_array_equal(solved[np.arange(12) % 4 == 3], 1.0)
+    assert records.rollouts.tolist() == [4] * 12
+    assert records.length_sum.tolist() == [1 + 2 + 3 + 1] * 12
+
+
+def test_the_outcome_may_be_a_value_beside_the_reward(tmp_path, world):
+    run = Run(tmp_path, world, outcome="acc")
+    run.train()
+    records = run.manager.session.allocator.tracker.lookup(["math/0", "math/3"])
+    assert (records.successes / records.rollouts).tolist() == [1.0, 0.0]  # the stand-in returns acc = 1 - reward
+
+
+def test_an_outcome_that_is_not_returned_costs_a_warning_and_no_run(tmp_path, world, caplog):
+    run = Run(tmp_path, world, outcome="accuracy")
+    sizes, metrics = run.train()
+    run.train()
+    assert sum(sizes.values()) == 48
+    assert metrics == {"stock": 1.0}
+    assert caplog.text.count("returned no 'accuracy' beside its score but ['acc']") == 1
+
+
+def test_a_session_of_several_turns_counts_once_by_its_last_row(world):
+    from knapsack_rl.verl.replay_buffer import read_outcomes
+
+    rows = world.queue.rows["train"]
+    for key, reward in {"u_0_0": 0.0, "u_0_1": 1.0, "u_1_0": 0.0}.items():
+        rows[key] = {"knapsack_prompt_id": "p", "rm_scores": np.array([reward])}
+    batch = verl_standins.KVBatchMeta(
+        list(rows), [{"response_len": 1}, {"response_len": 5}, {"response_len": 2}], "train"
+    )
+    ids, outcomes, lengths = read_outcomes(batch, "reward")
+    assert (ids, outcomes.tolist(), lengths.tolist()) == (["p", "p"], [1.0, 0.0], [5.0, 2.0])
+
+
+def test_validation_is_untouched(tmp_path, world):
+    run = Run(tmp_path, world)
+    run.train()
+    before = run.manager.session.allocator.state_dict()
+    world.received.clear()
+    run.manager.generate_sequences(run.batch(validate=True, extra_info=[{}] * 12))
+    assert all(
+        set(prompt) == {"uid", "raw_prompt", "extra_info", "data_source", "validate"} for prompt in world.received
+    )
+    assert [prompt["uid"] for prompt in world.received] == [f"u1-{k}" for k in range(12)]
+    assert len(world.queue.rows["val"]) == 12
+    _, metrics = run.buffer.sample(global_steps=1, partition_id="val", batch_size=12)
+    assert metrics == {"stock": 1.0}
+    after = run.manager.session.allocator.state_dict()
+    assert after["header"] == before["header"]
+
+
+def test_uniform_allocation_adds_the_id_and_nothing_else(tmp_path, world):
+    run = Run(tmp_path, world, allocation="uniform")
+    for _ in range(3):
+        sizes, metrics = run.train()
+        assert set(sizes.values()) == {4}
+        assert [prompt["extra_info"]["index"] for prompt in world.received] == list(range(12))
+        assert all("__rollout_n__" not in prompt for prompt in world.received)
+    assert metrics["knapsack/budget_max"] == 4
+    assert 0 < metrics["knapsack/effective_prompt_ratio"] < 1
+
+
+def test_skipped_prompts_get_zero_rollouts_and_none_gets_one(tmp_path, world):
+    run = Run(tmp_path, world, min_rollouts=0)
+    for _ in range(12):
+        sizes, _ = run.train()
+        assert sum(sizes.values()) == 48
+        assert 1 not in sizes.values()
+    assert len(sizes) < 12
+
+
+def test_each_worker_sends_its_longest_rollouts_first(tmp_path, world):
+    run = Run(tmp_path, world)
+    ids = [f"math/{k}" for k in range(12)]
+    lengths = np.array([5, 90, 20, 70, 30, 60, 10, 80, 40, 50, 3, 1], float)
+    run.manager.session.allocator.observe(np.repeat(ids, 4).tolist(), [0, 1] * 24, np.repeat(lengths, 4))
+    run.train()
+    sent = [[int(uid.split("-")[1]) for uid in piece] for piece in world.sent]
+    assert [lengths[piece].tolist() for piece in sent] == [[90, 60, 30, 5], [80, 50, 20, 3], [70, 40, 10, 1]]
+
+
+def test_priority_is_set_where_the_engine_schedules_by_it(tmp_path, world):
+    run = Run(tmp_path, world, changes={"actor_rollout_ref.rollout.scheduling_policy": "priority"})
+    run.manager.session.allocator.observe(["math/3"] * 4 + ["math/5"] * 4, [0, 1] * 4, [9] * 4 + [4] * 4)
+    run.train()
+    priority = {prompt["extra_info"]["index"]: prompt["priority"] for prompt in world.received}
+    assert sorted(priority.values()) == list(range(12))
+    assert priority[3] == 0
+    assert priority[5] == 11
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12, 13])
+@pytest.mark.parametrize("workers", [1, 3, 8, 20])
+def test_the_order_is_a_permutation_that_deals_in_turn(world, rows, workers):
+    from knapsack_rl.verl.manager import longest_first
+
+    lengths = np.random.default_rng(rows).permutation(rows).astype(float)
+    order = longest_first(lengths, workers)
+    assert sorted(order.tolist()) == list(range(rows))
+    size = -(-rows // workers)
+    pieces = [lengths[order[start : start + size]].tolist() for start in range(0, rows, size)]
+    assert all(piece == sorted(piece, reverse=True) for piece in pieces)
+    assert sorted((piece[0] for piece in pieces), reverse=True) == sorted(lengths, reverse=True)[: len(pieces)]
+
+
+# -- identity -------------------------------------------------------------------------------------------------------
+
+
+def test_the_id_includes_the_source(world):
+    from knapsack_rl.verl.identity import prompt_ids
+
+    rows = {"extra_info": [{"index": 7}, {"index": np.int64(7)}, {"index": "7a"}], "data_source": ["a", "b", "a"]}
+    assert prompt_ids(rows, "index") == ["a/7", "b/7", "a/7a"]
+    assert prompt_ids({"extra_info": [{"id": 3}], "data_source": ["a"]}, "id") == ["a/3"]
+
+
+def test_a_hash_tells_prompts_by_their_text(world):
+    from knapsack_rl.verl.identity import prompt_ids
+
+    same, other = [{"role": "user", "content": "1+1"}], [{"role": "user", "content": "1+2"}]
+    one, two, three = prompt_ids({"raw_prompt": [same, other, [dict(same[0])]]}, "hash")
+    assert one == three != two
+    picture = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    with pytest.raises(ValueError, match=r"images or sounds cannot be hashed.*extra_info\.index"):
+        prompt_ids({"raw_prompt": [picture]}, "hash")
+
+
+@pytest.mark.parametrize("extra", [{}, None, {"index": None}, {"index": 1.5}, {"index": True}])
+def test_a_missing_index_is_refused_with_the_fix(tmp_path, world, extra):
+    run = Run(tmp_path, world)
+    with pytest.raises(ValueError, match=r"unique within its data_source.*sampler_kwargs\.prompt_id=hash"):
+        run.train(extra_info=[extra] * 12)
+    assert world.received == []  # before anything was generated
+
+
+def test_one_index_for_all_prompts_is_refused(tmp_path, world):
+    run = Run(tmp_path, world)
+    with pytest.raises(ValueError, match="all 12 prompts of the first batch have the id 'math/0'"):
+        run.train(extra_info=[{"index": 0}] * 12)
+
+
+def test_a_missing_index_later_costs_a_warning_and_no_run(tmp_path, world, caplog):
+    run = Run(tmp_path, world)
+    run.train()
+    run.step += 1
+    run.manager.generate_sequences(run.batch(extra_info=[{}] * 12))
+    run.manager.generate_sequences(run.batch(prefix="again", extra_info=[{}] * 12))
+    assert caplog.text.count("the batch gets rollout.n for every prompt") == 1
+    assert len(world.queue.rows["train"]) == 96
+    run.world.queue.rows["train"].clear()
+    assert run.train()[1]["knapsack/uniform_batches"] == 2
+
+
+def test_a_repeated_prompt_in_a_batch_gets_the_mean(tmp_path, world, caplog):
+    run = Run(tmp_path, world)
+    run.train()
+    extra = [{"index": k % 11, "rate": RATES[k % 4]} for k in range(12)]
+    sizes, _ = run.train(extra_info=extra)
+    expected = run.manager.session
+    assert sum(sizes.values()) == 48
+    assert [p["__rollout_n__"] for p in world.received if p["uid"] == "u2-11"] == [4]
+    assert "a batch holds a prompt more than once" in caplog.text
+    assert expected.allocator.metrics()["budget"] == 44
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_files_that_repeat_an_id_are_refused_before_anything_is_generated(tmp_path, world):
+    rows = [{"data_source": "a", "extra_info": {"index": k}} for k in range(3)]
+    one, two = write_rows(tmp_path / "one.jsonl", rows), write_rows(tmp_path / "two.jsonl", rows[1:])
+    with pytest.raises(
+        ValueError, match=r"2 of 3 prompt ids stand in several rows.*'a/1' in 2.*Keep one row"
+    ) as caught:
+        Run(tmp_path, world, changes={"data.train_files": [one, two]})
+    assert "prompt_id=hash" in str(caught.value)
+    other = write_rows(tmp_path / "other.jsonl", [row | {"data_source": "b"} for row in rows])
+    Run(tmp_path, world, changes={"data.train_files": [one, other]})  # the id includes the source
+    Run(tmp_path, world, changes={"data.train_files": [one, two]}, prompt_id="hash")
+    Run(tmp_path, world, changes={"data.train_files": "hdfs://far/away.parquet"})
+    bare = write_rows(tmp_path / "bare.jsonl", [{"data_source": "a", "extra_info": {}}])
+    with pytest.raises(ValueError, match=r"bare\.jsonl: a prompt of data_source 'a' has no extra_info\.index"):
+        Run(tmp_path, world, changes={"data.train_files": bare})
+
+
+def test_parquet_files_are_looked_into(tmp_path, world):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"data_source": "a", "prompt": "x", "extra_info": {"index": k // 2}} for k in range(4)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="2 of 2 prompt ids stand in several rows"):
+        Run(tmp_path, world, changes={"data.train_files": str(tmp_path / "twice.parquet")})
+
+
+# -- state ----------------------------------------------------------------------------------------------------------
+
+
+def arrays_of(run):
+    return run.manager.session.allocator.state_dict()["arrays"]
+
+
+def test_a_resumed_run_continues_with_the_same_state(tmp_path, world):
+    run = Run(tmp_path, world)
+    for _ in range(3):
+        run.train()
+    run.save()
+    saved = arrays_of(run)
+    upcoming = run.manager.session.allocator.allocate([f"math/{k}" for k in range(12)], 48).counts
+    resumed = Run(tmp_path, world)
+    for name, array in arrays_of(resumed).items():
+        np.testing.assert_array_equal(array, saved[name])
+    sizes, _ = resumed.train()
+    assert [sizes[k] for k in range(12)] == upcoming.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, "global_step_2"),
+        ({"trainer.resume_mode": "disable"}, None),
+        ({"trainer.resume_mode": "resume_path", "trainer.resume_from_path": "global_step_1"}, "global_step_1"),
+    ],
+)
+def test_the_state_is_that_of_the_checkpoint_that_verl_loads(tmp_path, world, monkeypatch, changes, found):
+    from knapsack_rl.verl import STATE_FILE
+    from knapsack_rl.verl.checkpoint import state_to_resume
+
+    run = Run(tmp_path, world)
+    for _ in range(2):
+        run.train()
+        run.save()
+    monkeypatch.chdir(tmp_path)
+    state = state_to_resume(verl_standins.config(tmp_path, **changes))
+    assert state == (found and tmp_path / found / STATE_FILE)
+
+
+def test_a_checkpoint_killed_before_its_state_resumes_from_an_older_one(tmp_path, world, caplog):
+    from knapsack_rl.verl import STATE_FILE
+    from knapsack_rl.verl.checkpoint import state_to_resume
+
+    run = Run(tmp_path, world)
+    for _ in range(3):
+        run.train()
+        run.save()
+    (tmp_path / "global_step_3" / STATE_FILE).unlink()
+    assert state_to_resume(run.config) == tmp_path / "global_step_2" / STATE_FILE
+    assert "global_step_3 holds no knapsack_allocator.npz" in caplog.text
+
+
+def test_a_state_of_another_estimator_is_refused_at_the_start(tmp_path, world):
+    run = Run(tmp_path, world)
+    run.train()
+    run.save()
+    with pytest.raises(ValueError, match="the state belongs to estimator"):
+        Run(tmp_path, world, estimator="beta")
+
+
+def test_allocations_are_logged(tmp_path, world):
+    run = Run(tmp_path, world, log_allocations=True)
+    for _ in range(3):
+        sizes, _ = run.train()
+    rows = [json.loads(line) for line in (tmp_path / "allocations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert dict(zip(rows[-1]["prompt_ids"], rows[-1]["counts"], strict=True)) == {
+        f"math/{k}": n for k, n in sizes.items()
+    }
+    assert rows[-1]["arrived"] == rows[-1]["counts"]
+
+
+# -- a run does not die ---------------------------------------------------------------------------------------------
+
+
+def test_a_failing_allocator_gives_uniform_groups_and_one_warning(tmp_path, world, monkeypatch, caplog):
+    run = Run(tmp_path, world)
+    run.train()
+    monkeypatch.setattr(run.manager.session.allocator, "allocate", lambda *_: 1 / 0)
+    monkeypatch.setattr(run.manager.session.allocator, "observe", lambda *_: 1 / 0)
+    for _ in range(2):
+        sizes, metrics = run.train()
+        assert set(sizes.values()) == {4}
+    assert metrics["knapsack/uniform_batches"] == 2
+    assert caplog.text.count("allocating failed: division by zero; verl goes on without (told once)") == 1
+
+
+def test_rewards_that_are_not_finite_count_as_unscored(tmp_path, world):
+    run = Run(tmp_path, world)
+    run.step = 1
+    run.manager.generate_sequences(run.batch())
+    first = next(iter(world.queue.rows["train"].values()))
+    first["rm_scores"] = np.array([np.inf])
+    assert run.sample()[1]["knapsack/unscored_rollouts"] == 1
+
+
+def test_a_lost_group_is_no_error(tmp_path, world):
+    run = Run(tmp_path, world)
+    run.step = 1
+    run.manager.generate_sequences(run.batch())
+    for key in [key for key in world.queue.rows["train"] if key.startswith("u1-3_") or key == "u1-5_2_0"]:
+        del world.queue.rows["train"][key]
+    sizes, metrics = run.sample()
+    assert sum(sizes.values()) == 43
+    assert metrics["knapsack/prompts"] == 11
+
+
+# -- configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"actor_rollout_ref.rollout.n": 1}, "rollout.n is 1"),
+        ({"actor_rollout_ref.rollout.n": 500}, "max_rollouts=128"),
+        ({"algorithm.adv_estimator": "gae"}, "use grpo"),
+        ({"algorithm.filter_groups": {"enable": True}}, "set it to False"),
+        ({"trainer.v1.sampler.sync_refill_failed_groups": True}, "set it to False"),
+        ({"trainer.use_v1": False}, "legacy trainer"),
+        ({"reward": {"reward_model": {"enable": True}}}, "enable_resource_pool=True"),
+        ({"data.train_batch_size": 13}, "an update has 52 rollouts, .*|pad to a multiple of 48"),
+        ({"trainer.n_gpus_per_node": 5}, "lcm of 5 data-parallel ranks"),
+        (
+            {"trainer.n_gpus_per_node": 3, "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 2},
+            "3 GPUs cannot be divided into model replicas of 2",
+        ),
+        (
+            {"trainer.v1.trainer_mode": "separate_async", "data.train_batch_size": 13},
+            "multiple of parameter_sync_step=4",
+        ),
+        ({"actor_rollout_ref.rollout.agent": {"num_workers": 1}}, "agent_loop_manager_class is not set"),
+        ({"trainer.checkpoint_callback_class": None}, "a resumed run knows nothing of its prompts"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_early(tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        check_config(verl_standins.config(tmp_path, **changes), VerlSettings())
+
+
+def test_the_configuration_is_checked_before_workers_start(tmp_path, world):
+    from knapsack_rl.verl import KnapsackReplayBuffer
+
+    class Trainer:
+        config = verl_standins.config(tmp_path, **{"algorithm.adv_estimator": "gae"})
+
+        def refill(self, count): ...
+
+    with pytest.raises(ValueError, match="use grpo"):
+        KnapsackReplayBuffer(trainer_mode="sync", sampler_kwargs={}, refill_fn=Trainer().refill)
+    with pytest.raises(ValueError, match=r"no setting 'max_rollout'; did you mean max_rollouts\?"):
+        KnapsackReplayBuffer(trainer_mode="sync", sampler_kwargs={"max_rollout": 3})
+
+
+def test_a_plug_in_half_switched_on_is_refused(tmp_path, world):
+    from knapsack_rl.verl import KnapsackAgentLoopManager, KnapsackReplayBuffer, session
+
+    session._open.clear()
+    with pytest.raises(RuntimeError, match=r"custom_sampler\.path and \.name too"):
+        KnapsackAgentLoopManager(config=verl_standins.config(tmp_path))
+    buffer = KnapsackReplayBuffer(
+        trainer_mode="sync",
+        trainer_config={},
+        max_off_policy_threshold=8,
+        max_off_policy_strategy="drop",
+        sampler_kwargs={},
+    )
+    with pytest.raises(ValueError, match=r"agent_loop_manager_class=knapsack_rl\.verl\.KnapsackAgentLoopManager"):
+        buffer.sample(global_steps=1, partition_id="train", batch_size=1)
+
+
+def test_the_mode_picks_the_replay_buffer_and_settings_reach_it(tmp_path, world):
+    sync, later = Run(tmp_path, world, poll_interval=0.1).buffer, Run(tmp_path, world, mode="colocate_async").buffer
+    names = [[base.__name__ for base in type(buffer).__mro__] for buffer in (sync, later)]
+    assert "ReplayBufferAsync" not in names[0]
+    assert "ReplayBufferAsync" in names[1]
+    assert (sync.poll_interval, later.poll_interval) == (0.1, 2.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"min_rollouts": 1},
+        {"max_rollouts": 1},
+        {"min_rollouts": 9, "max_rollouts": 8},
+        {"allocation": "fair"},
+        {"estimator": "oracle"},
+        {"success_threshold": float("nan")},
+        {"max_rollouts": 8.5},
+        {"max_rollouts": True},
+        {"poll_interval": 0},
+        {"log_allocations": "yes"},
+    ],
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"got"):
+        VerlSettings.from_mapping(wrong)
+
+
+# -- command line ---------------------------------------------------------------------------------------------------
+
+
+def test_the_printed_overrides_are_what_the_checks_want(tmp_path, capsys):
+    assert main(["verl-args", "--max-rollouts", "64", "--log-allocations", "--one-line"]) == 0
+    given = parse_overrides(capsys.readouterr().out.split())
+    launch = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=8", "trainer.save_freq=5"]
+    own = pick(given, "trainer.v1.sampler.sampler_kwargs")
+    settings = VerlSettings.from_mapping(own)
+    assert settings == VerlSettings(max_rollouts=64, log_allocations=True)
+    everything = parse_overrides([*launch, *overrides(settings)])
+    check_config(everything, settings)
+    with pytest.raises(ValueError, match="the plug-in is on in part only"):
+        check_config(parse_overrides(launch), settings)
+
+
+def test_a_launch_is_checked_without_verl(capsys):
+    launch = ["algorithm.adv_estimator=grpo", "data.train_batch_size=256", "actor_rollout_ref.rollout.n=8"]
+    assert main(["verl-args", *launch, "actor_rollout_ref.actor.ppo_mini_batch_size=32"]) == 0
+    assert main(["verl-args", *launch, "actor_rollout_ref.actor.ppo_mini_batch_size=48"]) == 2
+    assert "pad to a multiple of 384" in capsys.readouterr().err
+    assert main(["verl-args", "nonsense"]) == 2
+
+
+def test_without_verl_the_import_says_what_to_install():
+    code = (
+        "import sys; sys.modules['verl'] = None\n"
+        "try:\n    import knapsack_rl.verl\nexcept ImportError as error:\n    print(error)\n"
+        "import knapsack_rl.verl_launch"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 'pip install "knapsack-rl[verl]"' in done.stdout

@@ -1,0 +1,268 @@
+"""The plug-in against verl's own classes in one process: everything of its path but Ray, generation and the update.
+
+verl composes the configuration, loads the plug-in, batches the rows, reads ``__rollout_n__``, stores trajectories,
+samples groups and computes advantages with its own code; replaced are the transfer queue (a dictionary) and the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import math
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("verl is not installed: make test-verl", allow_module_level=True)
+
+import torch
+import transfer_queue
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
+from verl.protocol import DataProto
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.checkpoint_callback import build_checkpoint_callback
+from verl.trainer.ppo.v1 import PPOTrainer, agent_loop_tq
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.utils import tensordict_utils
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.import_utils import load_class_from_fqn
+
+import knapsack_rl as kr
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.runfiles import STATE_FILE
+from knapsack_rl.verl_launch import MANAGER_KEY, VerlSettings, check_config, overrides, pick
+from verl_harness.launch import launch_line
+
+PROMPTS, MEAN, STEPS = 8, 4, 6
+RATES = (0.0, 0.1, 0.5, 1.0)
+
+
+def configured(folder, mode="sync", *more, **settings):
+    """verl's own configuration with the overrides of the plug-in, composed by Hydra."""
+    lines = launch_line(folder, folder / "model", [folder / "none.parquet"], STEPS, f"trainer.v1.trainer_mode={mode}")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=[*lines, *overrides(VerlSettings(**settings)), *more])
+    OmegaConf.resolve(config)
+    return config
+
+
+class Queue:
+    """A transfer queue that is a dictionary."""
+
+    def __init__(self):
+        self.tags, self.rows = {"train": {}, "val": {}}, {"train": {}, "val": {}}
+
+    async def async_kv_put(self, key, partition_id, tag):
+        self.tags[partition_id].setdefault(key, {"is_prompt": True, "global_steps": 1}).update(tag)
+
+    async def async_kv_batch_put(self, keys, fields, tags, partition_id):
+        for row, (key, tag) in enumerate(zip(keys, tags, strict=True)):
+            self.tags[partition_id][key] = tag
+            self.rows[partition_id][key] = fields[row : row + 1]
+
+    def kv_list(self, partition_id=None):
+        return self.tags
+
+    def kv_clear(self, keys, partition_id):
+        for key in keys:
+            self.tags[partition_id].pop(key, None)
+
+    def kv_batch_get(self, keys, partition_id, select_fields):
+        return {name: [self.rows[partition_id][key][name][0] for key in keys] for name in select_fields}
+
+
+class Worker:
+    """A Ray handle's stand-in around verl's own worker class, whose agent loop rolls dice."""
+
+    def __init__(self, config, queue, rng):
+        kind = agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class
+        self.inner = object.__new__(kind)
+        self.inner.config, self.inner.background_tasks = config, set()
+        self.inner._run_agent_loop = self.roll
+        self.inner._compute_score = self.score
+        self.inner._compute_teacher_logprobs = self.nothing
+        self.inner._compute_multi_modal_inputs = lambda *_: {}
+        self.inner._compute_position_ids = lambda ids, *_: torch.arange(ids.shape[-1])[None]
+        self.queue, self.rng, self.received = queue, rng, []
+        self.generate_sequences = SimpleNamespace(remote=lambda chunk: asyncio.run(self.everything(chunk)))
+
+    async def everything(self, chunk):
+        await self.inner.generate_sequences(chunk)
+        await asyncio.gather(*self.inner.background_tasks)
+
+    async def nothing(self, *_, **__):
+        pass
+
+    async def score(self, outputs, kwargs):
+        outputs[-1].reward_score = float(self.rng.random() < RATES[kwargs["extra_info"]["index"] % 4])
+
+    async def roll(self, sampling_params, trajectory, trace, session_id, **prompt):
+        self.received.append(prompt)
+        length = int(self.rng.integers(1, 5))
+        output = AgentLoopOutput(
+            prompt_ids=[5, 6], response_ids=[7] * length, response_mask=[1] * length, metrics=AgentLoopMetrics()
+        )
+        await self.inner._agent_loop_postprocess(output, trajectory["validate"], session_id=session_id, **prompt)
+
+
+class Run:
+    """The part of verl's task runner and trainer that the plug-in sees."""
+
+    def __init__(self, config, monkeypatch, seed=0):
+        self.config, self.trainer_mode, self.step = config, config.trainer.v1.trainer_mode, 0
+        self.queue, self.rng = Queue(), np.random.default_rng(seed)
+        for name in ("kv_list", "kv_clear", "kv_batch_get", "async_kv_put", "async_kv_batch_put"):
+            monkeypatch.setattr(transfer_queue, name, getattr(self.queue, name))
+        monkeypatch.setattr(agent_loop_tq.ray, "get", lambda references: references)
+        self.callback = build_checkpoint_callback(config)
+        self.buffer = PPOTrainer._build_replay_buffer(self)
+        manager = load_class_from_fqn(pick(config, MANAGER_KEY), "AgentLoopManager")
+        self.manager = manager(config=config, llm_client=None)
+        self.manager.agent_loop_workers = [Worker(config, self.queue, self.rng) for _ in range(2)]
+
+    def _add_prompts_to_generate(self, count):
+        raise NotImplementedError
+
+    def rows(self):
+        start = (self.step - 1) * PROMPTS % (2 * PROMPTS)
+        return [
+            {
+                "raw_prompt": [{"role": "user", "content": f"prompt {k}"}],
+                "data_source": "numbers",
+                "extra_info": {"index": k},
+                "index": k,
+                "reward_model": {"ground_truth": "1"},
+                "dummy_tensor": torch.tensor([0], dtype=torch.uint8),
+            }
+            for k in range(start, start + PROMPTS)
+        ]
+
+    def dispatch(self, **whole):
+        """As PPOTrainer does: collate, name the rows, send them."""
+        columns = collate_fn(self.rows())
+        columns["uid"] = np.array([f"{self.step}-{k}" for k in range(PROMPTS)], dtype=object)
+        batch = tensordict_utils.get_tensordict(columns)
+        tensordict_utils.assign_non_tensor_data(batch, "global_steps", self.step)
+        for name, value in whole.items():
+            tensordict_utils.assign_non_tensor_data(batch, name, value)
+        for worker in self.manager.agent_loop_workers:
+            worker.received.clear()
+        self.manager.generate_sequences(batch)
+
+    def train(self):
+        self.step += 1
+        self.dispatch()
+        return self.buffer.sample(global_steps=self.step, partition_id="train", batch_size=PROMPTS)
+
+    def outcome(self, batch):
+        """(prompts, rewards) by row, and the advantages that verl computes for them."""
+        data = self.queue.kv_batch_get(batch.keys, "train", ["rm_scores", "extra_info", "uid"])
+        prompts = [f"numbers/{getattr(extra, 'data', extra)['index']}" for extra in data["extra_info"]]
+        rewards = [float(scores.sum()) for scores in data["rm_scores"]]
+        scores = torch.tensor(rewards)[:, None]
+        rows = DataProto.from_dict(
+            tensors={"token_level_rewards": scores.clone(), "response_mask": torch.ones_like(scores)},
+            non_tensors={"uid": np.array([key.split("_")[0] for key in batch.keys], dtype=object)},
+        )
+        done = compute_advantage_for_multi_trajectories(
+            rows, batch_keys=batch.keys, adv_estimator=core_algos.AdvantageEstimator.GRPO, num_repeat=MEAN
+        )
+        return prompts, rewards, done.batch["advantages"][:, 0].tolist()
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+def test_six_steps_of_verls_own_code(tmp_path, monkeypatch, mode):
+    """Group sizes, totals, advantages and learning, on what verl computed."""
+    run = Run(configured(tmp_path, mode, poll_interval=0.01), monkeypatch)
+    reference, ragged = KnapsackAllocator(), 0
+    for _ in range(STEPS):
+        batch, metrics = run.train()
+        prompts, rewards, advantages = run.outcome(batch)
+        sizes = Counter(prompts)
+        assert sum(sizes.values()) == PROMPTS * MEAN
+        assert min(sizes.values()) >= 2
+        ids = sorted(sizes)
+        assert [sizes[i] for i in ids] == reference.allocate(ids, PROMPTS * MEAN).counts.tolist()
+        reference.observe(prompts, rewards)
+        groups = defaultdict(list)
+        for prompt, reward in zip(prompts, rewards, strict=True):
+            groups[prompt].append(reward)
+        for prompt, reward, advantage in zip(prompts, rewards, advantages, strict=True):
+            mates = groups[prompt]
+            mean = math.fsum(mates) / len(mates)
+            spread = math.sqrt(math.fsum((mate - mean) ** 2 for mate in mates) / (len(mates) - 1))
+            assert advantage == pytest.approx((reward - mean) / (spread + 1e-6), rel=1e-5, abs=1e-6)
+            ragged += len(mates) != MEAN and spread > 0
+        assert metrics["knapsack/budget"] == PROMPTS * MEAN
+        assert metrics["knapsack/uniform_batches"] == 0
+        assert metrics["knapsack/rollouts"] == PROMPTS * MEAN
+    assert ragged > 0
+    assert metrics["knapsack/prompts_seen"] == 2 * PROMPTS
+
+
+def test_validation_and_uniform_allocation_are_stock(tmp_path, monkeypatch):
+    run = Run(configured(tmp_path, allocation="uniform", poll_interval=0.01), monkeypatch)
+    batch, _ = run.train()
+    assert set(Counter(run.outcome(batch)[0]).values()) == {MEAN}
+    run.step += 1
+    run.dispatch(validate=True)
+    received = [prompt for worker in run.manager.agent_loop_workers for prompt in worker.received]
+    assert len(received) == PROMPTS * run.config.actor_rollout_ref.rollout.val_kwargs.n
+    assert not any("knapsack_prompt_id" in prompt for prompt in received)
+    _, metrics = run.buffer.sample(global_steps=run.step, partition_id="val", batch_size=PROMPTS)
+    assert metrics == {}
+
+
+def test_a_skipped_prompt_is_a_finished_group_without_rows(tmp_path, monkeypatch):
+    run = Run(configured(tmp_path, min_rollouts=0, poll_interval=0.01), monkeypatch)
+    shortest = PROMPTS
+    for _ in range(12):
+        batch, _ = run.train()
+        sizes = Counter(run.outcome(batch)[0])
+        assert sum(sizes.values()) == PROMPTS * MEAN
+        assert 1 not in sizes.values()
+        shortest = min(shortest, len(sizes))
+    assert shortest < PROMPTS
+
+
+def test_checkpoint_and_resume_by_verls_own_paths(tmp_path, monkeypatch):
+    run = Run(configured(tmp_path, poll_interval=0.01), monkeypatch)
+    for _ in range(3):
+        run.train()
+    folder = tmp_path / "global_step_3"
+    folder.mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    run.callback.on_save(trainer=None, global_step=3, checkpoint_dir=str(folder), async_save=False)
+    assert (folder / STATE_FILE).exists()
+    resumed = Run(configured(tmp_path, poll_interval=0.01), monkeypatch)
+    before, after = (r.manager.session.allocator.state_dict() for r in (run, resumed))
+    assert before["header"] == after["header"]
+    for name, array in before["arrays"].items():
+        np.testing.assert_array_equal(array, after["arrays"][name])
+
+
+def test_verls_own_defaults_are_checked(tmp_path):
+    check_config(configured(tmp_path), VerlSettings())
+    with pytest.raises(ValueError, match="pad to a multiple of"):
+        check_config(configured(tmp_path, "sync", "actor_rollout_ref.actor.ppo_mini_batch_size=5"), VerlSettings())
+    with pytest.raises(ValueError, match="use grpo"):
+        check_config(configured(tmp_path, "sync", "algorithm.adv_estimator=gae"), VerlSettings())
+
+
+def test_advantages_of_verl_pass_the_conformance_test():
+    def engine(function):
+        def advantages(groups, rewards):
+            scores = torch.tensor(rewards)[:, None]
+            found, _ = function(scores.clone(), torch.ones_like(scores), index=np.array([str(g) for g in groups]))
+            return found[:, 0].numpy()
+
+        return advantages
+
+    kr.check_engine(engine(core_algos.compute_grpo_outcome_advantage), allow=("group of one",))
+    with pytest.raises(AssertionError, match=r"1 of 8 checks(.|\n)*group of one"):
+        kr.check_engine(engine(core_algos.compute_grpo_outcome_advantage))

@@ -1,0 +1,217 @@
+"""verl itself, its own ``main_ppo`` with Ray and two training workers on a CPU; run by ``make test-verl``.
+
+Everything is asserted on what verl computed: the recorder reads the rows of each step from verl's transfer queue.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed: make test-verl"),
+]
+
+if importlib.util.find_spec("verl") is not None:
+    from knapsack_rl.allocator import KnapsackAllocator
+    from knapsack_rl.runfiles import STATE_FILE
+    from knapsack_rl.verl_launch import VerlSettings, overrides
+    from verl_harness import launch
+    from verl_harness.launch import MEAN, PROMPTS
+
+STEPS = 6
+DATA = 16  # prompts in two files: every prompt is seen three times in six steps
+RECORDING = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingKnapsackCheckpoint"
+EPSILON = 1e-6  # verl's, added to the deviation
+
+
+def plugged_in(**settings):
+    lines = overrides(VerlSettings(log_allocations=True, poll_interval=0.2, **settings))
+    return [line for line in lines if "checkpoint_callback_class" not in line] + [RECORDING]
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    model = launch.material.make_model(folder / "model")
+    # The two files number their prompts alike: only the source tells them apart.
+    train = [launch.material.make_data(folder / f"{name}.parquet", DATA // 2, source=name) for name in ("one", "two")]
+    return model, train
+
+
+@pytest.fixture(scope="session")
+def knapsack(material, tmp_path_factory):
+    """Six steps with the plug-in, killed after the third and resumed."""
+    folder = tmp_path_factory.mktemp("knapsack")
+    killed = launch.run(folder, *material, STEPS, *plugged_in(), kill_after=3)
+    assert len(killed.recorded()) >= 3, killed.output[-6000:]
+    before = len(killed.recorded())
+    resumed = launch.run(folder, *material, STEPS, *plugged_in())
+    assert resumed.returncode == 0, resumed.output[-6000:]
+    return resumed, before
+
+
+@pytest.fixture(scope="session")
+def uniform(material, tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("uniform"), material, *plugged_in(allocation="uniform"))
+
+
+@pytest.fixture(scope="session")
+def stock(material, tmp_path_factory):
+    recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
+    return finished(tmp_path_factory.mktemp("stock"), material, recording)
+
+
+def finished(folder, material, *more, steps=2):
+    run = launch.run(folder, *material, steps, *more)
+    assert run.returncode == 0, run.output[-6000:]
+    assert len(run.recorded()) == steps
+    return run
+
+
+def by_prompt(line):
+    groups = defaultdict(list)
+    for row in line["rows"]:
+        groups[row["prompt"]].append(row)
+    return groups
+
+
+def test_all_steps_ran_in_two_processes(knapsack):
+    run, before = knapsack
+    assert [line["step"] for line in run.recorded()] == list(range(1, STEPS + 1))
+    assert len({line["pid"] for line in run.recorded()}) == 2
+    assert 3 <= before < STEPS
+
+
+def test_group_sizes_are_the_allocation_and_the_total_is_exact(knapsack):
+    run, _ = knapsack
+    for line, log in zip(run.recorded(), run.allocations(), strict=True):
+        sizes = Counter(row["prompt"] for row in line["rows"])
+        assert sizes == dict(zip(log["prompt_ids"], log["counts"], strict=True))
+        assert sum(sizes.values()) == PROMPTS * MEAN
+        assert min(sizes.values()) >= 2
+        assert line["padding"] == 0
+    assert len({tuple(sorted(Counter(row["prompt"] for row in line["rows"]).values())) for line in run.recorded()}) > 1
+
+
+def test_the_allocation_is_that_of_an_allocator_that_saw_the_same_rewards(knapsack):
+    """Also across the kill: an uninterrupted allocator, fed by what verl computed, gives the same counts."""
+    run, _ = knapsack
+    reference = KnapsackAllocator()
+    for line in run.recorded():
+        sizes = Counter(row["prompt"] for row in line["rows"])
+        prompts = sorted(sizes)
+        expected = reference.allocate(prompts, PROMPTS * MEAN).counts
+        assert [sizes[prompt] for prompt in prompts] == expected.tolist(), line["step"]
+        reference.observe([row["prompt"] for row in line["rows"]], [row["reward"] for row in line["rows"]])
+
+
+def test_every_advantage_equals_an_independent_reference(knapsack, stock):
+    ragged = 0
+    for line in [*knapsack[0].recorded(), *stock.recorded()]:
+        for rows in by_prompt(line).values():
+            rewards = [row["reward"] for row in rows]
+            mean = math.fsum(rewards) / len(rewards)
+            spread = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
+            for row in rows:
+                expected = (row["reward"] - mean) / (spread + EPSILON)
+                np.testing.assert_allclose(row["advantages"], expected, rtol=1e-5, atol=1e-6)
+            ragged += spread > 0 and len(rows) != MEAN
+    assert ragged > 3
+
+
+def test_uniform_allocation_gives_what_verl_gives_without_the_plug_in(uniform, stock):
+    for ours, theirs in zip(uniform.recorded(), stock.recorded(), strict=True):
+        mine, reference = by_prompt(ours), by_prompt(theirs)
+        assert mine.keys() == reference.keys()
+        for prompt, rows in mine.items():
+            key = lambda row: (row["response"], row["reward"])  # noqa: E731
+            for row, other in zip(sorted(rows, key=key), sorted(reference[prompt], key=key), strict=True):
+                assert key(row) == key(other)
+                np.testing.assert_allclose(row["advantages"], other["advantages"], rtol=1e-6, atol=1e-7)
+    for ours, theirs in zip(uniform.metrics(), stock.metrics(), strict=True):
+        for name in (
+            "actor/grad_norm",
+            "actor/pg_loss",
+            "actor/entropy",
+            "critic/rewards/mean",
+            "response_length/mean",
+        ):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_the_metrics_reach_verls_loggers(knapsack):
+    metrics = knapsack[0].metrics()
+    for name in ("effective_gradient_ratio", "effective_prompt_ratio", "budget", "uniform_batches", "prompts_seen"):
+        assert f"knapsack/{name}" in metrics[-1]
+    assert metrics[-1]["knapsack/budget"] == PROMPTS * MEAN
+    assert metrics[-1]["knapsack/uniform_batches"] == 0
+    assert metrics[-1]["knapsack/prompts_seen"] == DATA
+    assert "knapsack/budget:" in knapsack[0].output  # the console logger
+
+
+def test_a_resumed_run_continues_with_the_same_state(knapsack):
+    run, before = knapsack
+    assert "allocator restored from" in run.output or STATE_FILE in run.output
+    # Replaying what verl computed gives the state of the last checkpoint, as if nothing had been killed.
+    reference = KnapsackAllocator()
+    for line in run.recorded():
+        prompts = list(dict.fromkeys(row["prompt"] for row in line["rows"]))
+        reference.allocate(prompts, PROMPTS * MEAN)
+        reference.observe([row["prompt"] for row in line["rows"]], [row["reward"] for row in line["rows"]])
+    saved = KnapsackAllocator.load(run.folder / f"global_step_{STEPS}" / STATE_FILE)
+    ids = sorted(reference.tracker.prompt_ids)
+    assert sorted(saved.tracker.prompt_ids) == ids
+    for column in ("successes", "failures", "visits", "rollouts"):
+        ours, expected = (getattr(a.tracker.lookup(ids), column) for a in (saved, reference))
+        np.testing.assert_allclose(ours, expected, err_msg=column)
+    assert before < STEPS
+
+
+def test_advantages_of_verl_pass_the_conformance_test():
+    import torch
+    from verl.trainer.ppo import core_algos
+
+    import knapsack_rl as kr
+
+    def grpo(groups, rewards, function=core_algos.compute_grpo_outcome_advantage):
+        scores = torch.tensor(rewards)[:, None]
+        advantages, _ = function(scores.clone(), torch.ones_like(scores), index=np.array([str(g) for g in groups]))
+        return advantages[:, 0].numpy()
+
+    kr.check_engine(grpo, allow=("group of one",))
+    with pytest.raises(AssertionError, match="group of one"):
+        kr.check_engine(grpo)
+
+
+def test_an_asynchronous_run_counts_and_observes_too(material, tmp_path_factory):
+    run = finished(
+        tmp_path_factory.mktemp("async"),
+        material,
+        *plugged_in(),
+        "trainer.v1.trainer_mode=colocate_async",
+        "trainer.v1.colocate_async.num_warmup_batches=1",
+        steps=3,
+    )
+    assert all(min(Counter(row["prompt"] for row in line["rows"]).values()) >= 2 for line in run.recorded())
+    assert run.metrics()[-1]["knapsack/uniform_batches"] == 0
+    assert run.metrics()[-1]["knapsack/prompts_seen"] >= PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("actor_rollout_ref.actor.ppo_mini_batch_size=5", "pad to a multiple of"),
+        ("++trainer.v1.sampler.sampler_kwargs.prompt_id=id", "has no extra_info.id"),
+    ],
+)
+def test_a_configuration_error_stops_verl_before_the_first_rollout(material, tmp_path, wrong, told):
+    run = launch.run(tmp_path / "run", *material, 1, *plugged_in(), wrong)
+    assert run.returncode != 0
+    assert told in run.output
+    assert run.recorded() == []
