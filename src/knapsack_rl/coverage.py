@@ -48,7 +48,8 @@ def cover(belief: Belief, age: FloatArray, budget: int, max_rollouts: int, prior
 def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priority: FloatArray) -> IntArray:
     """Counts that are 0 or at least 2 and sum to the budget, best by the concave envelope.
 
-    The total value is within the value of one group of the optimum. Only a budget of one rollout makes a group of one.
+    The total value is within the value of one group of the optimum. Only a budget of one rollout, or
+    an odd one under a cap of two, makes a group of one.
 
     Args:
         marginals: (M, K >= 2) D[i, n], falling from n = 1 on, D[i, 0] = 0.
@@ -74,6 +75,14 @@ def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priorit
         if left >= 2 and counts[i] == 0:
             counts[i] = min(left, group[i])
             left -= counts[i]
+    if left > int((max_rollouts - counts[counts > 0]).sum()):
+        # One rollout and no group with room: the group that misses it least makes it a pair.
+        spare = np.flatnonzero(counts >= 3)
+        nobody = next(i for i in np.lexsort((priority, -per_rollout)) if counts[i] == 0)
+        if spare.size:
+            counts[spare[np.argmin(table[spare, counts[spare] - 1])]] -= 1
+        counts[nobody] = left + min(spare.size, 1)
+        left = 0
     if left:  # less than a pair, or more than the caps of whole groups allow
         served = counts > 0 if counts.any() else np.ones(counts.size, bool)
         lower = np.where(served, counts, 0)

@@ -70,8 +70,8 @@ def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) 
 
     low = _bound("min_rollouts", lower, prompts)
     high = _bound("max_rollouts", upper, prompts)
-    fits, _, _ = fit_bounds(low, high, budget)
-    if not fits:
+    # A budget beyond the compiled code's whole numbers fits no bounds either.
+    if budget > 2**62 or not fit_bounds(low, high, budget)[0]:
         low, high = check_order(prompts, lower, upper)
         least, most = sum(low.tolist()), sum(high.tolist())  # Python's whole numbers do not overflow
         raise ValueError(

@@ -10,8 +10,7 @@ from knapsack_rl.verl_launch import SETTINGS_KEY, SWITCHES, VerlSettings, check_
 EXAMPLES = """examples:
   knapsack-rl verl-args                                   the overrides with the default settings
   knapsack-rl verl-args --max-rollouts 64 --outcome acc
-  knapsack-rl verl-args algorithm.adv_estimator=grpo data.train_batch_size=256 actor_rollout_ref.rollout.n=8 ...
-                                                          also checks the overrides of your launch
+  knapsack-rl verl-args data.train_batch_size=256 actor_rollout_ref.rollout.n=8   also checks your launch
 """
 
 HELP = {
