@@ -90,7 +90,7 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None
     plain = np.require(array, requirements="C")
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array_header_1_0(member, np.lib.format.header_data_from_array_1_0(plain))
-        member.write(memoryview(plain.reshape(-1).view(np.uint8)))
+        member.write(plain.reshape(-1).view(np.uint8).data)
 
 
 def _checksum(members: Iterable[zipfile.ZipInfo]) -> int:
