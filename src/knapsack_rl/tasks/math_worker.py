@@ -3,8 +3,8 @@
 Reads a JSON line ``[right, given]`` of LaTeX texts, writes ``1``, ``0``, or ``-`` where it ran out of time or memory.
 
 Formulas are parsed by math-verify's LaTeX grammar alone: its other way, for plain expressions, hands text to Python's
-``eval``. sympy has more places that do, so before the first formula its evaluating parser is replaced by one for digits, and an audit
-hook refuses to compile text, to write files, to start processes and to open connections.
+``eval``. sympy has more places that do, so before the first formula its evaluating parser is replaced by one for
+digits, and an audit hook refuses to compile text, to write files, to start processes and to open connections.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _make_comparison() -> Any:
+    import sympy.physics.units  # noqa: F401 - parses names of its own when loaded, so it comes first
     from sympy import parsing
     from sympy.parsing import sympy_parser
 
