@@ -116,3 +116,22 @@ def texts(number: int, seed: int = 0) -> Iterator[str]:
 
 RIGHT = "-8675309.125"
 """A right answer that no generated text can contain: no generator writes these digits."""
+
+TRICKS: dict[str, tuple[str, ...]] = {
+    "42": ("4_2", "0x2a", "0b101010", "0o52", "４２", "٤٢", "४२", "𝟜𝟚", "42e999", "4²", "042e1", "4 2", "4,2"),
+    "1": ("True", "nan", "inf/inf", "1_0/1_0", "¹", "①", "Ⅰ", "1e-400", "0^0"),
+    "0": ("False", "None", "-", "nan", "1e-9999", "0/0", "", "०", "⓪", "1/1e999"),
+    "1000": ("1e3e0", "1_000", "1 000 0", "10^2", "1,00,0,0", "１０００", "M", "0x3e8"),
+}
+"""Right numbers, and texts that Python's own conversions, or a careless reading, would take for them."""
+
+NEARLY = (
+    ("3.14159265358979", "\\pi"),
+    ("\\sqrt{2}+10^{-30}", "\\sqrt{2}"),
+    ("\\text{the right answer}", "\\sqrt{2}"),
+    ("x=x", "x^2+1"),
+    ("\\infty-\\infty", "y"),
+    ("\\frac{0}{0}", "z"),
+    ("\\text{nan}", "\\frac{\\pi}{2}"),
+)
+"""Formulas that are not equal, for the comparison of formulas: (given, right)."""

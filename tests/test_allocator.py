@@ -620,12 +620,10 @@ def test_any_file_name_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved() -> bytes:
-    buffer = io.BytesIO()
-    state = trained().state_dict()
-    header = np.frombuffer(json.dumps(state["header"]).encode(), dtype=np.uint8)
-    np.savez(buffer, header=header, **state["arrays"])
-    return buffer.getvalue()
+def saved(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "state.npz"
+    trained().save(path)
+    return path.read_bytes()
 
 
 def test_truncated_files_are_refused_and_left_alone(saved: bytes, tmp_path: Path) -> None:

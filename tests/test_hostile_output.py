@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import tracemalloc
 from fractions import Fraction
@@ -43,25 +45,40 @@ def test_the_texts_are_hostile() -> None:
     assert texts == list(hostile.texts(10_000))
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        lambda text: arithmetic.is_correct(text, "123456"),
-        lambda text: exact_match_reward([text], [RIGHT])[0] > 0,
-        lambda text: gsm8k.is_correct(text, RIGHT),
-        lambda text: gsm8k.is_correct([{"role": "assistant", "content": text}], RIGHT),
-    ],
-    ids=["arithmetic", "exact match", "gsm8k", "gsm8k messages"],
-)
+CHECKS = {
+    "arithmetic": lambda text: arithmetic.is_correct(text, "123456"),
+    "exact match": lambda text: exact_match_reward([text], [RIGHT])[0] > 0,
+    "gsm8k": lambda text: gsm8k.is_correct(text, RIGHT),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_ten_thousand_texts_against_the_verifiers_in_python(check, tmp_path: Path, monkeypatch) -> None:
+    longest = judge(check, 10_000, tmp_path, monkeypatch)
+    print(f"10000 texts, slowest {longest:.3f} s of processor time")
+    assert longest < 1.0  # processor time, which other work on the machine does not lengthen
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_memory_is_bounded(check) -> None:
+    longest = sorted(hostile.texts(3000), key=len)[-30:]
+    assert len(longest[-1]) >= 10**6
     tracemalloc.start()
     try:
-        longest = judge(check, 10_000, tmp_path, monkeypatch)
-        peak = tracemalloc.get_traced_memory()[1]
+        for text in longest:
+            check([{"role": "assistant", "content": text}])
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
-    assert longest < 1.0  # processor time, which other work on the machine does not lengthen
-    assert peak < 64 * 2**20
+
+
+@pytest.mark.parametrize(("right", "texts"), hostile.TRICKS.items())
+def test_what_python_takes_for_a_number_is_not_therefore_right(right: str, texts: tuple[str, ...]) -> None:
+    for text in texts:
+        for framed in (text, f"#### {text}", f"\\boxed{{{text}}}", f"The answer is {text}."):
+            assert not gsm8k.is_correct(framed, right), framed
+            assert not arithmetic.is_correct(framed, right), framed
+            assert not exact_match_reward([framed], [right])[0], framed
 
 
 # --- gsm8k ---
@@ -217,6 +234,15 @@ def test_equal_formulas_are_right_and_others_are_not(patient) -> None:
     assert patient.refused == 0
 
 
+def test_formulas_that_only_look_right_are_wrong(patient) -> None:
+    for right, texts in hostile.TRICKS.items():
+        for text in texts:
+            assert not patient.is_correct(f"\\boxed{{{text}}}", right), (text, right)
+    for text, right in hostile.NEARLY:
+        assert not patient.is_correct(f"\\boxed{{{text}}}", right), (text, right)
+    assert patient.refused == 0
+
+
 def test_text_and_numbers_are_compared_without_the_worker() -> None:
     pytest.importorskip("math_verify")
     one = MathVerifier()
@@ -243,22 +269,58 @@ def test_the_worker_evaluates_nothing(patient, tmp_path: Path, monkeypatch) -> N
     assert patient.is_correct("\\boxed{x+x}", "2x"), "the worker lives on"
 
 
-def test_a_hang_is_killed_and_the_next_answer_is_judged(monkeypatch) -> None:
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_hang_is_killed_and_the_next_answer_is_judged() -> None:
+    """Stopped processes stand for work that listens to nothing; a killed one must come back at once."""
     pytest.importorskip("math_verify")
-    with MathVerifier(seconds=30.0) as one:
+    with MathVerifier(seconds=2.0) as one:
         assert one.is_correct("\\boxed{x+x}", "2x")
-        first = one._worker
-        monkeypatch.setattr(one, "seconds", 1e-6)  # shorter than any answer: the parent's own clock
+        worker = one._worker
+        (child,) = children_of(worker.pid)
+        os.kill(child, signal.SIGSTOP)
         assert not one.is_correct("\\boxed{y+y}", "2y")
         assert one.refused == 1
-        assert first.poll() is not None, "the worker was not ended"
-        monkeypatch.setattr(one, "seconds", 30.0)
-        assert one.is_correct("\\boxed{y+y}", "2y")
-        one._worker.kill()  # it may also die by itself
-        one._worker.wait()
-        assert not one.is_correct("\\boxed{z+z}", "2z")
+        assert one.is_correct("\\boxed{y+y}", "2y"), "the next answer is judged, by the same worker"
+        assert one._worker is worker
+        assert child not in children_of(worker.pid)
+        (child,) = children_of(worker.pid)
+        os.kill(child, signal.SIGKILL)  # while it had nothing to do: no answer is lost
         assert one.is_correct("\\boxed{z+z}", "2z")
+        assert one.refused == 1
+
+
+def test_a_worker_that_dies_or_hangs_itself_is_replaced(monkeypatch) -> None:
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(math_answers, "GRACE_SECONDS", 0.5)
+    with MathVerifier(seconds=2.0) as one:
+        one.start()
+        for signal_number in (signal.SIGSTOP, signal.SIGKILL):
+            first = one._worker
+            (child,) = children_of(first.pid)
+            os.kill(first.pid, signal_number)
+            assert not one.is_correct("\\boxed{y+y}", "2y")
+            assert first.poll() is not None, "the worker was not ended"
+            wait_for_the_end_of(child)
+            assert one.is_correct("\\boxed{y+y}", "2y")
+        assert one.refused == 2
+        last = children_of(one._worker.pid)
     assert one._worker is None
+    wait_for_the_end_of(*last)
+
+
+def wait_for_the_end_of(*pids: int) -> None:
+    """Fail if a process is still there after a while; one that is dead and not yet collected counts as gone."""
+    for pid in pids:
+        for _ in range(100):
+            status = Path(f"/proc/{pid}/stat")
+            if not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX":
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError(f"process {pid} is left over")
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:
@@ -282,11 +344,11 @@ def test_the_shared_verifier_rewards() -> None:
 
 
 def slowest_answer(verifier, number: int, folder: Path, monkeypatch) -> float:
-    """Longest wall-clock time of one text, without the start of workers."""
+    """Longest wall-clock time of one text, whatever happened to the worker before."""
     monkeypatch.chdir(folder)
+    verifier.start()
     longest = 0.0
     for text in hostile.texts(number, seed=1):
-        verifier.start()
         started = time.monotonic()
         assert not verifier.is_correct(text, "\\frac{1+\\sqrt{8675309}}{125}"), text[:200]
         longest = max(longest, time.monotonic() - started)
@@ -300,4 +362,7 @@ def test_a_sample_of_texts_against_formulas(verifier, tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 def test_ten_thousand_texts_against_formulas(verifier, tmp_path: Path, monkeypatch) -> None:
-    assert slowest_answer(verifier, 10_000, tmp_path, monkeypatch) < 1.5
+    before = verifier.refused
+    longest = slowest_answer(verifier, 10_000, tmp_path, monkeypatch)
+    print(f"10000 texts, slowest {longest:.3f} s, {verifier.refused - before} ended for time or memory")
+    assert longest < 1.0

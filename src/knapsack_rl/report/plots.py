@@ -230,7 +230,7 @@ def reliability(curves: Mapping[str, Calibration], ax: Axes) -> Axes:
             marker=MARKERS[index % len(MARKERS)],
             markersize=4,
             linewidth=1.4,
-            label=_short(label),
+            label=_label(label),
         )
     ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
     ax.set(xlim=(0, 100), ylim=(0, 100))
@@ -251,7 +251,7 @@ def value_by_budget(
     for index, (label, (rollouts, values)) in enumerate(curves.items()):
         colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
         marker = MARKERS[index % len(MARKERS)]
-        ax.plot(rollouts, values, color=colour, linestyle=style, marker=marker, markersize=4, label=_short(label))
+        ax.plot(rollouts, values, color=colour, linestyle=style, marker=marker, markersize=4, label=_label(label))
     ax.axhline(target[1], color=GREY, linestyle=":", linewidth=1.2)
     ax.plot([target[0]], [target[1]], color=BLACK, marker="*", markersize=11, linestyle="none", label="as it was")
     ax.set(xlabel="rollouts", ylabel="value, the run = 100")
@@ -274,7 +274,7 @@ def ratio_pairs(pairs: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
     for column, (label, colour, marker) in enumerate((("rollouts", BLUE, "o"), ("prompts", VERMILION, "s"))):
         size = 9 - 4 * column  # where both shares are equal, the square lies on the circle
         ax.plot(shares[:, column], rows, marker, color=colour, markersize=size, label=label)
-    ax.set_yticks(rows, [textwrap.fill(_short(label), 24) for label in pairs])
+    ax.set_yticks(rows, [textwrap.fill(_label(label), 24) for label in pairs])
     ax.set_ylim(len(pairs) - 0.5, -0.5)
     ax.set(xlabel="with a gradient (%)", xlim=(0, 100))
     _legend(ax)
@@ -336,7 +336,7 @@ def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: s
         ax.plot(points, np.full(points.size, row), "o", color=colour, alpha=0.7, markersize=6)
         if points.size:
             ax.plot([points.mean()] * 2, [row - 0.28, row + 0.28], color=colour, linewidth=2.2)
-    ax.set_yticks(range(len(values)), [textwrap.fill(_short(label), 24) for label in values])
+    ax.set_yticks(range(len(values)), [textwrap.fill(_label(label), 24) for label in values])
     ax.set_ylim(len(values) - 0.5, -0.5)
     ax.set_xlabel("%, one dot per seed")
     ax.margins(x=0.1)
@@ -349,13 +349,20 @@ def _bands(curves: Mapping[str, Curve], ax: Axes) -> None:
             continue  # no line to draw; the policy keeps its colour for the other plots
         colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
         ax.fill_between(curve.x, 100 * curve.low, 100 * curve.high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(curve.x, 100 * curve.mean, color=colour, linestyle=style, linewidth=1.8, label=_short(label))
+        ax.plot(curve.x, 100 * curve.mean, color=colour, linestyle=style, linewidth=1.8, label=_label(label))
     _legend(ax)
 
 
-def _short(label: str) -> str:
-    """A label that fits into a plot; the middle goes, because what sets labels apart is often at the end."""
-    return label if len(label) <= 52 else f"{label[:24]}…{label[-27:]}"
+def _label(text: str) -> str:
+    """Text of others as a label: the one way by which it reaches matplotlib.
+
+    What has no sign of its own (control characters, half a surrogate pair, marks that turn the direction of writing)
+    becomes one, and a leading underscore, with which matplotlib hides a curve from the legend, is moved. Of a text that
+    does not fit the middle goes, because what sets labels apart is often at the end.
+    """
+    shown = "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    shown = f" {shown}" if shown.startswith("_") else shown
+    return shown if len(shown) <= 52 else f"{shown[:24]}…{shown[-27:]}"
 
 
 def _legend(ax: Axes) -> None:

@@ -3,7 +3,7 @@ r"""Verifier for MATH-style answers: formulas that are equal though written diff
 Equality of formulas is decided by the package math-verify, which builds on sympy. Neither bounds time or memory, and
 parts of both evaluate text as Python, so they run in a process of their own, see
 :mod:`knapsack_rl.tasks.math_worker`: it has a memory limit, gets a formula's text and nothing else, and is killed and
-started anew if an answer takes too long. What can be decided without it is: answers equal as text or as numbers.
+forked anew if an answer takes too long. What can be decided without it is: answers equal as text or as numbers.
 
 The answer is the content of the last ``\boxed{}``, else the last line. A completion of more than 100,000 characters or
 an answer of more than 512 is wrong without being parsed.
@@ -11,9 +11,12 @@ an answer of more than 512 is wrong without being parsed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 """Longest start of the worker, which imports sympy; on a busy machine that takes its time."""
+
+GRACE_SECONDS = 5.0
+"""How much longer than a formula's time the worker may take to say that the time is over, before it is ended itself."""
 
 
 class MathVerifier:
@@ -44,13 +50,15 @@ class MathVerifier:
         refused: formulas that ran out of time or memory, or killed the worker in another way.
 
     Raises:
-        ImportError: math-verify is not installed.
+        ImportError: math-verify is not installed, or the system cannot fork processes (Windows).
         ValueError: a limit is out of range.
     """
 
     def __init__(self, seconds: float = 0.8, megabytes: int = 2048) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError('No module named math_verify. MATH-style answers need: pip install "knapsack-rl[math]"')
+        if not hasattr(os, "fork"):
+            raise ImportError("MATH-style answers need a system that can fork processes, such as Linux or macOS")
         if not 0.0 < seconds < float("inf") or megabytes < 512:
             raise ValueError(f"seconds must be > 0 and megabytes >= 512, got {seconds} and {megabytes}")
         self.seconds, self.megabytes = seconds, megabytes
@@ -103,10 +111,10 @@ class MathVerifier:
 
     def _ask(self, given: str, right: str) -> bool:
         worker = self._wait_until_ready()
-        reply = self._exchange(worker, json.dumps([right, given]).encode() + b"\n", self.seconds)
+        reply = self._exchange(worker, json.dumps([right, given]).encode() + b"\n", self.seconds + GRACE_SECONDS)
         if reply not in (b"1\n", b"0\n"):
             self.refused += 1
-        if not reply.endswith(b"\n"):  # killed, or it died: the next one starts while the caller goes on
+        if not reply.endswith(b"\n"):  # the worker itself is gone: another starts while the caller goes on
             self._end()
             self._worker = self._launch()
         return reply == b"1\n"
@@ -127,13 +135,14 @@ class MathVerifier:
     def _launch(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "knapsack_rl.tasks.math_worker", str(self.megabytes), str(self.seconds)]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing)  # noqa: S603 - no text of a model
+        # A session of its own, so that it can be ended together with its child. No text of a model is in the command.
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, start_new_session=True)  # noqa: S603
 
     @staticmethod
     def _exchange(worker: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
         """Send a line and read one; killing the worker after ``seconds`` ends the wait with an empty reply."""
         assert worker.stdin is not None and worker.stdout is not None
-        clock = threading.Timer(seconds, worker.kill)
+        clock = threading.Timer(seconds, _kill, (worker,))
         clock.start()
         try:
             worker.stdin.write(request)
@@ -148,7 +157,7 @@ class MathVerifier:
         worker, self._worker, self._ready = self._worker, None, False
         if worker is None:
             return
-        worker.kill()
+        _kill(worker)
         worker.wait()
         for pipe in (worker.stdin, worker.stdout):
             assert pipe is not None
@@ -156,6 +165,13 @@ class MathVerifier:
                 pipe.close()
             except BrokenPipeError:  # an unsent request; there is nobody left to read it
                 logger.debug("the worker was gone before its request was sent")
+
+
+def _kill(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker and its child, unless the worker is known to be gone: its number may be another's by now."""
+    if worker.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # dead already, and nobody is left in its group
+            os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _answer(text: str) -> str:

@@ -1,6 +1,8 @@
 """The process that compares formulas: ``python -m knapsack_rl.tasks.math_worker MEGABYTES SECONDS``.
 
 Reads a JSON line ``[right, given]`` of LaTeX texts, writes ``1``, ``0``, or ``-`` where it ran out of time or memory.
+The process itself only imports sympy, which takes seconds, and forks a child that compares. A child that takes too long
+is killed and forked anew, which takes hundredths of a second, so no answer waits for the one before it.
 
 Formulas are parsed by math-verify's LaTeX grammar alone: its other way, for plain expressions, hands text to Python's
 ``eval``. sympy has more places that do, so before the first formula its evaluating parser is replaced by one for
@@ -12,9 +14,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from typing import Any
+
+Equal = Callable[[str, str], bool]
+
+OUT = b"-\n"
+"""Reply for a formula that ran out of time or memory."""
 
 REFUSED = (
     *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn"),
@@ -39,10 +49,9 @@ def _only_numbers(text: Any, *arguments: Any, **settings: Any) -> Any:
 
 def _guard(event: str, arguments: tuple[Any, ...]) -> None:
     refused = event.startswith(REFUSED)
-    if event == "compile":
-        refused = arguments[1] == "<string>"
-    elif event == "exec":
-        refused = getattr(arguments[0], "co_filename", "") == "<string>"
+    if event in ("compile", "exec"):  # code of a module has the path of its file, all other was made from text
+        name = arguments[1] if event == "compile" else getattr(arguments[0], "co_filename", "")
+        refused = not os.path.isabs(name or "")
     elif event == "open":
         mode, flags = arguments[1] or "", arguments[2]
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -52,16 +61,14 @@ def _guard(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _limit_memory(megabytes: int) -> None:
-    try:
-        import resource
-    except ImportError:  # no such limits on Windows; time stays bounded
-        return
+    import resource
+
     size = megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _make_comparison() -> Any:
+def _make_comparison() -> Equal:
     import sympy.physics.units  # noqa: F401 - parses names of its own when loaded, so it comes first
     from sympy import parsing
     from sympy.parsing import sympy_parser
@@ -84,36 +91,88 @@ def _make_comparison() -> Any:
     return equal
 
 
-def main(megabytes: int, seconds: float) -> None:
-    """Answer requests until the input ends."""
-    # Replies go to a copy of standard output that no library knows; what libraries print goes nowhere.
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    sys.setrecursionlimit(2000)
-    _limit_memory(megabytes)
-    equal = _make_comparison()
-    sys.addaudithook(_guard)
+class _Child:
+    """A copy of this process, sympy loaded, that compares formulas under guard until one takes too much."""
+
+    def __init__(self, equal: Equal, megabytes: int, seconds: float) -> None:
+        requests, self._requests = os.pipe()
+        self._replies, replies = os.pipe()
+        self._pid = os.fork()
+        if not self._pid:
+            try:
+                for own in (0, self._requests, self._replies):
+                    os.close(own)
+                _compare(equal, requests, replies, megabytes, seconds)
+            except BaseException:  # noqa: BLE001 - told, and then the child ends without its parent's clean-up
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        os.close(requests)
+        os.close(replies)
+
+    def ask(self, line: bytes, seconds: float) -> bytes:
+        """The reply to a request, or what there is of it after ``seconds`` or when the child has died."""
+        os.write(self._requests, line)
+        ready = select.select([self._replies], [], [], seconds)[0]
+        return os.read(self._replies, 2) if ready else b""
+
+    def end(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._requests)
+        os.close(self._replies)
+
+
+def _compare(equal: Equal, requests: int, replies: int, megabytes: int, seconds: float) -> None:
+    """Answer requests until the input ends; the life of a child."""
 
     def out_of_time(number: int, frame: Any) -> None:
         raise OutOfTime
 
     signal.signal(signal.SIGALRM, out_of_time)
-    replies.write("ready\n")
-    for line in sys.stdin:
+    _limit_memory(megabytes)
+    lines = os.fdopen(requests, "rb")
+    sys.addaudithook(_guard)
+    for line in lines:
         right, given = json.loads(line)
         try:
             # Most endless work stops here; the parent kills what does not listen, such as one huge multiplication.
             signal.setitimer(signal.ITIMER_REAL, 0.75 * seconds)
             try:
-                reply = "1" if equal(right, given) else "0"
+                reply = b"1\n" if equal(right, given) else b"0\n"
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0.0)
         except (OutOfTime, MemoryError, RecursionError):
-            reply = "-"
+            reply = OUT
         except Exception:  # noqa: BLE001 - whatever a parser says of a hostile text, the text is not right
-            reply = "0"
-        replies.write(reply + "\n")
+            reply = b"0\n"
+        os.write(replies, reply)
+
+
+def main(megabytes: int, seconds: float) -> None:
+    """Answer requests until the input ends."""
+    # Replies go to a copy of standard output that no library knows; what libraries print goes nowhere.
+    replies = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    sys.setrecursionlimit(2000)
+    equal = _make_comparison()
+    child = _Child(equal, megabytes, seconds)
+    assert child.ask(b'["x+x", "2x"]\n', 60.0) == b"1\n", "self-check under guard and limits"
+    os.write(replies, b"ready\n")
+    for line in sys.stdin.buffer:
+        try:
+            reply = child.ask(line, seconds)
+        except BrokenPipeError:  # it died while it had nothing to do, so the formula is not to blame
+            child.end()
+            child = _Child(equal, megabytes, seconds)
+            reply = child.ask(line, seconds)
+        lost = not reply.endswith(b"\n")
+        os.write(replies, OUT if lost else reply)
+        if lost:  # the next child starts while the caller goes on
+            child.end()
+            child = _Child(equal, megabytes, seconds)
+    child.end()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         )
         self.reward_funcs = [
             function
-            if isinstance(function, torch.nn.Module)
+            if isinstance(function, (str, torch.nn.Module))  # a reward model; TRL has loaded the named ones
             else watched(function, name, self._setting("prompt_id_column"))
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
