@@ -120,7 +120,7 @@ def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no
     many, few = np.inf, 0.0
     limit = max(32.0, 0.5 * lower.size / step)
     trial = _key(guess)
-    width = OCTAVE
+    width = np.int64(OCTAVE)
     slow = 0
     while True:
         before = many - few

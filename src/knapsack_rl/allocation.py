@@ -97,8 +97,8 @@ def allocate(
     """
     rates, kind, unseen = _classified(success_rates)
     if costs is None:
-        budget = check_whole("budget", budget, minimum=0)
-        lower, upper = solver.check_bounds(rates.size, budget, min_rollouts, max_rollouts)
+        rollouts = check_whole("budget", budget, minimum=0)
+        lower, upper = solver.check_bounds(rates.size, rollouts, min_rollouts, max_rollouts)
     else:
         if fallback or method != "auto":
             raise ValueError(f"with costs, fallback must be False and method 'auto', got {fallback!r} and {method!r}")
@@ -106,7 +106,7 @@ def allocate(
         lower, upper = check_affordable(price, budget, min_rollouts, max_rollouts)
     if method not in solver.METHODS:
         raise ValueError(f"method must be one of {', '.join(solver.METHODS)}, got {method!r}")
-    if fallback and value != "knapsack":
+    if fallback and not (isinstance(value, str) and value == "knapsack"):
         raise ValueError(f"fallback=True is the paper's rule for value='knapsack', got value={value!r}; choose one")
     # An unseen prompt comes after all others that it ties with.
     priority = np.where(kind == UNSEEN, 2.0, rates) if unseen else rates
@@ -114,9 +114,9 @@ def allocate(
     if costs is not None:
         return _priced(rows, price, budget, lower, upper, kind, priority, rates)
     if fallback:
-        counts, reason = paper_rule(rates, kind, rows, budget, lower, upper, priority, method)
+        counts, reason = paper_rule(rates, kind, rows, rollouts, lower, upper, priority, method)
     else:
-        counts, reason = _optimum(kind, rows, budget, lower, upper, priority, method)
+        counts, reason = _optimum(kind, rows, rollouts, lower, upper, priority, method)
     total = solver.total_value(rows, counts)
     certificate = None if fallback else Certificate(total, total)
     return Allocation(counts, total, reason, success_rates=rates, certificate=certificate)

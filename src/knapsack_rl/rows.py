@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knapsack_rl.value import FloatArray, IntArray
 
@@ -46,8 +47,8 @@ class Rows(NamedTuple):
         """Number of rows."""
         return self.weight.size or self.table.shape[0]
 
-    def take(self, chosen: IntArray | slice) -> Rows:
-        """The chosen rows, by mask, positions or slice; at least one."""
+    def take(self, chosen: IntArray | NDArray[np.bool_]) -> Rows:
+        """The chosen rows, by mask or positions; at least one."""
         if not self.closed_form:
             return Rows(table=np.ascontiguousarray(self.table[chosen]))
         return Rows(self.weight[chosen], self.first[chosen], self.second[chosen], self.table)
