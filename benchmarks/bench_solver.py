@@ -7,7 +7,7 @@
 
 All get the same success rates and find the same optimum, which is checked. Rounds alternate between the methods, so
 that a drift of the machine hits all alike; medians of warm calls are printed, and ratios of the medians. Milliseconds
-depend on the machine, so ``--check`` compares ratios with ``benchmarks/baselines.json``. Growth and memory have targets.
+depend on the machine: ``--check`` compares ratios with ``benchmarks/baselines.json``; growth and memory have limits.
 
 The methods: ``allocate`` is the public function, with all its checks and its certificate; ``kernel`` is the compiled
 solver within it; ``heap`` pops the best rollout from a heap and is given a table of all marginals for free; ``heap,
