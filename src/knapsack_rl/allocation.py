@@ -190,7 +190,7 @@ def _optimum(
     rows, concave = solver.concave_rows(rows, lower, upper)
     if concave and method != "dynamic-programming":
         # The greedy's tie rule hands out what no prompt values, evenly and class by class.
-        counts = solver.solve_checked(rows, budget, lower, upper, kind, priority, method)
+        counts = solver.greedy(rows, budget, lower, upper, kind, priority)
         if valued.all():
             return counts, ""
         extra = counts - lower
