@@ -783,7 +783,7 @@ def test_a_state_of_version_1_goes_on(name: str, tmp_path: Path) -> None:
         rewards = rng.integers(0, 2, 28)
         for each in (allocator, twin):
             each.observe(ids * 4, rewards)
-    assert twin.state_dict()["header"]["version"] == 2
+    assert twin.state_dict()["header"]["version"] == 3
 
 
 def test_a_state_of_version_1_is_none_of_the_bayes_filter() -> None:
