@@ -32,6 +32,7 @@ from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
 from knapsack_rl.tokens import BudgetUnit, allocate_tokens, check_choices, check_tokens, expected_tokens, shrunk_lengths
+from knapsack_rl.topup import check_outcomes, posterior_after, top_up
 from knapsack_rl.tracker import Tracker
 from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
 from knapsack_rl.value_functions import ValueLike
@@ -165,6 +166,42 @@ class KnapsackAllocator:
                 logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
             self._degraded_batches += 1
         return allocation
+
+    def top_up(
+        self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
+    ) -> Allocation:
+        """Spend the rest of a step's budget given the outcomes of a first share; for loops of your own.
+
+        Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
+        rollouts of the step once. Groups that hold both outcomes get more only if nobody else gains anything.
+
+        The sizes of groups then depend on their outcomes, which biases group statistics: E[successes / rollouts] > p
+        for a group that stops after its first success, and its advantages inherit that. The grid posteriors are not
+        affected. See :mod:`knapsack_rl.topup`.
+
+        Args:
+            prompt_ids: M distinct ids.
+            counts_so_far: (M,) rollouts scored so far in this step, not yet observed.
+            successes_so_far: (M,) successes among them.
+            budget: rollouts left, whatever the ``budget_unit``.
+
+        Returns:
+            Additional counts, summing to the budget; predictions are about both shares together.
+
+        Raises:
+            ValueError: arguments do not fit each other, the estimator has no posterior on a grid, or the value depends
+                on more than whether outcomes are mixed.
+        """
+        started = time.perf_counter()
+        ids, left = _check_batch(prompt_ids), check_whole("budget", budget, minimum=0)
+        counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
+        records = self.tracker.lookup(ids)
+        grid, posterior = posterior_after(self.estimator, records, counts, successes)
+        found = top_up(grid, posterior, counts, successes, left, self.max_rollouts, stable_order(ids))
+        self._note_degradation(found)
+        self._predicted.update(zip(ids, found.nonzero_gradient.tolist(), strict=True))  # type: ignore[union-attr]
+        self._allocation_metrics["top_up_seconds"] = time.perf_counter() - started
+        return found
 
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
         """Take counts from elsewhere (a uniform baseline, an engine's own choice) in place of :meth:`allocate`.
