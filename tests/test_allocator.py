@@ -718,7 +718,7 @@ def with_array(name: str, array) -> object:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, "version 99.*reads up to 2.*upgrade"),
+        (newer, "version 99.*reads up to 3.*upgrade"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
         (lambda _: trained("beta").state_dict(), "estimator .*'beta'.*'empirical-bayes'"),
