@@ -51,10 +51,11 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## measure solver and balancer
+bench: $(INSTALLED)  ## measure solver, balancer and training step
 	@status=0; \
 	$(BIN)/python benchmarks/bench_solver.py --check || status=1; \
 	$(BIN)/python benchmarks/bench_balance.py || status=1; \
+	$(BIN)/python benchmarks/bench_step.py || status=1; \
 	exit $$status
 
 docs: $(INSTALLED)  ## build the documentation site

@@ -718,7 +718,7 @@ def with_array(name: str, array) -> object:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, "version 99.*reads up to 2.*upgrade"),
+        (newer, "version 99.*reads up to 3.*upgrade"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
         (lambda _: trained("beta").state_dict(), "estimator .*'beta'.*'empirical-bayes'"),
@@ -783,7 +783,7 @@ def test_a_state_of_version_1_goes_on(name: str, tmp_path: Path) -> None:
         rewards = rng.integers(0, 2, 28)
         for each in (allocator, twin):
             each.observe(ids * 4, rewards)
-    assert twin.state_dict()["header"]["version"] == 2
+    assert twin.state_dict()["header"]["version"] == 3
 
 
 def test_a_state_of_version_1_is_none_of_the_bayes_filter() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl import balance
 from knapsack_rl.allocation import Allocation, allocate, allocate_expected, feasible_bounds
 from knapsack_rl.belief import Belief, Estimator
 from knapsack_rl.coverage import cover
@@ -32,12 +31,15 @@ from knapsack_rl.groups import (
 from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
+from knapsack_rl.tokens import BudgetUnit, allocate_tokens, check_choices, check_tokens, expected_tokens, shrunk_lengths
+from knapsack_rl.topup import check_outcomes, posterior_after, top_up
 from knapsack_rl.tracker import Tracker
 from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
+from knapsack_rl.value_functions import ValueLike
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 STATE_FORMAT = "knapsack-rl allocator"
 
@@ -65,6 +67,11 @@ class KnapsackAllocator:
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
             outcome feeds the estimate; it may differ from the shaped reward that trains.
+        budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in tokens, a rollout costs
+            what it is expected to (:func:`knapsack_rl.tokens.expected_tokens`), and the number of rollouts varies.
+        value: what is maximised: a name of :data:`knapsack_rl.value_functions.VALUES` or a function as for
+            :func:`knapsack_rl.allocate`. Estimators on a grid take any, the window without its fallback too; a table
+            per prompt is for :func:`knapsack_rl.allocate` alone.
         **estimator_settings: keyword arguments of the named estimator.
 
     Raises:
@@ -86,6 +93,8 @@ class KnapsackAllocator:
         max_rollouts: int = 128,
         *,
         success: SuccessRule = 0.0,
+        budget_unit: BudgetUnit = "rollouts",
+        value: ValueLike = "knapsack",
         **estimator_settings: Any,
     ) -> None:
         self.min_rollouts = check_whole("min_rollouts", min_rollouts, minimum=0)
@@ -101,6 +110,10 @@ class KnapsackAllocator:
             self.estimator_name, self.estimator = None, estimator
         check_success_rule(success)
         self.success = success
+        self.budget_unit, self.value = budget_unit, value
+        check_choices(self.estimator, budget_unit, value, self.min_rollouts)
+        if value != "knapsack":
+            self.estimator.use_value(value)  # type: ignore[attr-defined]
         self.tracker = Tracker(self.estimator.evidence_size)
         self._visits_since_refit = 0
         self._prompts_at_refit = 0
@@ -110,18 +123,21 @@ class KnapsackAllocator:
         self._allocation_metrics: dict[str, float] = {}
         self._outcome_metrics: dict[str, float] = {}
 
-    def allocate(self, prompt_ids: Iterable[PromptId], budget: int) -> Allocation:
-        """Rollouts for each prompt of a batch, summing to the budget.
+    def allocate(self, prompt_ids: Iterable[PromptId], budget: float) -> Allocation:
+        """Rollouts for each prompt of a batch: they sum to the budget, or their expected tokens do not exceed it.
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
-            budget: total rollouts, >= 0.
+            budget: >= 0, total rollouts; with ``budget_unit="tokens"`` a number of tokens.
 
         Raises:
-            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number >= 0.
+            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number >= 0 (of
+                tokens: no finite number >= 0).
         """
         started = time.perf_counter()
         ids = _check_batch(prompt_ids)
+        if self.budget_unit == "tokens":
+            return self._allocate_tokens(ids, check_tokens(budget), started)
         budget = check_whole("budget", budget, minimum=0)
         records = self.tracker.lookup(ids)
         belief = self.estimator.believe(records, self.max_rollouts)
@@ -133,11 +149,59 @@ class KnapsackAllocator:
             )
         else:
             allocation = cover(belief, records.age, budget, self.max_rollouts, stable_order(ids))
+        return self._expect(ids, self._note_degradation(allocation), belief, started)
+
+    def _allocate_tokens(self, ids: list[PromptId], budget: float, started: float) -> Allocation:
+        belief = self.belief(ids)
+        tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
+        allocation = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
+        found = self._expect(ids, self._note_degradation(allocation), belief, started)
+        if tokens is not None:
+            self._allocation_metrics["expected_tokens"] = float(tokens @ found.counts)
+        return found
+
+    def _note_degradation(self, allocation: Allocation) -> Allocation:
         if allocation.degraded:
             if not self._degraded_batches:
                 logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
             self._degraded_batches += 1
-        return self._expect(ids, allocation, belief, started)
+        return allocation
+
+    def top_up(
+        self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
+    ) -> Allocation:
+        """Spend the rest of a step's budget given the outcomes of a first share; for loops of your own.
+
+        Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
+        rollouts of the step once. Groups that hold both outcomes get more only if nobody else gains anything.
+
+        The sizes of groups then depend on their outcomes, which biases group statistics: E[successes / rollouts] > p
+        for a group that stops after its first success, and its advantages inherit that. The grid posteriors are not
+        affected. See :mod:`knapsack_rl.topup`.
+
+        Args:
+            prompt_ids: M distinct ids.
+            counts_so_far: (M,) rollouts scored so far in this step, not yet observed.
+            successes_so_far: (M,) successes among them.
+            budget: rollouts left, whatever the ``budget_unit``.
+
+        Returns:
+            Additional counts, summing to the budget; predictions are about both shares together.
+
+        Raises:
+            ValueError: arguments do not fit each other, the estimator has no posterior on a grid, or the value depends
+                on more than whether outcomes are mixed.
+        """
+        started = time.perf_counter()
+        ids, left = _check_batch(prompt_ids), check_whole("budget", budget, minimum=0)
+        counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
+        records = self.tracker.lookup(ids)
+        grid, posterior = posterior_after(self.estimator, records, counts, successes)
+        found = top_up(grid, posterior, counts, successes, left, self.max_rollouts, stable_order(ids))
+        self._note_degradation(found)
+        self._predicted.update(zip(ids, found.nonzero_gradient.tolist(), strict=True))  # type: ignore[union-attr]
+        self._allocation_metrics["top_up_seconds"] = time.perf_counter() - started
+        return found
 
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
         """Take counts from elsewhere (a uniform baseline, an engine's own choice) in place of :meth:`allocate`.
@@ -172,7 +236,9 @@ class KnapsackAllocator:
         lower, upper, degradation = feasible_bounds(
             budget, self.min_rollouts, self.max_rollouts, belief.marginals, stable_order(ids)
         )
-        found = allocate(belief.mean, budget, lower, upper, fallback=getattr(self.estimator, "fallback", True))
+        found = allocate(
+            belief.mean, budget, lower, upper, value=self.value, fallback=getattr(self.estimator, "fallback", True)
+        )
         reason = "; ".join(filter(None, (degradation, found.reason)))
         return Allocation(found.counts, found.expected_value, reason, degraded=bool(degradation))
 
@@ -271,15 +337,8 @@ class KnapsackAllocator:
 
         All ones while no length was ever observed.
         """
-        ids = check_prompt_ids(prompt_ids)
-        everyone, rows = self.tracker.records(), self.tracker.rows(ids)
-        work = balance.predict_work(everyone.length_count, everyone.length_sum, everyone.length_squares)
-        unseen = balance.predict_work(
-            np.append(everyone.length_count, 0.0),
-            np.append(everyone.length_sum, 0.0),
-            np.append(everyone.length_squares, 0.0),
-        )[-1]
-        return np.where(rows >= 0, work[rows] if len(self.tracker) else unseen, unseen)
+        everyone, rows = self.tracker.records(), self.tracker.rows(check_prompt_ids(prompt_ids))
+        return shrunk_lengths((everyone.length_count, everyone.length_sum, everyone.length_squares), rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``."""
@@ -291,13 +350,15 @@ class KnapsackAllocator:
             "min_rollouts": self.min_rollouts,
             "max_rollouts": self.max_rollouts,
             "success": None if callable(self.success) else float(self.success),
+            "budget_unit": self.budget_unit,
+            "value": self.value if isinstance(self.value, str) else None,
         } | {counter: getattr(self, f"_{counter}") for counter in COUNTERS}
         arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict().items()}
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
         return {"header": header, "arrays": arrays}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state into an allocator made with the same estimator; bounds and success rule stay its own.
+        """Restore a state into an allocator made with the same estimator; all its other settings stay its own.
 
         Raises:
             ValueError: the state is of another format, a newer version, another estimator or other settings. The
@@ -337,6 +398,7 @@ class KnapsackAllocator:
         *,
         success: SuccessRule | None = None,
         estimator: Estimator | None = None,
+        value: ValueLike | None = None,
     ) -> KnapsackAllocator:
         """Read an allocator from a file.
 
@@ -344,6 +406,7 @@ class KnapsackAllocator:
             path: what :meth:`save` wrote.
             success: the success rule; needed if it was a function, else the saved threshold is the default.
             estimator: an estimator object; needed if the allocator was made with one.
+            value: what is maximised; needed if it was a function or an object, else the saved name is the default.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -354,6 +417,9 @@ class KnapsackAllocator:
         rule = header["success"] if success is None else success
         if rule is None:
             raise ValueError("the state was saved with a success function; pass it again as success=...")
+        maximised = header.get("value", "knapsack") if value is None else value  # older states name none
+        if maximised is None:
+            raise ValueError("the state was saved with a value function of your own; pass it again as value=...")
         name = header["estimator"] if estimator is None else estimator
         if name is None:
             raise ValueError("the state was saved with an estimator object; pass an equal one as estimator=...")
@@ -362,6 +428,8 @@ class KnapsackAllocator:
             header["min_rollouts"],
             header["max_rollouts"],
             success=rule,
+            budget_unit=header.get("budget_unit", "rollouts"),
+            value=maximised,
             **(header["settings"] if estimator is None else {}),
         )
         allocator.load_state_dict({"header": header, "arrays": arrays})
@@ -426,7 +494,8 @@ def _allocation_metrics(allocation: Allocation, belief: Belief) -> dict[str, flo
         hard, easy = belief.mean < 0.2, belief.mean > 0.8
     for name, members in (("unseen", unseen), ("hard", hard), ("medium", ~(unseen | hard | easy)), ("easy", easy)):
         found[f"budget_to/{name}"] = float(counts[members].sum() / given)
-    shares = np.histogram(counts, bins=[*BUDGET_BINS, np.inf])[0] / counts.size
+    bins = np.searchsorted(BUDGET_BINS, counts, side="right") - 1
+    shares = np.bincount(bins, minlength=len(BUDGET_BINS)) / counts.size
     names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(BUDGET_BINS)]
     names.append(f"{BUDGET_BINS[-1]}+")
     return found | {f"budget_share/{name}": float(share) for name, share in zip(names, shares, strict=True)}

@@ -23,6 +23,8 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
     if isinstance(prompt_ids, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of ids, got the single string {prompt_ids!r}")
     ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
+    if set(map(type, ids)) <= {str, int}:  # the usual case
+        return ids
     for position, given in enumerate(ids):
         prompt_id = given.item() if isinstance(given, np.generic) else given
         if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)):
