@@ -51,11 +51,12 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## measure solver, balancer and state file
+bench: $(INSTALLED)  ## measure solver, balancer, state file and training step
 	@status=0; \
 	$(BIN)/python benchmarks/bench_solver.py --check || status=1; \
 	$(BIN)/python benchmarks/bench_balance.py || status=1; \
 	$(BIN)/python benchmarks/bench_state.py || status=1; \
+	$(BIN)/python benchmarks/bench_step.py || status=1; \
 	exit $$status
 
 fuzz: $(INSTALLED)  ## a million random cases against the public functions and the readers of files

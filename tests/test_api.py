@@ -19,6 +19,7 @@ PUBLIC = [
     "KnapsackAllocator",
     "allocate",
     "allocate_graded",
+    "plan_epoch",
     "GroupStatistics",
     "group_advantages",
     "group_statistics",

@@ -66,7 +66,7 @@ def test_memory_is_bounded(check) -> None:
     tracemalloc.start()
     try:
         for text in longest:
-            check([{"role": "assistant", "content": text}])
+            check(text)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
@@ -288,6 +288,7 @@ def test_a_hang_is_killed_and_the_next_answer_is_judged() -> None:
         assert child not in children_of(worker.pid)
         (child,) = children_of(worker.pid)
         os.kill(child, signal.SIGKILL)  # while it had nothing to do: no answer is lost
+        wait_for_the_end_of(child)
         assert one.is_correct("\\boxed{z+z}", "2z")
         assert one.refused == 1
 

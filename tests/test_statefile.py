@@ -197,7 +197,7 @@ def test_file_and_folder_are_synced_in_order(tmp_path: Path, monkeypatch) -> Non
         ("tracker.successes", np.array([np.nan, 1.0]), "finite numbers >= 0"),
         ("tracker.failures", np.array([-1.0, 1.0]), "finite numbers >= 0"),
         ("tracker.rollouts", np.array([-1, 1]), "finite numbers >= 0"),
-        ("tracker.length_sum", np.array([np.inf, 1.0]), "finite numbers >= 0"),
+        ("tracker.success_length_sum", np.array([np.inf, 1.0]), "finite numbers >= 0"),
         ("tracker.last_visit", np.array([99, 1]), "after its 2 visits"),
         ("tracker.evidence", np.full((2, 57), np.nan, np.float32), "evidence .*finite"),
         ("tracker.prompt_ids", np.frombuffer(b"\xff\xfe", np.uint8), "prompt ids"),

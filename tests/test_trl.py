@@ -800,6 +800,9 @@ def test_resuming_with_another_estimator_is_refused(tmp_path):
         ({"allocation": "greedy"}, "allocation must be one of .*'greedy'"),
         ({"weighting": "token"}, "weighting must be one of .*'token'"),
         ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
+        ({"value": "fame"}, "value must be one of .*'fame'"),
+        ({"value": "variance", "estimator": "window"}, "fallback=False"),
+        ({"value": "variance", "estimator": "beta"}, "built in"),
         ({"outcome_reward": "absent"}, "outcome_reward must name .*digit_sum.*'absent'"),
         ({"generation_kwargs": {"seed": 1}}, "seed"),
     ],
@@ -808,6 +811,16 @@ def test_resuming_with_another_estimator_is_refused(tmp_path):
 def test_a_configuration_that_cannot_work_is_refused_at_construction(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(KnapsackGRPOTrainer, tmp_path, **settings)
+
+
+def test_an_allocator_that_spends_tokens_is_refused(tmp_path):
+    """A step of TRL has a fixed number of rows."""
+    with pytest.raises(ValueError, match="same number of rows in every step"):
+        trainer_of(KnapsackGRPOTrainer, tmp_path, extra={"allocator": KnapsackAllocator(budget_unit="tokens")})
+
+
+def test_the_value_of_the_configuration_is_maximised(tmp_path):
+    assert trainer_of(KnapsackGRPOTrainer, tmp_path, value="variance").allocator.value == "variance"
 
 
 def test_an_id_that_names_two_prompts_is_refused(tmp_path):

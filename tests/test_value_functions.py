@@ -163,3 +163,5 @@ def test_the_papers_rule_keeps_the_papers_value() -> None:
         ValueError, match="fallback=True is the paper's rule for value='knapsack', got value='variance'"
     ):
         kr.allocate([0.5, 0.25], 16, value="variance", fallback=True)
+    with pytest.raises(ValueError, match="fallback=True is the paper's rule"):
+        kr.allocate([0.5, 0.25], 16, value=np.zeros((2, 17)), fallback=True)

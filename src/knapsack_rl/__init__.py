@@ -9,6 +9,7 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import Partition, RolloutQueue, partition
 from knapsack_rl.conformance import check_engine
 from knapsack_rl.costs import Certificate
+from knapsack_rl.epoch import plan_epoch
 from knapsack_rl.graded import allocate_graded
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
 from knapsack_rl.value import information_gain, nonzero_gradient_probability, value
@@ -33,6 +34,7 @@ __all__ = [
     "KnapsackAllocator",
     "allocate",
     "allocate_graded",
+    "plan_epoch",
     # ragged groups
     "GroupStatistics",
     "group_advantages",

@@ -7,7 +7,7 @@ request); :func:`allocate_expected` takes posterior-expected marginal values, fo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -190,7 +190,7 @@ def _optimum(
     rows, concave = solver.concave_rows(rows, lower, upper)
     if concave and method != "dynamic-programming":
         # The greedy's tie rule hands out what no prompt values, evenly and class by class.
-        counts = solver.solve_checked(rows, budget, lower, upper, kind, priority, method)
+        counts = solver.greedy(rows, budget, lower, upper, kind, priority)
         if valued.all():
             return counts, ""
         extra = counts - lower
@@ -237,11 +237,12 @@ def _valued(rows: Rows) -> NDArray[np.bool_]:
 
 def allocate_expected(
     marginals: FloatArray,
-    budget: int,
+    budget: float,
     min_rollouts: int,
     max_rollouts: int,
     *,
     priority: ArrayLike | None = None,
+    costs: FloatArray | None = None,
 ) -> Allocation:
     """Allocate by posterior-expected marginal values; an infeasible batch degrades instead of raising.
 
@@ -255,9 +256,14 @@ def allocate_expected(
         max_rollouts: N_up.
         priority: (M,) last tie-break, lower first; a stable hash of the prompt ids makes the result independent of
             their order.
+        costs: (M,) > 0, expected cost of a rollout; no more than the budget is spent, and a rollout that no prompt
+            values is not bought.
     """
     if priority is None:
         priority = np.zeros(marginals.shape[0])
+    if costs is not None:
+        return _expected_with_costs(marginals, costs, budget, min_rollouts, max_rollouts, priority)
+    budget = int(budget)
     lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, priority)
     width = max(int(upper.max(initial=0)), 1)
     if width > marginals.shape[1]:
@@ -265,6 +271,62 @@ def allocate_expected(
     counts = solver.solve(marginals, budget, lower, upper, priority=priority)
     total = solver.total_value(marginals, counts)
     return Allocation(counts, total, degradation, degraded=bool(degradation), certificate=Certificate(total, total))
+
+
+def _expected_with_costs(
+    marginals: FloatArray,
+    costs: FloatArray,
+    budget: float,
+    min_rollouts: int,
+    max_rollouts: int,
+    priority: ArrayLike,
+) -> Allocation:
+    prompts = marginals.shape[0]
+    lower, degradation = affordable_minimum(budget, min_rollouts, costs, marginals, priority)
+    upper = np.where(lower > 0, max_rollouts, 0) if degradation else max_rollouts
+    low, high = check_affordable(costs, budget, lower, upper)
+    width = max(int(high.max(initial=0)), 1)
+    table = np.pad(marginals, ((0, 0), (0, max(width - marginals.shape[1], 0))))
+    found = _priced(
+        Rows(table=np.ascontiguousarray(table)),
+        costs,
+        budget,
+        low,
+        high,
+        np.zeros(prompts, np.int64),
+        np.ascontiguousarray(priority, dtype=np.float64),
+        np.full(prompts, np.nan),
+    )
+    reason = "; ".join(filter(None, (degradation, found.reason)))
+    return replace(found, reason=reason, degraded=bool(degradation), success_rates=None)
+
+
+def affordable_minimum(
+    budget: float, min_rollouts: int, costs: FloatArray, marginals: FloatArray, priority: ArrayLike
+) -> tuple[IntArray, str]:
+    """(M,) minima that a budget of costs pays for, and what had to give way ("" if nothing).
+
+    1. A budget that does not pay for N_low rollouts of every prompt lowers the minimum to what it does pay for.
+    2. If that is below two, pairs go to the prompts with the largest value of a pair per cost as far as the budget
+       goes, the others get none.
+    """
+    prompts = costs.size
+    lower = np.full(prompts, min_rollouts)
+    every = float(costs.sum())
+    if min_rollouts * every <= budget:
+        return lower, ""
+    shortage = f"a budget of {budget:g} does not pay for {min_rollouts} rollouts of {prompts} prompts"
+    lowered = int(budget // every)
+    if lowered >= 2:
+        lower[:] = lowered
+        return lower, f"{shortage}: min_rollouts lowered to {lowered}"
+    lower[:] = 0
+    left = budget
+    for i in np.lexsort((np.asarray(priority), -marginals[:, :2].sum(axis=1) / costs)):
+        if 2.0 * costs[i] <= left:
+            lower[i] = 2
+            left -= 2.0 * costs[i]
+    return lower, f"{shortage}: {int((lower > 0).sum())} prompts served, the others skipped"
 
 
 def feasible_bounds(

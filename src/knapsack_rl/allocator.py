@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import wraps
-from itertools import pairwise
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl import balance
 from knapsack_rl.allocation import Allocation, allocate, allocate_expected, feasible_bounds
+from knapsack_rl.allocation_metrics import allocation_metrics
+from knapsack_rl.allocator_state import COUNTERS, STATE_FORMAT, STATE_VERSION, check_header, section
 from knapsack_rl.belief import Belief, Estimator
 from knapsack_rl.coverage import cover
 from knapsack_rl.estimator import make_estimator
@@ -31,46 +30,33 @@ from knapsack_rl.groups import (
     summarise,
     transition_matrix,
 )
+from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, other_type, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
+from knapsack_rl.tokens import (
+    BudgetUnit,
+    allocate_tokens,
+    check_choices,
+    check_tokens,
+    expected_tokens,
+    first_group,
+    shrunk_lengths,
+)
+from knapsack_rl.topup import check_estimator, check_outcomes, posterior_after, top_up
 from knapsack_rl.tracker import Records, Tracker
 from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
+from knapsack_rl.value_functions import ValueLike
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-STATE_VERSION = 3
-
-STATE_FORMAT = "knapsack-rl allocator"
-
-COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts", "allocation_failures")
-"""Whole numbers of an allocator's own that its state holds; versions 1 and 2 lack the last."""
-
-BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
-"""Left edges of the budget histogram's bins; the last is open."""
-
-
-def _one_at_a_time(
-    method: Callable[Concatenate[KnapsackAllocator, P], T],
-) -> Callable[Concatenate[KnapsackAllocator, P], T]:
-    """A call that waits until those of other threads are over."""
-
-    @wraps(method)
-    def locked(self: KnapsackAllocator, *args: P.args, **kwargs: P.kwargs) -> T:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return locked
-
 
 LARGEST_BUDGET = 2**24
 """Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
 
+EVENLY = "allocation failed: divided evenly"
 
-class KnapsackAllocator:
+
+class KnapsackAllocator(Guarded):
     """Allocates each step's rollouts from what earlier steps observed.
 
     One step of a run is ``a = allocate(ids, budget)``, generate ``a.counts[i]`` rollouts of prompt i, then
@@ -92,6 +78,11 @@ class KnapsackAllocator:
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
             outcome feeds the estimate; it may differ from the shaped reward that trains.
+        budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in tokens, a rollout costs
+            what it is expected to (:func:`knapsack_rl.tokens.expected_tokens`), and the number of rollouts varies.
+        value: what is maximised: a name of :data:`knapsack_rl.value_functions.VALUES` or a function as for
+            :func:`knapsack_rl.allocate`. Estimators on a grid take any, the window without its fallback too; a table
+            per prompt is for :func:`knapsack_rl.allocate` alone.
         **estimator_settings: keyword arguments of the named estimator.
 
     Raises:
@@ -113,8 +104,11 @@ class KnapsackAllocator:
         max_rollouts: int = 128,
         *,
         success: SuccessRule = 0.0,
+        budget_unit: BudgetUnit = "rollouts",
+        value: ValueLike = "knapsack",
         **estimator_settings: Any,
     ) -> None:
+        super().__init__()
         self.min_rollouts = check_whole("min_rollouts", min_rollouts, minimum=0)
         self.max_rollouts = check_whole("max_rollouts", max_rollouts, minimum=2)
         if self.min_rollouts > self.max_rollouts:
@@ -128,52 +122,57 @@ class KnapsackAllocator:
             self.estimator_name, self.estimator = None, estimator
         check_success_rule(success)
         self.success = success
+        self.budget_unit, self.value = budget_unit, value
+        check_choices(self.estimator, budget_unit, value, self.min_rollouts)
+        if value != "knapsack":
+            self.estimator.use_value(value)  # type: ignore[attr-defined]
         self.tracker = Tracker(self.estimator.evidence_size)
         self._visits_since_refit = 0
         self._prompts_at_refit = 0
         self._degraded_batches = 0
         self._unscored_rollouts = 0
-        self._allocation_failures = 0
-        self._failure_told = self._twins_told = False
-        self._lock = threading.RLock()
+        self._twins_told = False
         self._predicted: dict[PromptId, float] = {}
         self._allocation_metrics: dict[str, float] = {}
         self._outcome_metrics: dict[str, float] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: each has a lock of its own."""
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._lock = threading.RLock()
-
-    @_one_at_a_time
-    def allocate(self, prompt_ids: Iterable[PromptId], budget: int) -> Allocation:
-        """Rollouts for each prompt of a batch, summing to the budget.
+    @one_at_a_time
+    def allocate(self, prompt_ids: Iterable[PromptId], budget: float) -> Allocation:
+        """Rollouts for each prompt of a batch: they sum to the budget, or their expected tokens do not exceed it.
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
-            budget: total rollouts, 0 to 2^24.
+            budget: total rollouts, 0 to 2^24; with ``budget_unit="tokens"`` a number of tokens, >= 0.
 
         Raises:
             ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number from 0 to
-                2^24.
+                2^24 (of tokens: no finite number >= 0).
         """
         started = time.perf_counter()
         ids = _check_batch(prompt_ids)
-        budget = check_whole("budget", budget, minimum=0)
-        if budget > LARGEST_BUDGET:
-            raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts a step, got {budget}")
+        if self.budget_unit == "tokens":
+            tokens = check_tokens(budget)
+            rollouts = len(ids) * first_group(self.min_rollouts, self.max_rollouts)  # only if allocation fails
+            allocate = partial(self._allocate_tokens, ids, tokens, started)
+        else:
+            rollouts = _check_budget(budget)
+            allocate = partial(self._allocate_rollouts, ids, rollouts, started)
         self._warn_of_twins(ids)
-        allocation = self.attempt("allocation", lambda: self._allocate(ids, budget, started))
-        return allocation or self._evenly(ids, budget, started)
+        found = self.attempt("allocation", allocate)
+        if found is not None:
+            return found
+        counts = _evenly(ids, rollouts, self.min_rollouts)
+        return self._unpredicted(ids, Allocation(counts, float("nan"), EVENLY, degraded=True), started)
 
-    def _allocate(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
-        records = self.tracker.lookup(ids)
-        belief = self.estimator.believe(records, self.max_rollouts)
+    def _believe(self, records: Records, max_rollouts: int) -> Belief:
+        belief = self.estimator.believe(records, max_rollouts)
         if not np.isfinite(belief.marginals).all():
             raise ArithmeticError("the estimator gave marginal values that are not finite")
+        return belief
+
+    def _allocate_rollouts(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
+        records = self.tracker.lookup(ids)
+        belief = self._believe(records, self.max_rollouts)
         if self.estimator.paper_rule:
             allocation = self._by_paper_rule(ids, belief, budget)
         elif self.min_rollouts > 0 or budget > len(ids) * self.max_rollouts:
@@ -182,56 +181,78 @@ class KnapsackAllocator:
             )
         else:
             allocation = cover(belief, records.age, budget, self.max_rollouts, stable_order(ids))
-        noted = self._expect(ids, allocation, belief, started)
+        return self._expect(ids, self._note_degradation(allocation), belief, started)
+
+    def _allocate_tokens(self, ids: list[PromptId], budget: float, started: float) -> Allocation:
+        belief = self._believe(self.tracker.lookup(ids), self.max_rollouts)
+        tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
+        allocation = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
+        found = self._expect(ids, self._note_degradation(allocation), belief, started)
+        if tokens is not None:
+            self._allocation_metrics["expected_tokens"] = float(tokens @ found.counts)
+        return found
+
+    def _note_degradation(self, allocation: Allocation) -> Allocation:
         if allocation.degraded:
             if not self._degraded_batches:
                 logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
             self._degraded_batches += 1
-        return noted
+        return allocation
 
-    def attempt(self, what: str, attempt: Callable[[], T]) -> T | None:
-        """Do something that must not end a run: the result, or None if it raised, which is counted and logged once.
+    @one_at_a_time
+    def top_up(
+        self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
+    ) -> Allocation:
+        """Spend the rest of a step's budget given the outcomes of a first share; for loops of your own.
+
+        Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
+        rollouts of the step once. Groups that hold both outcomes get more only if nobody else gains anything.
+
+        The sizes of groups then depend on their outcomes, which biases group statistics: E[successes / rollouts] > p
+        for a group that stops after its first success, and its advantages inherit that. The grid posteriors are not
+        affected. See :mod:`knapsack_rl.topup`.
 
         Args:
-            what: a noun for the log.
-            attempt: called without arguments.
-        """
-        try:
-            return attempt()
-        except Exception:
-            self._allocation_failures += 1
-            if not self._failure_told:
-                self._failure_told = True
-                logger.exception(
-                    "%s failed; the run goes on without it: budgets are divided evenly, estimates stay as they were "
-                    "(logged once, counted as allocation_failures)",
-                    what,
-                )
-            return None
+            prompt_ids: M distinct ids.
+            counts_so_far: (M,) rollouts scored so far in this step, not yet observed.
+            successes_so_far: (M,) successes among them.
+            budget: rollouts left, whatever the ``budget_unit``.
 
-    def _evenly(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
-        """The same for all, or the minimum for as many as the budget serves; nothing here can fail."""
-        served = min(len(ids), budget // max(self.min_rollouts, 1)) or 1
-        each, extra = divmod(budget, served)
-        counts = np.zeros(len(ids), np.int64)
-        first = np.argsort(stable_order(ids), kind="stable")[:served]
-        counts[first] = each
-        counts[first[:extra]] += 1
-        return self._unpredicted(
-            ids, Allocation(counts, float("nan"), "allocation failed: divided evenly", True), started
+        Returns:
+            Additional counts, summing to the budget; predictions are about both shares together.
+
+        Raises:
+            ValueError: arguments do not fit each other, the estimator has no posterior on a grid, or the value depends
+                on more than whether outcomes are mixed.
+        """
+        started = time.perf_counter()
+        ids, left = _check_batch(prompt_ids), _check_budget(budget)
+        counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
+        grid, cap, order = check_estimator(self.estimator), self.max_rollouts, stable_order(ids)
+
+        def spend() -> Allocation:
+            posterior = posterior_after(grid, self.tracker.lookup(ids), counts, successes)
+            found = self._note_degradation(top_up(grid, posterior, counts, successes, left, cap, order))
+            self._predicted.update(zip(ids, found.nonzero_gradient.tolist(), strict=True))  # type: ignore[union-attr]
+            return found
+
+        found = self.attempt("top-up", spend) or self._without_prediction(
+            ids, Allocation(_evenly(ids, left, 1), float("nan"), EVENLY, degraded=True)
         )
+        self._allocation_metrics["top_up_seconds"] = time.perf_counter() - started
+        return found
 
     def _unpredicted(self, ids: list[PromptId], allocation: Allocation, started: float) -> Allocation:
+        self._allocation_metrics = allocation_metrics(allocation) | {
+            "allocation_seconds": time.perf_counter() - started
+        }
+        return self._without_prediction(ids, allocation)
+
+    def _without_prediction(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
         """Note that nothing is expected of the batch."""
         for prompt_id in ids:
             self._predicted.pop(prompt_id, None)
-        counts, unknown = allocation.counts, np.full(len(ids), np.nan)
-        self._allocation_metrics = {
-            "budget": float(counts.sum()),
-            "budget_min": float(counts.min()),
-            "budget_max": float(counts.max()),
-            "allocation_seconds": time.perf_counter() - started,
-        }
+        unknown = np.full(len(ids), np.nan)
         return replace(allocation, success_rates=unknown, nonzero_gradient=unknown.copy())
 
     def _warn_of_twins(self, ids: list[PromptId]) -> None:
@@ -248,7 +269,7 @@ class KnapsackAllocator:
                 )
                 return
 
-    @_one_at_a_time
+    @one_at_a_time
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
         """Take counts from elsewhere (a uniform baseline, an engine's own choice) in place of :meth:`allocate`.
 
@@ -256,7 +277,7 @@ class KnapsackAllocator:
 
         Args:
             prompt_ids: M distinct ids.
-            counts: (M,) rollouts per prompt, whole numbers >= 0.
+            counts: (M,) rollouts per prompt, whole numbers >= 0, at most 2^24 of them in all.
 
         Raises:
             ValueError: ids repeat or have another type, or counts do not fit them.
@@ -265,11 +286,12 @@ class KnapsackAllocator:
         ids, given = _check_batch(prompt_ids), check_counts(counts)
         if given.shape != (len(ids),):
             raise ValueError(f"counts must hold one number per prompt ({len(ids)}), got shape {given.shape}")
+        _check_budget(sum(given.tolist()))
         self._warn_of_twins(ids)
         reason = "counts given from outside"
 
         def predict() -> Allocation:
-            belief = self.estimator.believe(self.tracker.lookup(ids), max(int(given.max()), 1))
+            belief = self._believe(self.tracker.lookup(ids), max(int(given.max()), 1))
             value = total_value(belief.marginals, given)
             return self._expect(ids, Allocation(given, value, reason), belief, started)
 
@@ -280,7 +302,7 @@ class KnapsackAllocator:
         """Note what is expected of the batch; ``observe`` compares it with what happens."""
         predicted = belief.nonzero_gradient(allocation.counts)
         self._predicted.update(zip(ids, predicted.tolist(), strict=True))
-        self._allocation_metrics = _allocation_metrics(allocation, belief) | {
+        self._allocation_metrics = allocation_metrics(allocation, belief) | {
             "allocation_seconds": time.perf_counter() - started
         }
         return replace(allocation, success_rates=belief.mean, nonzero_gradient=predicted)
@@ -289,16 +311,18 @@ class KnapsackAllocator:
         lower, upper, degradation = feasible_bounds(
             budget, self.min_rollouts, self.max_rollouts, belief.marginals, stable_order(ids)
         )
-        found = allocate(belief.mean, budget, lower, upper, fallback=getattr(self.estimator, "fallback", True))
+        found = allocate(
+            belief.mean, budget, lower, upper, value=self.value, fallback=getattr(self.estimator, "fallback", True)
+        )
         reason = "; ".join(filter(None, (degradation, found.reason)))
         return Allocation(found.counts, found.expected_value, reason, degraded=bool(degradation))
 
-    @_one_at_a_time
+    @one_at_a_time
     def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
         """What is known of the given prompts: mean success rate, marginal values, predictions."""
         return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
 
-    @_one_at_a_time
+    @one_at_a_time
     def observe(
         self, prompt_ids_per_rollout: Iterable[PromptId], rewards: ArrayLike, lengths: ArrayLike | None = None
     ) -> None:
@@ -371,7 +395,7 @@ class KnapsackAllocator:
             found["brier_score"] = float(np.mean((predicted[told] - realised) ** 2))
         return found
 
-    @_one_at_a_time
+    @one_at_a_time
     def metrics(self) -> dict[str, float]:
         """Numbers of the newest ``allocate`` and ``observe``, and totals of the run, for a logger.
 
@@ -388,7 +412,7 @@ class KnapsackAllocator:
             }
         )
 
-    @_one_at_a_time
+    @one_at_a_time
     def transition_matrix(self) -> IntArray:
         """(5, 5) prompts by difficulty class at their first visit (rows) and their newest one (columns)."""
         records = self.tracker.records()
@@ -397,23 +421,16 @@ class KnapsackAllocator:
             difficulty_class(records.newest_successes, records.newest_total),
         )
 
-    @_one_at_a_time
+    @one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
         """(M,) expected tokens of a rollout of each prompt, shrunk to the population mean; for the balancer.
 
         All ones while no length was ever observed.
         """
-        ids = check_prompt_ids(prompt_ids)
-        everyone, rows = self.tracker.records(), self.tracker.rows(ids)
-        work = balance.predict_work(everyone.length_count, everyone.length_sum, everyone.length_squares)
-        unseen = balance.predict_work(
-            np.append(everyone.length_count, 0.0),
-            np.append(everyone.length_sum, 0.0),
-            np.append(everyone.length_squares, 0.0),
-        )[-1]
-        return np.where(rows >= 0, work[rows] if len(self.tracker) else unseen, unseen)
+        everyone, rows = self.tracker.records(), self.tracker.rows(check_prompt_ids(prompt_ids))
+        return shrunk_lengths((everyone.length_count, everyone.length_sum, everyone.length_squares), rows)
 
-    @_one_at_a_time
+    @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``."""
         header = {
@@ -424,20 +441,22 @@ class KnapsackAllocator:
             "min_rollouts": self.min_rollouts,
             "max_rollouts": self.max_rollouts,
             "success": None if callable(self.success) else float(self.success),
+            "budget_unit": self.budget_unit,
+            "value": self.value if isinstance(self.value, str) else None,
         } | {counter: getattr(self, f"_{counter}") for counter in COUNTERS}
         arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict().items()}
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
         return {"header": header, "arrays": arrays}
 
-    @_one_at_a_time
+    @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state into an allocator made with the same estimator; bounds and success rule stay its own.
+        """Restore a state into an allocator made with the same estimator; all its other settings stay its own.
 
         Raises:
             ValueError: the state is of another format, a newer version, another estimator or other settings. The
                 allocator is unchanged then.
         """
-        header, arrays = _check_header(state.get("header")), state.get("arrays", {})
+        header, arrays = check_header(state.get("header")), state.get("arrays", {})
         given = (header["estimator"], header["settings"])
         own = (self.estimator_name, self.estimator.settings())
         if given[0] == own[0] is not None:
@@ -448,11 +467,11 @@ class KnapsackAllocator:
                 f"the state belongs to estimator {given}, this allocator uses {own}; make it with the same"
             )
         tracker = Tracker(self.estimator.evidence_size)
-        tracker.load_state_dict(_section(arrays, "tracker."))
-        self.estimator.load_state_dict(_section(arrays, "estimator."))
+        tracker.load_state_dict(section(arrays, "tracker."))
+        self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
         for counter in COUNTERS:
-            setattr(self, f"_{counter}", header.get(counter, 0))
+            setattr(self, f"_{counter}", header[counter])
         self._predicted, self._allocation_metrics, self._outcome_metrics = {}, {}, {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -471,6 +490,7 @@ class KnapsackAllocator:
         *,
         success: SuccessRule | None = None,
         estimator: Estimator | None = None,
+        value: ValueLike | None = None,
     ) -> KnapsackAllocator:
         """Read an allocator from a file.
 
@@ -478,16 +498,20 @@ class KnapsackAllocator:
             path: what :meth:`save` wrote.
             success: the success rule; needed if it was a function, else the saved threshold is the default.
             estimator: an estimator object; needed if the allocator was made with one.
+            value: what is maximised; needed if it was a function or an object, else the saved name is the default.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or foreign, or an argument it needs is missing.
         """
-        header, arrays = read_state(path)
-        _check_header(header)
+        found, arrays = read_state(path)
+        header = check_header(found)
         rule = header["success"] if success is None else success
         if rule is None:
             raise ValueError("the state was saved with a success function; pass it again as success=...")
+        maximised = header["value"] if value is None else value
+        if maximised is None:
+            raise ValueError("the state was saved with a value function of your own; pass it again as value=...")
         name = header["estimator"] if estimator is None else estimator
         if name is None:
             raise ValueError("the state was saved with an estimator object; pass an equal one as estimator=...")
@@ -496,6 +520,8 @@ class KnapsackAllocator:
             header["min_rollouts"],
             header["max_rollouts"],
             success=rule,
+            budget_unit=header["budget_unit"],
+            value=maximised,
             **(header["settings"] if estimator is None else {}),
         )
         allocator.load_state_dict({"header": header, "arrays": arrays})
@@ -512,33 +538,22 @@ def _check_batch(prompt_ids: Iterable[PromptId]) -> list[PromptId]:
     return ids
 
 
-def _check_header(header: Any) -> Mapping[str, Any]:
-    """Refuse a header that is foreign, newer or incomplete, before anything is changed."""
-    if not isinstance(header, Mapping) or header.get("format") != STATE_FORMAT:
-        found = header.get("format") if isinstance(header, Mapping) else header
-        raise ValueError(f"this is no allocator state: its format is {found!r}, expected {STATE_FORMAT!r}")
-    version = header.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"the allocator state names no version, got {version!r}")
-    if version > STATE_VERSION:
-        raise ValueError(
-            f"the state has version {version}, this package reads up to {STATE_VERSION}; upgrade knapsack-rl"
-        )
-    kinds: dict[str, Any] = {"settings": dict, "min_rollouts": int, "max_rollouts": int} | dict.fromkeys(
-        COUNTERS if version > 2 else COUNTERS[:-1], int
-    )
-    for name in ("estimator", "success", *kinds):
-        if name not in header:
-            raise ValueError(f"the allocator state lacks {name!r} in its header")
-        if name in kinds and not isinstance(header[name], kinds[name]):
-            raise ValueError(f"{name!r} of the allocator state must be {kinds[name].__name__}, got {header[name]!r}")
-        if name in COUNTERS and header[name] < 0:
-            raise ValueError(f"{name!r} of the allocator state must be >= 0, got {header[name]}")
-    return header
+def _check_budget(budget: float) -> int:
+    number = check_whole("budget", budget, minimum=0)
+    if number > LARGEST_BUDGET:
+        raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts a step, got {budget}")
+    return number
 
 
-def _section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+def _evenly(ids: list[PromptId], budget: int, minimum: int) -> IntArray:
+    """Counts that are the same for all, or the minimum for as many as the budget serves; nothing here can fail."""
+    served = min(len(ids), budget // max(minimum, 1)) or 1
+    each, extra = divmod(budget, served)
+    counts = np.zeros(len(ids), np.int64)
+    first = np.argsort(stable_order(ids), kind="stable")[:served]
+    counts[first] = each
+    counts[first[:extra]] += 1
+    return counts
 
 
 def _check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
@@ -546,25 +561,3 @@ def _check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
     if array.shape != (rollouts,) or not (np.isfinite(array) & (array >= 0)).all():
         raise ValueError(f"lengths must be {rollouts} finite numbers >= 0, one per rollout, got shape {array.shape}")
     return array
-
-
-def _allocation_metrics(allocation: Allocation, belief: Belief) -> dict[str, float]:
-    counts = allocation.counts
-    unseen = np.isnan(belief.mean)
-    found = {
-        "budget": float(counts.sum()),
-        "budget_min": float(counts.min()),
-        "budget_max": float(counts.max()),
-        "expected_value": allocation.expected_value,
-        "estimated_success_rate": float(belief.mean[~unseen].mean()) if not unseen.all() else float("nan"),
-        "fallback": float(allocation.reason.startswith("fallback") or "; fallback" in allocation.reason),
-    }
-    given = max(int(counts.sum()), 1)
-    with np.errstate(invalid="ignore"):
-        hard, easy = belief.mean < 0.2, belief.mean > 0.8
-    for name, members in (("unseen", unseen), ("hard", hard), ("medium", ~(unseen | hard | easy)), ("easy", easy)):
-        found[f"budget_to/{name}"] = float(counts[members].sum() / given)
-    shares = np.histogram(counts, bins=[*BUDGET_BINS, np.inf])[0] / counts.size
-    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(BUDGET_BINS)]
-    names.append(f"{BUDGET_BINS[-1]}+")
-    return found | {f"budget_share/{name}": float(share) for name, share in zip(names, shares, strict=True)}

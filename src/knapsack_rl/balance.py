@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 _Vector = NDArray[np.float64]
 
-_MIN_COUNT = 1e-9  # a discounted count below this holds no usable evidence: the prompt reads as never seen
+MIN_COUNT = 1e-9  # a discounted count below this holds no usable evidence: the prompt reads as never seen
 _MAX_COUNT = 2.0**53  # above this, adding 1 to a float64 count changes nothing
 _MAX_WORK = 1e300  # leaves room for the sum of 1e8 items
 _UNDERFLOW = 1e-300  # a smaller sum was discounted to nothing
@@ -69,7 +69,7 @@ def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -
     total_squared_P = _nonnegative_vector(total_squared, "total_squared")
     _check_sums(count_P, total_P, total_squared_P)
 
-    seen_P = count_P >= _MIN_COUNT
+    seen_P = count_P >= MIN_COUNT
     if not seen_P.any():
         return np.ones_like(count_P)
     n, mean = count_P[seen_P], total_P[seen_P] / count_P[seen_P]
@@ -281,7 +281,7 @@ def _check_sums(count_P: _Vector, total_P: _Vector, total_squared_P: _Vector) ->
         )
     # Cauchy and Schwarz, by square roots because squares may overflow.
     impossible_P = total_P > np.sqrt(count_P) * np.sqrt(total_squared_P) * (1.0 + _SUMS_RTOL)
-    impossible_P &= count_P >= _MIN_COUNT
+    impossible_P &= count_P >= MIN_COUNT
     # Discounting makes the count 0 some visits before the sums of longer lengths: that is no mistake.
     impossible_P |= (count_P == 0.0) & (np.maximum(total_P, total_squared_P) > _UNDERFLOW)
     if impossible_P.any():

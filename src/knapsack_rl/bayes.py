@@ -18,7 +18,8 @@ import numpy as np
 
 from knapsack_rl.belief import CHECK_ROLLOUTS, Belief, CountsOnly, check_discount
 from knapsack_rl.tracker import Records
-from knapsack_rl.value import FloatArray, IntArray, check_whole, marginal_values, nonzero_gradient_probability
+from knapsack_rl.value import FloatArray, IntArray, check_whole, nonzero_gradient_probability
+from knapsack_rl.value_functions import ValueLike, make_value_function, marginal_table
 
 LARGEST_LOGIT = 7.0
 """The grid spans success rates from 0.0009 to 0.9991."""
@@ -46,7 +47,16 @@ class GridPosterior:
         self.grid = 1.0 / (1.0 + np.exp(-logits))
         self.prior = np.full(grid_points, 1.0 / grid_points)
         self._log_success, self._log_failure = np.log(self.grid), np.log1p(-self.grid)
-        self._values: FloatArray = np.empty((grid_points, 0))
+        self.use_value("knapsack")
+
+    def use_value(self, value: ValueLike) -> None:
+        """Maximise another value from now on; what was learned of success rates stays.
+
+        Raises:
+            ValueError: the value is unknown.
+        """
+        self.value = make_value_function(value)
+        self._values: FloatArray = np.empty((self.grid.size, 0))
 
     def binomial_likelihood(self, successes: FloatArray | IntArray, failures: FloatArray | IntArray) -> FloatArray:
         """(M, grid_points) likelihood of counts up to a factor per row, whose largest entry is 1."""
@@ -73,7 +83,7 @@ class GridPosterior:
     def belief_of(self, posterior: FloatArray, max_rollouts: int) -> Belief:
         """Posterior mean and expectations over the grid."""
         if self._values.shape[1] < max_rollouts:
-            self._values = marginal_values(self.grid, max_rollouts)
+            self._values = marginal_table(self.value, self.grid, max_rollouts)
 
         def nonzero_gradient(counts: IntArray) -> FloatArray:
             # Counts repeat a lot, and powers are what costs time here.

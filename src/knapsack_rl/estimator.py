@@ -21,9 +21,9 @@ from knapsack_rl.value import (
     FloatArray,
     IntArray,
     check_whole,
-    marginal_values,
     nonzero_gradient_probability,
 )
+from knapsack_rl.value_functions import ValueLike, make_value_function, marginal_table
 
 _ANY_RATE = np.linspace(0.01, 0.99, 99)
 
@@ -57,6 +57,15 @@ class WindowEstimator(CountsOnly):
         self.fallback = fallback
         if window > RECENT:
             raise ValueError(f"window must be at most {RECENT}, the outcomes kept per prompt, got {window}")
+        self.use_value("knapsack")
+
+    def use_value(self, value: ValueLike) -> None:
+        """Maximise another value from now on; only without the paper's fallback.
+
+        Raises:
+            ValueError: the value is unknown.
+        """
+        self.value = make_value_function(value)
 
     def refit(self, population: Records) -> None:
         """A window learns nothing from other prompts."""
@@ -75,8 +84,8 @@ class WindowEstimator(CountsOnly):
         def nonzero_gradient(counts: IntArray) -> FloatArray:
             return np.where(np.isnan(mean), np.nan, nonzero_gradient_probability(counts, known))
 
-        marginals = marginal_values(known, max_rollouts)
-        marginals[np.isnan(mean)] = marginal_values(_ANY_RATE, max_rollouts).mean(axis=0)
+        marginals = marginal_table(self.value, known, max_rollouts)
+        marginals[np.isnan(mean)] = marginal_table(self.value, _ANY_RATE, max_rollouts).mean(axis=0)
         return Belief(mean, marginals, nonzero_gradient)
 
     def settings(self) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
     if not hasattr(prompt_ids, "__iter__"):
         raise ValueError(f"{name} must be a sequence of ids, got {prompt_ids!r}")
     ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
-    if {*map(type, ids)} <= {str}:
+    kinds = {*map(type, ids)}
+    if kinds <= {str} or (kinds == {int} and -LARGEST_ID <= min(ids) and max(ids) <= LARGEST_ID):  # the usual cases
         return ids
     for position, given in enumerate(ids):
         prompt_id = given.item() if isinstance(given, np.generic) else given

@@ -186,13 +186,12 @@ def solve_checked(
         ValueError: as :func:`solve` for the table and the method.
     """
     from knapsack_rl._kernels import best_of_table
-    from knapsack_rl._selection import take_best
 
     rows, concave = concave_rows(rows, low, high)
     if method == "greedy" and not concave:
         raise ValueError("greedy needs a concave table; use method='auto' or 'dynamic-programming'")
     if concave and method != "dynamic-programming":
-        return take_best(tuple(rows), low, high, budget, tier, priority)
+        return greedy(rows, budget, low, high, tier, priority)
     table = rows.as_table(int(high.max(initial=1)))
     order = np.lexsort((priority, tier))
     reachable = np.where(np.arange(table.shape[1]) < high[:, None], table, 0.0)  # columns beyond may hold anything
@@ -200,6 +199,13 @@ def solve_checked(
     counts = np.empty(low.size, dtype=np.int64)
     counts[order] = best_of_table(values, low[order], high[order], budget)
     return counts
+
+
+def greedy(rows: Rows, budget: int, low: IntArray, high: IntArray, tier: IntArray, priority: FloatArray) -> IntArray:
+    """The best rollouts of rows that :func:`concave_rows` found concave; arguments as for :func:`solve_checked`."""
+    from knapsack_rl._selection import take_best
+
+    return take_best(tuple(rows), low, high, budget, tier, priority)
 
 
 def _check_table(marginals: ArrayLike) -> Rows:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knapsack_rl.prompt_ids import PromptId, check_prompt_ids
+from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.tracker_state import columns_of
 from knapsack_rl.value import FloatArray, IntArray
 
 RECENT = 64
 """Newest outcomes kept per prompt, one bit each."""
+
+Outcome = Literal["success", "failure"]
+MOMENTS = ("count", "sum", "squares")
+"""What is kept of lengths, for successes and failures apart: failures run longer."""
 
 
 @dataclass
@@ -35,9 +40,12 @@ class Records:
         newest_total: rollouts of the newest visit.
         first_successes: successes of the first visit.
         first_total: rollouts of the first visit.
-        length_count: discounted number of rollouts of known length.
-        length_sum: discounted sum of lengths, in tokens.
-        length_squares: discounted sum of squared lengths.
+        success_length_count: discounted number of successes of known length.
+        success_length_sum: discounted sum of their lengths, in tokens.
+        success_length_squares: discounted sum of their squared lengths.
+        failure_length_count: discounted number of failures of known length.
+        failure_length_sum: discounted sum of their lengths, in tokens.
+        failure_length_squares: discounted sum of their squared lengths.
         last_visit: the tracker's clock (prompt visits of all prompts so far) after the newest visit.
         evidence: (P, E) what the estimator keeps of past visits beside the counts; E may be 0.
         age: time since the newest visit in epochs, that is in visits per known prompt. Derived, not stored.
@@ -52,9 +60,12 @@ class Records:
     newest_total: IntArray
     first_successes: IntArray
     first_total: IntArray
-    length_count: FloatArray
-    length_sum: FloatArray
-    length_squares: FloatArray
+    success_length_count: FloatArray
+    success_length_sum: FloatArray
+    success_length_squares: FloatArray
+    failure_length_count: FloatArray
+    failure_length_sum: FloatArray
+    failure_length_squares: FloatArray
     last_visit: IntArray
     evidence: NDArray[np.float32]
     age: FloatArray
@@ -72,6 +83,25 @@ class Records:
         for column in (*COLUMNS, "evidence", "age"):
             getattr(taken, column)[known] = getattr(self, column)[rows[known]]
         return taken
+
+    def lengths_of(self, outcome: Outcome) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(count, sum, sum of squares) of the lengths of rollouts that ended so."""
+        return tuple(getattr(self, f"{outcome}_length_{moment}") for moment in MOMENTS)
+
+    @property
+    def length_count(self) -> FloatArray:
+        """Discounted number of rollouts of known length, whatever their outcome."""
+        return self.success_length_count + self.failure_length_count
+
+    @property
+    def length_sum(self) -> FloatArray:
+        """Discounted sum of all lengths."""
+        return self.success_length_sum + self.failure_length_sum
+
+    @property
+    def length_squares(self) -> FloatArray:
+        """Discounted sum of all squared lengths."""
+        return self.success_length_squares + self.failure_length_squares
 
     def __len__(self) -> int:
         return self.successes.size
@@ -168,14 +198,11 @@ class Tracker:
             store.evidence[rows_P] = evidence
         store.recent[rows_P] = _shift_in(store.recent[rows_P], prompt_of_rollout, successes, total)
         if lengths is not None:
-            for column, weights in (
-                ("length_count", np.ones_like(lengths)),
-                ("length_sum", lengths),
-                ("length_squares", lengths**2),
-            ):
-                sums = getattr(store, column)
-                added = np.bincount(prompt_of_rollout, weights=weights, minlength=size)
-                sums[rows_P] = sums[rows_P] * discount + added
+            for outcome, chosen in (("success", successes), ("failure", ~successes)):
+                of, tokens = prompt_of_rollout[chosen], lengths[chosen]
+                for moment, weights in zip(MOMENTS, (np.ones_like(tokens), tokens, tokens**2), strict=True):
+                    sums = getattr(store, f"{outcome}_length_{moment}")
+                    sums[rows_P] = sums[rows_P] * discount + np.bincount(of, weights=weights, minlength=size)
 
     def _rows_or_new(self, prompt_ids: Sequence[PromptId]) -> IntArray:
         row_of = self._row_of
@@ -200,52 +227,9 @@ class Tracker:
         Raises:
             ValueError: a column is missing, has the wrong length or type, or ids repeat.
         """
-        if "visits" in state:  # version 1 kept neither clock nor evidence: its visits count as just now
-            visits = np.asarray(state["visits"])
-            now = np.full(visits.shape, visits.sum(), np.int64)
-            state = {"last_visit": now, "evidence": np.zeros((visits.size, 0), np.float32), **state}
-        missing = {"prompt_ids", *COLUMNS, "evidence"} - set(state)
-        if missing:
-            raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
-        ids = _parse_ids(state["prompt_ids"])
-        if not isinstance(ids, list):
-            raise ValueError(f"the tracker state's prompt ids must be a list, got {type(ids).__name__}")
-        row_of = {prompt_id: row for row, prompt_id in enumerate(check_prompt_ids(ids))}
-        if len(row_of) != len(ids):
-            raise ValueError("the tracker state's prompt ids are not distinct")
-        columns = {}
-        for column, dtype in COLUMNS.items():
-            array = np.asarray(state[column])
-            if array.shape != (len(ids),) or array.dtype != dtype:
-                raise ValueError(
-                    f"column {column} of the tracker state has shape {array.shape} and type {array.dtype}, "
-                    f"expected ({len(ids)},) of {np.dtype(dtype)}"
-                )
-            # NaN fails the comparison; recent outcomes are bits, of which every pattern is possible.
-            if array.size and not (array.min() >= 0 and array.max() < np.inf):
-                raise ValueError(f"column {column} of the tracker state must hold finite numbers >= 0")
-            columns[column] = array.copy()
-        evidence = np.asarray(state["evidence"])
-        expected = (len(ids), self._records.evidence.shape[1])
-        if evidence.shape != expected or evidence.dtype != np.float32:
-            raise ValueError(
-                f"evidence of the tracker state has shape {evidence.shape} and type {evidence.dtype}, expected "
-                f"{expected} of float32"
-            )
-        if evidence.size and not np.isfinite([evidence.min(), evidence.max()]).all():
-            raise ValueError("evidence of the tracker state must hold finite numbers")
-        clock = int(columns["visits"].sum())
-        if columns["last_visit"].max(initial=0) > clock:
-            raise ValueError(f"the tracker state has a last_visit after its {clock} visits")
-        self._row_of, self._clock = row_of, clock
-        self._records = Records(**columns, evidence=evidence.copy(), age=np.zeros(len(ids)))
-
-
-def _parse_ids(array: np.ndarray) -> Any:
-    try:
-        return json.loads(np.asarray(array, dtype=np.uint8).tobytes())
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"the tracker state's prompt ids are no JSON: {error}") from error
+        ids, columns = columns_of(state, COLUMNS, self._records.evidence.shape[1])
+        self._row_of, self._clock = {prompt_id: row for row, prompt_id in enumerate(ids)}, int(columns["visits"].sum())
+        self._records = Records(**columns, age=np.zeros(len(ids)))
 
 
 def _shift_in(

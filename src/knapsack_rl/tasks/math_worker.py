@@ -51,7 +51,7 @@ def _guard(event: str, arguments: tuple[Any, ...]) -> None:
     refused = event.startswith(REFUSED)
     if event in ("compile", "exec"):  # code of a module has the path of its file, all other was made from text
         name = arguments[1] if event == "compile" else getattr(arguments[0], "co_filename", "")
-        refused = not os.path.isabs(name or "")
+        refused = not (isinstance(name, str) and name.startswith("/"))
     elif event == "open":
         mode, flags = arguments[1] or "", arguments[2]
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -69,6 +69,7 @@ def _limit_memory(megabytes: int) -> None:
 
 
 def _make_comparison() -> Equal:
+    import sympy
     import sympy.physics.units  # noqa: F401 - parses names of its own when loaded, so it comes first
     from sympy import parsing
     from sympy.parsing import sympy_parser
@@ -85,7 +86,15 @@ def _make_comparison() -> Equal:
             parse(f"\\boxed{{{text}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)
             for text in (right, given)
         )
-        return bool(one and other and verify(one, other, timeout_seconds=None))
+        return bool(one and other and verify(one, other, timeout_seconds=None)) and not far(one[0], other[0])
+
+    def far(one: Any, other: Any) -> bool:
+        # math-verify rounds decimals to six places whatever their size, which makes every tiny number equal to 0.
+        both = (one, other)
+        if not all(getattr(e, "is_number", False) for e in both) or not any(e.has(sympy.Float) for e in both):
+            return False
+        a, b = (e.evalf(20) for e in both)
+        return bool(abs(a - b) > 1e-6 * max(abs(a), abs(b)))
 
     assert equal("\\frac{1}{2}", "0.5") and equal("x^2-1", "(x-1)(x+1)") and not equal("\\pi", "3.14"), "self-check"
     return equal

@@ -7,7 +7,10 @@ from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from knapsack_rl.estimator import ESTIMATORS
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.estimator import ESTIMATORS, make_estimator
+from knapsack_rl.tokens import check_choices
+from knapsack_rl.value_functions import VALUES
 
 
 @dataclass
@@ -21,6 +24,8 @@ class KnapsackGRPOConfig(GRPOConfig):
         min_rollouts: fewest rollouts of a prompt: 2 to num_generations, or 0 to let prompts be skipped until another
             look is worth its rollouts.
         max_rollouts: most rollouts of a prompt, >= num_generations.
+        value: what is maximised, by name: ``"knapsack"`` (the paper's), ``"nonzero-gradient"``, ``"variance"`` or
+            ``"signal-to-noise"``; of the estimators those on a grid take another than the paper's.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation).
         prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
@@ -37,6 +42,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     estimator: str = field(default="bayes-filter", metadata={"help": "Name of an estimator of success rates."})
     min_rollouts: int = field(default=2, metadata={"help": "Fewest rollouts of a prompt."})
     max_rollouts: int = field(default=128, metadata={"help": "Most rollouts of a prompt."})
+    value: str = field(default="knapsack", metadata={"help": "Name of the value that is maximised."})
     weighting: str = field(default="rollout", metadata={"help": "Loss weight per 'rollout' or per 'prompt'."})
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
     success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
@@ -58,12 +64,22 @@ def setting(args: Any, name: str) -> Any:
     return getattr(args, name, _DEFAULTS[name])
 
 
-def check_settings(args: Any) -> None:
+def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> None:
     """Refuse a configuration that cannot work, before a model is loaded.
 
+    Args:
+        args: the configuration.
+        allocator: the user's own, if there is one.
+
     Raises:
-        ValueError: bounds exclude ``num_generations``, an option is unknown, or ``generation_kwargs`` sets ``seed``.
+        ValueError: the allocator's budget is in tokens, bounds exclude ``num_generations``, an option is unknown, the
+            estimator cannot serve the value, or ``generation_kwargs`` sets ``seed``.
     """
+    if allocator is not None and allocator.budget_unit != "rollouts":
+        raise ValueError(
+            f"TRL generates the same number of rows in every step, so the allocator's budget_unit must be 'rollouts', "
+            f"got {allocator.budget_unit!r}; budgets in tokens are for loops of your own"
+        )
     low, high, mean = setting(args, "min_rollouts"), setting(args, "max_rollouts"), args.num_generations
     if not (low == 0 or low >= 2) or not low <= mean <= high:
         raise ValueError(
@@ -75,9 +91,11 @@ def check_settings(args: Any) -> None:
         "allocation": ("knapsack", "uniform"),
         "weighting": ("rollout", "prompt"),
         "estimator": tuple(ESTIMATORS),
+        "value": tuple(VALUES),
     }
     for name, allowed in choices.items():
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
+    check_choices(make_estimator(setting(args, "estimator")), "rollouts", setting(args, "value"), low)
     if "seed" in (args.generation_kwargs or {}):
         raise ValueError("generation_kwargs must not set seed: every rollout of a prompt would be the same")

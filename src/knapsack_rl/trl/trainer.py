@@ -75,13 +75,14 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, allocator: KnapsackAllocator | None = None, **kwargs: Any) -> None:
         _check_internals()
         super().__init__(*args, **kwargs)
-        self._check_run()
+        self._check_run(allocator)
         self.allocator = allocator or KnapsackAllocator(
             self._setting("estimator"),
             self._setting("min_rollouts"),
             self._setting("max_rollouts"),
             # TRL holds rewards in float32: compared with a float64 threshold, 0.4 would lie above 0.4.
             success=float(np.float32(self._setting("success_threshold"))),
+            value=self._setting("value"),
         )
         self.reward_funcs = [
             function
@@ -101,9 +102,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _setting(self, name: str) -> Any:
         return setting(self.args, name)
 
-    def _check_run(self) -> None:
+    def _check_run(self, allocator: KnapsackAllocator | None) -> None:
         """Check what is known only once the model, the rewards and the processes are there."""
-        check_settings(self.args)
+        check_settings(self.args, allocator)
         outcome = self._setting("outcome_reward")
         if outcome is not None and outcome not in self.reward_func_names:
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")

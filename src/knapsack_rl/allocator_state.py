@@ -1,0 +1,50 @@
+"""The header of an allocator's state: what it holds, by version, and its check before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+STATE_VERSION = 3
+"""1: counts; 2: clock and evidence; 3: a checksum, lengths by outcome, unit and value, failures."""
+
+STATE_FORMAT = "knapsack-rl allocator"
+
+COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts", "allocation_failures")
+"""Whole numbers of an allocator's own that its state holds; versions 1 and 2 lack the last."""
+
+
+def check_header(header: Any) -> Mapping[str, Any]:
+    """Refuse a header that is foreign, newer or incomplete; one of an older version is brought up to date.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if not isinstance(header, Mapping) or header.get("format") != STATE_FORMAT:
+        found = header.get("format") if isinstance(header, Mapping) else header
+        raise ValueError(f"this is no allocator state: its format is {found!r}, expected {STATE_FORMAT!r}")
+    version = header.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"the allocator state names no version, got {version!r}")
+    if version > STATE_VERSION:
+        raise ValueError(
+            f"the state has version {version}, this package reads up to {STATE_VERSION}; upgrade knapsack-rl"
+        )
+    if version < 3:
+        header = {"budget_unit": "rollouts", "value": "knapsack", "allocation_failures": 0, **header}
+    kinds: dict[str, Any] = {"settings": dict, "min_rollouts": int, "max_rollouts": int} | dict.fromkeys(COUNTERS, int)
+    for name in ("estimator", "success", "budget_unit", "value", *kinds):
+        if name not in header:
+            raise ValueError(f"the allocator state lacks {name!r} in its header")
+        if name in kinds and not isinstance(header[name], kinds[name]):
+            raise ValueError(f"{name!r} of the allocator state must be {kinds[name].__name__}, got {header[name]!r}")
+        if name in COUNTERS and header[name] < 0:
+            raise ValueError(f"{name!r} of the allocator state must be >= 0, got {header[name]}")
+    return header
+
+
+def section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays under a prefix, without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,205 @@
+"""Budgets in tokens, and other values, through the allocator of a run."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knapsack_rl import KnapsackAllocator, allocate
+from knapsack_rl.allocation import allocate_expected
+from knapsack_rl.estimator import WindowEstimator
+from knapsack_rl.tokens import expected_tokens
+from knapsack_rl.tracker import Tracker
+from knapsack_rl.value_functions import VALUES
+from strategies import no_deadline
+
+GRID_ESTIMATORS = ("bayes-filter", "empirical-bayes")
+
+
+def observed(**settings: object) -> KnapsackAllocator:
+    """Four prompts of very different rates and lengths; failures run three times as long."""
+    allocator = KnapsackAllocator(**settings)  # type: ignore[arg-type]
+    for name, successes, tokens in (("a", 1, 100), ("b", 4, 100), ("c", 4, 1000), ("d", 8, 100)):
+        rewards = np.r_[np.ones(successes), np.zeros(8 - successes)]
+        allocator.observe([name] * 8, rewards, np.where(rewards > 0, tokens, 3 * tokens) + np.arange(8))
+    return allocator
+
+
+def test_expected_cost_weighs_both_outcomes() -> None:
+    """One prompt with constant lengths: nothing to shrink, so the cost is p 10 + (1-p) 50 written out."""
+    tracker = Tracker()
+    tracker.record(["a"], np.zeros(4, int), np.array([True, True, False, False]), np.array([10.0, 10.0, 50.0, 50.0]))
+    for rate, cost in ((0.25, 40.0), (1.0, 10.0), (0.0, 50.0), (np.nan, 30.0)):
+        found = expected_tokens(tracker.records(), np.array([0, -1]), np.array([rate, rate]))
+        assert found is not None
+        assert found == pytest.approx([cost, cost])
+
+
+def test_one_outcome_stands_for_the_other() -> None:
+    tracker = Tracker()
+    assert expected_tokens(tracker.records(), np.array([-1]), np.array([0.5])) is None
+    tracker.record(["a"], np.zeros(2, int), np.zeros(2, bool), np.array([0.0, 0.0]))
+    found = expected_tokens(tracker.records(), np.array([0]), np.array([0.9]))
+    assert found is not None
+    assert found.tolist() == [1.0]  # an empty answer counts as one token
+
+
+def test_a_prompt_that_never_succeeded_has_the_populations_length_of_a_success() -> None:
+    tracker = Tracker()
+    outcomes, lengths = np.array([True, True, False, False]), np.array([10.0, 10.0, 90.0, 90.0])
+    tracker.record(["a", "b"], np.array([0, 0, 1, 1]), outcomes, lengths)
+    found = expected_tokens(tracker.records(), np.array([1]), np.array([0.5]))
+    assert found is not None
+    assert found == pytest.approx([50.0])
+
+
+@no_deadline
+@given(
+    st.lists(st.tuples(st.floats(0.02, 0.98), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(0, 60),
+)
+def test_expected_allocation_with_costs_is_the_best_there_is(prompts: list[tuple[float, int]], budget: int) -> None:
+    """By enumeration, wherever the budget pays for the minima; else it degrades and stays within the budget."""
+    rates, costs = np.array([p for p, _ in prompts]), np.array([float(c) for _, c in prompts])
+    table = VALUES["knapsack"].marginals(rates, 5)
+    found = allocate_expected(table, budget, 2, 5, costs=costs)
+    assert found.counts @ costs <= budget
+    assert (found.counts != 1).all()
+    assert found.degraded == (2 * costs.sum() > budget)
+    if not found.degraded:
+        values = np.c_[np.zeros(len(rates)), np.cumsum(table, axis=1)]
+        best = max(
+            sum(values[i, n] for i, n in enumerate(counts))
+            for counts in product(range(2, 6), repeat=len(prompts))
+            if np.dot(counts, costs) <= budget
+        )
+        assert found.expected_value == pytest.approx(best, rel=1e-12)
+        assert found.certificate is not None and found.certificate.upper_bound >= best * (1 - 1e-12)
+
+
+def test_tokens_buy_more_rollouts_of_the_cheaper_of_two_equal_prompts() -> None:
+    allocator = observed(budget_unit="tokens")
+    found = allocator.allocate(["b", "c"], 30_000)
+    tokens = expected_tokens(allocator.tracker.records(), allocator.tracker.rows(["b", "c"]), found.success_rates)
+    assert tokens is not None and tokens[0] < tokens[1] / 3
+    assert found.counts[0] > found.counts[1] >= 2
+    assert found.counts @ tokens <= 30_000
+    assert found.certificate is not None and found.certificate.gap <= 1e-9 * found.expected_value
+    assert allocator.metrics()["expected_tokens"] == pytest.approx(found.counts @ tokens)
+
+
+def test_without_lengths_the_first_batch_is_small() -> None:
+    allocator = KnapsackAllocator(budget_unit="tokens", min_rollouts=3)
+    found = allocator.allocate(["a", "b"], 1000.0)
+    assert found.counts.tolist() == [3, 3]
+    assert "no length known" in found.reason and not found.degraded
+
+
+@pytest.mark.parametrize("budget", [0, 1, 150, 2000, 10.0**9])
+def test_no_budget_of_tokens_kills_a_run(budget: float) -> None:
+    allocator = observed(budget_unit="tokens", max_rollouts=16)
+    found = allocator.allocate(["a", "b", "c", "new"], budget)
+    assert found.counts.min() >= 0 and found.counts.max() <= 16
+    if budget == 10.0**9:
+        assert found.counts.tolist() == [16] * 4
+        assert "stay unspent" in found.reason
+    if budget == 2000:
+        assert found.degraded and 0 < np.count_nonzero(found.counts) < 4
+        assert allocator.metrics()["degraded_batches"] == 1
+
+
+@pytest.mark.parametrize("budget", [-1, float("nan"), float("inf"), True, "many"])
+def test_impossible_budgets_of_tokens_are_refused(budget: object) -> None:
+    with pytest.raises(ValueError, match="finite number of tokens"):
+        observed(budget_unit="tokens").allocate(["a"], budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("estimator", GRID_ESTIMATORS)
+@pytest.mark.parametrize("name", VALUES)
+def test_a_posterior_expects_the_chosen_value(estimator: str, name: str) -> None:
+    """Against the definition: sum over the grid of posterior times V(n+1, p) - V(n, p)."""
+    allocator = observed(estimator=estimator, value=name)
+    ids = ["a", "b", "c", "new"]
+    grid_estimator = allocator.estimator
+    posterior = grid_estimator.posterior(allocator.tracker.lookup(ids))  # type: ignore[attr-defined]
+    values = VALUES[name].values(np.arange(10)[:, None], grid_estimator.grid)  # type: ignore[attr-defined]
+    expected = posterior @ np.diff(values, axis=0).T
+    assert np.allclose(allocator.belief(ids).marginals[:, :9], expected, rtol=1e-9, atol=1e-12)
+    assert allocator.allocate(ids, 40).counts.sum() == 40
+
+
+def test_values_by_name_function_and_object_agree() -> None:
+    def variance(counts: np.ndarray, rates: np.ndarray) -> np.ndarray:
+        return rates * (1 - rates) * (1 - 1 / np.maximum(counts, 1))
+
+    found = [
+        observed(value=value).allocate(["a", "b", "c", "d"], 50).counts.tolist()
+        for value in ("variance", variance, VALUES["variance"])
+    ]
+    assert found[0] == found[1] == found[2] != observed().allocate(["a", "b", "c", "d"], 50).counts.tolist()
+
+
+def test_the_window_takes_another_value_without_its_fallback() -> None:
+    window = WindowEstimator(window=8, fallback=False)
+    found = observed(estimator=window, value="variance").allocate(["a", "b", "d"], 30)
+    assert found.counts.tolist() == allocate([1 / 8, 1 / 2, 1.0], 30, value="variance").counts.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget_unit": "seconds"}, "rollouts, tokens, got 'seconds'"),
+        ({"value": "fame"}, "got 'fame'"),
+        ({"estimator": "window", "value": "variance"}, "fallback=False"),
+        ({"estimator": "window", "budget_unit": "tokens"}, "fallback=False"),
+        ({"estimator": "beta", "value": "variance"}, "BetaEstimator has the paper's value built in"),
+        ({"budget_unit": "tokens", "min_rollouts": 0}, "min_rollouts >= 2, got 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KnapsackAllocator(**settings)  # type: ignore[arg-type]
+
+
+def test_unit_and_value_are_saved(tmp_path: Path) -> None:
+    allocator = observed(budget_unit="tokens", value="variance")
+    allocator.save(tmp_path / "state.npz")
+    twin = KnapsackAllocator.load(tmp_path / "state.npz")
+    ids = ["a", "b", "c", "new"]
+    assert (twin.budget_unit, twin.value) == ("tokens", "variance")
+    assert twin.allocate(ids, 20_000).counts.tolist() == allocator.allocate(ids, 20_000).counts.tolist()
+
+
+def test_a_value_function_must_be_given_again(tmp_path: Path) -> None:
+    def own(counts: np.ndarray, rates: np.ndarray) -> np.ndarray:
+        return rates * np.sqrt(counts)
+
+    observed(value=own).save(tmp_path / "state.npz")
+    with pytest.raises(ValueError, match="pass it again as value="):
+        KnapsackAllocator.load(tmp_path / "state.npz")
+    assert KnapsackAllocator.load(tmp_path / "state.npz", value=own).value is own
+
+
+def test_states_that_do_not_tell_lengths_by_outcome_load() -> None:
+    """Up to version 2 there was one sum: split by the success rate, so both outcomes cost the mean."""
+    allocator = observed()
+    state = allocator.state_dict()
+    arrays = state["arrays"]
+    for moment in ("count", "sum", "squares"):
+        good, bad = (arrays.pop(f"tracker.{outcome}_length_{moment}") for outcome in ("success", "failure"))
+        arrays[f"tracker.length_{moment}"] = good + bad
+    state["header"]["version"] = 2
+    del state["header"]["budget_unit"], state["header"]["value"]
+    twin = KnapsackAllocator()
+    twin.load_state_dict(state)
+    ids = ["a", "b", "c", "d", "new"]
+    assert np.allclose(twin.predicted_lengths(ids), allocator.predicted_lengths(ids), rtol=1e-9)
+    records = twin.tracker.lookup(["b"])
+    mean = records.length_sum / records.length_count
+    assert records.success_length_sum / records.success_length_count == pytest.approx(mean)
+    assert records.failure_length_sum / records.failure_length_count == pytest.approx(mean)

@@ -1,0 +1,94 @@
+"""The rest of a step's budget, spent after the first outcomes."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+import knapsack_rl as kr
+from knapsack_rl import KnapsackAllocator
+
+
+def informed(prompts: int = 24, **settings: object) -> tuple[KnapsackAllocator, list[int], np.ndarray]:
+    """An allocator that has seen eight rollouts of each prompt, the prompts and their true rates."""
+    random = np.random.default_rng(5)
+    rates = random.beta(0.4, 0.6, prompts)
+    allocator = KnapsackAllocator(**settings)  # type: ignore[arg-type]
+    for k, rate in enumerate(rates):
+        allocator.observe([k] * 8, (random.random(8) < rate).astype(float))
+    return allocator, list(range(prompts)), rates
+
+
+def test_mixed_groups_get_nothing_while_others_gain() -> None:
+    allocator, ids, _ = informed(3)
+    found = allocator.top_up(ids, [4, 4, 4], [2, 0, 4], 12)
+    assert found.counts.sum() == 12
+    assert found.counts[0] == 0
+    assert found.nonzero_gradient is not None and found.nonzero_gradient[0] == 1.0
+
+
+def test_the_rest_is_spent_where_it_gains_most_by_enumeration() -> None:
+    """Expected value written out: posterior times likelihood times the chance that the missing outcome turns up."""
+    allocator, ids, _ = informed(4)
+    counts, successes = np.array([3, 3, 3, 0]), np.array([0, 3, 1, 0])
+    estimator = allocator.estimator
+    p = estimator.grid  # type: ignore[attr-defined]
+    prior = estimator.posterior(allocator.tracker.lookup(ids))  # type: ignore[attr-defined]
+    posterior = prior * p ** successes[:, None] * (1 - p) ** (counts - successes)[:, None]
+    posterior /= posterior.sum(axis=1, keepdims=True)
+
+    def worth(i: int, k: int) -> float:
+        missing = (1 - (1 - p) ** k, 1 - p**k, 0 * p, 1 - (k > 0) * (p**k + (1 - p) ** k) - (k == 0))[i]
+        return float(posterior[i] @ (p * (1 - p) ** 2 * missing))
+
+    found = allocator.top_up(ids, counts, successes, 9)
+    reached = sum(worth(i, int(k)) for i, k in enumerate(found.counts))
+    best = max(
+        sum(worth(i, k) for i, k in enumerate(extra)) for extra in product(range(10), repeat=4) if sum(extra) == 9
+    )
+    assert reached == pytest.approx(best, rel=1e-9)
+    assert found.expected_value == pytest.approx(best, rel=1e-9)
+
+
+def test_budget_is_spent_even_where_nothing_is_gained_or_the_caps_are_low() -> None:
+    allocator, ids, _ = informed(3, max_rollouts=6)
+    assert allocator.top_up(ids, [4, 4, 4], [1, 2, 3], 5).counts.sum() == 5
+    beyond = allocator.top_up(ids, [6, 6, 6], [1, 0, 6], 10)
+    assert beyond.counts.sum() == 10 and beyond.degraded
+    assert allocator.metrics()["degraded_batches"] == 1
+
+
+def test_more_value_is_realised_than_in_one_go() -> None:
+    """Monte Carlo: the same budget of the same prompts, in one go and in two shares, 300 steps."""
+    allocator, ids, rates = informed()
+    random = np.random.default_rng(11)
+    gain = kr.information_gain(rates)
+    budget = 8 * len(ids)
+    whole, first = allocator.allocate(ids, budget).counts, allocator.allocate(ids, budget // 2).counts
+    differences = []
+    for _ in range(300):
+        at_once = random.binomial(whole, rates)
+        one_go = gain @ ((at_once > 0) & (at_once < whole))
+        good = random.binomial(first, rates)
+        extra = allocator.top_up(ids, first, good, budget - int(first.sum())).counts
+        assert first.sum() + extra.sum() == budget
+        total, good = first + extra, good + random.binomial(extra, rates)
+        differences.append(gain @ ((good > 0) & (good < total)) - one_go)
+    mean, error = np.mean(differences), np.std(differences) / np.sqrt(len(differences))
+    assert mean > 4 * error
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "beta"}, {"estimator": "window"}, {"value": "variance"}])
+def test_it_needs_a_posterior_and_a_value_of_mixed_outcomes(settings: dict[str, object]) -> None:
+    allocator, ids, _ = informed(2, **settings)
+    with pytest.raises(ValueError, match="top_up needs an estimator with a posterior on a grid"):
+        allocator.top_up(ids, [2, 2], [0, 1], 4)
+
+
+@pytest.mark.parametrize(("counts", "successes"), [([2], [0, 0]), ([2, 2], [0, 3]), ([2, -1], [0, 0])])
+def test_outcomes_that_cannot_be_are_refused(counts: list[int], successes: list[int]) -> None:
+    allocator, ids, _ = informed(2)
+    with pytest.raises(ValueError, match="counts"):
+        allocator.top_up(ids, counts, successes, 4)
