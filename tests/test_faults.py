@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import gc
 import json
@@ -11,6 +13,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +141,93 @@ def test_a_raising_function_is_attributed_to_its_prompt() -> None:
         call(lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
+# What a hanging function may be: asleep, busy, deaf to exceptions, backtracking in a regular expression.
+
+
+def sleeps():
+    time.sleep(3600)
+
+
+def spins():
+    while True:
+        pass
+
+
+def swallows():
+    with contextlib.suppress(BaseException):
+        time.sleep(3600)
+
+
+def backtracks():
+    re.match(r"(a*)*b", "a" * 60)
+
+
+@pytest.mark.parametrize("hang", [sleeps, spins, swallows, backtracks])
+def test_a_hanging_function_is_ended_and_attributed_to_its_prompt(hang) -> None:
+    def stuck(completions, **_):
+        if any(text.startswith("b") for text in completions):
+            hang()
+        return [0.0] * len(completions)
+
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(RewardError, match=r"stuck took more than 0\.2 s for prompt 'p2', completion 'bbb"):
+        watched(stuck, "stuck", "prompt_id", 0.2)(**COLUMNS)
+    assert signal.getsignal(signal.SIGVTALRM) is before
+    assert "deadline" not in {thread.name for thread in threading.enumerate()}
+    assert watched(tiny.has_digit_five, "quick", "prompt_id", 30.0)(**COLUMNS) == [0.0] * 3
+
+
+def test_a_slow_batch_of_quick_completions_is_told_apart_from_a_hang() -> None:
+    def slow(completions, **_):
+        time.sleep(0.15 * len(completions))
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"more than 0\.3 s for a batch of 3 completions, and for none of them alone"):
+        watched(slow, "slow", "prompt_id", 0.3)(**COLUMNS)
+
+
+def test_an_asynchronous_function_that_hangs_is_ended() -> None:
+    async def stuck(completions, **_):
+        if any(text.startswith("b") for text in completions):
+            await asyncio.sleep(3600)
+        return [0.0] * len(completions)
+
+    async def own_timeout(completions, **_):
+        raise TimeoutError("of a service")
+
+    with pytest.raises(RewardError, match=r"stuck took more than 0\.2 s for prompt 'p2'"):
+        asyncio.run(watched(stuck, "stuck", "prompt_id", 0.2)(**COLUMNS))
+    with pytest.raises(RewardError, match=r"raised TimeoutError\('of a service'\) for prompt 'p1'"):
+        asyncio.run(watched(own_timeout, "mine", "prompt_id", 30.0)(**COLUMNS))
+
+
+def test_what_cannot_be_interrupted_is_told_and_ends_late(caplog) -> None:
+    def deaf(completions, **_):
+        for _ in range(2):
+            with contextlib.suppress(BaseException):
+                time.sleep(0.25)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"deaf took more than 0\.1 s"):
+        watched(deaf, "deaf", "prompt_id", 0.1)(**COLUMNS)
+    assert "a call of at most 0.1 s was told to end and still runs" in caplog.text
+
+
+def test_a_hang_in_training_ends_the_run_with_the_prompt(tmp_path) -> None:
+    def stuck(completions, prompt_id, **_):
+        if "p3" in prompt_id:
+            time.sleep(3600)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"stuck took more than 0\.5 s for prompt 'p3', completion '"):
+        trainer_of(tmp_path, stuck, max_steps=6, reward_timeout=0.5).train()
+    for wrong in (0, -1.0, NAN, INF):
+        with pytest.raises(ValueError, match="reward_timeout must be None or a number of seconds > 0"):
+            trainer_of(tmp_path, reward_timeout=wrong)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="train in the main thread"):
+        pool.submit(trainer_of, tmp_path, reward_timeout=1.0).result()
+
+
 def test_faults_of_reward_functions_stop_the_run_with_the_prompt(tmp_path) -> None:
     def strings(completions, **_):
         return [0.0] * (len(completions) - 1) + ["1"]
@@ -247,6 +339,22 @@ def test_even_division_is_exact_and_serves_whole_groups() -> None:
             assert served.max() - served.min() <= 1
     again = allocator.allocate(ids[::-1], 25).counts[::-1]
     assert again.tolist() == allocator.allocate(ids, 25).counts.tolist(), "the same whatever the order of the batch"
+
+
+def test_a_failing_allocation_of_tokens_and_of_a_top_up(monkeypatch) -> None:
+    tokens = kr.KnapsackAllocator(Failing("believe"), budget_unit="tokens", min_rollouts=3)
+    assert tokens.allocate(["a", "b"], 5000.0).counts.tolist() == [3, 3], "as many as where no length is known"
+    assert tokens.metrics()["allocation_failures"] == 1
+
+    allocator = kr.KnapsackAllocator()
+    allocator.allocate(["a", "b", "c"], 6)
+    monkeypatch.setattr(allocator.estimator, "posterior", lambda records: 1 / 0)
+    found = allocator.top_up(["a", "b", "c"], [2, 2, 2], [0, 1, 2], 7)
+    assert sorted(found.counts) == [2, 2, 3]
+    assert np.isnan(found.nonzero_gradient).all()
+    assert allocator.metrics()["allocation_failures"] == 1
+    with pytest.raises(ValueError, match="top_up needs an estimator with a posterior on a grid"):
+        kr.KnapsackAllocator("beta").top_up(["a"], [2], [1], 3)
 
 
 def test_failures_are_part_of_the_state() -> None:
@@ -384,6 +492,20 @@ def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> N
     same = trainer_of(tmp_path / "same", max_steps=6)
     same.restore_allocator(tmp_path / "checkpoint-6")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_checkpoints_within_a_generation_are_told(tmp_path, caplog) -> None:
+    def told(**changes):
+        caplog.clear()
+        settings = {"save_strategy": "steps", "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+        trainer_of(tmp_path, per_device_train_batch_size=4, **(settings | changes))
+        return [record.message for record in caplog.records if "save_steps" in record.message]
+
+    assert len(told(save_steps=3)) == 1
+    assert (
+        told(save_steps=4) == told(save_steps=3, save_strategy="no") == told(save_steps=1, steps_per_generation=2) == []
+    )
+    assert "Make save_steps x gradient_accumulation_steps a multiple of 8" in told(save_steps=2, num_iterations=2)[0]
 
 
 # --- disk ---

@@ -24,7 +24,7 @@ def moments_of(number: int, steps: int, seed: int) -> list[tuple[str, int, float
     return [
         (
             "guc"[k % 3],
-            rng.choice((2, 4, 6) if k % 3 == 2 else range(1, steps + 1)),
+            rng.choice(range(2, steps + 1, 2) if k % 3 == 2 else range(1, steps + 1)),
             rng.choice((0, 1, 3)) * rng.random() / 50,
         )
         for k in range(number)
@@ -62,20 +62,19 @@ def check(found: list[dict], steps: int) -> None:
             scored.update(dict(zip(row["prompt_ids"], row["scored"], strict=True)))
         assert one["end"]["rollouts"] == dict(scored), (one["moment"], "each observation counts once")
         assert one["end"]["steps"] == steps
-        if steps <= EPOCH:
-            assert rows == expected, one["moment"]
-            assert one["end"] == whole["end"], one["moment"]
-        else:  # TRL's sampler has no state: after the first epoch the order of prompts may be another
-            assert rows[:EPOCH] == expected[:EPOCH]
-            assert [sum(row["counts"]) for row in rows] == [sum(row["counts"]) for row in expected]
+        assert rows == expected, one["moment"]
+        assert one["end"] == whole["end"], one["moment"]
     assert sum(one["killed"] for one in others) >= len(others) * 0.6
 
 
 def test_a_killed_run_goes_on_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    check(run(tmp_path, moments_of(5, EPOCH, seed=3), EPOCH), EPOCH)
+    steps = EPOCH + 2
+    check(run(tmp_path, moments_of(5, steps, seed=3), steps), steps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [EPOCH, 2 * EPOCH])
-def test_killed_at_fifty_moments(steps: int, tmp_path: Path) -> None:
-    check(run(tmp_path, moments_of(25, steps, seed=steps), steps), steps)
+@pytest.mark.parametrize("steps", [EPOCH, 2 * EPOCH + 2])
+def test_killed_at_sixty_moments(steps: int, tmp_path: Path) -> None:
+    found = run(tmp_path, moments_of(30, steps, seed=steps), steps)
+    print(f"{sum(one['killed'] for one in found)} of 30 runs of {steps} steps were killed in time")
+    check(found, steps)

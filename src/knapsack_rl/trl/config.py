@@ -32,6 +32,8 @@ class KnapsackGRPOConfig(GRPOConfig):
         success_threshold: an outcome above it counts as success.
         outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
             the rollout. Unlike the training reward it is neither weighted nor summed.
+        reward_timeout: seconds that one call of a reward function may take, ``None`` for no limit. One that takes
+            longer stops the run with an error that names the prompt.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
 
     Raises:
@@ -47,6 +49,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
     success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that tells success."})
+    reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
 
     def __post_init__(self) -> None:
@@ -97,5 +100,8 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
     check_choices(make_estimator(setting(args, "estimator")), "rollouts", setting(args, "value"), low)
+    limit = setting(args, "reward_timeout")
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ValueError(f"reward_timeout must be None or a number of seconds > 0, got {limit!r}")
     if "seed" in (args.generation_kwargs or {}):
         raise ValueError("generation_kwargs must not set seed: every rollout of a prompt would be the same")

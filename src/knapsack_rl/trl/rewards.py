@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
+from knapsack_rl.trl.deadline import OutOfTime, deadline
 from knapsack_rl.trl.identity import prompt_key
 
 EXCERPT = 120
 
 
 class RewardError(ValueError):
-    """A reward function raised, or returned something that is no reward; names function, prompt and completion."""
+    """A reward function raised, hung or returned what is no reward; names function, prompt and completion."""
 
 
-def watched(function: Callable[..., Any], name: str, id_column: str) -> Callable[..., Any]:
-    """The reward function, with its result checked and its faults told apart by prompt.
+def watched(
+    function: Callable[..., Any], name: str, id_column: str, seconds: float | None = None
+) -> Callable[..., Any]:
+    """The reward function, with its result checked, its time limited and its faults told apart by prompt.
 
     Numbers, booleans and one-element tensors are rewards; ``None`` and NaN stand for no reward. To find the prompt
-    behind an exception the function is called again with one row at a time until it raises.
+    behind an exception or a hang the function is called again with one row at a time until that happens.
 
     Args:
         function: as TRL calls it; may be asynchronous.
         name: what an error calls it.
         id_column: column of prompt ids, named in errors if it is there.
+        seconds: longest time of a call; None for no limit. One that is not asynchronous needs
+            :func:`~knapsack_rl.trl.deadline.can_interrupt`.
 
     Raises:
         RewardError: by the function returned.
@@ -33,36 +39,47 @@ def watched(function: Callable[..., Any], name: str, id_column: str) -> Callable
     call = getattr(function, "__call__", None)  # noqa: B004 - the method itself may be asynchronous
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
 
+        async def limited_wait(columns: dict[str, Any]) -> Any:
+            try:
+                async with asyncio.timeout(seconds) as limit:
+                    return await function(**columns)
+            except TimeoutError as error:
+                raise OutOfTime if limit.expired() else error from None
+
         @wraps(function)
         async def asynchronous(**columns: Any) -> list[float | None]:
             try:
-                returned = await function(**columns)
-            except Exception as error:
+                returned = await limited_wait(columns)
+            except (Exception, OutOfTime) as error:
                 found = None
                 for row in range(len(columns["prompts"])):
                     try:
-                        await function(**_one_row(columns, row))
-                    except Exception as again:  # noqa: BLE001 - told below, with the first one as its cause
+                        await limited_wait(_one_row(columns, row))
+                    except (Exception, OutOfTime) as again:  # noqa: BLE001 - told below, the first one as cause
                         found = row, again
                         break
-                raise _raised(name, columns, id_column, error, found) from error
+                raise _raised(name, columns, id_column, seconds, error, found) from error
             return _checked(returned, name, columns, id_column)
 
         return asynchronous
 
+    def limited(columns: dict[str, Any]) -> Any:
+        with deadline(seconds):
+            return function(**columns)
+
     @wraps(function)
     def synchronous(**columns: Any) -> list[float | None]:
         try:
-            returned = function(**columns)
-        except Exception as error:
+            returned = limited(columns)
+        except (Exception, OutOfTime) as error:
             found = None
             for row in range(len(columns["prompts"])):
                 try:
-                    function(**_one_row(columns, row))
-                except Exception as again:  # noqa: BLE001 - told below, with the first one as its cause
+                    limited(_one_row(columns, row))
+                except (Exception, OutOfTime) as again:  # noqa: BLE001 - told below, the first one as cause
                     found = row, again
                     break
-            raise _raised(name, columns, id_column, error, found) from error
+            raise _raised(name, columns, id_column, seconds, error, found) from error
         return _checked(returned, name, columns, id_column)
 
     return synchronous
@@ -81,15 +98,23 @@ def _one_row(columns: dict[str, Any], row: int) -> dict[str, Any]:
 
 
 def _raised(
-    name: str, columns: dict[str, Any], id_column: str, error: Exception, found: tuple[int, Exception] | None
+    name: str,
+    columns: dict[str, Any],
+    id_column: str,
+    seconds: float | None,
+    error: BaseException,
+    found: tuple[int, BaseException] | None,
 ) -> RewardError:
+    def told(fault: BaseException) -> str:
+        return f"took more than {seconds:g} s" if isinstance(fault, OutOfTime) else f"raised {fault!r}"
+
     if found is None:
         return RewardError(
-            f"reward function {name} raised {error!r} for a batch of {len(columns['prompts'])} completions, and for "
+            f"reward function {name} {told(error)} for a batch of {len(columns['prompts'])} completions, and for "
             "none of them alone"
         )
     row, again = found
-    return RewardError(f"reward function {name} raised {again!r} for {_described(columns, row, id_column)}")
+    return RewardError(f"reward function {name} {told(again)} for {_described(columns, row, id_column)}")
 
 
 def _described(columns: dict[str, Any], row: int, id_column: str) -> str:

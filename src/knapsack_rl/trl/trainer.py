@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from datasets import Dataset
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation import Allocation
@@ -27,7 +26,14 @@ from knapsack_rl.prompt_ids import PromptId
 from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row, complete_checkpoints
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
+from knapsack_rl.trl.checkpoints import (
+    SaveAllocator,
+    finished_epochs,
+    tell_changed_data,
+    warn_of_split_generations,
+)
 from knapsack_rl.trl.config import check_settings, setting
+from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.identity import check_ids, prompt_key, prompt_keys
 from knapsack_rl.trl.rewards import watched
 from knapsack_rl.value import FloatArray, IntArray
@@ -87,17 +93,19 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self.reward_funcs = [
             function
             if isinstance(function, (str, torch.nn.Module))  # a reward model; TRL has loaded the named ones
-            else watched(function, name, self._setting("prompt_id_column"))
+            else watched(function, name, self._setting("prompt_id_column"), self._setting("reward_timeout"))
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         self._scored: _Scored | None = None
+        self._epochs_finished = 0
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
         if getattr(self, "vllm_generation", None) is not None:
             served: Any = self.vllm_generation
             served.generate = _one_completion_per_row(served.generate, self)
-        self.add_callback(_SaveAllocator(self))
+        warn_of_split_generations(self.args, self.num_iterations)
+        self.add_callback(SaveAllocator(self))
 
     def _setting(self, name: str) -> Any:
         return setting(self.args, name)
@@ -108,6 +116,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         outcome = self._setting("outcome_reward")
         if outcome is not None and outcome not in self.reward_func_names:
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
+        if self._setting("reward_timeout") is not None and not can_interrupt():
+            raise ValueError("reward_timeout needs signals: train in the main thread, and not on Windows")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise ValueError(
@@ -326,7 +336,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
         ``True`` takes the newest complete checkpoint, so that one whose writing was cut short is passed over. A
         checkpoint without allocator state (made by the stock trainer) resumes with nothing known of the prompts, and
-        says so.
+        says so. The order of prompts goes on where it was, in every epoch; TRL's own would start again with that of
+        the first one.
         """
         folder = resume_from_checkpoint
         if folder is True:
@@ -334,8 +345,15 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             folder = str(complete[-1]) if complete else get_last_checkpoint(str(self.args.output_dir))
             resume_from_checkpoint = folder or True
         if folder:
+            self._epochs_finished = finished_epochs(Path(folder))
             self.restore_allocator(Path(folder))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        for _ in range(self._epochs_finished):
+            next(iter(sampler), None)  # what it draws at the begin of an epoch
+        return sampler
 
     def restore_allocator(self, checkpoint: Path) -> None:
         """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
@@ -350,45 +368,13 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if state.exists():
             header, arrays = read_state(state)
             self.allocator.load_state_dict({"header": header, "arrays": arrays})
-            self._tell_changed_data()
+            if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it
+                tell_changed_data(
+                    self.allocator.tracker.prompt_ids,
+                    prompt_keys(self.train_dataset, self._setting("prompt_id_column")),
+                )
         else:
             self._warn("no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known")
-
-    def _tell_changed_data(self) -> None:
-        if not isinstance(self.train_dataset, Dataset):
-            return  # a stream cannot be compared without reading it
-        known = set(self.allocator.tracker.prompt_ids)
-        present = prompt_keys(self.train_dataset, self._setting("prompt_id_column"))
-        removed, added = len(known - present), len(present - known)
-        level = logging.WARNING if removed else logging.INFO
-        logger.log(
-            level,
-            "resumed: of %d prompts %d are known, %d are new (added, or not visited yet); %d known prompts are no "
-            "longer in the data set",
-            *(len(present), len(known & present), added, removed),
-        )
-
-
-class _SaveAllocator(TrainerCallback):
-    """Writes the allocator's state into each checkpoint, last, so that its presence marks a complete one."""
-
-    def __init__(self, trainer: KnapsackGRPOTrainer) -> None:
-        self._trainer = trainer
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            # In a hyperparameter search the trainer's folder is one below output_dir.
-            root = self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
-            folder = Path(root) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            try:
-                self._trainer.allocator.save(folder / STATE_FILE)
-            except OSError as error:
-                # Going on would let the rotation of checkpoints remove the complete ones.
-                raise OSError(
-                    error.errno,
-                    f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints "
-                    "are untouched: make room, then resume",
-                ) from error
 
 
 def _check_internals() -> None:

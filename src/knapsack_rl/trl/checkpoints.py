@@ -1,0 +1,73 @@
+"""Checkpoints of the trainer: the allocator's state in each, and what makes resuming from one exact."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.runfiles import STATE_FILE
+
+if TYPE_CHECKING:
+    from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class SaveAllocator(TrainerCallback):
+    """Writes the allocator's state into each checkpoint, last, so that its presence marks a complete one."""
+
+    def __init__(self, trainer: KnapsackGRPOTrainer) -> None:
+        self._trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save, on the main process."""
+        if state.is_world_process_zero:
+            # In a hyperparameter search the trainer's folder is one below output_dir.
+            root = self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
+            folder = Path(root) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            try:
+                self._trainer.allocator.save(folder / STATE_FILE)
+            except OSError as error:
+                # Going on would let the rotation of checkpoints remove the complete ones.
+                raise OSError(
+                    error.errno,
+                    f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints "
+                    "are untouched: make room, then resume",
+                ) from error
+
+
+def finished_epochs(checkpoint: Path) -> int:
+    """Whole epochs behind a checkpoint; 0 where it does not say."""
+    path = checkpoint / TRAINER_STATE_NAME
+    return int(TrainerState.load_from_json(str(path)).epoch or 0) if path.is_file() else 0
+
+
+def tell_changed_data(known: Iterable[PromptId], present: set[PromptId]) -> None:
+    """Log how the prompts of the data set differ from those that the allocator knows."""
+    seen = set(known)
+    removed, added = len(seen - present), len(present - seen)
+    logger.log(
+        logging.WARNING if removed else logging.INFO,
+        "resumed: of %d prompts %d are known, %d are new (added, or not visited yet); %d known prompts are no longer "
+        "in the data set",
+        *(len(present), len(seen & present), added, removed),
+    )
+
+
+def warn_of_split_generations(args: Any, iterations: int) -> None:
+    """Tell where checkpoints fall between the updates that one generation serves: it is not part of a checkpoint."""
+    batches = args.steps_per_generation * iterations
+    if args.save_strategy == "steps" and args.save_steps * args.gradient_accumulation_steps % batches:
+        logger.warning(
+            "a generation serves %d batches and save_steps=%g saves within one: a run resumed there generates it anew, "
+            "and its prompts are visited twice. Make save_steps x gradient_accumulation_steps a multiple of %d",
+            *(batches, args.save_steps, batches),
+        )

@@ -1,0 +1,77 @@
+"""A limit on the time of a call in this process, for reward functions that hang.
+
+After the time the main thread gets a signal, whose handler raises :class:`OutOfTime` wherever the call is: it ends
+loops, sleeps, reads from a network and regular expressions that backtrack for ever. Code that does not listen to signals
+(one multiplication of huge numbers, some C extensions) goes on until it does.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class OutOfTime(BaseException):
+    """A call took longer than it may. Not an ``Exception``: ``except Exception`` inside the call lets it pass."""
+
+
+def can_interrupt() -> bool:
+    """Whether a call can be ended here: in the main thread, and not on Windows."""
+    return hasattr(signal, "SIGVTALRM") and threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def deadline(seconds: float | None) -> Iterator[None]:
+    """End the body after so many seconds; never with None. Needs :func:`can_interrupt`; not to be nested.
+
+    SIGVTALRM is used, which hardly anything else does; SIGALRM stays free for what is called. Two clocks send it: a
+    thread, which works while the body waits, and the timer of the processor time, which works while the body keeps all
+    other threads from running.
+
+    Raises:
+        OutOfTime: the body took longer, even if it caught what was to end it.
+    """
+    if seconds is None:
+        yield
+        return
+    done = threading.Event()
+    late = False
+    end = time.monotonic() + seconds
+    caller = threading.get_ident()
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal late
+        if time.monotonic() < end or done.is_set():  # processor time of several threads runs faster than the clock
+            return
+        if late:
+            logger.error("a call of at most %g s was told to end and still runs", seconds)
+        late = True
+        raise OutOfTime
+
+    def watch() -> None:
+        while not done.wait(seconds):
+            signal.pthread_kill(caller, signal.SIGVTALRM)
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    watcher = threading.Thread(target=watch, name="deadline", daemon=True)
+    watcher.start()
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
+    try:
+        try:
+            yield
+        finally:
+            done.set()
+    finally:
+        done.set()  # again: the signal may come just before the first
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        watcher.join()
+        signal.signal(signal.SIGVTALRM, before)
+    if late:
+        raise OutOfTime
