@@ -456,7 +456,7 @@ class KnapsackAllocator(Guarded):
             ValueError: the state is of another format, a newer version, another estimator or other settings. The
                 allocator is unchanged then.
         """
-        header, arrays = check_header(state.get("header")), state.get("arrays", {})
+        header, arrays = check_header(state.get("header")), state.get("arrays")
         given = (header["estimator"], header["settings"])
         own = (self.estimator_name, self.estimator.settings())
         if given[0] == own[0] is not None:

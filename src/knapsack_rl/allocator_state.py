@@ -45,6 +45,12 @@ def check_header(header: Any) -> Mapping[str, Any]:
     return header
 
 
-def section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays under a prefix, without it."""
+def section(arrays: Any, prefix: str) -> dict[str, np.ndarray]:
+    """The arrays under a prefix, without it.
+
+    Raises:
+        ValueError: they are no arrays by name.
+    """
+    if not isinstance(arrays, Mapping):
+        raise ValueError(f"the arrays of the allocator state must be a mapping, got {type(arrays).__name__}")
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

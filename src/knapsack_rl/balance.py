@@ -248,7 +248,8 @@ class RolloutQueue:
             ValueError: if there is no such item, or if it is waiting: never handed out or handed in twice.
         """
         with self._lock:
-            if not 0 <= index < len(self._is_out) or not self._is_out[index]:
+            whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+            if not whole or not 0 <= index < len(self._is_out) or not self._is_out[index]:
                 raise ValueError(
                     f"item {index!r} is not handed out; allowed: the items handed out, of 0 to "
                     f"{len(self._is_out) - 1}; requeue an item once each time the queue gave it and it failed"

@@ -81,7 +81,9 @@ def _read_parquet(path: Path) -> Columns:
         raise ImportError(f'{error}. Reading parquet needs: pip install "knapsack-rl[data]"') from error
     try:
         return parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OSError) as error:  # damaged data is an OSError without a number
         raise ValueError(f"{path} is no readable parquet file: {error}") from error
 
 

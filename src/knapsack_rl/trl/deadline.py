@@ -1,8 +1,8 @@
 """A limit on the time of a call in this process, for reward functions that hang.
 
 After the time the main thread gets a signal, whose handler raises :class:`OutOfTime` wherever the call is: it ends
-loops, sleeps, reads from a network and regular expressions that backtrack for ever. Code that does not listen to signals
-(one multiplication of huge numbers, some C extensions) goes on until it does.
+loops, sleeps, reads from a network and regular expressions that backtrack for ever. Code that does not listen to
+signals (one multiplication of huge numbers, some C extensions) goes on until it does.
 """
 
 from __future__ import annotations

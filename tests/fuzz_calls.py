@@ -1,0 +1,203 @@
+"""Fuzz targets: every public function and method, and the verifiers. A target draws arguments, calls, and checks."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import knapsack_rl as kr
+from fuzz_input import ODD, altered, ids, number, numbers, text
+from knapsack_rl import balance, groups, prompt_ids
+from knapsack_rl.report import page
+from knapsack_rl.tasks import arithmetic, exact_match_reward, gsm8k
+from knapsack_rl.tasks.extraction import last_boxed, text_of
+from knapsack_rl.value import marginal_values
+from knapsack_rl.value_functions import VALUES
+
+Target = Callable[[random.Random, Path], None]
+ESTIMATORS = ("beta", "window", "empirical-bayes", "bayes-filter")
+
+
+def check_counts(counts: Any, prompts: int, budget: int) -> None:
+    assert counts.shape == (prompts,), counts
+    assert counts.dtype == np.int64, counts.dtype
+    assert (counts >= 0).all(), counts
+    assert counts.sum() == budget, (counts, budget)
+
+
+def allocate(dice: random.Random, folder: Path) -> None:
+    size, low, high = dice.randrange(1, 6), dice.randrange(3), dice.randrange(3, 12)
+    rates, budget = numbers(dice, size), dice.randrange(low * size, high * size + 1)
+    if dice.random() < 0.2:
+        budget, low, high = number(dice), number(dice), number(dice)
+    value = "knapsack" if dice.random() < 0.6 else dice.choice((*VALUES, "odd", None))
+    if dice.random() < 0.3:
+        costs = numbers(dice, len(rates))
+        found = kr.allocate(rates, budget, low, high, costs=costs, value=value)
+        assert costs is None or (np.asarray(costs) * found.counts).sum() <= budget * (1 + 1e-9)
+    else:
+        found = kr.allocate(rates, budget, low, high, fallback=dice.random() < 0.5, value=value)
+        check_counts(found.counts, len(rates), budget)
+    assert (found.counts >= low).all() and (found.counts <= high).all(), "a count beyond its bounds"
+    assert len(found.expand()) == found.counts.sum()
+    if found.certificate is not None:
+        assert found.certificate.gap >= -1e-9
+
+
+def graded(dice: random.Random, folder: Path) -> None:
+    size, levels = dice.randrange(1, 5), [0.0, 0.5, 1.0]
+    table = [[dice.randrange(5) for _ in levels] for _ in range(size)] if dice.random() < 0.8 else numbers(dice, size)
+    scale = levels if dice.random() < 0.8 else numbers(dice, 3)
+    budget = dice.randrange(8, 30) if dice.random() < 0.8 else number(dice)
+    found = kr.allocate_graded(table, scale, budget, 2, 12)
+    check_counts(found.counts, size, budget)
+
+
+def epoch(dice: random.Random, folder: Path) -> None:
+    batches = [numbers(dice, dice.randrange(1, 4)) for _ in range(dice.randrange(4))]
+    budget = dice.randrange(40) if dice.random() < 0.8 else number(dice)
+    block = dice.choice((1, 1, 2, 4, number(dice)))
+    plan = kr.plan_epoch(batches, budget, 2, 12, rows_multiple=block, slack=dice.choice((0.25, 1.0, number(dice))))
+    assert sum(int(counts.sum()) for counts in plan) == budget
+    for batch, counts in zip(batches, plan, strict=True):
+        check_counts(counts, len(batch), counts.sum())
+        assert counts.sum() % block == 0 and counts.min() >= 2 and counts.max() <= 12
+
+
+def allocator(dice: random.Random, folder: Path) -> None:
+    """A short life of an allocator; after an error the same object must still serve a sane batch."""
+    unit = dice.choice(("rollouts", "rollouts", "tokens"))
+    one = kr.KnapsackAllocator(
+        dice.choice(ESTIMATORS), dice.choice((0, 1, 2, 3)), dice.choice((4, 16)), budget_unit=unit
+    )
+    for _ in range(3):
+        with contextlib.suppress(ValueError):
+            _one_step(one, dice)
+        sane = one.allocate(["sane", 1], 9).counts
+        check_counts(sane, 2, 9 if unit == "rollouts" else sane.sum())
+        metrics = one.metrics()
+        assert metrics["allocation_failures"] == 0, "the estimator failed"
+    assert one.transition_matrix().sum() == len(one.tracker)
+    again = kr.KnapsackAllocator(one.estimator_name, one.min_rollouts, one.max_rollouts, budget_unit=unit)
+    again.load_state_dict(one.state_dict())
+    assert again.allocate(["sane", "b"], 8).counts.tolist() == one.allocate(["sane", "b"], 8).counts.tolist()
+
+
+def _one_step(one: kr.KnapsackAllocator, dice: random.Random) -> None:
+    batch, budget = ids(dice, dice.randrange(5)), number(dice)
+    if dice.random() < 0.2:
+        found = one.adopt(batch, [dice.randrange(9) for _ in batch] if dice.random() < 0.8 else numbers(dice, 3))
+    else:
+        found = one.allocate(batch, budget)
+        check_counts(found.counts, len(batch), budget if one.budget_unit == "rollouts" else found.counts.sum())
+    rollouts = [batch[i] for i in found.expand()]
+    if dice.random() < 0.3:
+        so_far = found.counts if dice.random() < 0.8 else numbers(dice, len(batch))
+        check_counts(one.top_up(batch, so_far, [dice.randrange(3) for _ in batch], 5).counts, len(batch), 5)
+    lengths = None if dice.random() < 0.5 else numbers(dice, len(rollouts))
+    one.observe(rollouts, numbers(dice, len(rollouts)), lengths)
+    one.belief(ids(dice, 3))
+    assert np.isfinite(one.predicted_lengths(ids(dice, 3))).all()
+
+
+def states(dice: random.Random, folder: Path) -> None:
+    """A state in memory in which something is another; what loads must still serve."""
+    estimator = dice.choice(ESTIMATORS)
+    one = kr.KnapsackAllocator(estimator)
+    one.observe(["a", "a", 7], [1.0, 0.0, 1.0], [3, 4, 5])
+    state = altered(dice, one.state_dict())
+    if not isinstance(state, dict):
+        state = {"header": state}
+    twin = kr.KnapsackAllocator(estimator)
+    try:
+        twin.load_state_dict(state)
+    finally:
+        check_counts(twin.allocate(["a", 7, "b"], 12).counts, 3, 12)
+
+
+def values(dice: random.Random, folder: Path) -> None:
+    function = dice.choice((kr.value, kr.nonzero_gradient_probability))
+    if dice.random() < 0.3:
+        kr.information_gain(numbers(dice, 3))
+    function(numbers(dice, 3) if dice.random() < 0.5 else number(dice), numbers(dice, 3))
+
+
+def marginals(dice: random.Random, folder: Path) -> None:
+    rates = numbers(dice, 3)
+    table = marginal_values(rates if isinstance(rates, list) else [rates], dice.randrange(20))
+    assert np.isfinite(table).all()
+    assert (table >= 0).all()
+
+
+def ragged(dice: random.Random, folder: Path) -> None:
+    size = dice.randrange(8)
+    group, reward = ids(dice, size), numbers(dice, size)
+    if dice.random() < 0.5:
+        found = kr.group_advantages(np.array(group), reward, dice.choice(("group", "batch", "none", "odd")))
+        assert np.isfinite(found).all()
+    else:
+        kr.group_statistics(np.array(group), reward).as_dict()
+        groups.group_statistics(np.array(group), reward)
+
+
+def conformance(dice: random.Random, folder: Path) -> None:
+    wrong = numbers(dice, 3)
+    engine = dice.choice((kr.group_advantages, lambda group, reward: reward, lambda group, reward: wrong))
+    with contextlib.suppress(AssertionError):
+        kr.check_engine(engine, mean_rollouts=dice.randrange(5), scale=dice.choice(("group", "batch", "none", "odd")))
+
+
+def balancing(dice: random.Random, folder: Path) -> None:
+    work, workers = numbers(dice, dice.randrange(6)), dice.choice((1, 2, 5, number(dice)))
+    found = kr.partition(work, workers)
+    assert sorted(int(k) for worker in range(workers) for k in found.indices(worker)) == list(range(len(work)))
+    queue = kr.RolloutQueue(work, ids(dice, len(work)) if dice.random() < 0.5 else None)
+    order = list(queue)
+    assert sorted(order) == list(range(len(work)))
+    assert len(queue) == 0
+    if order:
+        back = dice.choice((*order, number(dice)))
+        queue.requeue(back)
+        assert list(queue) == [back]
+
+
+def predictions(dice: random.Random, folder: Path) -> None:
+    size = dice.randrange(5)
+    count = [dice.choice((0, 1, 5)) for _ in range(size)] if dice.random() < 0.8 else numbers(dice, size)
+    mean = [dice.randrange(1, 50) for _ in range(size)]
+    sums = [c * m for c, m in zip(count, mean, strict=True)] if isinstance(count, list) else numbers(dice, size)
+    work = balance.predict_work(count, sums, [s * m for s, m in zip(sums, mean, strict=True)])
+    assert np.isfinite(work).all() and (work >= 0).all()
+
+
+def identities(dice: random.Random, folder: Path) -> None:
+    found = prompt_ids.check_prompt_ids(dice.choice((ids(dice, 4), dice.choice(ODD))))
+    assert all(isinstance(one, (str, int)) for one in found)
+    prompt_ids.stable_order(found)
+    for one in found:
+        twin = prompt_ids.other_type(one)
+        assert twin is None or (str(twin) == str(one) and type(twin) is not type(one))
+
+
+def verifiers(dice: random.Random, folder: Path) -> None:
+    written = text(dice)
+    found = gsm8k.final_number(written)
+    assert found is None or abs(found) < 10**200
+    assert gsm8k.is_correct(written, "-8675309.125") is False
+    arithmetic.is_correct(written, "123")
+    exact_match_reward([written], ["x"])
+    last_boxed(written)
+    text_of(dice.choice((written, *ODD, [{"content": written}])))
+
+
+def escaping(dice: random.Random, folder: Path) -> None:
+    shown = page.escape(text(dice))
+    assert not set('<>"') & set(shown)
+    if dice.random() < 0.05:
+        whole = page.document(text(dice), [page.table([text(dice)], [[text(dice)]], caption=text(dice))])
+        assert "<script" not in whole
