@@ -26,13 +26,13 @@ SIGN = np.int64(2**63 - 1)
 
 @njit(cache=True)
 def _key(value):  # pragma: no cover - compiled
-    bits = np.array([value]).view(np.int64)[0]
+    bits = np.float64(value).view(np.int64)
     return bits if bits >= 0 else bits ^ SIGN
 
 
 @njit(cache=True)
 def _value(key):  # pragma: no cover - compiled
-    return np.array([key if key >= 0 else key ^ SIGN]).view(np.float64)[0]
+    return np.int64(key if key >= 0 else key ^ SIGN).view(np.float64)
 
 
 @njit(cache=True)
