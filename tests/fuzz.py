@@ -69,7 +69,10 @@ WRONG_KIND = re.compile(
     r"float\(\) argument must be|too large to convert|is not iterable|setting an array element|must be real number|"
     r"not supported between instances of|unhashable type|only .*arrays can be converted|has no len"
 )
-"""What Python says to an argument of another kind than asked for, or to a whole number beyond the range of floats."""
+"""What Python says to an argument of another kind than asked for, or to a whole number beyond the range of floats.
+
+A file that holds such is damaged: readers must say so by a ``ValueError``.
+"""
 
 
 def run_case(name: str, dice: random.Random, folder: Path) -> bool:
@@ -80,7 +83,7 @@ def run_case(name: str, dice: random.Random, folder: Path) -> bool:
     except DOCUMENTED:
         return True
     except (TypeError, OverflowError) as error:
-        if not WRONG_KIND.search(str(error)):
+        if TARGETS[name][0].__module__ == files.__name__ or not WRONG_KIND.search(str(error)):
             raise
         return True
     return False

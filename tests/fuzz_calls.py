@@ -47,6 +47,7 @@ def allocate(dice: random.Random, folder: Path) -> None:
     assert len(found.expand()) == found.counts.sum()
     if found.certificate is not None:
         assert found.certificate.gap >= -1e-9
+        assert found.certificate.optimal == (found.certificate.gap == 0.0)
 
 
 def graded(dice: random.Random, folder: Path) -> None:
@@ -156,6 +157,7 @@ def balancing(dice: random.Random, folder: Path) -> None:
     work, workers = numbers(dice, dice.randrange(6)), dice.choice((1, 2, 5, number(dice)))
     found = kr.partition(work, workers)
     assert sorted(int(k) for worker in range(workers) for k in found.indices(worker)) == list(range(len(work)))
+    assert found.imbalance >= 1.0 - 1e-9
     queue = kr.RolloutQueue(work, ids(dice, len(work)) if dice.random() < 0.5 else None)
     order = list(queue)
     assert sorted(order) == list(range(len(work)))
@@ -167,11 +169,13 @@ def balancing(dice: random.Random, folder: Path) -> None:
 
 
 def predictions(dice: random.Random, folder: Path) -> None:
-    size = dice.randrange(5)
-    count = [dice.choice((0, 1, 5)) for _ in range(size)] if dice.random() < 0.8 else numbers(dice, size)
-    mean = [dice.randrange(1, 50) for _ in range(size)]
-    sums = [c * m for c, m in zip(count, mean, strict=True)] if isinstance(count, list) else numbers(dice, size)
-    work = balance.predict_work(count, sums, [s * m for s, m in zip(sums, mean, strict=True)])
+    count = [dice.choice((0, 1, 5)) for _ in range(dice.randrange(5))]
+    mean = [dice.randrange(1, 50) for _ in count]
+    columns = [count, [c * m for c, m in zip(count, mean, strict=True)]]
+    columns.append([c * m**2 for c, m in zip(count, mean, strict=True)])
+    if dice.random() < 0.5:
+        columns[dice.randrange(3)] = numbers(dice, len(count))
+    work = balance.predict_work(*columns)
     assert np.isfinite(work).all() and (work >= 0).all()
 
 

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
+from knapsack_rl.prompt_ids import check_prompt_ids
 from knapsack_rl.report.curves import ratio
 from knapsack_rl.runfiles import ALLOCATION_LOG, by_step, check_allocation, read_config, read_rows
 from knapsack_rl.value import FloatArray, IntArray
@@ -89,21 +90,25 @@ def read_visits(path: Path) -> tuple[list[dict[str, Any]], tuple[str | int, ...]
     for row in rows:
         check_allocation(row, path)
     index: dict[str | int, int] = {}
-    prompt = [index.setdefault(name, len(index)) for row in rows for name in row["prompt_ids"]]
+    names = check_prompt_ids([name for row in rows for name in row["prompt_ids"]], f"{path}: prompt_ids")
+    prompt = [index.setdefault(name, len(index)) for name in names]
     sizes = [len(row["prompt_ids"]) for row in rows]
 
-    def column(key: str) -> list[Any]:
-        return [value for row in rows for value in row[key]]
+    def column(key: str, dtype: Any) -> Any:
+        try:
+            return np.array([value for row in rows for value in row[key]], dtype=dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: {key} must hold numbers: {error}") from error
 
     visits = Visits(
         step=np.repeat(np.arange(len(rows), dtype=np.int64), sizes),
         prompt=np.array(prompt, dtype=np.int64),
-        counts=np.array(column("counts"), dtype=np.int64),
-        successes=np.array(column("successes"), dtype=np.int64),
-        scored=np.array(column("scored"), dtype=np.int64),
-        effective=np.array(column("effective"), dtype=np.bool_),
-        estimate=np.array(column("estimate"), dtype=np.float64),  # null becomes NaN
-        predicted=np.array(column("predicted"), dtype=np.float64),
+        counts=column("counts", np.int64),
+        successes=column("successes", np.int64),
+        scored=column("scored", np.int64),
+        effective=column("effective", np.bool_),
+        estimate=column("estimate", np.float64),  # null becomes NaN
+        predicted=column("predicted", np.float64),
     )
     return rows, tuple(index), visits
 
