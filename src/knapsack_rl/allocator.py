@@ -31,6 +31,7 @@ from knapsack_rl.groups import (
     transition_matrix,
 )
 from knapsack_rl.guarded import Guarded, one_at_a_time
+from knapsack_rl.products import dot
 from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, other_type, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
@@ -189,7 +190,7 @@ class KnapsackAllocator(Guarded):
         allocation = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
         found = self._expect(ids, self._note_degradation(allocation), belief, started)
         if tokens is not None:
-            self._allocation_metrics["expected_tokens"] = float(tokens @ found.counts)
+            self._allocation_metrics["expected_tokens"] = dot(tokens, found.counts)
         return found
 
     def _note_degradation(self, allocation: Allocation) -> Allocation:
