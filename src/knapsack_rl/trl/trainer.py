@@ -367,7 +367,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         state = checkpoint / STATE_FILE
         if state.exists():
             header, arrays = read_state(state)
-            self.allocator.load_state_dict({"header": header, "arrays": arrays})
+            self.allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
             if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it
                 tell_changed_data(
                     self.allocator.tracker.prompt_ids,
