@@ -8,8 +8,10 @@ wheels bring, takes one thread below 2^18 multiplications (matrix by matrix) and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knapsack_rl.value import FloatArray
 
@@ -17,7 +19,7 @@ MATRIX_WORK = 2**18
 VECTOR_WORK = 9000
 
 
-def product(a: FloatArray, b: FloatArray) -> FloatArray:
+def product(a: NDArray[Any], b: NDArray[Any]) -> FloatArray:
     """``a @ b`` for a matrix a, and a matrix or vector b."""
     work = a.shape[1] if b.ndim == 1 else a.shape[1] * b.shape[1]
     out = np.empty((a.shape[0], *b.shape[1:]))
@@ -26,7 +28,7 @@ def product(a: FloatArray, b: FloatArray) -> FloatArray:
     return out
 
 
-def product_of_columns(a: FloatArray, x: FloatArray) -> FloatArray:
+def product_of_columns(a: NDArray[Any], x: NDArray[Any]) -> FloatArray:
     """``a.T @ x`` for a matrix a and a vector x."""
     total = np.zeros(a.shape[1])
     for rows in _blocks(a.shape[0], VECTOR_WORK // max(a.shape[1], 1)):
@@ -34,7 +36,7 @@ def product_of_columns(a: FloatArray, x: FloatArray) -> FloatArray:
     return total
 
 
-def dot(x: FloatArray, y: FloatArray) -> float:
+def dot(x: NDArray[Any], y: NDArray[Any]) -> float:
     """``x @ y`` for vectors, summed by numpy, which takes one thread and keeps errors small."""
     return float((x * y).sum())
 
