@@ -113,10 +113,10 @@ def _limits(
     share = budget * sizes / sizes.sum()
     rounding = 1e-9 * share
     least = np.maximum(low * sizes, share * max(1.0 - slack, 0.0) - rounding)
-    most = 1.0 * high * sizes
+    limit = 1.0 * high * sizes
     if slack < np.inf:  # a share may be 0, and infinitely more than that is no number
-        most = np.minimum(most, share * (1.0 + slack) + rounding)
-    least, most = np.ceil(least / block).astype(np.int64) * block, np.floor(most / block).astype(np.int64) * block
+        limit = np.minimum(limit, share * (1.0 + slack) + rounding)
+    least, most = np.ceil(least / block).astype(np.int64) * block, np.floor(limit / block).astype(np.int64) * block
     if budget % block:
         raise ValueError(f"budget {budget} is no multiple of rows_multiple {block}; choose {budget - budget % block}")
     if (least > most).any() or not least.sum() <= budget <= most.sum():
