@@ -59,8 +59,9 @@ def plan_epoch(
             budget.
 
     >>> easy, hard = [0.99, 0.98], [0.3, 0.2]
-    >>> [int(counts.sum()) for counts in plan_epoch([easy, hard], budget=32, rows_multiple=4, slack=0.5)]
-    [8, 24]
+    >>> plan = plan_epoch([easy, hard], budget=32, rows_multiple=4, slack=0.5)
+    >>> print(plan[0].sum(), plan[1].sum())
+    8 24
     """
     budget = check_whole("budget", budget, minimum=0)
     low = check_whole("min_rollouts", min_rollouts, minimum=1)
