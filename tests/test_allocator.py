@@ -279,9 +279,10 @@ def test_unscored_rollouts_are_counted_and_left_out() -> None:
         (["a", "new"], [-math.inf, 0.0], None, r"rewards\[0\] is -inf"),
         (["a", "new"], [1.0], None, "equally long"),
         (["a", "new"], ["x", 1.0], None, "rewards must be numbers"),
-        (["a", "new"], [1.0, 0.0], [3], "lengths must be 2 finite numbers"),
-        (["a", "new"], [1.0, 0.0], [3, -1], "lengths must be 2 finite numbers >= 0"),
-        (["a", "new"], [1.0, NAN], [3, NAN], "lengths must be 2 finite numbers"),
+        (["a", "new"], [1.0, 0.0], [3], "lengths must be 2 numbers from 0"),
+        (["a", "new"], [1.0, 0.0], [3, -1], "lengths must be 2 numbers from 0"),
+        (["a", "new"], [1.0, 0.0], [3, 1e10], r"numbers from 0 to 1e\+09"),
+        (["a", "new"], [1.0, NAN], [3, NAN], "lengths must be 2 numbers from 0"),
         (["a", None], [1.0, 0.0], None, "prompt_ids"),
     ],
 )

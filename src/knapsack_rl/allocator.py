@@ -54,6 +54,9 @@ logger = logging.getLogger(__name__)
 LARGEST_BUDGET = 2**24
 """Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
 
+LONGEST = 1e9
+"""Tokens of one rollout; squares of mistaken numbers would overflow what is kept of lengths."""
+
 EVENLY = "allocation failed: divided evenly"
 
 
@@ -332,7 +335,7 @@ class KnapsackAllocator(Guarded):
         Args:
             prompt_ids_per_rollout: (R,) id of each rollout's prompt, in any order; groups may have any size.
             rewards: (R,) outcome of each rollout; NaN for one that could not be scored, which is counted and left out.
-            lengths: (R,) tokens generated, >= 0, if known; feeds :meth:`predicted_lengths`.
+            lengths: (R,) tokens generated, 0 to 1e9, if known; feeds :meth:`predicted_lengths`.
 
         Raises:
             ValueError: lengths of the arguments differ, an id has the wrong type, or a reward is infinite. Nothing is
@@ -568,6 +571,8 @@ def _evenly(ids: list[PromptId], budget: int, minimum: int) -> IntArray:
 
 def _check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
     array = np.asarray(lengths, dtype=np.float64)
-    if array.shape != (rollouts,) or not (np.isfinite(array) & (array >= 0)).all():
-        raise ValueError(f"lengths must be {rollouts} finite numbers >= 0, one per rollout, got shape {array.shape}")
+    if array.shape != (rollouts,) or not ((array >= 0) & (array <= LONGEST)).all():
+        raise ValueError(
+            f"lengths must be {rollouts} numbers from 0 to {LONGEST:g}, one per rollout, got shape {array.shape}"
+        )
     return array

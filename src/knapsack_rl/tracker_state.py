@@ -65,7 +65,7 @@ def _check_form(column: str, array: np.ndarray, shape: tuple[int, ...], dtype: A
 def _parse_ids(array: np.ndarray) -> dict[PromptId, int]:
     try:
         ids = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the tracker state's prompt ids are no JSON: {error}") from error
     if not isinstance(ids, list):
         raise ValueError(f"the tracker state's prompt ids must be a list, got {type(ids).__name__}")
