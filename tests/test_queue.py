@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import no_deadline
 
 from knapsack_rl import KnapsackAllocator, allocate, plan_epoch, value
 from knapsack_rl.trl.queue import MOST_BATCHES, PromptQueue, rollouts_at
 from knapsack_rl.value import marginal_values
+from strategies import no_deadline
 
 
 def rows_of(ids):
