@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare test test-slow test-verl check format bench fuzz docs base-model clean
+.PHONY: help train compare test test-slow test-verl check format bench fuzz kill docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,7 +60,14 @@ bench: $(INSTALLED)  ## measure solver, balancer, state file and training step
 	exit $$status
 
 fuzz: $(INSTALLED)  ## a million random cases against the public functions and the readers of files
-	$(BIN)/python tests/fuzz.py --cases 1100000
+	$(BIN)/python -W ignore tests/fuzz.py --cases 1100000
+	$(BIN)/python -m pip install --quiet --group fuzz
+	@if $(BIN)/python -c "import atheris"; \
+	then $(BIN)/python -W ignore tests/fuzz.py --engine atheris --cases 100000; \
+	else echo "atheris has no build for this machine: coverage does not steer this run"; fi
+
+kill: $(INSTALLED)  ## kill training at sixty random moments, resume, compare
+	$(BIN)/python -m pytest -m slow -s tests/test_kill.py
 
 docs: $(INSTALLED)  ## build the documentation site
 	$(BIN)/mkdocs build --strict

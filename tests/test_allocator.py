@@ -785,17 +785,33 @@ def test_a_state_of_version_1_goes_on(name: str, tmp_path: Path) -> None:
     assert twin.state_dict()["header"]["version"] == 3
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_file_of_version_2_goes_on(name: str, tmp_path: Path) -> None:
-    """It was written by numpy, without a checksum and without a count of failures."""
-    allocator = trained(name)
-    state = allocator.state_dict()
-    header = {key: value for key, value in state["header"].items() if key != "allocation_failures"} | {"version": 2}
-    encoded = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-    np.savez(tmp_path / "state.npz", header=encoded, **state["arrays"])
+OLD = {
+    "version-1-beta": ([24, 11, 9, 2, 2, 12], [68, 51, 39, 25, 17]),
+    "version-1-empirical-bayes": ([25, 12, 9, 2, 2, 10], [72, 53, 41, 18, 16]),
+    "version-1-window": ([28, 9, 9, 2, 2, 10], [90, 41, 36, 17, 16]),
+    "version-2-beta": ([24, 11, 9, 2, 2, 12], [68, 51, 39, 25, 17]),
+    "version-2-empirical-bayes": ([25, 12, 9, 2, 2, 10], [72, 53, 41, 18, 16]),
+    "version-2-window": ([28, 9, 9, 2, 2, 10], [90, 41, 36, 17, 16]),
+    "version-2-bayes-filter": ([26, 12, 8, 2, 2, 10], [74, 52, 40, 18, 16]),
+}
+"""What the versions that wrote these files made of a next batch, and the rollouts that they had seen."""
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_file_of_an_older_version_goes_on(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).parent / "old_states" / f"{name}.npz"
+    before = path.read_bytes()
+    allocator = kr.KnapsackAllocator.load(path)
+    assert path.read_bytes() == before
+    counts, rollouts = OLD[name]
+    ids = ["a", 7, "7", "é", "x"]
+    assert allocator.tracker.prompt_ids == ids
+    assert allocator.tracker.records().rollouts.tolist() == rollouts
+    assert allocator.allocate([*ids, "new"], 60).counts.tolist() == counts
+    allocator.save(tmp_path / "state.npz")
     twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
-    assert_same_state(twin.state_dict(), state)
-    assert counts_of(twin) == counts_of(allocator)
+    assert twin.state_dict()["header"]["version"] == 3
+    assert_same_state(twin.state_dict(), allocator.state_dict())
 
 
 def test_a_state_of_version_1_is_none_of_the_bayes_filter() -> None:

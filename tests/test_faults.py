@@ -32,6 +32,7 @@ from knapsack_rl.training import lock
 from knapsack_rl.training.lock import FolderInUseError, own_folder, refuse_if_owned
 from knapsack_rl.trl import ALLOCATION_LOG, STATE_FILE, KnapsackGRPOConfig, KnapsackGRPOTrainer
 from knapsack_rl.trl import trainer as trainer_module
+from knapsack_rl.trl.identity import check_same_data
 from knapsack_rl.trl.rewards import RewardError, watched
 
 NAN, INF = float("nan"), float("inf")
@@ -469,6 +470,53 @@ def test_a_process_that_sees_other_data(other, message, tmp_path, monkeypatch) -
     assert step.prompts == ["p1", "p2", "p5", "p6"]
     assert len(rows) == 8
     assert step.allocation.counts.sum() == 16
+
+
+def test_data_sets_of_processes_are_compared(caplog) -> None:
+    def compare(mine, other) -> list[str]:
+        sent = []  # what the other process would send: first a digest, and as that differs all its prompts
+
+        def first_differs(own):
+            sent.append(own)
+            return own + ["another digest"] * (len(sent) == 1)
+
+        check_same_data(Dataset.from_list(other), "prompt_id", first_differs)
+        caplog.clear()
+        received = iter(sent)
+        check_same_data(Dataset.from_list(mine), "prompt_id", lambda own: own + next(received))
+        return [record.message for record in caplog.records]
+
+    assert compare(rows_of(1, 2), rows_of(1, 2)) == []
+    assert compare(rows_of(1, 2), rows_of(2, 3)) == [
+        "the processes have different data sets, together 3 prompts; all train on rows of all"
+    ]
+    with pytest.raises(ValueError, match="id 'p2' names different prompts on two processes"):
+        compare(rows_of(1, 2), [row | {"prompt": "9+9="} for row in rows_of(2, 3)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["new", "clash"])
+def test_two_processes_with_different_data(kind: str, tmp_path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("other_data_worker.py")), str(tmp_path), kind],
+        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    if kind == "clash":  # nobody hangs: both processes say what is wrong
+        assert "id 'p0' names different prompts on two processes" in first["error"]
+        assert first["rollouts"] == {}
+        return
+    assert first["error"] is None
+    assert sum(first["rollouts"].values()) == 32
+    assert {name[0] for name in first["rollouts"]} == {"p", "q"}
 
 
 def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> None:

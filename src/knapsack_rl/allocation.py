@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from knapsack_rl import solver
 from knapsack_rl.costs import Certificate, check_affordable, check_costs, solve_with_costs
 from knapsack_rl.fallback import UNSEEN, by_class, paper_rule, spread
+from knapsack_rl.products import dot
 from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray, check_success_rates, check_whole
 from knapsack_rl.value_functions import MixedOutcomes, ValueLike, differences, make_value_function
@@ -223,7 +224,7 @@ def _priced(
 ) -> Allocation:
     """The knapsack with costs; says what stays unspent if nothing of value was left to buy."""
     counts, certificate, sated = solve_with_costs(rows, price, budget, lower, upper, kind, priority)
-    unspent = budget - float(price @ counts)
+    unspent = budget - dot(price, counts)
     reason = f"{unspent:g} of the budget stay unspent: no further rollout has a value" if sated and unspent > 0 else ""
     return Allocation(counts, certificate.value, reason, success_rates=rates, certificate=certificate)
 

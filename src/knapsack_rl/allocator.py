@@ -31,6 +31,7 @@ from knapsack_rl.groups import (
     transition_matrix,
 )
 from knapsack_rl.guarded import Guarded, one_at_a_time
+from knapsack_rl.products import dot
 from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, other_type, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
@@ -189,7 +190,7 @@ class KnapsackAllocator(Guarded):
         allocation = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
         found = self._expect(ids, self._note_degradation(allocation), belief, started)
         if tokens is not None:
-            self._allocation_metrics["expected_tokens"] = float(tokens @ found.counts)
+            self._allocation_metrics["expected_tokens"] = dot(tokens, found.counts)
         return found
 
     def _note_degradation(self, allocation: Allocation) -> Allocation:
@@ -431,8 +432,12 @@ class KnapsackAllocator(Guarded):
         return shrunk_lengths((everyone.length_count, everyone.length_sum, everyone.length_squares), rows)
 
     @one_at_a_time
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``."""
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``.
+
+        Args:
+            copy: whether to copy the arrays; without, they are the allocator's own and change with it.
+        """
         header = {
             "format": STATE_FORMAT,
             "version": STATE_VERSION,
@@ -444,13 +449,17 @@ class KnapsackAllocator(Guarded):
             "budget_unit": self.budget_unit,
             "value": self.value if isinstance(self.value, str) else None,
         } | {counter: getattr(self, f"_{counter}") for counter in COUNTERS}
-        arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict().items()}
+        arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict(copy=copy).items()}
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
         return {"header": header, "arrays": arrays}
 
     @one_at_a_time
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, copy: bool = True) -> None:
         """Restore a state into an allocator made with the same estimator; all its other settings stay its own.
+
+        Args:
+            state: what :meth:`state_dict` gave, of this version or an earlier one.
+            copy: whether to copy the arrays; without, they become the allocator's own and change with it.
 
         Raises:
             ValueError: the state is of another format, a newer version, another estimator or other settings. The
@@ -467,20 +476,21 @@ class KnapsackAllocator(Guarded):
                 f"the state belongs to estimator {given}, this allocator uses {own}; make it with the same"
             )
         tracker = Tracker(self.estimator.evidence_size)
-        tracker.load_state_dict(section(arrays, "tracker."))
+        tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
         self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
         for counter in COUNTERS:
             setattr(self, f"_{counter}", header[counter])
         self._predicted, self._allocation_metrics, self._outcome_metrics = {}, {}, {}
 
+    @one_at_a_time
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one npz file, atomically and without pickles.
 
         Raises:
             OSError: the file cannot be written.
         """
-        state = self.state_dict()
+        state = self.state_dict(copy=False)
         write_state(path, state["header"], state["arrays"])
 
     @classmethod
@@ -524,7 +534,7 @@ class KnapsackAllocator(Guarded):
             value=maximised,
             **(header["settings"] if estimator is None else {}),
         )
-        allocator.load_state_dict({"header": header, "arrays": arrays})
+        allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
         return allocator
 
 

@@ -267,7 +267,7 @@ def _variance_ratio(n: _Vector, mean: _Vector, within_squares: _Vector) -> float
         return 1.0
     within = float(within_squares[repeated].sum() / (n[repeated] - 1.0).sum())
     share = n / n.sum()
-    between_mean_square = float((n * (mean - share @ mean) ** 2).sum() / (len(n) - 1))
+    between_mean_square = float((n * (mean - (share * mean).sum()) ** 2).sum() / (len(n) - 1))
     # E[between_mean_square] = s2_within + n_effective · s2_between (Searle, Casella & McCulloch 1992, ch. 3).
     n_effective = float(n.sum() * (share * (1.0 - share)).sum() / (len(n) - 1))
     between = (between_mean_square - within) / n_effective

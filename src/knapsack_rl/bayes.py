@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from knapsack_rl.belief import CHECK_ROLLOUTS, Belief, CountsOnly, check_discount
+from knapsack_rl.products import product, product_of_columns
 from knapsack_rl.tracker import Records
 from knapsack_rl.value import FloatArray, IntArray, check_whole, nonzero_gradient_probability
 from knapsack_rl.value_functions import ValueLike, make_value_function, marginal_table
@@ -72,7 +73,7 @@ class GridPosterior:
         size = self.grid.size
         weights = np.full(size, 1.0 / size)
         for _ in range(self.iterations):
-            responsibility = weights * (likelihood.T @ (1.0 / (likelihood @ weights)))
+            responsibility = weights * product_of_columns(likelihood, 1.0 / product(likelihood, weights))
             weights = (responsibility + 1.0 / size) / (likelihood.shape[0] + 1.0)
         self.prior = weights
 
@@ -92,7 +93,9 @@ class GridPosterior:
                 return np.einsum("mg,mg->m", posterior, self._mixed[counts])
             return np.einsum("mg,mg->m", posterior, nonzero_gradient_probability(counts[:, None], self.grid))
 
-        return Belief(posterior @ self.grid, posterior @ self._values[:, :max_rollouts], nonzero_gradient)
+        return Belief(
+            product(posterior, self.grid), product(posterior, self._values[:, :max_rollouts]), nonzero_gradient
+        )
 
     def load_prior(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore the prior.
@@ -224,7 +227,7 @@ class BayesFilterEstimator(GridPosterior):
 
     def _score(self, records: Records, visit: FloatArray) -> FloatArray:
         """Add the log predictive probability of the visits under each candidate; return :meth:`_likelihood`."""
-        waves = records.evidence @ self._cosines
+        waves = product(records.evidence, self._cosines)
         hit = visit * self.prior
         for k, factor in enumerate(self.VARIANCE_FACTORS):
             walked = self._walk(waves, records.age, self.variance * factor)
@@ -242,11 +245,11 @@ class BayesFilterEstimator(GridPosterior):
     def _log_score(self, walked: FloatArray, drifted: FloatArray, hit: FloatArray) -> tuple[float, FloatArray]:
         """Log probability of visits after such a drift, up to a constant that all predictions share; the likelihood."""
         shifted = self._shift(walked, drifted)
-        return float(np.log(np.einsum("mg,mg->m", shifted, hit) / (shifted @ self.prior)).sum()), shifted
+        return float(np.log(np.einsum("mg,mg->m", shifted, hit) / product(shifted, self.prior)).sum()), shifted
 
     def _likelihood(self, records: Records) -> FloatArray:
         """(M, grid_points) likelihood of all past visits as a function of the rate now; ones for an unseen prompt."""
-        walked = self._walk(records.evidence @ self._cosines, records.age, self.variance)
+        walked = self._walk(product(records.evidence, self._cosines), records.age, self.variance)
         now = self._shift(walked, records.age * self.drift)
         now[records.visits == 0] = 1.0
         return now
@@ -257,7 +260,7 @@ class BayesFilterEstimator(GridPosterior):
         distinct, which = np.unique(age, return_inverse=True)
         damping = np.exp(np.outer(-variance * distinct, self._decay))[which]
         damping *= waves
-        walked = damping @ self._cosines.T
+        walked = product(damping, self._cosines.T)
         return np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
 
     def _shift(self, rows: FloatArray, logits: FloatArray) -> FloatArray:
@@ -307,15 +310,15 @@ class BayesFilterEstimator(GridPosterior):
 
         def earned(at_check: FloatArray) -> FloatArray:
             an_epoch = np.ones(at_check.shape[0])
-            walked = self._walk(at_check @ self._cosines, an_epoch, self.variance)
+            walked = self._walk(product(at_check, self._cosines), an_epoch, self.variance)
             later = self.posterior_of(self._shift(walked, an_epoch * self.drift))
-            return np.maximum((later @ net).max(axis=1), 0.0)
+            return np.maximum(product(later, net).max(axis=1), 0.0)
 
         k = np.arange(CHECK_ROLLOUTS + 1)
         ways = np.array([comb(CHECK_ROLLOUTS, int(successes)) for successes in k])
         # (K+1, grid) probability of each outcome of the check
         outcome = ways[:, None] * self.grid ** k[:, None] * (1.0 - self.grid) ** (CHECK_ROLLOUTS - k[:, None])
-        chance = self.posterior_of(likelihood) @ outcome.T
+        chance = product(self.posterior_of(likelihood), outcome.T)
         with_outcome = earned((likelihood[:, None] * outcome).reshape(-1, self.grid.size)).reshape(size, -1)
         gain = np.einsum("mk,mk->m", chance, with_outcome) - earned(likelihood)
         return self.VISITS_SERVED * gain

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl import solver
+from knapsack_rl.products import dot
 from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, IntArray
 
@@ -86,7 +87,7 @@ def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: 
     if isinstance(budget, (bool, np.bool_)) or not isinstance(budget, (int, float, np.integer, np.floating)):
         raise ValueError(f"budget must be a number in the unit of the costs, got {budget!r}")
     low, high = solver.check_order(costs.size, lower, upper)
-    least = float(costs @ low)
+    least = dot(costs, low)
     if not least <= budget * (1.0 + ROUNDING) or budget == np.inf:
         raise ValueError(
             f"a budget of {budget!r} does not fit {costs.size} prompts: min_rollouts costs at least {least!r}; choose "
@@ -131,7 +132,7 @@ def solve_with_costs(
         value = solver.total_value(rows, counts)
         return counts, Certificate(value, value), True
     base, at_least = counts_around(tuple(by_density), low, high, density, places)
-    base_value, room = solver.total_value(rows, base), max(allowed - float(costs @ base), 0.0)
+    base_value, room = solver.total_value(rows, base), max(allowed - dot(costs, base), 0.0)
     bound = base_value + density * room
     counts = base.copy()
     if concave:

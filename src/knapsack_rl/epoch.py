@@ -59,8 +59,9 @@ def plan_epoch(
             budget.
 
     >>> easy, hard = [0.99, 0.98], [0.3, 0.2]
-    >>> [int(counts.sum()) for counts in plan_epoch([easy, hard], budget=32, rows_multiple=4, slack=0.5)]
-    [8, 24]
+    >>> plan = plan_epoch([easy, hard], budget=32, rows_multiple=4, slack=0.5)
+    >>> print(plan[0].sum(), plan[1].sum())
+    8 24
     """
     budget = check_whole("budget", budget, minimum=0)
     low = check_whole("min_rollouts", min_rollouts, minimum=1)
@@ -113,8 +114,10 @@ def _limits(
     share = budget * sizes / sizes.sum()
     rounding = 1e-9 * share
     least = np.maximum(low * sizes, share * max(1.0 - slack, 0.0) - rounding)
-    most = np.minimum(high * sizes, share * (1.0 + slack) + rounding)
-    least, most = np.ceil(least / block).astype(np.int64) * block, np.floor(most / block).astype(np.int64) * block
+    limit = 1.0 * high * sizes
+    if slack < np.inf:  # a share may be 0, and infinitely more than that is no number
+        limit = np.minimum(limit, share * (1.0 + slack) + rounding)
+    least, most = np.ceil(least / block).astype(np.int64) * block, np.floor(limit / block).astype(np.int64) * block
     if budget % block:
         raise ValueError(f"budget {budget} is no multiple of rows_multiple {block}; choose {budget - budget % block}")
     if (least > most).any() or not least.sum() <= budget <= most.sum():

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from knapsack_rl import solver
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.costs import Certificate, check_affordable, check_costs, solve_with_costs
+from knapsack_rl.products import product
 from knapsack_rl.rows import Rows
 from knapsack_rl.value import FloatArray, check_counts, check_whole
 
@@ -84,7 +85,7 @@ def information_gain(probabilities: ArrayLike, levels: ArrayLike) -> FloatArray:
     pi = check_level_probabilities(probabilities)
     scale = _fitting(levels, pi.shape[1])
     variance = sum(pi[:, j] * pi[:, k] * (scale[j] - scale[k]) ** 2 for j, k in combinations(range(scale.size), 2))
-    return np.asarray(variance * (pi @ (1.0 - scale)))
+    return np.asarray(variance * product(pi, 1.0 - scale))
 
 
 def value(counts: ArrayLike, probabilities: ArrayLike, levels: ArrayLike) -> FloatArray:
@@ -212,7 +213,7 @@ def allocate_graded(
     size = np.size(levels)
     prior = 1.0 / max(size, 1) if prior is None else prior
     a = _posterior(level_counts, levels, prior)
-    mean = a @ scaled_levels(levels) / a.sum(axis=1)
+    mean = product(a, scaled_levels(levels)) / a.sum(axis=1)
     prompts = a.shape[0]
     if prompts == 0:
         raise ValueError("level_counts is empty; a batch needs at least one prompt")

@@ -112,7 +112,7 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
     Memory is bounded by the size of the file: compressed members are refused.
 
     Returns:
-        (header, arrays by name); the arrays are read-only.
+        (header, arrays by name).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -142,12 +142,29 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
     return header, arrays
 
 
+PIECE = 2**22
+
+
+def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """Bytes of a member, which cannot be more than the file has."""
+    assert archive.fp is not None
+    if member.file_size > os.fstat(archive.fp.fileno()).st_size:
+        raise ValueError(f"{member.filename} is longer than the file")
+    return member.file_size
+
+
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{member.filename} is compressed, which no state is")
-    # Reading a member as a whole is what makes zipfile compare its checksum.
-    content = archive.read(member)
-    start = io.BytesIO(content[:4096])
+    content = np.empty(_check_size(archive, member), np.uint8)
+    at = 0
+    with archive.open(member) as file:  # reading it to its end is what makes zipfile compare its checksum
+        while piece := file.read(PIECE):
+            content[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+            at += len(piece)
+    if at < content.size:
+        raise ValueError(f"{member.filename} ends early")
+    start = io.BytesIO(content[:4096].tobytes())
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(start)
     if version not in readers:
@@ -155,5 +172,5 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
     shape, fortran, dtype = readers[version](start)
     if dtype.hasobject:
         raise ValueError(f"{member.filename} holds a pickle, which is never read")
-    data = np.frombuffer(content, dtype=dtype, offset=start.tell())
+    data = content[start.tell() :].view(dtype)
     return data.reshape(shape, order="F" if fortran else "C")

@@ -29,6 +29,7 @@ from knapsack_rl.allocation import Allocation
 from knapsack_rl.bayes import GridPosterior
 from knapsack_rl.belief import Estimator
 from knapsack_rl.costs import Certificate
+from knapsack_rl.products import product
 from knapsack_rl.tracker import Records
 from knapsack_rl.value import FloatArray, IntArray, check_counts
 from knapsack_rl.value_functions import MixedOutcomes
@@ -94,7 +95,7 @@ def top_up(
         value,
         note,
         degraded=bool(note),
-        success_rates=posterior @ estimator.grid,
+        success_rates=product(posterior, estimator.grid),
         nonzero_gradient=np.where(mixed, 1.0, _chance(estimator.grid, posterior, counts, successes, extra)),
         certificate=Certificate(value, value),
     )
@@ -114,7 +115,7 @@ def more_marginals(
         (_equal(counts, successes), gain * q[:, None] * p[:, None] ** k),
         (counts == 0, estimator.value.marginals(p, width)),
     ):
-        table[group] = posterior[group] @ on_grid
+        table[group] = product(posterior[group], on_grid)
     return table
 
 

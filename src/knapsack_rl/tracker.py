@@ -218,21 +218,25 @@ class Tracker:
             self._records = self._records.take(grown)
         return self.rows(prompt_ids)
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types."""
+    def state_dict(self, *, copy: bool = True) -> dict[str, np.ndarray]:
+        """Columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types.
+
+        Without ``copy`` the arrays are the tracker's own and change with it.
+        """
         ids = np.frombuffer(json.dumps(self.prompt_ids).encode(), dtype=np.uint8)
         records = self.records()
-        return {"prompt_ids": ids} | {column: getattr(records, column).copy() for column in (*COLUMNS, "evidence")}
+        columns = {column: getattr(records, column) for column in (*COLUMNS, "evidence")}
+        return {"prompt_ids": ids} | {name: array.copy() if copy else array for name, array in columns.items()}
 
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Replace everything by a saved state.
+    def load_state_dict(self, state: dict[str, np.ndarray], *, copy: bool = True) -> None:
+        """Replace everything by a saved state; without ``copy`` its arrays become the tracker's own.
 
         Raises:
             ValueError: a column is missing, has the wrong length or type, or ids repeat.
         """
-        ids, columns = columns_of(state, COLUMNS, self._records.evidence.shape[1])
-        self._row_of, self._clock = {prompt_id: row for row, prompt_id in enumerate(ids)}, int(columns["visits"].sum())
-        self._records = Records(**columns, age=np.zeros(len(ids)))
+        row_of, columns = columns_of(state, COLUMNS, self._records.evidence.shape[1], copy=copy)
+        self._row_of, self._clock = row_of, int(columns["visits"].sum())
+        self._records = Records(**columns, age=np.zeros(len(row_of)))
 
 
 def _shift_in(

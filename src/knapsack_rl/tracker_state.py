@@ -17,14 +17,15 @@ State = Mapping[str, np.ndarray]
 
 
 def columns_of(
-    state: State, types: Mapping[str, Any], evidence_size: int
-) -> tuple[list[PromptId], dict[str, np.ndarray]]:
-    """Ids, and copies of the columns and the evidence, in the form of this version.
+    state: State, types: Mapping[str, Any], evidence_size: int, *, copy: bool
+) -> tuple[dict[PromptId, int], dict[str, np.ndarray]]:
+    """The row of each id, and the columns and the evidence, in the form of this version.
 
     Args:
         state: arrays by name, of any version.
         types: columns of one number per prompt, with their types.
         evidence_size: numbers per prompt that the estimator keeps.
+        copy: whether to copy the arrays.
 
     Raises:
         ValueError: a column is missing, has the wrong length or type or impossible numbers, or ids repeat.
@@ -33,23 +34,24 @@ def columns_of(
     missing = {"prompt_ids", "evidence", *types} - set(state)
     if missing:
         raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
-    ids = _parse_ids(state["prompt_ids"])
+    row_of = _parse_ids(state["prompt_ids"])
+    size = len(row_of)
     columns = {}
     for column, dtype in types.items():
         array = np.asarray(state[column])
-        _check_form(column, array, (len(ids),), dtype)
+        _check_form(column, array, (size,), dtype)
         # NaN fails the comparison; recent outcomes are bits, of which every pattern is possible.
         if array.size and not (array.min() >= 0 and array.max() < np.inf):
             raise ValueError(f"column {column} of the tracker state must hold finite numbers >= 0")
-        columns[column] = array.copy()
+        columns[column] = array.copy() if copy else array
     evidence = np.asarray(state["evidence"])
-    _check_form("evidence", evidence, (len(ids), evidence_size), np.float32)
+    _check_form("evidence", evidence, (size, evidence_size), np.float32)
     if evidence.size and not np.isfinite([evidence.min(), evidence.max()]).all():
         raise ValueError("evidence of the tracker state must hold finite numbers")
     clock = int(columns["visits"].sum())
     if columns["last_visit"].max(initial=0) > clock:
         raise ValueError(f"the tracker state has a last_visit after its {clock} visits")
-    return ids, columns | {"evidence": evidence.copy()}
+    return row_of, columns | {"evidence": evidence.copy() if copy else evidence}
 
 
 def _check_form(column: str, array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
@@ -60,7 +62,7 @@ def _check_form(column: str, array: np.ndarray, shape: tuple[int, ...], dtype: A
         )
 
 
-def _parse_ids(array: np.ndarray) -> list[PromptId]:
+def _parse_ids(array: np.ndarray) -> dict[PromptId, int]:
     try:
         ids = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
     except (ValueError, TypeError, RecursionError) as error:
@@ -68,9 +70,10 @@ def _parse_ids(array: np.ndarray) -> list[PromptId]:
     if not isinstance(ids, list):
         raise ValueError(f"the tracker state's prompt ids must be a list, got {type(ids).__name__}")
     checked = check_prompt_ids(ids)
-    if len(set(checked)) != len(checked):
+    row_of = dict(zip(checked, range(len(checked)), strict=True))
+    if len(row_of) != len(checked):
         raise ValueError("the tracker state's prompt ids are not distinct")
-    return checked
+    return row_of
 
 
 def _up_to_date(state: State) -> State:

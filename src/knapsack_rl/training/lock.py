@@ -39,16 +39,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FolderInUseError(
-                    f"{folder} is being written by another run: {_owner(descriptor)}. Wait for it, stop it, or choose "
-                    "another folder"
-                ) from None
-            except OSError as error:  # a file system without locks
-                logger.warning("%s cannot be locked (%s): see to it that no other run writes %s", path, error, folder)
+        _lock(descriptor, path)
         stale = _owner(descriptor)
         if stale:
             logger.warning("%s was left by a run that was killed (%s): taken over", path, stale)
@@ -65,9 +56,28 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 def refuse_if_owned(folder: Path) -> None:
     """Raise :class:`FolderInUseError` if another process owns the folder; leave no trace in it."""
-    if (folder / LOCK_FILE).exists():
-        with own_folder(folder):
-            pass
+    path = folder / LOCK_FILE
+    if path.exists():
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            _lock(descriptor, path)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Take the system's lock on the file, until it is closed."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FolderInUseError(
+            f"{path.parent} is being written by another run: {_owner(descriptor)}. Wait for it, stop it, or choose "
+            "another folder"
+        ) from None
+    except OSError as error:  # a file system without locks
+        logger.warning("%s cannot be locked (%s): see to it that no other run writes there", path, error)
 
 
 def _owner(descriptor: int) -> str:

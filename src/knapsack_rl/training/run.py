@@ -28,7 +28,7 @@ from knapsack_rl.runfiles import (
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.data import TaskData, load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
-from knapsack_rl.training.lock import own_folder
+from knapsack_rl.training.lock import own_folder, refuse_if_owned
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 
@@ -88,12 +88,16 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
         FolderInUseError: another process writes the folder.
         OSError: a checkpoint could not be written; earlier ones are untouched.
     """
-    if not resume:
-        folder.mkdir(parents=True, exist_ok=True)
-    elif not folder.is_dir():
+    if resume and not folder.is_dir():
         raise FileNotFoundError(f"there is no run folder {folder} to resume")
+    refuse_if_owned(folder)
+    _find_start(folder, resume=resume)  # a folder that is refused is left as it is
+    folder.mkdir(parents=True, exist_ok=True)
     with own_folder(folder):
-        return _train(settings, folder, display, _prepare_folder(settings, folder, resume=resume))
+        checkpoint = _find_start(folder, resume=resume)  # again: another run may have come in between
+        if checkpoint is None:
+            (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+        return _train(settings, folder, display, checkpoint)
 
 
 def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: Path | None) -> Outcome:
@@ -143,8 +147,8 @@ def _run(trainer: KnapsackGRPOTrainer, recorder: _Recorder, display: Display, ch
             display.stop()
 
 
-def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> Path | None:
-    """Write the settings, or find the checkpoint to go on from."""
+def _find_start(folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a new run."""
     if resume:
         complete = complete_checkpoints(folder)
         if not complete:
@@ -152,7 +156,6 @@ def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> P
         return complete[-1]
     if (folder / METRICS_FILE).exists():
         raise FileExistsError(f"{folder} already holds a run; resume it, delete it, or choose another folder")
-    (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from knapsack_rl.prompt_ids import PromptId
@@ -25,7 +26,11 @@ def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
         return given
     if "image" in row or "images" in row:
         raise ValueError(f"prompts with images need an id: add a column {id_column!r} that names each prompt")
-    text = json.dumps(row.get("prompt"), sort_keys=True, default=str)
+    return _hash(row.get("prompt"))
+
+
+def _hash(prompt: Any) -> str:
+    text = json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -54,3 +59,32 @@ def check_ids(dataset: Any, id_column: str) -> None:
                 f"column {id_column!r}: id {prompt_id!r} names different prompts (rows {first} and {position}); make "
                 "ids unique over all files, for example by putting the source in front"
             )
+
+
+def check_same_data(dataset: Any, id_column: str, gather: Callable[[list[Any]], list[Any]]) -> None:
+    """Compare this process's data set with those of the others, which all call this at the same time.
+
+    Different prompts are allowed and told: every process trains on rows of all.
+
+    Args:
+        dataset: of this process.
+        id_column: without it prompts are told apart by a hash, which cannot clash.
+        gather: joins the lists of all processes.
+
+    Raises:
+        ValueError: an id names different prompts on two processes; raised on all of them.
+    """
+    own: dict[PromptId, str] = {}
+    if id_column in (dataset.column_names or []):
+        own = {i: _hash(p) for i, p in zip(dataset[id_column], dataset["prompt"], strict=True) if i is not None}
+    if len(set(gather([_hash(list(own.items()))]))) == 1:
+        return
+    seen: dict[PromptId, str] = {}
+    for names in gather([own]):
+        for prompt_id, prompt in names.items():
+            if seen.setdefault(prompt_id, prompt) != prompt:
+                raise ValueError(
+                    f"column {id_column!r}: id {prompt_id!r} names different prompts on two processes; give all "
+                    "processes the same data set, or make ids unique over all of them"
+                )
+    logger.warning("the processes have different data sets, together %d prompts; all train on rows of all", len(seen))

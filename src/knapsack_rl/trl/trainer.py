@@ -34,7 +34,7 @@ from knapsack_rl.trl.checkpoints import (
 )
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
-from knapsack_rl.trl.identity import check_ids, prompt_key, prompt_keys
+from knapsack_rl.trl.identity import check_ids, check_same_data, prompt_key, prompt_keys
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.rewards import watched
 from knapsack_rl.value import FloatArray, IntArray
@@ -107,6 +107,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
+            if self.accelerator.num_processes > 1:
+                check_same_data(self.train_dataset, self._setting("prompt_id_column"), gather_object)
         if getattr(self, "vllm_generation", None) is not None:
             served: Any = self.vllm_generation
             served.generate = _one_completion_per_row(served.generate, self)
@@ -387,7 +389,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         state = checkpoint / STATE_FILE
         if state.exists():
             header, arrays = read_state(state)
-            self.allocator.load_state_dict({"header": header, "arrays": arrays})
+            self.allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
             if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
                 self.queue.load(checkpoint / QUEUE_FILE)
             if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it

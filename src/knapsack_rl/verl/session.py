@@ -142,7 +142,7 @@ class Session:
             ValueError: the state is damaged or belongs to another estimator.
         """
         header, arrays = read_state(state)
-        self.allocator.load_state_dict({"header": header, "arrays": arrays})
+        self.allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
 
     def _guarded(self, doing: str, work: Callable[[], Any]) -> Any:
         """The result of the work, or ``None`` with a warning, once, if it failed."""

@@ -1,0 +1,97 @@
+"""However many threads, loading workers or processes there are: the same allocations."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from transformers import PrinterCallback
+
+import tiny
+from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl import trainer as trainer_module
+
+RUN = """
+import hashlib, numpy as np, knapsack_rl as kr
+digest = hashlib.sha1()
+for estimator in ("bayes-filter", "empirical-bayes", "beta", "window"):
+    allocator, dice = kr.KnapsackAllocator(estimator), np.random.default_rng(0)
+    for _ in range(4):
+        ids = [f"p{k}" for k in dice.permutation(600)[:256]]
+        allocation = allocator.allocate(ids, 2048)
+        digest.update(allocation.counts.tobytes())
+        rewards = (dice.random(2048) < 0.3).astype(float)
+        allocator.observe([ids[i] for i in allocation.expand()], rewards, dice.integers(1, 99, 2048))
+    for array in allocator.state_dict()["arrays"].values():
+        digest.update(array.tobytes())
+print(digest.hexdigest())
+"""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_not_collected():
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_threads_of_the_libraries_change_nothing() -> None:
+    found = set()
+    for threads in ("1", "3"):
+        environment = os.environ | dict.fromkeys(THREADS, threads) | {"PYTHONHASHSEED": threads}
+        done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
+    assert len(found) == 1
+    assert len(found.pop()) == 41
+
+
+def trainer_of(folder, **changes) -> KnapsackGRPOTrainer:
+    trainer = KnapsackGRPOTrainer(
+        model=tiny.model(),
+        reward_funcs=[tiny.has_digit_five],
+        args=KnapsackGRPOConfig(**tiny.arguments(folder, log_allocations=True, **changes)),
+        train_dataset=tiny.dataset(24),
+        processing_class=tiny.tokenizer(),
+        allocator=tiny.informed_allocator(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def test_workers_that_load_data_change_nothing(tmp_path) -> None:
+    ends = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        trainer = trainer_of(folder, dataloader_num_workers=workers)
+        trainer.train()
+        rows = [json.loads(line) for line in (folder / ALLOCATION_LOG).read_text().splitlines()]
+        ends.append([tiny.fingerprint(trainer.model), *({**row, "seconds": 0} for row in rows)])
+    assert len(ends[0]) == 4
+    assert ends[0] == ends[1]
+
+
+def test_a_batch_is_allocated_alike_over_any_number_of_processes(tmp_path, monkeypatch) -> None:
+    """The rows of all processes together are those of one process, in the same order."""
+    trainer = trainer_of(tmp_path)
+    everything = [{"prompt": f"{k}+{k % 7}=", "prompt_id": f"p{k}"} for k in (0, 3, 7, 11, 12, 14) for _ in range(4)]
+    monkeypatch.setattr(trainer_module, "gather_object", lambda rows: everything)
+    found = []
+    for processes in (1, 2, 3, 4, 6):
+        share = len(everything) // processes
+        rows = []
+        for rank in range(processes):
+            accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
+            with monkeypatch.context() as patch:
+                patch.setattr(trainer, "accelerator", accelerator)
+                mine, step = trainer._allocate_step(everything[rank * share : (rank + 1) * share])
+            assert len(mine) == share
+            rows += [row["prompt_id"] for row in mine]
+        found.append((rows, step.allocation.counts.tolist()))
+    assert all(one == found[0] for one in found)
+    assert max(found[0][1]) > min(found[0][1])
