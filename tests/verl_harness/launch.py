@@ -87,6 +87,9 @@ def environment(folder: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_worker_prestart": "0",  # else one idle process for each of num_cpus
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_agent_register_timeout_ms": "120000",  # on a busy machine its imports take longer than the usual 15 s
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -118,9 +121,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run(
-    folder: Path, model: Path, train: Sequence[Path], steps: int, *more: str, kill_after: int = 0, timeout: float = 420
+    folder: Path, model: Path, train: Sequence[Path], steps: int, *more: str, kill_after: int = 0, timeout: float = 900
 ) -> Finished:
-    """Run ``main_ppo`` to its end, or kill it, Ray and all, once so many steps are recorded."""
+    """Run ``main_ppo`` to its end, or kill it, Ray and all, once so many steps are recorded.
+
+    Raises:
+        TimeoutError: it did not end in time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"log-{int(time.time())}.txt"
     with log.open("w") as output:
@@ -141,6 +148,8 @@ def run(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if time.monotonic() >= deadline:
+        raise TimeoutError(f"verl did not end in {timeout} s:\n{log.read_text()[-6000:]}")
     return Finished(folder, process.returncode, log.read_text())
 
 
