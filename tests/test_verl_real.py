@@ -48,10 +48,11 @@ def material(tmp_path_factory):
 def knapsack(material, tmp_path_factory):
     """Six steps with the plug-in, killed after the third and resumed."""
     folder = tmp_path_factory.mktemp("knapsack")
-    killed = launch.run(folder, *material, STEPS, *plugged_in(), kill_after=3)
+    pieces = "actor_rollout_ref.rollout.agent.num_workers=2"  # verl cuts each batch in two
+    killed = launch.run(folder, *material, STEPS, *plugged_in(), pieces, kill_after=3)
     assert len(killed.recorded()) >= 3, killed.output[-6000:]
     before = len(killed.recorded())
-    resumed = launch.run(folder, *material, STEPS, *plugged_in())
+    resumed = launch.run(folder, *material, STEPS, *plugged_in(), pieces)
     assert resumed.returncode == 0, resumed.output[-6000:]
     return resumed, before
 
@@ -203,15 +204,10 @@ def test_an_asynchronous_run_counts_and_observes_too(material, tmp_path_factory)
     assert run.metrics()[-1]["knapsack/prompts_seen"] >= PROMPTS
 
 
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ("actor_rollout_ref.actor.ppo_mini_batch_size=5", "pad to a multiple of"),
-        ("++trainer.v1.sampler.sampler_kwargs.prompt_id=id", "has no extra_info.id"),
-    ],
-)
-def test_a_configuration_error_stops_verl_before_the_first_rollout(material, tmp_path, wrong, told):
+def test_a_configuration_error_stops_verl_before_a_worker_starts(material, tmp_path):
+    wrong = "actor_rollout_ref.actor.ppo_mini_batch_size=5"
     run = launch.run(tmp_path / "run", *material, 1, *plugged_in(), wrong)
     assert run.returncode != 0
-    assert told in run.output
+    assert "pad to a multiple of" in run.output
+    assert "(WorkerDict pid=" not in run.output  # verl's training workers
     assert run.recorded() == []

@@ -49,7 +49,7 @@ def launch_line(folder: Path, model: Path, train: Sequence[Path], steps: int, *m
         "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
         "actor_rollout_ref.rollout.free_cache_engine=False",
-        "actor_rollout_ref.rollout.agent.num_workers=2",
+        "actor_rollout_ref.rollout.agent.num_workers=1",
         "reward.num_workers=1",
         f"reward.custom_reward_function.path={TESTS / 'verl_harness' / 'material.py'}",
         "reward.custom_reward_function.name=compute_score",
@@ -89,6 +89,7 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_worker_prestart": "0",  # else one idle process for each of num_cpus
         "RAY_prestart_worker_first_driver": "0",
+        "RAY_worker_niceness": "0",  # its 15 would let anything else on the machine go first
         "RAY_agent_register_timeout_ms": "120000",  # on a busy machine its imports take longer than the usual 15 s
         "PYTHONUNBUFFERED": "1",
     }

@@ -40,8 +40,8 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         **kwargs: as ``AgentLoopManagerTQ``.
 
     Raises:
-        ValueError: the configuration cannot work, training files lack or repeat a prompt id, or the state to resume from is
-            damaged or of another estimator.
+        ValueError: the configuration cannot work, training files lack or repeat a prompt id, or the state to resume
+            from is damaged or of another estimator.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
