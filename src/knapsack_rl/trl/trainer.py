@@ -171,10 +171,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         return mine, _Step(prompts, allocation, group_R, ragged, time.perf_counter() - started)
 
     def _key_of_block(self, block: list[dict[str, Any]]) -> PromptId:
-        first = block[0]
-        key = prompt_key(first, self._setting("prompt_id_column"))
+        first, column = block[0], self._setting("prompt_id_column")
+        key, prompt = prompt_key(first, column), first.get("prompt")
         for row in block[1:]:
-            if row.get("prompt") != first.get("prompt") or prompt_key(row, self._setting("prompt_id_column")) != key:
+            if row.get("prompt") != prompt or prompt_key(row, column) != key:
                 raise ValueError(
                     f"rows of different prompts stand in one block of num_generations={self.num_generations} "
                     f"(prompt {key!r}): the data loader broke a group. With an IterableDataset, make every process "
