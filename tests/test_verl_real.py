@@ -51,7 +51,7 @@ def knapsack(material, tmp_path_factory):
     pieces = "actor_rollout_ref.rollout.agent.num_workers=2"  # verl cuts each batch in two
     killed = launch.run(folder, *material, STEPS, *plugged_in(), pieces, kill_after=3)
     assert len(killed.recorded()) >= 3, killed.output[-6000:]
-    before = len(killed.recorded())
+    before = killed.recorded()[-1]["step"]
     resumed = launch.run(folder, *material, STEPS, *plugged_in(), pieces)
     assert resumed.returncode == 0, resumed.output[-6000:]
     return resumed, before
@@ -66,6 +66,12 @@ def uniform(material, tmp_path_factory):
 def stock(material, tmp_path_factory):
     recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
     return finished(tmp_path_factory.mktemp("stock"), material, recording)
+
+
+@pytest.fixture(scope="session")
+def asynchronous(material, tmp_path_factory):
+    mode = ["trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=1"]
+    return finished(tmp_path_factory.mktemp("async"), material, *plugged_in(), *mode, steps=3)
 
 
 def finished(folder, material, *more, steps=2):
@@ -112,9 +118,9 @@ def test_the_allocation_is_that_of_an_allocator_that_saw_the_same_rewards(knapsa
         reference.observe([row["prompt"] for row in line["rows"]], [row["reward"] for row in line["rows"]])
 
 
-def test_every_advantage_equals_an_independent_reference(knapsack, stock):
+def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynchronous):
     ragged = 0
-    for line in [*knapsack[0].recorded(), *stock.recorded()]:
+    for line in [*knapsack[0].recorded(), *stock.recorded(), *asynchronous.recorded()]:
         for rows in by_prompt(line).values():
             rewards = [row["reward"] for row in rows]
             mean = math.fsum(rewards) / len(rewards)
@@ -158,7 +164,7 @@ def test_the_metrics_reach_verls_loggers(knapsack):
 
 def test_a_resumed_run_continues_with_the_same_state(knapsack):
     run, before = knapsack
-    assert "allocator restored from" in run.output or STATE_FILE in run.output
+    assert f"allocator restored from {run.folder / f'global_step_{before}' / STATE_FILE}" in run.output
     # Replaying what verl computed gives the state of the last checkpoint, as if nothing had been killed.
     reference = KnapsackAllocator()
     for line in run.recorded():
@@ -190,18 +196,21 @@ def test_advantages_of_verl_pass_the_conformance_test():
         kr.check_engine(grpo)
 
 
-def test_an_asynchronous_run_counts_and_observes_too(material, tmp_path_factory):
-    run = finished(
-        tmp_path_factory.mktemp("async"),
-        material,
-        *plugged_in(),
-        "trainer.v1.trainer_mode=colocate_async",
-        "trainer.v1.colocate_async.num_warmup_batches=1",
-        steps=3,
-    )
-    assert all(min(Counter(row["prompt"] for row in line["rows"]).values()) >= 2 for line in run.recorded())
+def test_an_asynchronous_run_counts_and_observes_what_verl_trained_on(asynchronous):
+    run = asynchronous
+    rows = [row for line in run.recorded() for row in line["rows"]]
+    sizes = [Counter(row["key"].split("_")[0] for row in line["rows"]) for line in run.recorded()]
+    assert [len(groups) for groups in sizes] == [PROMPTS] * 3
+    assert min(min(groups.values()) for groups in sizes) >= 2
     assert run.metrics()[-1]["knapsack/uniform_batches"] == 0
-    assert run.metrics()[-1]["knapsack/prompts_seen"] >= PROMPTS
+    saved = KnapsackAllocator.load(run.folder / "global_step_3" / STATE_FILE)
+    trained = Counter(row["prompt"] for row in rows)
+    solved = Counter(row["prompt"] for row in rows if row["reward"] > 0)
+    ids = sorted(trained)
+    assert sorted(saved.tracker.prompt_ids) == ids
+    records = saved.tracker.lookup(ids)
+    assert records.rollouts.tolist() == [trained[i] for i in ids]
+    assert [int(outcomes).bit_count() for outcomes in records.recent] == [solved[i] for i in ids]
 
 
 def test_a_configuration_error_stops_verl_before_a_worker_starts(material, tmp_path):

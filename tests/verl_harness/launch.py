@@ -118,7 +118,8 @@ class Finished:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Of a file that a run may still write: its complete lines."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def run(
@@ -143,7 +144,7 @@ def run(
         finished = Finished(folder, 0, "")
         deadline = time.monotonic() + timeout
         while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.5)
+            time.sleep(0.1)
             if kill_after and len(finished.recorded()) >= kill_after:
                 break
         if process.poll() is None:
