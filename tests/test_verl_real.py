@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,10 +45,8 @@ def material(tmp_path_factory):
     return model, train
 
 
-@pytest.fixture(scope="session")
-def knapsack(material, tmp_path_factory):
-    """Six steps with the plug-in, killed after the third and resumed."""
-    folder = tmp_path_factory.mktemp("knapsack")
+def interrupted(folder, material):
+    """Six steps with the plug-in, killed after the third and resumed, and the step of the kill."""
     pieces = "actor_rollout_ref.rollout.agent.num_workers=2"  # verl cuts each batch in two
     killed = launch.run(folder, *material, STEPS, *plugged_in(), pieces, kill_after=3)
     assert len(killed.recorded()) >= 3, killed.output[-6000:]
@@ -57,28 +56,48 @@ def knapsack(material, tmp_path_factory):
     return resumed, before
 
 
-@pytest.fixture(scope="session")
-def uniform(material, tmp_path_factory):
-    return finished(tmp_path_factory.mktemp("uniform"), material, *plugged_in(allocation="uniform"))
-
-
-@pytest.fixture(scope="session")
-def stock(material, tmp_path_factory):
-    recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
-    return finished(tmp_path_factory.mktemp("stock"), material, recording)
-
-
-@pytest.fixture(scope="session")
-def asynchronous(material, tmp_path_factory):
-    mode = ["trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=1"]
-    return finished(tmp_path_factory.mktemp("async"), material, *plugged_in(), *mode, steps=3)
-
-
 def finished(folder, material, *more, steps=2):
     run = launch.run(folder, *material, steps, *more)
     assert run.returncode == 0, run.output[-6000:]
     assert len(run.recorded()) == steps
     return run
+
+
+@pytest.fixture(scope="session")
+def runs(material, tmp_path_factory):
+    """All runs as futures, two at a time: a run that starts its processes leaves a core idle."""
+    recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
+    mode = ["trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=1"]
+    wrong = "actor_rollout_ref.actor.ppo_mini_batch_size=5"
+    plans = {
+        "knapsack": lambda folder: interrupted(folder, material),
+        "stock": lambda folder: finished(folder, material, recording),
+        "uniform": lambda folder: finished(folder, material, *plugged_in(allocation="uniform")),
+        "asynchronous": lambda folder: finished(folder, material, *plugged_in(), *mode, steps=3),
+        "misconfigured": lambda folder: launch.run(folder, *material, 1, *plugged_in(), wrong),
+    }
+    with ThreadPoolExecutor(max_workers=2) as executor:
+        yield {name: executor.submit(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
+
+
+@pytest.fixture(scope="session")
+def knapsack(runs):
+    return runs["knapsack"].result()
+
+
+@pytest.fixture(scope="session")
+def stock(runs):
+    return runs["stock"].result()
+
+
+@pytest.fixture(scope="session")
+def uniform(runs):
+    return runs["uniform"].result()
+
+
+@pytest.fixture(scope="session")
+def asynchronous(runs):
+    return runs["asynchronous"].result()
 
 
 def by_prompt(line):
@@ -213,9 +232,8 @@ def test_an_asynchronous_run_counts_and_observes_what_verl_trained_on(asynchrono
     assert [int(outcomes).bit_count() for outcomes in records.recent] == [solved[i] for i in ids]
 
 
-def test_a_configuration_error_stops_verl_before_a_worker_starts(material, tmp_path):
-    wrong = "actor_rollout_ref.actor.ppo_mini_batch_size=5"
-    run = launch.run(tmp_path / "run", *material, 1, *plugged_in(), wrong)
+def test_a_configuration_error_stops_verl_before_a_worker_starts(runs):
+    run = runs["misconfigured"].result()
     assert run.returncode != 0
     assert "pad to a multiple of" in run.output
     assert "(WorkerDict pid=" not in run.output  # verl's training workers
