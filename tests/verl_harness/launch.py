@@ -123,7 +123,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run(
-    folder: Path, model: Path, train: Sequence[Path], steps: int, *more: str, kill_after: int = 0, timeout: float = 900
+    folder: Path, model: Path, train: Sequence[Path], steps: int, *more: str, kill_after: int = 0, timeout: float = 1800
 ) -> Finished:
     """Run ``main_ppo`` to its end, or kill it, Ray and all, once so many steps are recorded.
 
