@@ -29,6 +29,7 @@ STEPS = 6
 DATA = 16  # prompts in two files: every prompt is seen three times in six steps
 RECORDING = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingKnapsackCheckpoint"
 EPSILON = 1e-6  # verl's, added to the deviation
+MEMORY_OF_A_RUN = 9e9  # bytes; about twelve processes, each with torch and verl
 
 
 def plugged_in(**settings):
@@ -65,7 +66,10 @@ def finished(folder, material, *more, steps=2):
 
 @pytest.fixture(scope="session")
 def runs(material, tmp_path_factory):
-    """All runs as futures, two at a time: a run that starts its processes leaves a core idle."""
+    """All runs as futures, two at a time where memory allows: a run that starts its processes leaves a core idle."""
+    import psutil  # comes with verl
+
+    at_once = 2 if psutil.virtual_memory().available > 2 * MEMORY_OF_A_RUN else 1
     recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
     mode = ["trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=1"]
     wrong = "actor_rollout_ref.actor.ppo_mini_batch_size=5"
@@ -76,7 +80,7 @@ def runs(material, tmp_path_factory):
         "asynchronous": lambda folder: finished(folder, material, *plugged_in(), *mode, steps=3),
         "misconfigured": lambda folder: launch.run(folder, *material, 1, *plugged_in(), wrong),
     }
-    with ThreadPoolExecutor(max_workers=2) as executor:
+    with ThreadPoolExecutor(max_workers=at_once) as executor:
         yield {name: executor.submit(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
 
 
