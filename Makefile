@@ -33,7 +33,8 @@ test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
 test-verl: $(VERL_VENV)/.installed  ## run verl itself with the plug-in on the CPU (own environment)
-	$(VERL_VENV)/bin/python -m pytest tests/test_verl_contract.py tests/test_verl_real.py -v -W ignore
+	$(VERL_VENV)/bin/python -m pytest tests/test_verl_contract.py tests/test_verl_real.py -v -W ignore --basetemp=$(VERL_VENV)/runs
+	$(VERL_VENV)/bin/python tests/verl_harness/summary.py $(VERL_VENV)/runs/knapsack0
 
 $(VERL_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VERL_VENV)

@@ -714,9 +714,10 @@ def checkpointed(folder, *, informed, steps=6, **changes):
     )
 
 
+@pytest.mark.parametrize("prompts", ["fixed", "varying"])
 @pytest.mark.parametrize("resume_by_name", [True, False])
-def test_a_resumed_run_continues_as_the_uninterrupted_one(resume_by_name, tmp_path):
-    whole = checkpointed(tmp_path, informed=True)
+def test_a_resumed_run_continues_as_the_uninterrupted_one(resume_by_name, prompts, tmp_path):
+    whole = checkpointed(tmp_path, informed=True, prompts_per_step=prompts)
     whole.train()
     first_log = allocation_log(tmp_path)
     (tmp_path / ALLOCATION_LOG).unlink()
@@ -725,7 +726,7 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(resume_by_name, tmp_pa
             file.unlink()
         (tmp_path / "checkpoint-6").rmdir()  # the newest one is checkpoint-3 then
 
-    rest = checkpointed(tmp_path, informed=False)
+    rest = checkpointed(tmp_path, informed=False, prompts_per_step=prompts)
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resume_by_name else True)
     second_log = allocation_log(tmp_path)
     compared = ("step", "prompt_ids", "counts", "successes", "estimate", "predicted")
@@ -799,6 +800,8 @@ def test_resuming_with_another_estimator_is_refused(tmp_path):
         ({"max_rollouts": 3}, "max_rollouts=3"),
         ({"allocation": "greedy"}, "allocation must be one of .*'greedy'"),
         ({"weighting": "token"}, "weighting must be one of .*'token'"),
+        ({"prompts_per_step": "many"}, "prompts_per_step must be one of .*'many'"),
+        ({"prompts_per_step": "varying", "allocation": "uniform"}, "needs allocation='knapsack'"),
         ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
         ({"value": "fame"}, "value must be one of .*'fame'"),
         ({"value": "variance", "estimator": "window"}, "fallback=False"),
@@ -864,6 +867,27 @@ def test_a_plain_grpo_config_is_accepted(tmp_path):
     assert trainer.allocator.estimator_name == "bayes-filter"
     assert (trainer.allocator.min_rollouts, trainer.allocator.max_rollouts) == (2, 128)
     assert metric(trainer, "knapsack/budget") == [16.0] * 3
+
+
+def test_a_varying_number_of_prompts_shares_the_same_rollouts(tmp_path):
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        tmp_path,
+        data=tiny.dataset(24),
+        max_steps=12,
+        prompts_per_step="varying",
+        log_allocations=True,
+        extra={"allocator": tiny.informed_allocator()},
+    )
+    trainer.train()
+    log = allocation_log(tmp_path)
+    assert {sum(record["counts"]) for record in log} == {16}
+    assert len({len(record["prompt_ids"]) for record in log}) > 1
+    # Prompts of an epoch get their turn before those of the next, and none gets a second one before.
+    served = [prompt_id for record in log for prompt_id in record["prompt_ids"]]
+    assert len(set(served[:24])) == 24
+    assert set(served[24:]) | set(trainer.queue.rows) <= {f"p{k}" for k in range(24)}
+    assert trainer.allocator.metrics()["allocation_failures"] == 0
 
 
 def test_settings_reach_the_allocator(tmp_path):

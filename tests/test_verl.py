@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ import verl_standins
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.cli import main
 from knapsack_rl.verl_launch import VerlSettings, check_config, overrides, parse_overrides, pick
+from verl_harness import example
 from verl_standins import Batch
 
 RATES = (0.0, 0.1, 0.5, 1.0)
@@ -454,6 +456,10 @@ def test_the_configuration_is_checked_before_workers_start(tmp_path, world):
 
     with pytest.raises(ValueError, match="use grpo"):
         KnapsackReplayBuffer(trainer_mode="sync", sampler_kwargs={}, refill_fn=Trainer().refill)
+    bare = write_rows(tmp_path / "bare.jsonl", [{"extra_info": {}}])
+    Trainer.config = verl_standins.config(tmp_path, **{"data.train_files": bare})
+    with pytest.raises(ValueError, match=r"has no extra_info\.index; give every prompt"):
+        KnapsackReplayBuffer(trainer_mode="sync", sampler_kwargs={}, refill_fn=Trainer().refill)
     with pytest.raises(ValueError, match=r"no setting 'max_rollout'; did you mean max_rollouts\?"):
         KnapsackReplayBuffer(trainer_mode="sync", sampler_kwargs={"max_rollout": 3})
 
@@ -525,6 +531,56 @@ def test_a_launch_is_checked_without_verl(capsys):
     assert main(["verl-args", *launch, "actor_rollout_ref.actor.ppo_mini_batch_size=48"]) == 2
     assert "pad to a multiple of 384" in capsys.readouterr().err
     assert main(["verl-args", "nonsense"]) == 2
+
+
+def test_the_example_script_is_the_papers_setting(tmp_path):
+    line = example.launch_line(tmp_path / "bin", "trainer.test_freq=-1", RUN="there", NODES="2")
+    config = parse_overrides(line)
+    settings = VerlSettings.from_mapping(pick(config, "trainer.v1.sampler.sampler_kwargs"))
+    check_config(config, settings)
+    found = {
+        "prompts": pick(config, "data.train_batch_size"),
+        "mean": pick(config, "actor_rollout_ref.rollout.n"),
+        "most": settings.max_rollouts,
+        "model": pick(config, "actor_rollout_ref.model.path"),
+        "nodes": pick(config, "trainer.nnodes"),
+        "own override": pick(config, "trainer.test_freq"),
+        "run": pick(config, "trainer.default_local_dir"),
+    }
+    assert found == {
+        "prompts": 256,
+        "mean": 8,
+        "most": 128,
+        "model": "Qwen/Qwen2.5-Math-7B",
+        "nodes": 2,
+        "own override": -1,
+        "run": "there",
+    }
+    uniform = parse_overrides(example.launch_line(tmp_path / "bin", VERL_ARGS="--allocation uniform"))
+    assert pick(uniform, "trainer.v1.sampler.sampler_kwargs.allocation") == "uniform"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        example.launch_line(tmp_path / "bin", "actor_rollout_ref.actor.ppo_mini_batch_size=48")
+    assert "pad to a multiple of" in caught.value.stderr
+
+
+def test_the_example_script_keeps_one_row_of_each_prompt(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{k % 3}+1"}], "extra_info": {"index": f"id{k}"}} for k in range(9)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "raw.parquet")
+    subprocess.run(
+        ["bash", str(example.SCRIPT), "prepare", str(tmp_path / "raw.parquet")],
+        env=os.environ
+        | {"DATA": str(tmp_path / "made" / "unique.parquet")}
+        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        check=True,
+        capture_output=True,
+    )
+    kept = parquet.read_table(tmp_path / "made" / "unique.parquet").to_pylist()
+    assert kept == rows[:3]
 
 
 def test_without_verl_the_import_says_what_to_install():

@@ -10,7 +10,7 @@ import asyncio
 import importlib.util
 import math
 from collections import Counter, defaultdict
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +36,7 @@ import knapsack_rl as kr
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.runfiles import STATE_FILE
 from knapsack_rl.verl_launch import MANAGER_KEY, VerlSettings, check_config, overrides, pick
+from verl_harness import example, material
 from verl_harness.launch import launch_line
 
 PROMPTS, MEAN, STEPS = 8, 4, 6
@@ -252,6 +253,35 @@ def test_verls_own_defaults_are_checked(tmp_path):
         check_config(configured(tmp_path, "sync", "actor_rollout_ref.actor.ppo_mini_batch_size=5"), VerlSettings())
     with pytest.raises(ValueError, match="use grpo"):
         check_config(configured(tmp_path, "sync", "algorithm.adv_estimator=gae"), VerlSettings())
+
+
+def test_an_error_is_told_when_verl_makes_its_replay_buffer(tmp_path, monkeypatch):
+    """That is before it starts a worker."""
+    train = material.make_data(tmp_path / "one.parquet", 4)
+    there = f"data.train_files={train}"
+    Run(configured(tmp_path, "sync", there), monkeypatch)
+    for wrong, told in (
+        ({"more": [there, "actor_rollout_ref.actor.ppo_mini_batch_size=5"]}, "pad to a multiple of"),
+        ({"more": [f"data.train_files=[{train},{train}]"]}, "4 of 4 prompt ids stand in several rows"),
+        ({"more": [there], "prompt_id": "id"}, r"has no extra_info\.id; give every prompt"),
+    ):
+        config = configured(tmp_path, "sync", *wrong.pop("more"), **wrong)
+        trainer = SimpleNamespace(config=config, trainer_mode="sync")
+        trainer._add_prompts_to_generate = MethodType(lambda self, count: None, trainer)
+        with pytest.raises(ValueError, match=told):
+            PPOTrainer._build_replay_buffer(trainer)
+
+
+def test_verl_knows_every_key_of_the_example_script(tmp_path):
+    """Hydra refuses a key that verl's configuration does not have."""
+    lines = example.launch_line(tmp_path / "bin")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=lines)
+    OmegaConf.resolve(config)
+    settings = VerlSettings.from_mapping(pick(config, "trainer.v1.sampler.sampler_kwargs"))
+    check_config(config, settings)
+    assert settings.max_rollouts == 128
+    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 2048
 
 
 def test_advantages_of_verl_pass_the_conformance_test():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ STEPS = 6
 DATA = 16  # prompts in two files: every prompt is seen three times in six steps
 RECORDING = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingKnapsackCheckpoint"
 EPSILON = 1e-6  # verl's, added to the deviation
+MEMORY_OF_A_RUN = 9e9  # bytes; about twelve processes, each with torch and verl
 
 
 def plugged_in(**settings):
@@ -44,27 +46,15 @@ def material(tmp_path_factory):
     return model, train
 
 
-@pytest.fixture(scope="session")
-def knapsack(material, tmp_path_factory):
-    """Six steps with the plug-in, killed after the third and resumed."""
-    folder = tmp_path_factory.mktemp("knapsack")
-    killed = launch.run(folder, *material, STEPS, *plugged_in(), kill_after=3)
+def interrupted(folder, material):
+    """Six steps with the plug-in, killed after the third and resumed, and the step of the kill."""
+    pieces = "actor_rollout_ref.rollout.agent.num_workers=2"  # verl cuts each batch in two
+    killed = launch.run(folder, *material, STEPS, *plugged_in(), pieces, kill_after=3)
     assert len(killed.recorded()) >= 3, killed.output[-6000:]
-    before = len(killed.recorded())
-    resumed = launch.run(folder, *material, STEPS, *plugged_in())
+    before = killed.recorded()[-1]["step"]
+    resumed = launch.run(folder, *material, STEPS, *plugged_in(), pieces)
     assert resumed.returncode == 0, resumed.output[-6000:]
     return resumed, before
-
-
-@pytest.fixture(scope="session")
-def uniform(material, tmp_path_factory):
-    return finished(tmp_path_factory.mktemp("uniform"), material, *plugged_in(allocation="uniform"))
-
-
-@pytest.fixture(scope="session")
-def stock(material, tmp_path_factory):
-    recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
-    return finished(tmp_path_factory.mktemp("stock"), material, recording)
 
 
 def finished(folder, material, *more, steps=2):
@@ -72,6 +62,46 @@ def finished(folder, material, *more, steps=2):
     assert run.returncode == 0, run.output[-6000:]
     assert len(run.recorded()) == steps
     return run
+
+
+@pytest.fixture(scope="session")
+def runs(material, tmp_path_factory):
+    """All runs as futures, two at a time where memory allows: a run that starts its processes leaves a core idle."""
+    import psutil  # comes with verl
+
+    at_once = 2 if psutil.virtual_memory().available > 2 * MEMORY_OF_A_RUN else 1
+    recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
+    mode = ["trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=1"]
+    wrong = "actor_rollout_ref.actor.ppo_mini_batch_size=5"
+    plans = {
+        "knapsack": lambda folder: interrupted(folder, material),
+        "stock": lambda folder: finished(folder, material, recording),
+        "uniform": lambda folder: finished(folder, material, *plugged_in(allocation="uniform")),
+        "asynchronous": lambda folder: finished(folder, material, *plugged_in(), *mode, steps=3),
+        "misconfigured": lambda folder: launch.run(folder, *material, 1, *plugged_in(), wrong),
+    }
+    with ThreadPoolExecutor(max_workers=at_once) as executor:
+        yield {name: executor.submit(plan, tmp_path_factory.mktemp(name)) for name, plan in plans.items()}
+
+
+@pytest.fixture(scope="session")
+def knapsack(runs):
+    return runs["knapsack"].result()
+
+
+@pytest.fixture(scope="session")
+def stock(runs):
+    return runs["stock"].result()
+
+
+@pytest.fixture(scope="session")
+def uniform(runs):
+    return runs["uniform"].result()
+
+
+@pytest.fixture(scope="session")
+def asynchronous(runs):
+    return runs["asynchronous"].result()
 
 
 def by_prompt(line):
@@ -111,9 +141,9 @@ def test_the_allocation_is_that_of_an_allocator_that_saw_the_same_rewards(knapsa
         reference.observe([row["prompt"] for row in line["rows"]], [row["reward"] for row in line["rows"]])
 
 
-def test_every_advantage_equals_an_independent_reference(knapsack, stock):
+def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynchronous):
     ragged = 0
-    for line in [*knapsack[0].recorded(), *stock.recorded()]:
+    for line in [*knapsack[0].recorded(), *stock.recorded(), *asynchronous.recorded()]:
         for rows in by_prompt(line).values():
             rewards = [row["reward"] for row in rows]
             mean = math.fsum(rewards) / len(rewards)
@@ -157,7 +187,7 @@ def test_the_metrics_reach_verls_loggers(knapsack):
 
 def test_a_resumed_run_continues_with_the_same_state(knapsack):
     run, before = knapsack
-    assert "allocator restored from" in run.output or STATE_FILE in run.output
+    assert f"allocator restored from {run.folder / f'global_step_{before}' / STATE_FILE}" in run.output
     # Replaying what verl computed gives the state of the last checkpoint, as if nothing had been killed.
     reference = KnapsackAllocator()
     for line in run.recorded():
@@ -189,29 +219,26 @@ def test_advantages_of_verl_pass_the_conformance_test():
         kr.check_engine(grpo)
 
 
-def test_an_asynchronous_run_counts_and_observes_too(material, tmp_path_factory):
-    run = finished(
-        tmp_path_factory.mktemp("async"),
-        material,
-        *plugged_in(),
-        "trainer.v1.trainer_mode=colocate_async",
-        "trainer.v1.colocate_async.num_warmup_batches=1",
-        steps=3,
-    )
-    assert all(min(Counter(row["prompt"] for row in line["rows"]).values()) >= 2 for line in run.recorded())
+def test_an_asynchronous_run_counts_and_observes_what_verl_trained_on(asynchronous):
+    run = asynchronous
+    rows = [row for line in run.recorded() for row in line["rows"]]
+    sizes = [Counter(row["key"].split("_")[0] for row in line["rows"]) for line in run.recorded()]
+    assert [len(groups) for groups in sizes] == [PROMPTS] * 3
+    assert min(min(groups.values()) for groups in sizes) >= 2
     assert run.metrics()[-1]["knapsack/uniform_batches"] == 0
-    assert run.metrics()[-1]["knapsack/prompts_seen"] >= PROMPTS
+    saved = KnapsackAllocator.load(run.folder / "global_step_3" / STATE_FILE)
+    trained = Counter(row["prompt"] for row in rows)
+    solved = Counter(row["prompt"] for row in rows if row["reward"] > 0)
+    ids = sorted(trained)
+    assert sorted(saved.tracker.prompt_ids) == ids
+    records = saved.tracker.lookup(ids)
+    assert records.rollouts.tolist() == [trained[i] for i in ids]
+    assert [int(outcomes).bit_count() for outcomes in records.recent] == [solved[i] for i in ids]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ("actor_rollout_ref.actor.ppo_mini_batch_size=5", "pad to a multiple of"),
-        ("++trainer.v1.sampler.sampler_kwargs.prompt_id=id", "has no extra_info.id"),
-    ],
-)
-def test_a_configuration_error_stops_verl_before_the_first_rollout(material, tmp_path, wrong, told):
-    run = launch.run(tmp_path / "run", *material, 1, *plugged_in(), wrong)
+def test_a_configuration_error_stops_verl_before_a_worker_starts(runs):
+    run = runs["misconfigured"].result()
     assert run.returncode != 0
-    assert told in run.output
+    assert "pad to a multiple of" in run.output
+    assert "(WorkerDict pid=" not in run.output  # verl's training workers
     assert run.recorded() == []

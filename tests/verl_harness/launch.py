@@ -49,7 +49,7 @@ def launch_line(folder: Path, model: Path, train: Sequence[Path], steps: int, *m
         "actor_rollout_ref.rollout.tensor_model_parallel_size=2",
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
         "actor_rollout_ref.rollout.free_cache_engine=False",
-        "actor_rollout_ref.rollout.agent.num_workers=2",
+        "actor_rollout_ref.rollout.agent.num_workers=1",
         "reward.num_workers=1",
         f"reward.custom_reward_function.path={TESTS / 'verl_harness' / 'material.py'}",
         "reward.custom_reward_function.name=compute_score",
@@ -87,6 +87,10 @@ def environment(folder: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_worker_prestart": "0",  # else one idle process for each of num_cpus
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_worker_niceness": "0",  # its 15 would let anything else on the machine go first
+        "RAY_agent_register_timeout_ms": "120000",  # on a busy machine its imports take longer than the usual 15 s
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -114,13 +118,18 @@ class Finished:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Of a file that a run may still write: its complete lines."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
 
 def run(
-    folder: Path, model: Path, train: Sequence[Path], steps: int, *more: str, kill_after: int = 0, timeout: float = 420
+    folder: Path, model: Path, train: Sequence[Path], steps: int, *more: str, kill_after: int = 0, timeout: float = 1800
 ) -> Finished:
-    """Run ``main_ppo`` to its end, or kill it, Ray and all, once so many steps are recorded."""
+    """Run ``main_ppo`` to its end, or kill it, Ray and all, once so many steps are recorded.
+
+    Raises:
+        TimeoutError: it did not end in time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"log-{int(time.time())}.txt"
     with log.open("w") as output:
@@ -135,12 +144,14 @@ def run(
         finished = Finished(folder, 0, "")
         deadline = time.monotonic() + timeout
         while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.5)
+            time.sleep(0.1)
             if kill_after and len(finished.recorded()) >= kill_after:
                 break
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if time.monotonic() >= deadline:
+        raise TimeoutError(f"verl did not end in {timeout} s:\n{log.read_text()[-6000:]}")
     return Finished(folder, process.returncode, log.read_text())
 
 

@@ -20,6 +20,8 @@ def record(trainer: Any, step: int) -> None:
     tags = transfer_queue.kv_list("train").get("train", {})
     keys = [key for key, tag in tags.items() if not tag.get("is_prompt") and tag.get("status") == "success"]
     keys = [key for key in keys if not tags[key].get("is_padding", False)]
+    # A group that was not sampled yet, in asynchronous modes, still has the entry of its prompt.
+    keys = [key for key in keys if key.split("_")[0] not in tags]
     padding = len([key for key, tag in tags.items() if tag.get("is_padding", False)])
     data = transfer_queue.kv_batch_get(keys=keys, partition_id="train", select_fields=FIELDS)
     rows = []

@@ -26,6 +26,9 @@ class KnapsackGRPOConfig(GRPOConfig):
         max_rollouts: most rollouts of a prompt, >= num_generations.
         value: what is maximised, by name: ``"knapsack"`` (the paper's), ``"nonzero-gradient"``, ``"variance"`` or
             ``"signal-to-noise"``; of the estimators those on a grid take another than the paper's.
+        prompts_per_step: ``"fixed"``, or ``"varying"``: every step has the same rollouts, but prompts wait in a queue
+            and as many are served as the rollouts pay for at one price for all steps, see
+            :mod:`knapsack_rl.trl.queue`.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation).
         prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
@@ -45,6 +48,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     min_rollouts: int = field(default=2, metadata={"help": "Fewest rollouts of a prompt."})
     max_rollouts: int = field(default=128, metadata={"help": "Most rollouts of a prompt."})
     value: str = field(default="knapsack", metadata={"help": "Name of the value that is maximised."})
+    prompts_per_step: str = field(default="fixed", metadata={"help": "'fixed', or 'varying' at one price."})
     weighting: str = field(default="rollout", metadata={"help": "Loss weight per 'rollout' or per 'prompt'."})
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
     success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
@@ -92,6 +96,7 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
         )
     choices = {
         "allocation": ("knapsack", "uniform"),
+        "prompts_per_step": ("fixed", "varying"),
         "weighting": ("rollout", "prompt"),
         "estimator": tuple(ESTIMATORS),
         "value": tuple(VALUES),
@@ -99,6 +104,8 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
     for name, allowed in choices.items():
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
+    if setting(args, "prompts_per_step") == "varying" and setting(args, "allocation") == "uniform":
+        raise ValueError("prompts_per_step='varying' needs allocation='knapsack', got 'uniform'")
     check_choices(make_estimator(setting(args, "estimator")), "rollouts", setting(args, "value"), low)
     limit = setting(args, "reward_timeout")
     if limit is not None and not 0 < limit < float("inf"):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import group_outcomes
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row, complete_checkpoints
+from knapsack_rl.runfiles import ALLOCATION_LOG, QUEUE_FILE, STATE_FILE, append_row, complete_checkpoints
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (
@@ -35,10 +35,13 @@ from knapsack_rl.trl.checkpoints import (
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.identity import check_ids, check_same_data, prompt_key, prompt_keys
+from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.rewards import watched
 from knapsack_rl.value import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -96,6 +99,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             else watched(function, name, self._setting("prompt_id_column"), self._setting("reward_timeout"))
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        varying = self._setting("prompts_per_step") == "varying"
+        size: Any = self.num_generations
+        self.queue = PromptQueue(size) if varying else None
         self._scored: _Scored | None = None
         self._epochs_finished = 0
         self._warned: set[str] = set()
@@ -173,21 +179,26 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         prompts = list(rows)
         place = {key: position for position, key in enumerate(prompts)}
         stock_R = np.repeat([place[key] for key in keys], size)
-        evenly = np.bincount(stock_R)
+        if self.queue is not None:
+            self.queue.push(rows)
+            rows = dict(self.queue.rows)
         chosen = None
         if self._setting("allocation") != "uniform":
             # One process decides for all, so that no difference between machines can split a group.
             chosen = _from_main_process(
-                self.allocator.attempt("allocation", lambda: self._allocate(prompts, stock_R.size))
+                self.allocator.attempt("allocation", lambda: self._choose(prompts, stock_R.size))
             )
         if chosen is None:  # uniform, or allocation failed: exactly the stock step
+            evenly = np.bincount(stock_R)
             adopted = self.allocator.attempt("prediction", lambda: self.allocator.adopt(prompts, evenly))
             allocation, ragged = adopted or _unpredicted(evenly), False
         else:
-            allocation = chosen
-            ragged = len(prompts) < len(keys) or bool((allocation.counts != size).any())
+            ragged = len(prompts) < len(keys) or chosen[0] != prompts or bool((chosen[1].counts != size).any())
             if len(prompts) < len(keys):
                 self._warn("duplicates", "a batch holds the same prompt more than once; its rollouts form one group")
+            prompts, allocation = chosen
+        if self.queue is not None:
+            self.queue.remove(prompts)
         if ragged:
             group_R = allocation.expand()
             start = self.accelerator.process_index * len(inputs)
@@ -195,6 +206,12 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         else:
             group_R, mine = stock_R, inputs  # exactly the stock step: same rows, same order
         return mine, _Step(prompts, allocation, group_R, ragged, time.perf_counter() - started)
+
+    def _choose(self, prompts: list[PromptId], budget: int) -> tuple[list[PromptId], Allocation]:
+        """The prompts of the step, those of the batch or as many as the queue serves, and their allocation."""
+        if self.queue is None:
+            return prompts, self._allocate(prompts, budget)
+        return self.queue.serve(self.allocator, self._allocate, budget, len(prompts))
 
     def _allocate(self, prompts: list[PromptId], budget: int) -> Allocation:
         """Ask the allocator, which may be one of the user's own, and check its answer."""
@@ -249,7 +266,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
         metrics = self._metrics["train"]
         numbers = self.allocator.attempt("reporting", self.allocator.metrics) or {}
-        for name, number in (numbers | {"allocation_seconds": step.seconds}).items():
+        numbers |= {"allocation_seconds": step.seconds}
+        if self.queue is not None:
+            numbers["prompts_waiting"] = float(len(self.queue.rows))
+        for name, number in numbers.items():
             metrics[f"knapsack/{name}"].append(number)
         by_prompt = group_outcomes(step.group_R, total).mean_reward
         by_prompt = by_prompt[~np.isnan(by_prompt)]
@@ -370,6 +390,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if state.exists():
             header, arrays = read_state(state)
             self.allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
+            if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
+                self.queue.load(checkpoint / QUEUE_FILE)
             if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it
                 tell_changed_data(
                     self.allocator.tracker.prompt_ids,
@@ -418,8 +440,8 @@ def _unpredicted(counts: IntArray) -> Allocation:
     return Allocation(counts, float("nan"), "divided evenly", success_rates=unknown, nonzero_gradient=unknown.copy())
 
 
-def _from_main_process(allocation: Allocation | None) -> Allocation | None:
-    shared = [allocation]
+def _from_main_process(decision: T) -> T:
+    shared = [decision]
     broadcast_object_list(shared)
     return shared[0]
 

@@ -13,6 +13,9 @@ processes must know of a prompt, its id, travels with the prompt through verl's 
 ``knapsack-rl verl-args`` prints the overrides.
 """
 
+import logging
+import os
+
 try:
     import tensordict as _tensordict  # noqa: F401
     import transfer_queue as _transfer_queue  # noqa: F401
@@ -27,5 +30,8 @@ from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE
 from knapsack_rl.verl.checkpoint import KnapsackCheckpoint
 from knapsack_rl.verl.manager import KnapsackAgentLoopManager
 from knapsack_rl.verl.replay_buffer import KnapsackReplayBuffer
+
+# As verl's own modules: what a run restores from is worth a line in its output.
+logging.getLogger(__name__).setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 __all__ = ["ALLOCATION_LOG", "STATE_FILE", "KnapsackAgentLoopManager", "KnapsackCheckpoint", "KnapsackReplayBuffer"]

@@ -16,8 +16,8 @@ from knapsack_rl.prompt_ids import PromptId
 from knapsack_rl.value import FloatArray, IntArray
 from knapsack_rl.verl import session
 from knapsack_rl.verl.checkpoint import state_to_resume
-from knapsack_rl.verl.identity import check_files, prompt_ids
-from knapsack_rl.verl_launch import check_config, pick
+from knapsack_rl.verl.identity import prompt_ids
+from knapsack_rl.verl_launch import pick
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +40,14 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         **kwargs: as ``AgentLoopManagerTQ``.
 
     Raises:
-        ValueError: the configuration cannot work, training files repeat a prompt id, or the state to resume from is
-            damaged or of another estimator.
+        ValueError: the configuration cannot work, training files lack or repeat a prompt id, or the state to resume
+            from is damaged or of another estimator.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.session = session.current()
-        settings = self.session.settings
-        check_config(self.config, settings)
-        self._custom_data = pick(self.config, "data.custom_cls.path") is not None
-        if not self._custom_data:
-            files = pick(self.config, "data.train_files")
-            check_files(files if files is None or isinstance(files, str) else list(files), settings.prompt_id)
+        self.session.check(self.config)
         state = state_to_resume(self.config)
         if state is not None:
             self.session.restore(state)

@@ -13,7 +13,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from knapsack_rl.value import FloatArray
 from knapsack_rl.verl import session
 from knapsack_rl.verl.manager import ID_FIELD
-from knapsack_rl.verl_launch import VerlSettings, check_config
+from knapsack_rl.verl_launch import VerlSettings
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,14 @@ class _Observes:
 
     def __init__(self, *args: Any, sampler_kwargs: Any = None, refill_fn: Any = None, **kwargs: Any) -> None:
         settings = VerlSettings.from_mapping(sampler_kwargs)
-        # The refill function is a method of the trainer, whose configuration is checked before workers start. The
-        # manager checks again, so nothing depends on it.
+        self.session = session.start(settings)
+        # The refill function is a method of the trainer, whose configuration is checked here, before workers start.
+        # Where it is not, the manager does the checks.
         config = getattr(getattr(refill_fn, "__self__", None), "config", None)
         if config is not None:
-            check_config(config, settings)
+            self.session.check(config)
         kwargs.setdefault("poll_interval", settings.poll_interval)
         super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=refill_fn, **kwargs)  # type: ignore[call-arg]
-        self.session = session.start(settings)
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
         """As the parent; the outcomes of a training batch are observed and the metrics added."""

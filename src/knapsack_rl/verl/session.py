@@ -15,7 +15,8 @@ from knapsack_rl.prompt_ids import PromptId
 from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row
 from knapsack_rl.statefile import read_state
 from knapsack_rl.value import FloatArray, IntArray
-from knapsack_rl.verl_launch import VerlSettings
+from knapsack_rl.verl.identity import check_files
+from knapsack_rl.verl_launch import VerlSettings, check_config, pick
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,27 @@ class Session:
         )
         self.log_folder: Path | None = None
         self.manager_attached = False
+        self._checked = False
         self._planned: dict[PromptId, int] = {}
         self._uniform_batches = 0
         self._warned: set[str] = set()
+
+    def check(self, config: Any) -> None:
+        """Refuse a configuration or training files that cannot work; the first caller of the run does it.
+
+        Args:
+            config: verl's configuration.
+
+        Raises:
+            ValueError: the configuration cannot work, or training files lack or repeat a prompt id.
+        """
+        if self._checked:
+            return
+        check_config(config, self.settings)
+        files = pick(config, "data.train_files")
+        if pick(config, "data.custom_cls.path") is None:
+            check_files(files if files is None or isinstance(files, str) else list(files), self.settings.prompt_id)
+        self._checked = True
 
     def plan(self, ids: Sequence[PromptId] | None, prompts: int, mean: int) -> IntArray:
         """Rollouts for each prompt of a batch: they sum to prompts x mean, and none is 1.

@@ -1,0 +1,138 @@
+"""Prompts that wait their turn: a fixed number of rollouts per step over a varying number of prompts.
+
+TRL makes the same number of rows in every step, so a batch can only get more of the budget if fewer prompts share it.
+Here the prompts of the data loader join a queue, and a step serves as many of them, in order, as its rollouts pay for
+at *one price for all steps*: the marginal value at which ``num_generations`` rollouts per prompt would end over all
+prompts known, the multiplier of :func:`knapsack_rl.plan_epoch`. Every step has exactly its rollouts, every prompt its
+turn; a stretch of prompts without value passes quickly, one of valuable prompts gets more steps. The price gives way
+a little to keep the queue at its usual length, so that a step neither runs out of prompts nor leaves some behind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knapsack_rl.allocation import Allocation, allocate_expected
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.value import FloatArray, IntArray
+
+MOST_BATCHES = 3
+"""The queue holds at most so many batches of the data loader: no prompt waits longer than about so many steps."""
+
+USUAL_BATCHES = 1.5
+"""Length of the queue, in batches of the data loader, at which the price is that of all prompts."""
+
+CORRECTION = 0.5
+"""By what share the rollouts per prompt rise where the queue is a batch shorter, or fall where it is longer."""
+
+PRICE_SAMPLE = 1024
+"""Most prompts that the price looks at, evenly spaced in order of first observation."""
+
+
+class PromptQueue:
+    """Rows of prompts that wait for their rollouts, first in first out.
+
+    Args:
+        rollouts_per_prompt: mean rollouts of a prompt, ``num_generations``.
+    """
+
+    def __init__(self, rollouts_per_prompt: int) -> None:
+        self.rows: dict[PromptId, dict[str, Any]] = {}
+        self._mean = rollouts_per_prompt
+
+    def push(self, rows: Mapping[PromptId, dict[str, Any]]) -> None:
+        """Let prompts join; one that waits already keeps its place.
+
+        Raises:
+            ValueError: a row cannot be written to a checkpoint.
+        """
+        for prompt_id, row in rows.items():
+            try:
+                json.dumps([prompt_id, row], allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"prompt {prompt_id!r} cannot wait, its row is not JSON ({error}); use prompts_per_step='fixed' "
+                    "or drop the column"
+                ) from error
+            self.rows.setdefault(prompt_id, row)
+
+    def serve(
+        self,
+        allocator: KnapsackAllocator,
+        allocate: Callable[[list[PromptId], int], Allocation],
+        budget: int,
+        batch: int,
+    ) -> tuple[list[PromptId], Allocation]:
+        """The prompts of this step and their rollouts, which sum to the budget; they stay in the queue until removed.
+
+        Args:
+            allocator: what is known of the prompts.
+            allocate: maps prompts and a budget to their allocation.
+            budget: rollouts of the step.
+            batch: prompts that join in a step.
+        """
+        waiting = list(self.rows)
+        excess = len(waiting) / batch - USUAL_BATCHES
+        price = self._price(allocator, self._mean * max(1.0 - CORRECTION * excess, 0.0))
+        if price > 0.0:
+            wanted = rollouts_at(
+                allocator.belief(waiting).marginals, price, allocator.min_rollouts, allocator.max_rollouts
+            )
+            served = int(np.searchsorted(np.cumsum(wanted), budget, side="right"))
+        else:
+            served = budget // self._mean  # nothing known, or nothing of value
+        least = max(-(-budget // allocator.max_rollouts), len(waiting) - (MOST_BATCHES - 1) * batch, 1)
+        served = min(max(served, least), max(budget // max(allocator.min_rollouts, 2), 1), len(waiting))
+        return waiting[:served], allocate(waiting[:served], budget)
+
+    def remove(self, served: list[PromptId]) -> None:
+        """Take prompts that got their turn out of the queue."""
+        for prompt_id in served:
+            self.rows.pop(prompt_id, None)
+
+    def _price(self, allocator: KnapsackAllocator, mean: float) -> float:
+        """Value of the last rollout if all known prompts shared so many each; 0 if there is none beyond the minimum."""
+        known = allocator.tracker.prompt_ids
+        if not known:
+            return 0.0
+        sample = [known[i] for i in np.linspace(0, len(known) - 1, min(len(known), PRICE_SAMPLE)).astype(int)]
+        marginals = allocator.belief(sample).marginals
+        least = max(allocator.min_rollouts, 2)
+        budget = min(max(round(mean * len(sample)), least * len(sample) + 1), allocator.max_rollouts * len(sample))
+        counts = allocate_expected(marginals, budget, least, allocator.max_rollouts).counts
+        bought = np.flatnonzero(counts > least)  # what the minimum gives has no price
+        return float(marginals[bought, counts[bought] - 1].min(initial=np.inf)) if bought.size else 0.0
+
+    def save(self, path: Path) -> None:
+        """Write the queue as JSON; :meth:`load` reads it."""
+        path.write_text(json.dumps(list(self.rows.items()), allow_nan=False), encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Restore a queue.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            self.rows = {prompt_id: dict(row) for prompt_id, row in json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} holds no queue of prompts: {error}") from error
+
+
+def rollouts_at(marginals: FloatArray, price: float, min_rollouts: int, max_rollouts: int) -> IntArray:
+    """(M,) rollouts that are worth their price, within the bounds.
+
+    Args:
+        marginals: (M, K) D[i, n], falling from n = 1 on; D[i, 0] is paid by what follows.
+        price: > 0, value that a rollout must have.
+        min_rollouts: N_low.
+        max_rollouts: N_up.
+    """
+    further = (marginals[:, 1:max_rollouts] >= price).sum(axis=1)
+    return np.clip(np.where(further > 0, further + 1, 0), min_rollouts, max_rollouts)

@@ -1,0 +1,123 @@
+"""Prompts that wait: every one gets its turn, every step its rollouts, and all steps one price."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knapsack_rl import KnapsackAllocator, allocate, plan_epoch, value
+from knapsack_rl.trl.queue import MOST_BATCHES, PromptQueue, rollouts_at
+from knapsack_rl.value import marginal_values
+from strategies import no_deadline
+
+
+def rows_of(ids):
+    return {prompt_id: {"prompt": f"{prompt_id}="} for prompt_id in ids}
+
+
+def informed(rates, rollouts=4000):
+    """An allocator that knows the rates of prompts 0, 1, ... as well as counts can tell."""
+    allocator = KnapsackAllocator("beta")
+    for prompt_id, p in enumerate(rates):
+        good = round(p * rollouts)
+        allocator.observe([prompt_id] * rollouts, [1.0] * good + [0.0] * (rollouts - good))
+    return allocator
+
+
+@no_deadline
+@given(
+    rates=st.lists(st.floats(0, 1), min_size=1, max_size=6),
+    price=st.floats(1e-9, 0.2),
+    low=st.integers(0, 4),
+    high=st.integers(4, 20),
+)
+def test_rollouts_at_a_price_are_those_that_pay(rates, price, low, high):
+    counts = rollouts_at(marginal_values(rates, 32), price, low, high)
+    for p, n in zip(rates, counts, strict=True):
+        assert low <= n <= high
+        gains = marginal_values([p], 32)[0]
+        if low < n:
+            assert n == 2 or gains[n - 1] >= price
+        if n < high and n >= 2:
+            assert gains[n] < price
+
+
+@no_deadline
+@given(seed=st.integers(0, 2**32 - 1), known=st.booleans())
+def test_every_prompt_gets_its_turn_in_order_and_every_step_its_rollouts(seed, known):
+    rng = np.random.default_rng(seed)
+    batch, mean, steps = int(rng.integers(1, 8)), int(rng.integers(2, 9)), 12
+    allocator = informed(rng.beta(0.4, 0.4, batch * steps), 20) if known else KnapsackAllocator("beta")
+    queue = PromptQueue(mean)
+    order = []
+    for step in range(steps):
+        queue.push(rows_of(range(step * batch, (step + 1) * batch)))
+        served, allocation = queue.serve(allocator, allocator.allocate, batch * mean, batch)
+        queue.remove(served)
+        order += served
+        assert allocation.counts.sum() == batch * mean
+        assert len(served) == len(allocation.counts) >= 1
+        allocator.observe([served[i] for i in allocation.expand()], rng.integers(0, 2, batch * mean))
+        if mean >= 2 * MOST_BATCHES:  # the minimum of two leaves room to serve so many
+            assert len(queue.rows) <= MOST_BATCHES * batch
+    assert order == list(range(len(order)))
+    assert order + list(queue.rows) == list(range(steps * batch))
+
+
+def test_one_price_buys_more_than_one_budget_per_batch_and_most_of_what_the_plan_does():
+    """Batches differ: half of them hold hardly anything of value."""
+    rng = np.random.default_rng(0)
+    batches = [np.where(rng.random(16) < 0.5, 0.995, 0.003) if b % 2 else rng.uniform(0.1, 0.6, 16) for b in range(24)]
+    rates = np.concatenate(batches)
+    allocator, queue = informed(rates), PromptQueue(8)
+    counts = np.zeros(rates.size, int)
+    for b in range(24):
+        queue.push(rows_of(range(16 * b, 16 * b + 16)))
+        served, allocation = queue.serve(allocator, allocator.allocate, 128, 16)
+        queue.remove(served)
+        counts[served] = allocation.counts
+    assert counts.sum() == 24 * 128
+    assert (counts > 0).sum() >= rates.size - MOST_BATCHES * 16  # the last ones still wait
+    per_batch = np.concatenate([allocate(batch, 128).counts for batch in batches])
+    planned = np.concatenate(plan_epoch(batches, 24 * 128, slack=np.inf))
+    queued, even, best = (value(chosen, rates).sum() for chosen in (counts, per_batch, planned))
+    assert even + 0.7 * (best - even) < queued
+
+
+def test_nothing_known_serves_the_batch():
+    queue = PromptQueue(4)
+    queue.push(rows_of("abc"))
+    served, allocation = queue.serve(KnapsackAllocator(), KnapsackAllocator().allocate, 12, 3)
+    assert served == ["a", "b", "c"] and allocation.counts.tolist() == [4, 4, 4]
+
+
+def test_a_prompt_that_waits_keeps_its_place_and_its_row():
+    queue = PromptQueue(4)
+    queue.push({"a": {"prompt": "first"}, "b": {"prompt": "b"}})
+    queue.push({"a": {"prompt": "second"}})
+    assert list(queue.rows.items()) == [("a", {"prompt": "first"}), ("b", {"prompt": "b"})]
+
+
+def test_a_queue_is_saved_with_the_types_of_its_ids(tmp_path):
+    queue, other = PromptQueue(4), PromptQueue(4)
+    queue.push({7: {"prompt": "x", "answer": [1, None]}, "7": {"prompt": "\ud800"}})
+    queue.save(tmp_path / "queue.json")
+    other.load(tmp_path / "queue.json")
+    assert list(other.rows.items()) == list(queue.rows.items())
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", '[["a"]]', '[["a", 3]]', "{}x"])
+def test_a_damaged_queue_is_refused(text, tmp_path):
+    (tmp_path / "queue.json").write_text(text)
+    queue = PromptQueue(4)
+    queue.push(rows_of("a"))
+    with pytest.raises(ValueError, match="holds no queue of prompts"):
+        queue.load(tmp_path / "queue.json")
+    assert list(queue.rows) == ["a"]
+
+
+def test_a_row_that_no_checkpoint_can_hold_is_refused():
+    with pytest.raises(ValueError, match="prompt 'a' cannot wait, its row is not JSON"):
+        PromptQueue(4).push({"a": {"prompt": "x", "image": object()}})
