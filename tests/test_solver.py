@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+import knapsack_rl as kr
 from knapsack_rl import solver
 from knapsack_rl.value import marginal_values
 from strategies import Knapsack, arbitrary_tables, concave_tables, no_deadline
@@ -443,3 +444,13 @@ def test_errors_say_what_is_allowed(arguments, options, message: str) -> None:
 def test_entries_beyond_the_bounds_are_never_read(method) -> None:
     table = np.array([[2.0, 1.0, np.inf, -np.inf], [3.0, 0.5, np.nan, 7.0]])
     assert solver.solve(table, 2, 0, 2, method=method).tolist() == [1, 1]
+
+
+def test_a_dynamic_program_beyond_memory_is_refused_and_the_way_out_works() -> None:
+    rates = np.random.default_rng(0).random(10_000)
+    with pytest.raises(ValueError, match=r"10000 x 80000; pass costs=np\.ones\(10000\)"):
+        kr.allocate(rates, 80_000, min_rollouts=0)
+    priced = kr.allocate(rates, 80_000, min_rollouts=0, costs=np.ones(10_000))
+    assert priced.certificate is not None
+    assert priced.counts.sum() == 80_000
+    assert 0.0 <= priced.certificate.gap <= 1e-6 * priced.certificate.value

@@ -23,47 +23,69 @@ def _block_ratio(ratio):  # pragma: no cover - compiled
     return ratio
 
 
-@njit(cache=True)
-def _walk(weight, first, second, value, upper):  # pragma: no cover - compiled
-    """Return (n <= upper: rollouts whose marginal is above ``value``, the marginal of rollout n + 1).
+@njit(cache=True, forceinline=True)
+def _walk(n, x, y, first, second, value, upper):  # pragma: no cover - compiled
+    """Go on down a geometric row from a *place*: n rollouts taken, whose two terms of the next marginal are x and y.
+
+    Return (n <= upper: rollouts whose marginal is above ``value``, marginal of rollout n + 1, place to go on from).
+    Every row begins at place (1, weight, weight).
 
     Each marginal follows from the one before by two multiplications, which rounding cannot make rise. A long row is
-    first walked in blocks. Where a block's last marginals would by rounding fall below the first of the next block,
-    they count as equal to it, so that the row never rises, whatever the path.
+    first walked in blocks, and places are where blocks begin. Where a block's last marginals would by rounding fall
+    below the first of the next block, they count as equal to it, so that the row never rises, whatever the path.
     """
     if value < 0.0:
-        return upper, -np.inf
-    n = 1
-    x = y = weight
-    ahead = 0.0
-    end = upper
-    if upper > BLOCK:
-        by_first, by_second = _block_ratio(first), _block_ratio(second)
+        return upper, -np.inf, n, x, y
+    if upper <= BLOCK:
+        while n < upper and x + y > value:
+            x *= first
+            y *= second
+            n += 1
+        return n, x + y if n < upper else -np.inf, n, x, y
+    by_first, by_second = _block_ratio(first), _block_ratio(second)
+    ahead = x * by_first + y * by_second
+    while ahead > value:
+        if n + BLOCK >= upper:
+            return upper, -np.inf, n, x, y
+        x *= by_first
+        y *= by_second
+        n += BLOCK
         ahead = x * by_first + y * by_second
-        while ahead > value:
-            if n + BLOCK >= upper:
-                return upper, -np.inf
-            x *= by_first
-            y *= by_second
-            n += BLOCK
-            ahead = x * by_first + y * by_second
-        end = min(upper, n + BLOCK)
-    while n < end and x + y > value:
-        x *= first
-        y *= second
-        n += 1
-    if n >= upper:
-        return upper, -np.inf
-    return n, ahead if n == end else max(x + y, ahead)
+    end = min(upper, n + BLOCK)
+    at, u, v = n, x, y
+    while at < end and u + v > value:
+        u *= first
+        v *= second
+        at += 1
+    if at >= upper:
+        return upper, -np.inf, n, x, y
+    return at, ahead if at == end else max(u + v, ahead), n, x, y
 
 
 @njit(cache=True)
-def _walk_both(weight, first, second, value, lower, upper):  # pragma: no cover - compiled
-    above, following = _walk(weight, first, second, value, upper)
-    if following == value:
-        at_least = _walk(weight, first, second, np.nextafter(value, -np.inf), upper)[0]
-        return max(above, lower), max(at_least, lower)
-    return max(above, lower), max(above, lower)
+def _collect(n, x, y, first, second, low, high, lower, upper, values, size):  # pragma: no cover - compiled
+    """Append the marginals strictly between low and high of a geometric row to values[:size]; return the new size."""
+    by_first = by_second = 0.0
+    if upper > BLOCK:
+        by_first, by_second = _block_ratio(first), _block_ratio(second)
+    while n < upper:
+        ahead = x * by_first + y * by_second
+        at, u, v = n, x, y
+        end = min(upper, n + BLOCK) if upper > BLOCK else upper
+        while at < end:
+            found = max(u + v, ahead)
+            if found <= low:
+                return size
+            if found < high and at >= lower:
+                values[size] = found
+                size += 1
+            u *= first
+            v *= second
+            at += 1
+        x *= by_first
+        y *= by_second
+        n = end
+    return size
 
 
 @njit(cache=True)
@@ -84,20 +106,46 @@ def _search(table, row, value, lower, upper):  # pragma: no cover - compiled
     return start
 
 
-@njit(cache=True)
-def _search_both(table, row, value, lower, upper):  # pragma: no cover - compiled
-    above = _search(table, row, value, lower, upper)
-    if above < upper and table[row, above] == value:
-        return above, _search(table, row, np.nextafter(value, -np.inf), above, upper)
-    return above, above
+@njit(inline="always")
+def begin(weight, i, lower):  # pragma: no cover - compiled
+    """Place (n, x, y) at which row i begins; x and y mean nothing to a row of the table."""
+    if weight.size and weight[i] >= 0.0:
+        return 1, weight[i], weight[i]
+    return lower, 0.0, 0.0
 
 
 @njit(inline="always")
-def counts_at(weight, first, second, table, i, value, lower, upper):  # pragma: no cover - compiled
-    """Rollouts of row i, within its bounds, whose marginal is (above ``value``, at least ``value``)."""
+def counts_from(n, x, y, weight, first, second, table, i, value, lower, upper):  # pragma: no cover - compiled
+    """Rollouts of row i, within its bounds, whose marginal is (above, at least) ``value``; the place reached.
+
+    (n, x, y) is a place that the row reached for a larger value, or its beginning.
+    """
     if weight.size and weight[i] >= 0.0:
-        return _walk_both(weight[i], first[i], second[i], value, lower, upper)
-    return _search_both(table, int(-weight[i]) - 1 if weight.size else i, value, lower, upper)
+        above, following, n, x, y = _walk(n, x, y, first[i], second[i], value, upper)
+        at_least = above
+        if following == value:
+            at_least = _walk(n, x, y, first[i], second[i], np.nextafter(value, -np.inf), upper)[0]
+        return max(above, lower), max(at_least, lower), n, x, y
+    row = int(-weight[i]) - 1 if weight.size else i
+    above = _search(table, row, value, n, upper)
+    at_least = above
+    if above < upper and table[row, above] == value:
+        at_least = _search(table, row, np.nextafter(value, -np.inf), above, upper)
+    return above, at_least, above, x, y
+
+
+@njit(inline="always")
+def collect(n, x, y, weight, first, second, table, i, low, high, lower, upper, values, size):  # pragma: no cover
+    """Append the marginals of row i strictly between low and high to values[:size]; return the new size."""
+    if weight.size and weight[i] >= 0.0:
+        return _collect(n, x, y, first[i], second[i], low, high, lower, upper, values, size)
+    row = int(-weight[i]) - 1 if weight.size else i
+    while n < upper and table[row, n] > low:
+        if table[row, n] < high:
+            values[size] = table[row, n]
+            size += 1
+        n += 1
+    return size
 
 
 @njit(cache=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from knapsack_rl._rows import counts_at, marginal
+from knapsack_rl._rows import begin, collect, counts_from, marginal
 
 STRIDE = 16  # of a sample of the prompts
 FIRST_LOOK = 16  # prompts that give the first guess
@@ -36,12 +36,31 @@ def _value(key):  # pragma: no cover - compiled
 
 
 @njit(cache=True)
-def count_rollouts(rows, cost, lower, upper, step, value):  # pragma: no cover - compiled
-    """Of every ``step``-th prompt: (cost above, cost at least, rollouts above, rollouts at least) the value."""
+def beginnings(rows, lower, step):  # pragma: no cover - compiled
+    """Places at which the rows of every ``step``-th prompt begin: arrays n, x and y."""
+    weight = rows[0]
+    size = (lower.size + step - 1) // step
+    n, x, y = np.empty(size, np.int64), np.empty(size), np.empty(size)
+    for k in range(size):
+        n[k], x[k], y[k] = begin(weight, k * step, lower[k * step])
+    return n, x, y
+
+
+@njit(cache=True)
+def count_rollouts(rows, cost, lower, upper, step, value, start, reached):  # pragma: no cover - compiled
+    """Of every ``step``-th prompt: (cost above, cost at least, rollouts above, rollouts at least) the value.
+
+    ``start`` has the places at a larger value, ``reached`` gets those at this one.
+    """
     weight, first, second, table = rows
+    start_n, start_x, start_y = start
+    n, x, y = reached
     cost_above = cost_at_least = above = at_least = 0.0
-    for i in range(0, lower.size, step):
-        n_above, n_at_least = counts_at(weight, first, second, table, i, value, lower[i], upper[i])
+    for k in range(n.size):
+        i = k * step
+        n_above, n_at_least, n[k], x[k], y[k] = counts_from(
+            start_n[k], start_x[k], start_y[k], weight, first, second, table, i, value, lower[i], upper[i]
+        )
         above += n_above
         at_least += n_at_least
         if cost.size:
@@ -53,20 +72,19 @@ def count_rollouts(rows, cost, lower, upper, step, value):  # pragma: no cover -
 
 
 @njit(cache=True)
-def _gather(rows, cost, lower, upper, step, low, high, capacity):  # pragma: no cover - compiled
+def _gather(rows, cost, lower, upper, step, low, high, start, capacity):  # pragma: no cover - compiled
     """Marginals strictly between low and high, and their costs (empty for unit costs)."""
     weight, first, second, table = rows
+    n, x, y = start
     values = np.empty(capacity)
     weights = np.empty(capacity if cost.size else 0)
     size = 0
-    for i in range(0, lower.size, step):
-        start = counts_at(weight, first, second, table, i, high, lower[i], upper[i])[1]
-        end = counts_at(weight, first, second, table, i, low, lower[i], upper[i])[0]
-        for n in range(start, end):
-            values[size] = marginal(weight, first, second, table, i, n, upper[i])
-            if cost.size:
-                weights[size] = cost[i]
-            size += 1
+    for k in range(n.size):
+        i = k * step
+        before = size
+        size = collect(n[k], x[k], y[k], weight, first, second, table, i, low, high, lower[i], upper[i], values, size)
+        if cost.size:
+            weights[before:size] = cost[i]
     return values[:size], weights[:size]
 
 
@@ -110,7 +128,7 @@ def _select(values, weights, room):  # pragma: no cover - compiled
 
 @njit(cache=True)
 def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no cover - compiled
-    """Critical value of every ``step``-th prompt (-inf: all rollouts fit), and how fast cost falls with the key there.
+    """Of every ``step``-th prompt: critical value (-inf: all rollouts fit), how fast cost falls with the key, places.
 
     ``guess`` is a value near it, if possible; ``slope`` the cost per key near it, 0 if unknown.
     """
@@ -122,17 +140,22 @@ def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no
     trial = _key(guess)
     width = OCTAVE
     slow = 0
+    places = beginnings(rows, lower, step)  # at ``high``
+    trial_places = beginnings(rows, lower, step)
     while True:
         before = many - few
-        above, at_least, n_above, n_at_least = count_rollouts(rows, cost, lower, upper, step, _value(trial))
+        above, at_least, n_above, n_at_least = count_rollouts(
+            rows, cost, lower, upper, step, _value(trial), places, trial_places
+        )
         if above > budget:
             low, below, many = trial, above, n_above
         elif at_least > budget:
-            return _value(trial), slope
+            return _value(trial), slope, places
         elif trial == least:
-            return -np.inf, slope
+            return -np.inf, slope, places
         else:
             high, fits, few = trial, at_least, n_at_least
+            places, trial_places = trial_places, places
         if below == np.inf or fits < 0.0:  # one end is open: look beyond the budget, then further and further away
             if slope > 0.0:
                 average = (budget / above if above > 0.0 else 1.0) if cost.size else 1.0
@@ -149,8 +172,10 @@ def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no
         span = float(high - low) if (high < 0) == (low < 0) else float(high) - float(low)
         slope = (below - fits) / span
         if many - few <= limit:
-            values, weights = _gather(rows, cost, lower, upper, step, _value(low), _value(high), int(many - few))
-            return _select(values, weights, budget - fits), slope
+            values, weights = _gather(
+                rows, cost, lower, upper, step, _value(low), _value(high), places, int(many - few)
+            )
+            return _select(values, weights, budget - fits), slope, places
         # Aim a little beyond the budget, on the side of the end that is farther away; halve where that is slow.
         margin = 0.4 * limit * (below - fits) / (many - few)
         if below - budget > budget - fits:
@@ -165,7 +190,7 @@ def _search(rows, cost, lower, upper, step, budget, guess, slope):  # pragma: no
 
 @njit(cache=True)
 def critical_value(rows, cost, lower, upper, budget):  # pragma: no cover - compiled
-    """The marginal value at which the budget ends; -inf if every rollout fits.
+    """The marginal value at which the budget ends, -inf if every rollout fits; places at a larger value.
 
     Args:
         rows: :class:`knapsack_rl.rows.Rows` as a plain tuple; no row rises within its bounds.
@@ -181,7 +206,7 @@ def critical_value(rows, cost, lower, upper, budget):  # pragma: no cover - comp
         least += price * lower[i]
         most += price * upper[i]
     if most <= budget:
-        return -np.inf
+        return -np.inf, beginnings(rows, lower, 1)
     # Where a budget spread evenly would end: the mean marginal of a few prompts there.
     weight, first, second, table = rows
     share = (budget - least) / (most - least)
@@ -200,20 +225,24 @@ def critical_value(rows, cost, lower, upper, budget):  # pragma: no cover - comp
             price = cost[i] if cost.size else 1.0
             least += price * lower[i]
             most += price * upper[i]
-        found, slope = _search(rows, cost, lower, upper, step, least + share * (most - least), guess, slope)
+        found, slope, _ = _search(rows, cost, lower, upper, step, least + share * (most - least), guess, slope)
         guess = found if found > -np.inf else guess
         slope *= STRIDE
         step //= STRIDE
-    return _search(rows, cost, lower, upper, 1, budget, guess, slope)[0]
+    value, _, places = _search(rows, cost, lower, upper, 1, budget, guess, slope)
+    return value, places
 
 
 @njit(cache=True)
-def counts_around(rows, lower, upper, value):  # pragma: no cover - compiled
-    """Counts of every prompt above the value, and at least it."""
+def counts_around(rows, lower, upper, value, places):  # pragma: no cover - compiled
+    """Counts of every prompt above the value, and at least it; ``places`` are at a larger value."""
     weight, first, second, table = rows
+    n, x, y = places
     above, at_least = np.empty_like(lower), np.empty_like(lower)
     for i in range(lower.size):
-        above[i], at_least[i] = counts_at(weight, first, second, table, i, value, lower[i], upper[i])
+        above[i], at_least[i], _, _, _ = counts_from(
+            n[i], x[i], y[i], weight, first, second, table, i, value, lower[i], upper[i]
+        )
     return above, at_least
 
 
@@ -271,10 +300,10 @@ def _fill_evenly(few, many, left, members, priority):  # pragma: no cover - comp
 @njit(cache=True)
 def take_best(rows, lower, upper, budget, tier, priority):  # pragma: no cover - compiled
     """The ``budget - sum(lower)`` best rollouts in the documented order; all rollouts cost one."""
-    value = critical_value(rows, np.empty(0), lower, upper, float(budget))
+    value, places = critical_value(rows, np.empty(0), lower, upper, float(budget))
     if value == -np.inf:
         return upper.copy()
-    few, many = counts_around(rows, lower, upper, value)
+    few, many = counts_around(rows, lower, upper, value, places)
     left = budget - few.sum()
     if left > 0:
         share_out(few, many, left, tier, priority)

@@ -57,6 +57,7 @@ class GridPosterior:
         """
         self.value = make_value_function(value)
         self._values: FloatArray = np.empty((self.grid.size, 0))
+        self._mixed: FloatArray = np.empty((0, self.grid.size))  # chance of mixed outcomes for 0, 1, ... rollouts
 
     def binomial_likelihood(self, successes: FloatArray | IntArray, failures: FloatArray | IntArray) -> FloatArray:
         """(M, grid_points) likelihood of counts up to a factor per row, whose largest entry is 1."""
@@ -84,12 +85,12 @@ class GridPosterior:
         """Posterior mean and expectations over the grid."""
         if self._values.shape[1] < max_rollouts:
             self._values = marginal_table(self.value, self.grid, max_rollouts)
+            self._mixed = nonzero_gradient_probability(np.arange(max_rollouts + 1)[:, None], self.grid)
 
         def nonzero_gradient(counts: IntArray) -> FloatArray:
-            # Counts repeat a lot, and powers are what costs time here.
-            distinct, which = np.unique(counts, return_inverse=True)
-            table = nonzero_gradient_probability(distinct[:, None], self.grid)
-            return np.einsum("mg,mg->m", posterior, table[which])
+            if counts.max(initial=0) < self._mixed.shape[0]:
+                return np.einsum("mg,mg->m", posterior, self._mixed[counts])
+            return np.einsum("mg,mg->m", posterior, nonzero_gradient_probability(counts[:, None], self.grid))
 
         return Belief(posterior @ self.grid, posterior @ self._values[:, :max_rollouts], nonzero_gradient)
 
@@ -214,23 +215,34 @@ class BayesFilterEstimator(GridPosterior):
     def absorb(self, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
         """Multiply what is known by the likelihood of a visit, and score the neighbouring variances and drifts."""
         visit = self.binomial_likelihood(successes, totals - successes)
-        again = records.visits > 0
-        if again.any():
-            self._score(records.take(np.flatnonzero(again)), visit[again])
-        evidence = self._likelihood(records) * visit
+        again = np.flatnonzero(records.visits)
+        known = np.ones_like(visit)
+        if again.size:
+            known[again] = self._score(records if again.size == len(records) else records.take(again), visit[again])
+        evidence = known * visit
         return np.maximum(evidence / evidence.max(axis=1, keepdims=True), self.FLOOR)
 
-    def _score(self, records: Records, visit: FloatArray) -> None:
-        """Add the log predictive probability of the visits under each candidate."""
+    def _score(self, records: Records, visit: FloatArray) -> FloatArray:
+        """Add the log predictive probability of the visits under each candidate; return :meth:`_likelihood`."""
         waves = records.evidence @ self._cosines
+        hit = visit * self.prior
         for k, factor in enumerate(self.VARIANCE_FACTORS):
             walked = self._walk(waves, records.age, self.variance * factor)
-            if factor == 1.0:
-                for j, step in enumerate(self.DRIFT_STEPS):
-                    predicted = self.posterior_of(self._shift(walked, records.age * (self.drift + step)))
-                    self._scores_of_drift[j] += _log_score(predicted, visit)
-            predicted = self.posterior_of(self._shift(walked, records.age * self.drift))
-            self._scores_of_variance[k] += _log_score(predicted, visit)
+            if factor != 1.0:
+                self._scores_of_variance[k] += self._log_score(walked, records.age * self.drift, hit)[0]
+                continue
+            for j, step in enumerate(self.DRIFT_STEPS):
+                score, shifted = self._log_score(walked, records.age * (self.drift + step), hit)
+                self._scores_of_drift[j] += score
+                if step == 0.0:
+                    self._scores_of_variance[k] += score
+                    now = shifted
+        return now
+
+    def _log_score(self, walked: FloatArray, drifted: FloatArray, hit: FloatArray) -> tuple[float, FloatArray]:
+        """Log probability of visits after such a drift, up to a constant that all predictions share; the likelihood."""
+        shifted = self._shift(walked, drifted)
+        return float(np.log(np.einsum("mg,mg->m", shifted, hit) / (shifted @ self.prior)).sum()), shifted
 
     def _likelihood(self, records: Records) -> FloatArray:
         """(M, grid_points) likelihood of all past visits as a function of the rate now; ones for an unseen prompt."""
@@ -241,8 +253,12 @@ class BayesFilterEstimator(GridPosterior):
 
     def _walk(self, waves: FloatArray, age: FloatArray, variance: float) -> FloatArray:
         """Let rows, given by their cosine coefficients, walk for their ages."""
-        walked = (waves * np.exp(np.outer(-variance * age, self._decay))) @ self._cosines.T
-        return np.maximum(walked, self.FLOOR)  # rounding may leave a tiny negative number
+        # Prompts of an earlier batch have one age, so few are distinct; exponentials are what costs time here.
+        distinct, which = np.unique(age, return_inverse=True)
+        damping = np.exp(np.outer(-variance * distinct, self._decay))[which]
+        damping *= waves
+        walked = damping @ self._cosines.T
+        return np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
 
     def _shift(self, rows: FloatArray, logits: FloatArray) -> FloatArray:
         """Move each row up by so many logits, linearly between points; the end value moves in from outside."""
@@ -342,11 +358,6 @@ class BayesFilterEstimator(GridPosterior):
         self.variance, self.drift = variance, drift
         self._scores_of_variance = parts["scores_of_variance"].copy()
         self._scores_of_drift = parts["scores_of_drift"].copy()
-
-
-def _log_score(predicted: FloatArray, visit: FloatArray) -> float:
-    """Log probability of the visits, up to a constant that is the same for every prediction."""
-    return float(np.log(np.einsum("mg,mg->m", predicted, visit)).sum())
 
 
 def _sample(population: Records) -> Records:

@@ -117,7 +117,7 @@ def solve_with_costs(
         (M,) counts; the certificate; whether every rollout of positive value was affordable.
     """
     from knapsack_rl._core import concave_hull
-    from knapsack_rl._selection import counts_around, critical_value
+    from knapsack_rl._selection import beginnings, counts_around, critical_value
 
     allowed = budget + ROUNDING * abs(budget)
     rows, concave = solver.concave_rows(rows, low, high)
@@ -125,12 +125,12 @@ def solve_with_costs(
         rows = Rows(table=rows.as_table(max(int(high.max()), 1)))
     bounding = rows if concave else Rows(table=concave_hull(rows.table, low, high))
     by_density = bounding.per_cost(costs)
-    density = float(critical_value(tuple(by_density), costs, low, high, allowed))
+    density, places = critical_value(tuple(by_density), costs, low, high, allowed)
     if density <= 0.0:
-        counts, _ = counts_around(tuple(by_density), low, high, 0.0)
+        counts, _ = counts_around(tuple(by_density), low, high, 0.0, beginnings(tuple(by_density), low, 1))
         value = solver.total_value(rows, counts)
         return counts, Certificate(value, value), True
-    base, at_least = counts_around(tuple(by_density), low, high, density)
+    base, at_least = counts_around(tuple(by_density), low, high, density, places)
     base_value, room = solver.total_value(rows, base), max(allowed - float(costs @ base), 0.0)
     bound = base_value + density * room
     counts = base.copy()

@@ -47,7 +47,12 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
 
 def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
     """A number per prompt that depends on its id alone, the same in every process: the last tie-break."""
-    return np.array([zlib.crc32(repr(prompt_id).encode()) for prompt_id in prompt_ids], dtype=np.float64)
+    crc32 = zlib.crc32
+    # A number starts from another checksum than a string, so 7 and "7" differ.
+    order = [
+        crc32(i.encode("utf-8", "surrogatepass")) if isinstance(i, str) else crc32(b"%d" % i, 1) for i in prompt_ids
+    ]
+    return np.array(order, dtype=np.float64)
 
 
 def other_type(prompt_id: PromptId) -> PromptId | None:

@@ -9,7 +9,8 @@ D[i, n] = V[i, n+1] - V[i, n] is its input, because differences of values near s
 If every row of D never increases within its bounds (V concave there) and every rollout costs one, taking the
 ``budget - sum(lower)`` largest marginals is an exact optimum: each row hands out its marginals in falling order, so
 the largest ones overall are always reachable, and no other choice of as many marginals has a larger sum. That is
-the greedy method, O(budget log M) with a heap. Any other table goes to a dynamic program, O(M budget upper).
+the greedy method; no heap is needed, see :mod:`knapsack_rl._selection`. Any other table goes to a dynamic program,
+O(M budget upper) in time and O(M budget) in memory, which refuses what would not fit :data:`MOST_STATES`.
 
 **Ties.** Among rollouts of equal marginal value the greedy takes, in this order: the lower ``tier``; the prompt that
 holds fewer rollouts; the lower ``priority``; the earlier position. Where tier and priority are functions of the
@@ -35,6 +36,9 @@ METHODS = ("auto", "greedy", "dynamic-programming")
 
 CONCAVITY_TOLERANCE = 1e-12
 """A marginal may rise by this share of the largest magnitude in its row and still count as level: rounding."""
+
+MOST_STATES = 2**29
+"""Prompts times budget that the dynamic program takes on: 2 GiB."""
 
 
 def marginals_of(values: ArrayLike) -> FloatArray:
@@ -183,7 +187,7 @@ def solve_checked(
     """:func:`solve` for arguments that are checked already: contiguous float64 and int64 arrays that fit.
 
     Raises:
-        ValueError: as :func:`solve` for the table and the method.
+        ValueError: as :func:`solve` for the table and the method, or the dynamic program would be too large.
     """
     from knapsack_rl._kernels import best_of_table
 
@@ -192,6 +196,12 @@ def solve_checked(
         raise ValueError("greedy needs a concave table; use method='auto' or 'dynamic-programming'")
     if concave and method != "dynamic-programming":
         return greedy(rows, budget, low, high, tier, priority)
+    if low.size * (budget + 1) > MOST_STATES:
+        raise ValueError(
+            f"rows that are not concave need a dynamic program, which takes at most {MOST_STATES} prompts x rollouts, "
+            f"got {low.size} x {budget}; pass costs=np.ones({low.size}) for a solution with a certificate, raise "
+            "min_rollouts to at least 1, or split the prompts"
+        )
     table = rows.as_table(int(high.max(initial=1)))
     order = np.lexsort((priority, tier))
     reachable = np.where(np.arange(table.shape[1]) < high[:, None], table, 0.0)  # columns beyond may hold anything

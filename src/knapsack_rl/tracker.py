@@ -78,11 +78,14 @@ class Records:
 
     def take(self, rows: IntArray) -> Records:
         """The records of the given rows; row -1 stands for a prompt never seen."""
-        known = rows >= 0
-        taken = Records.empty(rows.size, self.evidence.shape[1])
-        for column in (*COLUMNS, "evidence", "age"):
-            getattr(taken, column)[known] = getattr(self, column)[rows[known]]
-        return taken
+        if not len(self):
+            return Records.empty(rows.size, self.evidence.shape[1])
+        taken = {column: getattr(self, column)[rows] for column in (*COLUMNS, "evidence", "age")}
+        unseen = rows < 0
+        if unseen.any():
+            for values in taken.values():
+                values[unseen] = 0
+        return Records(**taken)
 
     def lengths_of(self, outcome: Outcome) -> tuple[FloatArray, FloatArray, FloatArray]:
         """(count, sum, sum of squares) of the lengths of rollouts that ended so."""
