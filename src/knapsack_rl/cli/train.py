@@ -54,10 +54,12 @@ def run(parsed: argparse.Namespace) -> int:
         return 0
 
     from knapsack_rl.cli.display import make_display
+    from knapsack_rl.training.noise import quiet_libraries
     from knapsack_rl.training.run import train
 
     started = time.monotonic()
-    outcome = train(settings, folder, make_display(quiet=parsed.quiet), resume=bool(parsed.resume))
+    with quiet_libraries():
+        outcome = train(settings, folder, make_display(quiet=parsed.quiet), resume=bool(parsed.resume))
     minutes = (time.monotonic() - started) / 60
     if not outcome.finished:
         print(f"interrupted after step {outcome.steps}; go on with: knapsack-rl train --resume {folder}")

@@ -70,7 +70,7 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
     body.append(page.heading("Figures by policy"))
     body.append(page.table(HEADER, [_cells(row) for row in rows], caption=_table_caption(rows)))
     body.append(page.heading("Curves"))
-    body.append(page.plots(_plots(groups)))
+    body.append(page.plots(page.plot(spec.name, spec.caption, spec.draw) for spec in comparison_plots(groups)))
     body += _settings(groups)
     target = Path(output)
     if target.is_dir():
@@ -201,12 +201,13 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
     return caption
 
 
-def _plots(groups: Sequence[Policy]) -> list[str]:
-    figures: list[str] = []
+def comparison_plots(groups: Sequence[Policy]) -> list[page.Plot]:
+    """The plots of a comparison page, as far as the logs go."""
+    figures: list[page.Plot] = []
     accuracy = {policy.label: accuracy_curve(policy) for policy in groups}
     if any(curve.x.size > 1 for curve in accuracy.values()):
         figures.append(
-            page.plot(
+            page.Plot(
                 "accuracy",
                 "Mean over seeds; the band spans the lowest and the highest seed. Compare at equal rollouts: a curve "
                 "further to the left needs fewer rollouts for the same accuracy.",
@@ -216,7 +217,7 @@ def _plots(groups: Sequence[Policy]) -> list[str]:
     finals = {policy.label: list(policy.per_seed(final_accuracy).values()) for policy in groups}
     if any(finals.values()):
         figures.append(
-            page.plot(
+            page.Plot(
                 "final",
                 "The last evaluation of each run; the bar is the mean. Where the dots of two policies mingle, the "
                 "difference may be chance. Policies with a larger N have used more rollouts.",
@@ -231,7 +232,7 @@ def _plots(groups: Sequence[Policy]) -> list[str]:
         curves = {policy.label: _trend(policy, share) for policy in groups}
         if any(curve.x.size > 1 for curve in curves.values()):
             figures.append(
-                page.plot(
+                page.Plot(
                     f"effective-{level}",
                     _LEVELS[level],
                     partial(plots.ratios_by_policy, curves, level=level),

@@ -10,12 +10,15 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MISSING = "–"
 LONGEST_TEXT = 160
@@ -58,6 +61,13 @@ td, tbody th { unicode-bidi: isolate; }
 .number { text-align: right; white-space: nowrap; }
 thead .number { white-space: normal; }
 .text { overflow-wrap: anywhere; min-width: 8rem; }
+details { margin: 1.4rem 0; border-top: 1px solid var(--line); padding-top: .6rem; }
+summary { cursor: pointer; font-weight: 600; }
+.prompts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .8rem;
+  align-items: start; }
+.prompts > div { background: var(--card); border-radius: 6px; padding: .6rem .8rem; break-inside: avoid; }
+.sample { display: block; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto;
+  font-size: .85rem; border-left: 3px solid var(--line); padding-left: .6rem; unicode-bidi: isolate; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } .scroll { overflow: visible; }
   .plots { grid-template-columns: 1fr 1fr; } .tiles div { border: 1px solid var(--line); }
   tr { break-inside: avoid; } h2 { break-after: avoid; } }
@@ -141,6 +151,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: s
     )
 
 
+def details(summary: str, parts: Iterable[str]) -> str:
+    """Parts that the reader opens; the summary is escaped."""
+    return f"<details><summary>{html.escape(summary)}</summary>{''.join(parts)}</details>"
+
+
+def sample(label: str, text: str) -> str:
+    """A text of others as it stands, line breaks included, under a label."""
+    return f'<p class="soft">{html.escape(label)}</p><code class="sample">{html.escape(text) or "(empty)"}</code>'
+
+
 def plots(figures: Iterable[str]) -> str:
     """Figures side by side where the screen is wide enough."""
     return f'<div class="plots">{"".join(figures)}</div>'
@@ -160,14 +180,57 @@ def plot(name: str, caption: str, draw: Callable[[Axes], Axes]) -> str:
     return f"<figure>{_svg(name, draw)}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
+@dataclass(frozen=True)
+class Plot:
+    """A plot of a page, before it is drawn.
+
+    Attributes:
+        name: Unique name on its page, and of its file.
+        caption: What to look for, as plain text.
+        draw: Draws on the Axes it is given.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Axes], Axes]
+
+
+def save_plots(specs: Iterable[Plot], folder: Path, kind: str) -> list[Path]:
+    """Write each plot into a file of its own, with its caption among the file's metadata.
+
+    Args:
+        specs: What to draw.
+        folder: Where; made if missing.
+        kind: "png" or "svg".
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for spec in specs:
+        path = folder / f"{spec.name}.{kind}"
+        with _drawn(spec.name, spec.draw) as (figure, title):
+            about = {"Title": title, "Description": spec.caption}
+            figure.savefig(path, format=kind, dpi=200, facecolor="white", metadata=about | _undated(kind))
+        written.append(path)
+    return written
+
+
+def _undated(kind: str) -> dict[str, None]:
+    """No date and no program in the file, so that the same run gives the same bytes."""
+    return {"Creator": None, "Date": None} if kind == "svg" else {"Software": None}
+
+
+@contextmanager
+def _drawn(name: str, draw: Callable[[Axes], Axes]) -> Iterator[tuple[Figure, str]]:
+    """A figure and its title; styles hold inside the body, where it is to be saved."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "knapsack-rl[plots]"') from error
 
-    buffer = io.StringIO()
     style = matplotlib.rc_context(
         {
             "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
@@ -180,7 +243,12 @@ def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
         # The browser chooses the font, so it does not matter which signs matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-        title = draw(figure.add_subplot()).get_title(loc="left")
+        yield figure, draw(figure.add_subplot()).get_title(loc="left")
+
+
+def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
+    buffer = io.StringIO()
+    with _drawn(name, draw) as (figure, title):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return _inline(buffer.getvalue(), title)

@@ -21,20 +21,25 @@ from knapsack_rl.runfiles import (
     CONFIG_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
+    WARNINGS_FILE,
     append_row,
     complete_checkpoints,
     steps_of,
 )
 from knapsack_rl.tasks import base_model_path
+from knapsack_rl.training.card import write_card
 from knapsack_rl.training.data import TaskData, load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.lock import own_folder
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.watch import Finding, WarningLog
 
 logger = logging.getLogger(__name__)
 
 SHIPPED_MODEL = "arithmetic-base"
+SAMPLED_PROMPTS = 512
+"""Prompts of which sample completions are kept for the report."""
 
 
 class Display(Protocol):
@@ -46,6 +51,10 @@ class Display(Protocol):
 
     def row(self, row: dict[str, Any]) -> None:
         """A step was trained or an evaluation made."""
+        ...
+
+    def warn(self, finding: Finding) -> None:
+        """Something goes wrong in the run; told once."""
         ...
 
     def stop(self) -> None:
@@ -130,6 +139,7 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.allocator.save(folder / "allocator.npz")
+    write_card(folder)
     return Outcome(folder, finished, steps, _report(folder))
 
 
@@ -166,6 +176,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
         max_rollouts=settings.max_rollouts,
         weighting=settings.weighting,
         log_allocations=True,
+        log_samples=SAMPLED_PROMPTS,
         num_generations=settings.rollouts_per_prompt,
         per_device_train_batch_size=settings.budget // settings.updates_per_step,
         steps_per_generation=settings.updates_per_step,
@@ -204,6 +215,7 @@ class _Recorder(TrainerCallback):
         self._tokenizer = tokenizer
         self._display = display
         self._started = time.perf_counter()
+        self._warnings = WarningLog(folder / WARNINGS_FILE, display.warn)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -215,6 +227,9 @@ class _Recorder(TrainerCallback):
         if not updates and (due or step == self.settings.steps):
             self._evaluate(kwargs["model"], step)
         self._stop_if_interrupted(state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_card(self._metrics.parent)  # in place of the card that TRL has just written there
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         # A step of several updates is one row, that of the update which generated.
@@ -251,6 +266,7 @@ class _Recorder(TrainerCallback):
         row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}
         append_row(self._metrics, row)
         self._display.row(row)
+        self._warnings.row(row)
 
 
 @contextmanager

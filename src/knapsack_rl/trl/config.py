@@ -33,6 +33,9 @@ class KnapsackGRPOConfig(GRPOConfig):
         outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
             the rollout. Unlike the training reward it is neither weighted nor summed.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
+        log_samples: prompts of which sample completions are kept in ``samples.jsonl`` in ``output_dir``, 0 for none:
+            the first one, the newest success and the newest failure that the main process generated, each cut to
+            some hundred characters.
 
     Raises:
         ValueError: the settings cannot work together; see :func:`check_settings`.
@@ -48,6 +51,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that tells success."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
+    log_samples: int = field(default=0, metadata={"help": "Prompts of which completions are kept in samples.jsonl."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +100,8 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
     for name, allowed in choices.items():
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
+    if setting(args, "log_samples") < 0:
+        raise ValueError(f"log_samples must be >= 0, got {setting(args, 'log_samples')}")
     check_choices(make_estimator(setting(args, "estimator")), "rollouts", setting(args, "value"), low)
     if "seed" in (args.generation_kwargs or {}):
         raise ValueError("generation_kwargs must not set seed: every rollout of a prompt would be the same")

@@ -22,9 +22,10 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import group_outcomes
+from knapsack_rl.groups import group_outcomes, successes_of
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row, complete_checkpoints
+from knapsack_rl.runfiles import ALLOCATION_LOG, SAMPLES_FILE, STATE_FILE, append_row, complete_checkpoints
+from knapsack_rl.samples import SampleStore
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.config import check_settings, setting
@@ -48,10 +49,15 @@ class _Step:
 
 @dataclass
 class _Scored:
-    """Rewards of one generation batch of all processes: (R, functions) with NaN for none, and (R,) lengths."""
+    """Rewards of one generation batch of all processes: (R, functions) with NaN for none, and (R,) lengths.
+
+    Prompts and completions are those of this process.
+    """
 
     matrix: FloatArray
     lengths: IntArray
+    prompts: list[Any]
+    completions: list[Any]
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -91,6 +97,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         self._scored: _Scored | None = None
+        self._samples: SampleStore | None = None
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
@@ -98,6 +105,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             served: Any = self.vllm_generation
             served.generate = _one_completion_per_row(served.generate, self)
         self.add_callback(_SaveAllocator(self))
+        if self._setting("log_samples") and self.accelerator.is_main_process:
+            self._samples = SampleStore(self._setting("log_samples"))
+            self.add_callback(_SaveSamples(self._samples))
 
     def _setting(self, name: str) -> Any:
         return setting(self.args, name)
@@ -130,6 +140,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._scored = _Scored(
             matrix=rewards_per_func.detach().double().cpu().numpy(),  # gathered, in rank order
             lengths=gather(lengths).cpu().numpy(),
+            prompts=prompts,
+            completions=completions,
         )
         return rewards_per_func
 
@@ -241,9 +253,23 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             metrics[f"knapsack/{name}"].append(number)
         by_prompt = group_outcomes(step.group_R, total).mean_reward
         by_prompt = by_prompt[~np.isnan(by_prompt)]
+        if self.accelerator.num_processes > 1:
+            work = lengths.reshape(self.accelerator.num_processes, -1).sum(axis=1)
+            metrics["knapsack/process_imbalance"].append(float(work.max() / max(work.mean(), 1)))
         metrics["knapsack/reward_per_prompt"].append(float(by_prompt.mean()) if by_prompt.size else float("nan"))
         if self._setting("log_allocations") and self.accelerator.is_main_process:
             self.allocator.attempt("logging", lambda: self._log_allocation(step, outcome))
+        self.allocator.attempt("sampling", lambda: self._keep_samples(ids, outcome, scored))
+
+    def _keep_samples(self, ids: list[PromptId], outcome: FloatArray, scored: _Scored) -> None:
+        if self._samples is None:
+            return
+        # The main process has the first rows.
+        verdicts = successes_of(outcome, self.allocator.success)
+        for row, (prompt, completion) in enumerate(zip(scored.prompts, scored.completions, strict=True)):
+            if not np.isnan(outcome[row]):
+                reward, success = float(outcome[row]), bool(verdicts[row])
+                self._samples.add(ids[row], prompt, completion, reward=reward, success=success, step=self._generation)
 
     @property
     def _aggregation(self) -> str:
@@ -389,6 +415,29 @@ class _SaveAllocator(TrainerCallback):
                     f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints "
                     "are untouched: make room, then resume",
                 ) from error
+
+
+class _SaveSamples(TrainerCallback):
+    """Writes the sample completions beside each checkpoint and at the end, and goes on from them when resuming."""
+
+    def __init__(self, samples: SampleStore) -> None:
+        self._samples = samples
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self._samples.read(Path(args.output_dir) / SAMPLES_FILE)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args)
+
+    def _write(self, args: Any) -> None:
+        try:
+            self._samples.write(Path(args.output_dir) / SAMPLES_FILE)
+        except OSError as error:
+            logger.warning("%s could not be written (%s); the run goes on", SAMPLES_FILE, error)
 
 
 def _check_internals() -> None:
