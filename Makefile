@@ -62,7 +62,8 @@ bench: $(INSTALLED)  ## measure solver, balancer, state file and training step
 fuzz: $(INSTALLED)  ## a million random cases against the public functions and the readers of files
 	$(BIN)/python tests/fuzz.py --cases 1100000
 
-docs: $(INSTALLED)  ## build the documentation site
+docs: $(INSTALLED)  ## build the documentation site; fails on a broken link or an undocumented public name
+	$(BIN)/python -m pytest tests/test_docs.py -k "reference or documented or links or navigation"
 	$(BIN)/mkdocs build --strict
 
 base-model: $(INSTALLED)  ## pre-train the shipped base model again

@@ -82,11 +82,13 @@ def test_messages_become_text(tmp_path):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "How much?"}]},
     ]
-    store.add("chat", question, [{"role": "assistant", "content": "42"}], reward=1.0, success=True, step=1)
+    reply = [{"role": "assistant", "content": "42"}]
+    store.add("chat", question, reply, reward=1.0, success=True, step=1, answer=42)
     store.add("empty", [{"role": "user", "content": None}], "", reward=0.0, success=False, step=1)
     store.write(tmp_path / "samples.jsonl")
     chat, empty = sorted(read_samples(tmp_path / "samples.jsonl"), key=lambda row: row["prompt_id"])
-    assert (chat["prompt"], chat["success"]["text"]) == ("Be brief.\nHow much?", "42")
+    assert (chat["prompt"], chat["success"]["text"], chat["answer"]) == ("Be brief.\nHow much?", "42", "42")
+    assert "answer" not in empty
     assert (empty["prompt"], empty["failure"]["text"]) == ("", "")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from knapsack_rl.runfiles import read_rows
-from knapsack_rl.watch import WINDOW, Watch, WarningLog, watch_rows
+from knapsack_rl.watch import WINDOW, WarningLog, Watch, watch_rows
 
 KINDS = {"collapse", "bought", "stragglers", "oscillation", "miscalibration", "truncation"}
 

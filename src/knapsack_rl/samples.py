@@ -39,9 +39,27 @@ class SampleStore:
         self._last = float("inf")
 
     def add(
-        self, prompt_id: PromptId, prompt: Any, completion: Any, *, reward: float, success: bool, step: int
+        self,
+        prompt_id: PromptId,
+        prompt: Any,
+        completion: Any,
+        *,
+        reward: float,
+        success: bool,
+        step: int,
+        answer: Any = None,
     ) -> None:
-        """Take in one completion; prompt and completion are texts or lists of messages."""
+        """Take in one completion.
+
+        Args:
+            prompt_id: of its prompt.
+            prompt: a text or a list of messages.
+            completion: likewise.
+            reward: what it was given.
+            success: whether it counts as a success.
+            step: when it was generated.
+            answer: the right answer, if one is known.
+        """
         if prompt_id not in self._rows and not self._admit(prompt_id):
             return
         shown = {"step": step, "reward": reward, "text": self._cut(completion)}
@@ -50,6 +68,8 @@ class SampleStore:
             {"step": step, "prompt_id": prompt_id, "prompt": self._cut(prompt), "first": shown | {"success": success}},
         )
         row["step"] = step
+        if answer is not None:
+            row["answer"] = self._cut(answer)
         row["success" if success else "failure"] = shown
 
     def write(self, path: Path) -> None:

@@ -107,13 +107,14 @@ class Watch:
     def row(self, row: Mapping[str, Any]) -> list[Finding]:
         """Take in a row with its ``step``; returns what is found for the first time."""
         for name, numbers in self._recent.items():
-            number = row.get(name)
-            if _is_number(number):
-                numbers.append(float(number))
+            number = _number(row.get(name))
+            if number is not None:
+                numbers.append(number)
             elif name == LOST_AGAIN and row.get(SOLVED_BEFORE) == 0:
                 numbers.append(0.0)  # keeps its place beside the number of prompts that it is a share of
-        if _is_number(row.get(HELD_OUT)):
-            self._held_out.append(float(row[HELD_OUT]))
+        accuracy = _number(row.get(HELD_OUT))
+        if accuracy is not None:
+            self._held_out.append(accuracy)
         found = []
         for kind, rule in _RULES.items():
             told = None if kind in self._told else rule(self)
@@ -154,11 +155,12 @@ class WarningLog:
     Args:
         path: the file, ``warnings.jsonl`` of the run folder.
         tell: called with each finding; by default it is logged as a warning.
+        window: rows averaged, >= 1.
     """
 
-    def __init__(self, path: Path, tell: Callable[[Finding], None] | None = None) -> None:
+    def __init__(self, path: Path, tell: Callable[[Finding], None] | None = None, *, window: int = WINDOW) -> None:
         self._path, self._tell = path, tell or _log
-        self._watch = Watch(told=[str(row.get("kind")) for row in read_rows(path)])
+        self._watch = Watch(window=window, told=[str(row.get("kind")) for row in read_rows(path)])
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Take in a row of metrics."""
@@ -291,5 +293,8 @@ _RULES: dict[str, Callable[[Watch], _Told]] = {
 }
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> float | None:
+    """A finite number, None for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None

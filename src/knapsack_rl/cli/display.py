@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,9 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from knapsack_rl.training.run import Display
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.watch import Finding
+
+if TYPE_CHECKING:
+    from knapsack_rl.training.run import Display
 
 logger = logging.getLogger(__name__)
 

@@ -68,9 +68,13 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
     body += [page.paragraph(text, "notice") for text in _notices(groups)]
     body.append(_findings(rows))
     body.append(page.heading("Figures by policy"))
-    body.append(page.table(HEADER, [_cells(row) for row in rows], caption=_table_caption(rows)))
+    # A column per policy: there are more figures than policies, and a screen is higher than it is wide.
+    columns = [_cells(row) for row in rows]
+    figures = [(name, *cells) for name, *cells in zip(HEADER, *columns, strict=True)]
+    body.append(page.table([str(cell) for cell in figures[0]], figures[1:], caption=_table_caption(rows)))
     body.append(page.heading("Curves"))
     body.append(page.plots(page.plot(spec.name, spec.caption, spec.draw) for spec in comparison_plots(groups)))
+    body += _warnings(groups)
     body += _settings(groups)
     target = Path(output)
     if target.is_dir():
@@ -248,6 +252,20 @@ def _trend(policy: Policy, share: Callable[[RunLog], FloatArray]) -> Curve:
     return mean_curve((run.steps, moving_average(share(run), window)) for run in runs)
 
 
+def _warnings(groups: Sequence[Policy]) -> list[str]:
+    """What the runs were warned of."""
+    told = [
+        (f"{policy.label}, seed {seed}", f"{row['step']:,}", row["seen"])
+        for policy in groups
+        for seed, run in policy.runs.items()
+        for row in run.warnings
+    ]
+    if not told:
+        return []
+    caption = "Each is told once in a run; the run's own page adds the likely cause and what to change"
+    return [page.heading("Warnings"), page.table(("run", "step", "seen"), told, caption=caption, numeric=False)]
+
+
 def _settings(groups: Sequence[Policy]) -> list[str]:
     """Tables of the settings that differ between policies, of those that do not, and of the runs."""
     names = sorted({name for policy in groups for run in policy.runs.values() for name in run.config} - {"seed"})
@@ -280,5 +298,6 @@ def _settings(groups: Sequence[Policy]) -> list[str]:
         ("Runs", ("run", "folder"), folders, "Each run's own page shows budgets, difficulty and calibration"),
     ):
         if rows:
-            tables += [page.heading(title), page.table(header, rows, caption=caption, numeric=False)]
+            table = page.table(header, rows, caption=caption, numeric=False)
+            tables += [page.heading(title), table] if rows is differing else [page.details(title, [table])]
     return tables

@@ -30,7 +30,7 @@ STYLE = """
   --line: #39414a; --notice: #3a2e12; --notice-line: #e0a63a; --panel: #f4f5f6; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.25rem 3rem; background: var(--page); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { margin: .4rem 0; max-width: 48rem; }
@@ -48,6 +48,8 @@ figure svg { display: block; width: 100%; height: auto; background: var(--panel)
   border-radius: 6px; padding: .5rem; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-family: system-ui, sans-serif !important; }
+@media (prefers-color-scheme: dark) { figure svg { background: #fff; border-color: transparent;
+  filter: invert(.91) hue-rotate(180deg) saturate(1.3); } }
 figcaption { font-size: .88rem; margin-top: .4rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; min-width: min(100%, 36rem); font-size: .9rem; font-variant-numeric: tabular-nums;
@@ -68,7 +70,10 @@ summary { cursor: pointer; font-weight: 600; }
 .prompts > div { background: var(--card); border-radius: 6px; padding: .6rem .8rem; break-inside: avoid; }
 .sample { display: block; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto;
   font-size: .85rem; border-left: 3px solid var(--line); padding-left: .6rem; unicode-bidi: isolate; }
-@media print { body { max-width: none; padding: 0; font-size: 11px; } .scroll { overflow: visible; }
+@media print { html { font-size: 11px; }
+  :root { --text: #000; --soft: #444; --page: #fff; --card: #fff; --line: #ccc; --notice: #fff; }
+  figure svg { filter: none; } .sample { max-height: none; }
+  body { max-width: none; padding: 0; font-size: 1rem; } .scroll { overflow: visible; }
   .plots { grid-template-columns: 1fr 1fr; } .tiles div { border: 1px solid var(--line); }
   tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
@@ -80,6 +85,11 @@ def escape(value: object) -> str:
     if len(text) > LONGEST_TEXT:
         text = text[: LONGEST_TEXT - 1] + "…"
     return html.escape(text, quote=True)
+
+
+def _prose(text: str) -> str:
+    """Running text, escaped; a number is not parted from its percent sign."""
+    return re.sub(r"(?<=\d) %", "&nbsp;%", html.escape(text))
 
 
 def document(title: str, body: Iterable[str]) -> str:
@@ -109,7 +119,7 @@ def write(target: Path, title: str, body: Iterable[str]) -> Path:
 
 def paragraph(text: str, style: str = "") -> str:
     """An escaped paragraph, optionally of a CSS class."""
-    return f'<p class="{style}">{html.escape(text)}</p>' if style else f"<p>{html.escape(text)}</p>"
+    return f'<p class="{style}">{_prose(text)}</p>' if style else f"<p>{_prose(text)}</p>"
 
 
 def heading(text: str) -> str:
@@ -120,7 +130,7 @@ def heading(text: str) -> str:
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
     """Key figures: name, value and a short remark, all escaped."""
     cells = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{_prose(remark)}</small></dd></div>"
         for name, value, remark in items
     )
     return f'<dl class="tiles">{"".join(cells)}</dl>'
@@ -177,7 +187,7 @@ def plot(name: str, caption: str, draw: Callable[[Axes], Axes]) -> str:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    return f"<figure>{_svg(name, draw)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{_svg(name, draw)}<figcaption>{_prose(caption)}</figcaption></figure>"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from knapsack_rl.report import page
 from knapsack_rl.report.runlog import RunLog
 
-SHOWN = 4
+SHOWN = 6
 """Prompts in each list."""
 
 
@@ -125,6 +125,8 @@ def _card(one: PromptHistory, sample: Mapping[str, Any] | None) -> str:
         return f"<div>{''.join(parts)}</div>"
     if sample["prompt"] != str(one.prompt_id):
         parts.append(page.sample("Prompt", sample["prompt"]))
+    if sample.get("answer") is not None:
+        parts.append(page.sample("Right answer", str(sample["answer"])))
     shown = [("First completion", sample.get("first"))]
     shown += [(f"Newest {kind}", sample.get(kind)) for kind in ("success", "failure")]
     done: list[Any] = []

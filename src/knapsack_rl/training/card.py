@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,17 @@ def write_card(folder: Path) -> Path:
 def card(run: RunLog, *, finished: bool) -> str:
     """The model card as Markdown with a YAML header."""
     config, name = run.config, run.folder.resolve().name
-    command = f"knapsack-rl train --config {run.folder / 'config.yaml'}"
-    allocation = str(config.get("allocation"))
+    allocation = str(config.get("allocation", "?"))
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {json.dumps(str(config.get('model')))}",
+        *_hub_name(config.get("model", "?")),
         "tags: [grpo, trl, knapsack-rl]",
         "---",
         "",
         f"# {_inline(name)}",
         "",
-        f"{_code(config.get('model'))}, trained on {_code(config.get('dataset'))} by GRPO with "
+        f"{_code(config.get('model', '?'))}, trained on {_code(config.get('dataset', '?'))} by GRPO with "
         + ("the same number of rollouts for every prompt" if allocation == "uniform" else "its rollouts allocated by a")
         + ("." if allocation == "uniform" else " knapsack (arXiv 2509.25849)."),
         "",
@@ -56,8 +55,10 @@ def card(run: RunLog, *, finished: bool) -> str:
         "",
         "## Again",
         "",
+        "In this folder:",
+        "",
         "```sh",
-        command + " --output FOLDER",
+        "knapsack-rl train --config config.yaml --output FOLDER",
         "```",
         "",
         "All settings are in `config.yaml`, every step in `metrics.jsonl` and `allocations.jsonl`; `report.html` shows "
@@ -65,6 +66,13 @@ def card(run: RunLog, *, finished: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _hub_name(model: Any) -> list[str]:
+    """The header's line for a base model that the hub knows by this name; a local one has none."""
+    name = str(model)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not Path(name).exists()
+    return [f"base_model: {name}"] if on_hub else []
 
 
 def _progress(run: RunLog, finished: bool) -> str:
@@ -75,18 +83,19 @@ def _progress(run: RunLog, finished: bool) -> str:
 
 def _facts(run: RunLog) -> list[tuple[str, str]]:
     config = run.config
-    allocation = str(config.get("allocation"))
-    estimator = f", estimator {config.get('estimator')}" if allocation == "knapsack" else ""
+    allocation = str(config.get("allocation", "?"))
+    estimator = f", estimator {config.get('estimator', '?')}" if allocation == "knapsack" else ""
     facts = [
-        ("base model", _code(config.get("model"))),
-        ("task", _code(config.get("dataset"))),
+        ("base model", _code(config.get("model", "?"))),
+        ("task", _code(config.get("dataset", "?"))),
         ("allocation", f"{_code(allocation)}{_inline(estimator)}"),
         (
             "rollouts",
-            f"{config.get('prompts_per_step')} prompts × {config.get('rollouts_per_prompt')} on average a step",
+            f"{config.get('prompts_per_step', '?')} prompts a step × {config.get('rollouts_per_prompt', '?')} on "
+            "average",
         ),
-        ("bounds", f"{config.get('min_rollouts')} to {config.get('max_rollouts')} rollouts of a prompt"),
-        ("learning rate, seed", f"{config.get('learning_rate')}, {config.get('seed')}"),
+        ("bounds", f"{config.get('min_rollouts', '?')} to {config.get('max_rollouts', '?')} rollouts of a prompt"),
+        ("learning rate, seed", f"{config.get('learning_rate', '?')}, {config.get('seed', '?')}"),
     ]
     for label, metric in (("sampled", "held_out/accuracy"), ("greedy", "held_out/greedy_accuracy")):
         values = run.metric(metric)[1]

@@ -127,6 +127,7 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
         processing_class=tokenizer,
         callbacks=[recorder],
     )
+    trainer.create_model_card = _no_card  # type: ignore[method-assign] # the folder's own is written at the end
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if trained and checkpoint is not None:
@@ -139,7 +140,8 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.allocator.save(folder / "allocator.npz")
-    write_card(folder)
+    if trainer.is_world_process_zero():
+        _card(folder)
     return Outcome(folder, finished, steps, _report(folder))
 
 
@@ -228,9 +230,6 @@ class _Recorder(TrainerCallback):
             self._evaluate(kwargs["model"], step)
         self._stop_if_interrupted(state, control)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_card(self._metrics.parent)  # in place of the card that TRL has just written there
-
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         # A step of several updates is one row, that of the update which generated.
         step, updates = divmod(state.global_step - 1, self.settings.updates_per_step)
@@ -292,3 +291,14 @@ def _report(folder: Path) -> Path | None:
     except ImportError as error:
         logger.warning("no report was written: %s", error)
         return None
+
+
+def _card(folder: Path) -> None:
+    try:
+        write_card(folder)
+    except OSError as error:
+        logger.warning("no model card was written: %s", error)
+
+
+def _no_card(*_: Any, **__: Any) -> None:
+    """In place of TRL's draft, which cannot know the base model and calls it None."""

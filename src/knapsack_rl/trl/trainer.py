@@ -51,13 +51,14 @@ class _Step:
 class _Scored:
     """Rewards of one generation batch of all processes: (R, functions) with NaN for none, and (R,) lengths.
 
-    Prompts and completions are those of this process.
+    Prompts, completions and answers (of a column of that name) are those of this process.
     """
 
     matrix: FloatArray
     lengths: IntArray
     prompts: list[Any]
     completions: list[Any]
+    answers: list[Any]
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -142,6 +143,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             lengths=gather(lengths).cpu().numpy(),
             prompts=prompts,
             completions=completions,
+            answers=[row.get("answer") for row in inputs],
         )
         return rewards_per_func
 
@@ -266,10 +268,18 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             return
         # The main process has the first rows.
         verdicts = successes_of(outcome, self.allocator.success)
-        for row, (prompt, completion) in enumerate(zip(scored.prompts, scored.completions, strict=True)):
+        mine = zip(scored.prompts, scored.completions, scored.answers, strict=True)
+        for row, (prompt, completion, answer) in enumerate(mine):
             if not np.isnan(outcome[row]):
-                reward, success = float(outcome[row]), bool(verdicts[row])
-                self._samples.add(ids[row], prompt, completion, reward=reward, success=success, step=self._generation)
+                self._samples.add(
+                    ids[row],
+                    prompt,
+                    completion,
+                    reward=float(outcome[row]),
+                    success=bool(verdicts[row]),
+                    step=self._generation,
+                    answer=answer,
+                )
 
     @property
     def _aggregation(self) -> str:

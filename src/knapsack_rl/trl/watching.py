@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from knapsack_rl.runfiles import WARNINGS_FILE
-from knapsack_rl.watch import Finding, WarningLog
+from knapsack_rl.watch import WINDOW, Finding, WarningLog
 
 
 class WatchCallback(TrainerCallback):
@@ -19,10 +19,11 @@ class WatchCallback(TrainerCallback):
 
     Args:
         tell: called with each finding; by default it is logged as a warning.
+        window: logged steps averaged before anything is said, >= 1.
     """
 
-    def __init__(self, tell: Callable[[Finding], None] | None = None) -> None:
-        self._tell = tell
+    def __init__(self, tell: Callable[[Finding], None] | None = None, *, window: int = WINDOW) -> None:
+        self._tell, self._window = tell, window
         self._log: WarningLog | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -30,5 +31,5 @@ class WatchCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if self._log is None:
-            self._log = WarningLog(Path(args.output_dir) / WARNINGS_FILE, self._tell)
+            self._log = WarningLog(Path(args.output_dir) / WARNINGS_FILE, self._tell, window=self._window)
         self._log.row({"step": state.global_step} | logs)
