@@ -15,6 +15,11 @@ EXAMPLES = """examples:
   knapsack-rl train                                       the shipped model on arithmetic, about ten minutes
   knapsack-rl train --allocation uniform --steps 100      stock GRPO, shorter
   knapsack-rl train --model my-model/ --dataset qa.jsonl --prompt-column question
+  knapsack-rl train --model smollm2-135m --dataset sums   a real model without a hub; hours on a CPU
+  knapsack-rl train --model Qwen/Qwen2.5-1.5B-Instruct --dataset gsm8k --lora-rank 16 --learning-rate 1e-5 \
+      --rollouts-per-pass 16 --vllm colocate              on an accelerator
+  knapsack-rl train --dataset "reasoning-gym:chain_sum?max_terms=3" --model my-model/
+  torchrun --nproc_per_node 4 -m knapsack_rl train --model my-model/ --dataset math
   knapsack-rl train --resume runs/knapsack-n8-seed0       go on after an interruption
 """
 
@@ -54,10 +59,14 @@ def run(parsed: argparse.Namespace) -> int:
         return 0
 
     from knapsack_rl.cli.display import make_display
+    from knapsack_rl.training.models import is_main_process
     from knapsack_rl.training.run import train
 
     started = time.monotonic()
-    outcome = train(settings, folder, make_display(quiet=parsed.quiet), resume=bool(parsed.resume))
+    silent = parsed.quiet or not is_main_process()
+    outcome = train(settings, folder, make_display(quiet=silent), resume=bool(parsed.resume))
+    if not is_main_process():
+        return 0 if outcome.finished else 130
     minutes = (time.monotonic() - started) / 60
     if not outcome.finished:
         print(f"interrupted after step {outcome.steps}; go on with: knapsack-rl train --resume {folder}")
