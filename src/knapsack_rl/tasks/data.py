@@ -108,7 +108,7 @@ def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if request.path and not Path(place).is_dir():
         raise FileNotFoundError(f"there is no file or folder {place}; a file ends in {', '.join(READABLE)}")
-    return _load(place, request.config or source.config, split)
+    return _load(place, request.config or (None if request.path else source.config), split)
 
 
 def _load(place: str, config: str | None, split: str) -> list[Row]:
@@ -116,17 +116,19 @@ def _load(place: str, config: str | None, split: str) -> list[Row]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(f'{error}. The data set {place} needs: pip install "knapsack-rl[trl]"') from error
-    import httpx
+    from datasets.exceptions import DatasetGenerationError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         rows = load_dataset(place, config, split=split)
-    except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, FileNotFoundError, httpx.TransportError) as error:
+    except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, FileNotFoundError) as error:
         raise OSError(
             f"the data set {place} could not be loaded: {' '.join(str(error).split())[:300]}. Check its name and the "
             "network, or download it elsewhere and name the copy with dataset_path (a folder laid out as on the hub, "
             f"or one file of {', '.join(READABLE)})"
         ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"the data set {place} could not be read: {error.__cause__ or error}") from error
     return list(rows)
 
 

@@ -2,8 +2,8 @@
 
 A prompt shows three solved problems and asks the fourth, so that a model answers with a number and a new line, chat or
 no chat. Operands have one or two digits, drawn equally often; what a model of some hundred million parameters can do
-ranges from about half of the easy problems to none of the hard products. Answers are compared with the first line of the
-completion.
+ranges from about half of the easy problems to none of the hard products. The first line of a completion is its
+answer.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,35 +30,49 @@ def model_name(model: str) -> str:
     return str(PRESETS[model]()) if model in PRESETS else model
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, padding on the left."""
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+def load_tokenizer(settings: TrainSettings) -> Any:
+    """The model's tokenizer, padding on the left.
+
+    Raises:
+        ImportError: a preset needs a package.
+        OSError: there is no such model, or a preset could not be fetched.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_name(settings.model), padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(name: str, settings: TrainSettings, task: TaskData, tokenizer: Any) -> Any:
-    """The model, in the precision it is kept in, with the task's end of answers among its own.
+def load_model(settings: TrainSettings, task: TaskData, tokenizer: Any, trained: Path | None = None) -> Any:
+    """The model, with the task's end of answers among its own.
 
     Weights that are trained stay in float32, so that small updates are not rounded away; those that LoRA freezes are
     kept in the precision of the forward pass.
+
+    Args:
+        settings: name the model, its precision and adapters.
+        task: names the end of answers.
+        tokenizer: of the model.
+        trained: a checkpoint whose weights, or whose adapters, are taken instead.
     """
     frozen = settings.lora_rank and in_bfloat16(settings)
+    name = str(trained) if trained and not settings.lora_rank else model_name(settings.model)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if frozen else torch.float32)
     stop = stop_token(task, tokenizer)
     if stop is not None:
         own = model.generation_config.eos_token_id
         ends = own if isinstance(own, list) else [tokenizer.eos_token_id if own is None else own]
         model.generation_config.eos_token_id = list(dict.fromkeys([*ends, stop]))
+    if trained and settings.lora_rank:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(trained), is_trainable=True)
     return model
 
 
 def accelerated() -> bool:
     """Whether there is an accelerator to train on."""
-    return torch.cuda.is_available() or (
-        torch.accelerator.is_available() and torch.accelerator.current_accelerator().type not in ("cuda", "cpu")
-    )
+    return torch.cuda.is_available()
 
 
 def in_bfloat16(settings: TrainSettings) -> bool:

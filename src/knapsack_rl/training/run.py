@@ -37,7 +37,6 @@ from knapsack_rl.training.models import (
     is_main_process,
     load_model,
     load_tokenizer,
-    model_name,
     vllm_arguments,
 )
 from knapsack_rl.training.settings import TrainSettings
@@ -119,19 +118,16 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings)
-    name = model_name(settings.model)
     # A run may have been stopped after its last checkpoint and before its end.
     trained = checkpoint is not None and steps_of(checkpoint) >= settings.steps * settings.updates_per_step
-    if trained:
-        name = str(checkpoint)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(settings)
     task = for_tokenizer(task, tokenizer, settings.chat)
     arguments = _trainer_arguments(settings, folder, task, stop_token(task, tokenizer))
     recorder = _Recorder(settings, folder, task, tokenizer, display)
     trainer = KnapsackGRPOTrainer(
-        model=load_model(name, settings, task, tokenizer),
+        model=load_model(settings, task, tokenizer, checkpoint if trained else None),
         args=arguments,
-        peft_config=adapter(settings),
+        peft_config=None if trained else adapter(settings),
         reward_funcs=[task.reward],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer,
