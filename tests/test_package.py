@@ -122,7 +122,7 @@ def test_the_library_allocates_and_trains_a_toy_without_torch(installed, tmp_pat
     call(installed / "python", "-c", program, **clean(tmp_path))
 
 
-# -- Shell completion ----------------------------------------------------------------------------------------------------
+# -- Shell completion --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
