@@ -155,8 +155,8 @@ WRAPPED = [
     "and then provides the user with the answer. Return the final answer in \\boxed{{}} tags, for example "
     "\\boxed{{1}}. Let's solve this step by step. ",
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
-    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own "
-    'line after "Answer:".',
+    "$Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its "
+    'own line after "Answer:".',
     "{}",
 ]
 

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
@@ -21,8 +23,9 @@ from knapsack_rl.training import models, smollm2
 from knapsack_rl.training.data import for_tokenizer, load_task, stop_token
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.run import train
-from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 
 
@@ -149,6 +152,14 @@ def test_the_evaluation_passes_all_columns_and_speaks_in_the_models_template():
     assert model.prompts == ["1+1=", "23+1="] * 2
     assert got == [([row["prompt"] for row in rows], ["=", "="], ["a", "a"], [[1], [23]])] * 2
     assert (found.sampled, found.greedy) == (0.5, 0.5)
+
+
+def test_on_and_off_of_a_yaml_file_are_words(tmp_path):
+    (tmp_path / "run.yaml").write_text("chat: on\nvllm: off\ngradient_checkpointing: on\n")
+    found = settings_from(read_yaml(tmp_path / "run.yaml"), "run.yaml")
+    assert (found.chat, found.vllm, found.gradient_checkpointing) == ("on", "off", "on")
+    with pytest.raises(ValueError, match="vllm must be one of off, colocate, server, got 'on'"):
+        settings_from({"vllm": True}, "here")
 
 
 # -- Precision, adapters, passes ---------------------------------------------------------------------------------------
@@ -343,6 +354,26 @@ def test_the_real_model_answers(cache):
 # -- Several processes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddp", "MULTI_GPU"),
+        ("fsdp2", "FSDP"),
+        ("deepspeed_zero2", "DEEPSPEED"),
+        ("deepspeed_zero3", "DEEPSPEED"),
+        ("cpu2", "MULTI_CPU"),
+    ],
+)
+def test_accelerate_takes_the_configurations(name, kind):
+    found = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # refuses unknown keys
+    assert found.distributed_type == kind
+    assert found.num_processes == (2 if kind == "MULTI_CPU" else 8)
+
+
+def test_every_configuration_is_tried():
+    assert len(list(CONFIGS.iterdir())) == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
@@ -352,13 +383,12 @@ def test_the_real_model_answers(cache):
 )  # fmt: skip
 def test_two_processes_write_one_run(tmp_path, launcher):
     folder = tmp_path / "run"
-    root = str(models.__file__).partition("/src/")[0]
     flags = ["--steps", "2", "--prompts-per-step", "4", "--rollouts-per-prompt", "4", "--train-prompts", "16"]
     flags += ["--held-out-prompts", "5", "--eval-samples", "1", "--threads", "1", "--rollouts-per-pass", "4"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "knapsack_rl", "train", *flags, "--output", str(folder)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=root,
+        cwd=CONFIGS.parent,
         capture_output=True,
         text=True,
         timeout=900,

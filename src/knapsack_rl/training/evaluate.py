@@ -116,5 +116,10 @@ def _tokens(tokenizer: Any, prompts: Sequence[Any]) -> Any:
     if isinstance(prompts[0], str):
         return tokenizer(prompts, return_token_type_ids=False, **options)
     return tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **options
+        prompts,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"return_token_type_ids": False},
+        **options,
     )

@@ -159,9 +159,14 @@ def settings_from(values: Mapping[str, Any], source: str) -> TrainSettings:
     unknown = sorted(str(key) for key in set(values) - known)
     if unknown:
         raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    # YAML 1.1 reads 1e-4 as text.
+    # YAML 1.1 reads 1e-4 as text, and on and off as booleans.
     floats = {spec.name for spec in dataclasses.fields(TrainSettings) if isinstance(spec.default, float)}
+    switches = {spec.name for spec in dataclasses.fields(TrainSettings) if "off" in (spec.metadata["choices"] or ())}
     values = {name: _as_float(given) if name in floats else given for name, given in values.items()}
+    words = {True: "on", False: "off"}
+    values = {
+        name: words[given] if name in switches and isinstance(given, bool) else given for name, given in values.items()
+    }
     try:
         return TrainSettings(**values)
     except ValueError as error:
