@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -105,7 +106,8 @@ def test_a_folder_trains_on_its_training_split_and_holds_out_its_test_split(name
     assert {row["prompt"] for row in task.train} <= train.keys()
     assert {row["prompt"] for row in task.held_out} <= test.keys()
     for row in task.train:
-        assert row["answer"].removeprefix("#### ") == train[row["prompt"]].rpartition("#### ")[2].replace(",", "")
+        mark, _, number = train[row["prompt"]].rpartition("#### ")
+        assert row["answer"] == (f"#### {number.replace(',', '')}" if mark else number)
     # Mixed, in the same order for any number of prompts.
     assert [row["prompt"] for row in task.train] != list(train)[:20]
     assert load(name, 5, 2, **OFFLINE[name], template="{prompt}").train == task.train[:5]
@@ -125,6 +127,24 @@ def test_prompts_that_are_held_out_are_not_trained_on(tmp_path):
     assert not {row["prompt"] for row in task.train} & {row["prompt"] for row in task.held_out}
     with pytest.raises(ValueError, match="gsm8k holds 20 rows for train_prompts, which is 21; lower it"):
         load("gsm8k", 21, 10, path=str(tmp_path))
+
+
+def test_a_clone_of_a_hub_repository_has_configurations(tmp_path):
+    for config in ("main", "socratic"):
+        for split in ("train", "test"):
+            rows = lines(SAMPLES / "gsm8k" / f"{split}.jsonl")
+            table = pa.Table.from_pylist([row | {"question": f"{config}: {row['question']}"} for row in rows])
+            (tmp_path / config).mkdir(exist_ok=True)
+            parquet.write_table(table, tmp_path / config / f"{split}-00000-of-00001.parquet")
+    listed = [
+        {"config_name": config, "data_files": [{"split": s, "path": f"{config}/{s}-*"} for s in ("train", "test")]}
+        for config in ("main", "socratic")
+    ]
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': listed})}---\n# A card\n")
+    for changes, config in (({}, "main"), ({"config": "socratic"}, "socratic")):
+        task = load("gsm8k", 20, 5, path=str(tmp_path), **changes)
+        assert all(row["prompt"].startswith(f"{config}: ") for row in [*task.train, *task.held_out])
+        assert not {row["prompt"] for row in task.train} & {row["prompt"] for row in task.held_out}
 
 
 def test_the_template_is_put_around_the_prompt():
@@ -372,7 +392,7 @@ def test_reasoning_gym_scores_with_its_own_verifier(gym):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("reasoning-gym:soduko", r"no task 'soduko'; name one as reasoning-gym:TASK, of .*chain_sum"),
+        ("reasoning-gym:soduko", r"no task 'soduko'; name one as reasoning-gym:TASK: .*chain_sum"),
         ("reasoning-gym", r"no task ''"),
         ("reasoning-gym:chain_sum?terms=2", r"does not take the knobs 'terms=2'"),
         ("reasoning-gym:chain_sum?min_terms=0", r"does not take the knobs 'min_terms=0'"),

@@ -108,10 +108,21 @@ def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if request.path and not Path(place).is_dir():
         raise FileNotFoundError(f"there is no file or folder {place}; a file ends in {', '.join(READABLE)}")
-    return _load(place, request.config or (None if request.path else source.config), split)
+    if Path(place).is_dir() and not (Path(place) / "README.md").exists():
+        # By name: datasets itself looks for "train" and "test" anywhere in the path.
+        for builder, pattern in _LAYOUTS:
+            files = sorted(str(path) for path in Path(place).rglob(pattern.format(split)))
+            if files:
+                return _load(builder, None, split, data_files={split: files})
+    # A clone of a hub repository has a README that lists its configurations.
+    configured = not request.path or (Path(place) / "README.md").exists()
+    return _load(place, request.config or (source.config if configured else None), split)
 
 
-def _load(place: str, config: str | None, split: str) -> list[Row]:
+_LAYOUTS = (("parquet", "{}*.parquet"), ("json", "{}*.jsonl"), ("json", "{}*.json"), ("csv", "{}*.csv"))
+
+
+def _load(place: str, config: str | None, split: str, **options: Any) -> list[Row]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -120,7 +131,7 @@ def _load(place: str, config: str | None, split: str) -> list[Row]:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        rows = load_dataset(place, config, split=split)
+        rows = load_dataset(place, config, split=split, **options)
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, FileNotFoundError) as error:
         raise OSError(
             f"the data set {place} could not be loaded: {' '.join(str(error).split())[:300]}. Check its name and the "

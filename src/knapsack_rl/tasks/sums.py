@@ -1,8 +1,8 @@
 """Sums, differences and products of small numbers for language models that know some arithmetic: no file, no hub.
 
 A prompt shows three solved problems and asks the fourth, so that a model answers with a number and a new line, chat or
-no chat. Operands have one or two digits, drawn equally often; what a model of some hundred million parameters can do
-ranges from about half of the easy problems to none of the hard products. The first line of a completion is its
+no chat. Two thirds of the operands have one digit, the others two: a model of some hundred million parameters solves
+some sums of one-digit numbers often and products of two-digit numbers never. The first line of a completion is its
 answer.
 """
 
@@ -18,7 +18,8 @@ from knapsack_rl.tasks.extraction import same_length, text_of
 
 TEMPLATE = "3+4=7\n12-5=7\n2*8=16\n{prompt}"
 MAX_COMPLETION_TOKENS = 8
-MAX_DIGITS = 2
+ONE_DIGIT = 2 / 3
+"""Share of operands with one digit; the others have two."""
 MOST = 10_000
 _NUMBER = re.compile(r" ?(-?[0-9]{1,12})[ .]*")
 
@@ -80,5 +81,5 @@ def _problems(count: int) -> list[tuple[str, int]]:
 
 
 def _operand(rng: random.Random) -> int:
-    digits = 1 + int(rng.random() * MAX_DIGITS)
-    return int(10 ** (digits - 1) + rng.random() * 9 * 10 ** (digits - 1))
+    first = 1 if rng.random() < ONE_DIGIT else 10
+    return first + int(rng.random() * 9 * first)

@@ -46,6 +46,7 @@ def load_tokenizer(settings: TrainSettings) -> Any:
 def load_model(settings: TrainSettings, task: TaskData, tokenizer: Any, trained: Path | None = None) -> Any:
     """The model, with the task's end of answers among its own.
 
+    (TRL releases that end generation at the tokenizer's own end only let answers go on to the longest allowed.)
     Weights that are trained stay in float32, so that small updates are not rounded away; those that LoRA freezes are
     kept in the precision of the forward pass.
 
