@@ -90,8 +90,21 @@ OUT_OF_RANGE = {
     "eval_samples": [0, -1],
     "save_every": [-1],
     "threads": [-1],
+    "precision": ["", "float16", "bf16"],
+    "lora_rank": [-1],
+    "lora_alpha": [-1, 16],
+    "rollouts_per_pass": [-1],
+    "gradient_checkpointing": ["", "yes"],
+    "vllm": ["", "on"],
+    "vllm_memory": [0, -0.1, 1.1, *NO_NUMBERS],
+    "verifier": ["", "sympy"],
+    "prompt_template": ["Q:"],
+    "chat": ["", "yes"],
 }
-ANY_VALUE = {"model", "dataset", "prompt_column", "answer_column", "report_to"}
+ANY_VALUE = {
+    *{"model", "dataset", "prompt_column", "answer_column", "report_to"},
+    *{"vllm_server", "dataset_path", "dataset_config", "dataset_split"},
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in OUT_OF_RANGE.items() for value in bad])

@@ -30,7 +30,7 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
         raise ValueError(f"{name} must be a sequence of ids, got {prompt_ids!r}")
     ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
     kinds = {*map(type, ids)}
-    if kinds <= {str} or (kinds == {int} and -LARGEST_ID <= min(ids) and max(ids) <= LARGEST_ID):  # the usual cases
+    if kinds <= {str} or (kinds == {int} and min(ids) >= -LARGEST_ID and max(ids) <= LARGEST_ID):  # the usual cases
         return ids
     for position, given in enumerate(ids):
         prompt_id = given.item() if isinstance(given, np.generic) else given

@@ -70,7 +70,7 @@ def _limit_memory(megabytes: int) -> None:
 
 def _make_comparison() -> Equal:
     import sympy
-    import sympy.physics.units  # noqa: F401 - parses names of its own when loaded, so it comes first
+    import sympy.physics.units  # parses names of its own when loaded, so it comes first
     from sympy import parsing
     from sympy.parsing import sympy_parser
 

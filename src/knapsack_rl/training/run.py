@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from knapsack_rl.report import write_report
 from knapsack_rl.runfiles import (
@@ -26,20 +27,33 @@ from knapsack_rl.runfiles import (
     complete_checkpoints,
     steps_of,
 )
-from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.card import write_card
-from knapsack_rl.training.data import TaskData, load_task
+from knapsack_rl.training.data import TaskData, for_tokenizer, load_task, stop_token
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.lock import own_folder
+from knapsack_rl.training.models import (
+    accelerated,
+    adapter,
+    batch_arguments,
+    in_bfloat16,
+    is_main_process,
+    load_model,
+    load_tokenizer,
+    vllm_arguments,
+)
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 from knapsack_rl.watch import Finding, WarningLog
 
 logger = logging.getLogger(__name__)
 
-SHIPPED_MODEL = "arithmetic-base"
 SAMPLED_PROMPTS = 512
 """Prompts of which sample completions are kept for the report."""
+
+# transformers renamed it; the old name warns.
+_CHECKPOINTING = "activation_checkpointing"
+if _CHECKPOINTING not in KnapsackGRPOConfig.__dataclass_fields__:
+    _CHECKPOINTING = "gradient_checkpointing"
 
 
 class Display(Protocol):
@@ -83,7 +97,8 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     """Train as the settings say and write the run folder.
 
     SIGINT (Ctrl-C) finishes the step, saves a checkpoint and ends the run so that it can be resumed; a second one
-    interrupts at once.
+    interrupts at once. Where a launcher (torchrun, accelerate) started several processes, each calls this; the first
+    one writes the folder.
 
     Args:
         settings: the run's settings.
@@ -101,6 +116,9 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
         folder.mkdir(parents=True, exist_ok=True)
     elif not folder.is_dir():
         raise FileNotFoundError(f"there is no run folder {folder} to resume")
+    if not is_main_process():
+        checkpoint = complete_checkpoints(folder)[-1] if resume else None
+        return _train(settings, folder, display, checkpoint)
     with own_folder(folder):
         return _train(settings, folder, display, _prepare_folder(settings, folder, resume=resume))
 
@@ -109,19 +127,16 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings)
-    name = str(base_model_path()) if settings.model == SHIPPED_MODEL else settings.model
     # A run may have been stopped after its last checkpoint and before its end.
     trained = checkpoint is not None and steps_of(checkpoint) >= settings.steps * settings.updates_per_step
-    if trained:
-        name = str(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if not torch.cuda.is_available() else "auto")
+    tokenizer = load_tokenizer(settings)
+    task = for_tokenizer(task, tokenizer, settings.chat)
+    arguments = _trainer_arguments(settings, folder, task, stop_token(task, tokenizer))
     recorder = _Recorder(settings, folder, task, tokenizer, display)
     trainer = KnapsackGRPOTrainer(
-        model=model,
-        args=_trainer_arguments(settings, folder, task),
+        model=load_model(settings, task, tokenizer, checkpoint if trained else None),
+        args=arguments,
+        peft_config=None if trained else adapter(settings),
         reward_funcs=[task.reward],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer,
@@ -139,9 +154,10 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     finished = steps >= settings.steps
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
+    if not is_main_process():
+        return Outcome(folder, finished, steps, None)
     trainer.allocator.save(folder / "allocator.npz")
-    if trainer.is_world_process_zero():
-        _card(folder)
+    _card(folder)
     return Outcome(folder, finished, steps, _report(folder))
 
 
@@ -168,8 +184,7 @@ def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> P
     return None
 
 
-def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) -> KnapsackGRPOConfig:
-    accelerated = torch.cuda.is_available()
+def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, stop: int | None) -> KnapsackGRPOConfig:
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         allocation="uniform" if settings.allocation == "uniform" else "knapsack",
@@ -180,9 +195,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
         log_allocations=True,
         log_samples=SAMPLED_PROMPTS,
         num_generations=settings.rollouts_per_prompt,
-        per_device_train_batch_size=settings.budget // settings.updates_per_step,
-        steps_per_generation=settings.updates_per_step,
-        gradient_accumulation_steps=1,
+        **batch_arguments(settings),
         max_steps=settings.steps * settings.updates_per_step,
         max_completion_length=task.max_completion_tokens,
         temperature=settings.temperature,
@@ -200,9 +213,10 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
         save_total_limit=2,
         report_to=settings.report_to,
         disable_tqdm=True,
-        use_cpu=not accelerated,
-        bf16=accelerated,
-        gradient_checkpointing=False,
+        use_cpu=not accelerated(),
+        bf16=in_bfloat16(settings),
+        **{_CHECKPOINTING: settings.gradient_checkpointing == "on"},
+        **vllm_arguments(settings, stop),
     )
 
 
@@ -228,6 +242,7 @@ class _Recorder(TrainerCallback):
         due = self.settings.eval_every and step % self.settings.eval_every == 0
         if not updates and (due or step == self.settings.steps):
             self._evaluate(kwargs["model"], step)
+        self.interrupted = any(gather_object([self.interrupted]))  # all processes stop after the same step
         self._stop_if_interrupted(state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -257,6 +272,8 @@ class _Recorder(TrainerCallback):
         self._write(step, {"held_out/accuracy": accuracy.sampled, "held_out/greedy_accuracy": accuracy.greedy})
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
+        if not is_main_process():
+            return
         row: dict[str, Any] = {
             "step": step,
             "rollouts": step * self.settings.budget,
