@@ -96,7 +96,11 @@ def prompt_section(run: RunLog) -> list[str]:
             "The largest rise from the first visit to the last. Read whether the first completion and the newest "
             "success differ by what should be learned, or by a trick.",
         ),
-        ("Prompts lost again", lost(found), "Solved more often at the first visit than at the last."),
+        (
+            "Prompts lost again",
+            lost(found),
+            "The success rate fell by more than half of the rollouts between the first visit and the last.",
+        ),
     )
     for title, chosen, caption in lists:
         if chosen:

@@ -256,7 +256,7 @@ METRIC_GROUPS = (
 
 def _training_metrics(run: RunLog) -> list[str]:
     names = sorted({name for row in run.metrics for name in row} - {"step", "rollouts"})
-    grouped: dict[str, list[tuple[Any, ...]]] = {title: [] for title, _ in METRIC_GROUPS} | {"Others": []}
+    grouped: dict[str, list[tuple[Any, ...]]] = {title: [] for title in (*dict(METRIC_GROUPS), "Others")}
     for name in names:
         values = run.metric(name)[1]
         # The held-out curve has its own plot, and its evaluations are too few for a mean over 20 %.
