@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import math
 import re
 import subprocess
@@ -16,8 +17,9 @@ from pyarrow import parquet
 
 import knapsack_rl as kr
 from knapsack_rl.cli import COMMANDS, build_parser, main
-from knapsack_rl.cli.display import Panel, PlainLines, Quiet, make_display
+from knapsack_rl.cli.display import Pace, Panel, PlainLines, Quiet, make_display
 from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.watch import Finding
 from run_folders import write_run
 
 COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "experiment", "verl-args")
@@ -524,11 +526,41 @@ def test_report_of_several_runs_is_a_comparison(cli, two_runs, flags, page):
 def test_the_comparison_as_json(cli, two_runs):
     from knapsack_rl.report import RunLog, comparison_table
 
-    rows = json.loads(cli("report", *two_runs, "--json")[0])
+    rows = json.loads(cli("report", *two_runs, "--format", "json")[0])
     assert [row["policy"] for row in rows] == ["uniform N=8", "knapsack N=8"]
     expected = comparison_table([RunLog.load(folder) for folder in two_runs])
     assert rows == json.loads(json.dumps(expected))
-    assert Path("comparison.html").is_file()
+    assert not Path("comparison.html").exists()
+
+
+def test_a_run_as_json(cli, two_runs):
+    summary = json.loads(cli("report", two_runs[0], "--format", "json")[0])
+    rows = [json.loads(line) for line in Path(two_runs[0], "allocations.jsonl").read_text().splitlines()]
+    assert summary["folder"] == "knapsack"
+    assert summary["finished"] and summary["steps"] == summary["planned_steps"] == 6
+    assert summary["rollouts"] == sum(sum(row["counts"]) for row in rows)
+    assert summary["largest_allocation"] == max(max(row["counts"]) for row in rows)
+    share = [np.mean(row["effective"]) for row in rows]
+    assert summary["effective_prompts"]["last"] == pytest.approx(np.mean(share[-2:]))
+    assert summary["effective_prompts"]["first"] == pytest.approx(np.mean(share[:2]))
+    assert summary["reasons"] == {"cold start": 1}
+    assert "NaN" not in json.dumps(summary)
+
+
+def test_the_plots_as_pictures(cli, two_runs):
+    one = cli("report", two_runs[0], "--format", "svg")[0].splitlines()
+    assert {str(path) for path in Path("runs/knapsack/figures").iterdir()} == set(one)
+    assert len(one) == 7
+    assert all(Path(path).read_bytes().startswith(b"<?xml") for path in one)
+    both = cli("report", *two_runs, "--format", "png", "--output", "pictures")[0].splitlines()
+    assert both[0] == "pictures/accuracy.png" and len(both) == 4
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in both)
+
+
+def test_where_the_page_of_a_run_goes(cli, refused, two_runs):
+    assert cli("report", two_runs[0], "--output", "pages/mine.html")[0] == "report: pages/mine.html\n"
+    assert "Training run knapsack" in Path("pages/mine.html").read_text(encoding="utf-8")
+    assert "JSON goes to standard output" in refused("report", two_runs[0], "--format", "json", "--output", "x.json")
 
 
 def test_a_report_of_what_is_no_run_is_one_line(refused, two_runs):
@@ -582,6 +614,53 @@ def test_the_panel_shows_the_newest_numbers(capsys):
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "knapsack-n8-seed7: 64 prompts x 8 rollouts" in lines
     assert any(line.startswith("step") and "3/20" in line for line in lines)
-    assert {"reward 0.250", "held-out accuracy 0.125", "effective prompts 0.75", "largest budget 17"} <= set(lines)
+    assert {"reward 0.250 ▃", "held-out accuracy 0.125", "effective prompts 0.75 ▆", "largest budget 17"} <= set(lines)
+    assert "rollouts a second -" in lines  # the first step also compiles
     assert f"hard {'█' * 12} 50%" in lines
     assert "easy 0%" in lines
+
+
+FINDING = Finding("collapse", 9, "Few [bold]prompts[/bold] carry.", "A cause.", "A remedy.")
+
+
+def test_every_display_tells_a_warning(capsys, caplog):
+    for display in (PlainLines(), Panel()):
+        display.start(TrainSettings(steps=20), first_step=0)
+        display.warn(FINDING)
+        display.stop()
+        text = " ".join(capsys.readouterr().out.split())
+        assert "step 9: Few [bold]prompts[/bold] carry. A cause. A remedy." in text
+    Quiet().warn(FINDING)
+    assert capsys.readouterr().out == ""
+    assert "step 9: Few [bold]prompts" in caplog.text
+
+
+def test_log_lines_go_through_the_panel(capsys):
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger().addHandler(handler)
+    try:
+        panel = Panel()
+        panel.start(TrainSettings(steps=20), first_step=0)
+        assert handler.stream is not stream
+        panel.stop()
+        assert handler.stream is stream
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert stream.getvalue() == ""
+
+
+def test_the_pace_leaves_out_the_first_step_and_counts_evaluations():
+    times = iter([0.0, 100.0, 104.0, 114.0])
+    pace = Pace(TrainSettings(steps=1000, prompts_per_step=4, rollouts_per_prompt=5), clock=lambda: next(times))
+    pace.row({"step": 1, "loss": 0.1})
+    assert (pace.left, math.isnan(pace.rollouts_per_second)) == ("", True)
+    pace.row({"step": 1, "held_out/accuracy": 0.5})  # takes no time of its own: the next step's includes it
+    pace.row({"step": 2, "loss": 0.1})
+    assert pace.seconds == 100.0
+    assert pace.left == "27 h 43 min"
+    pace.row({"step": 3, "loss": 0.1})
+    assert pace.seconds == pytest.approx(0.9 * 100 + 0.1 * 4)
+    assert pace.rollouts_per_second == pytest.approx(20 / 90.4)
+    pace.row({"step": 998, "loss": 0.1})
+    assert pace.left == "2 min 45 s"  # 2 steps of 0.9 * 90.4 + 1 = 82.36 s

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import tomllib
 import unicodedata
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import knapsack_rl as kr
-from knapsack_rl.cli import main
+from knapsack_rl.cli import build_parser, main
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.verl_launch import VerlSettings
 
@@ -83,7 +84,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
 
 
 def test_most_pages_have_code():
-    assert {"index", "quickstart", "method", "trl", "metrics"} <= {page.stem for page in PAGES_WITH_CODE}
+    assert {"index", "quickstart", "howto", "method", "trl", "metrics"} <= {page.stem for page in PAGES_WITH_CODE}
 
 
 def test_a_block_that_is_not_run_says_why():
@@ -163,7 +164,7 @@ def test_links_between_pages_lead_somewhere(page):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
-        assert f": {page.name}\n" in navigation
+        assert f": {page.name}\n" in navigation, page.name
 
 
 def reference() -> list[str]:
@@ -178,12 +179,80 @@ def test_public_names_are_in_the_reference(name):
     assert (defined if shadowed else exported) in reference()
 
 
+def members() -> set[str]:
+    """Full names of everything that the reference shows, members of modules included."""
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: ([\w.]+)\n(?:    options:\n      members: \[([\w, ]+)\])?", text, re.MULTILINE)
+    return {f"{module}.{name}" for module, names in listed for name in names.split(", ")} | set(reference())
+
+
+def exported(path: Path) -> list[str]:
+    """The names of a module's ``__all__``, constants (which docstrings cannot describe to a reader) left out."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return [name for name in ast.literal_eval(node.value) if not name.isupper()]
+    return []
+
+
+MODULES = [path for path in sorted((ROOT / "src" / "knapsack_rl").glob("*/__init__.py")) if exported(path)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.parent.name)
+def test_names_exported_by_parts_are_documented(path):
+    module = f"knapsack_rl.{path.parent.name}"
+    told = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    shown = {name.rpartition(".")[2] for name in members() if name.startswith(f"{module}.")}
+    missing = set(exported(path)) - shown
+    # Of verl's own classes the reference names what changes, in words.
+    assert not [name for name in missing if module != "knapsack_rl.verl" or f"`{name}`" not in told]
+
+
+def test_the_parts_with_public_names_are_found():
+    assert {path.parent.name for path in MODULES} >= {"trl", "report", "tasks", "verl"}
+
+
+def commands() -> list[tuple[str, str]]:
+    """(where, line) of every command in a block that is no Python and whose output is not shown."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language in ("sh", "text", "console"):
+                lines = block.text.replace("\\\n", " ").splitlines()
+                # In console blocks what follows no prompt is output.
+                shown = [line.removeprefix("$ ") for line in lines if block.language != "console" or line[:2] == "$ "]
+                found += [(str(block), line) for line in shown if re.match(r"(knapsack-rl|make|pip install) ", line)]
+    return found
+
+
+@pytest.mark.parametrize(("where", "line"), [pytest.param(*found, id=found[1][:60]) for found in commands()])
+def test_commands_that_are_not_run_would_be_understood(where, line):
+    words = shlex.split(line.partition(" > ")[0], comments=True)
+    if words[0] == "knapsack-rl":
+        build_parser().parse_args(words[1:])  # ends with an error for what it does not know
+    elif words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert {word for word in words[1:] if "=" not in word} <= set(targets), where
+    else:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
+        wanted = re.findall(r"knapsack-rl\[([\w,]+)\]", line)
+        assert {name for names in wanted for name in names.split(",")} <= set(extras), where
+
+
+def test_every_block_is_of_a_kind_that_is_checked():
+    for page in PAGES:
+        for block in blocks(page):
+            assert block.language in ("python", "console", "sh", "text", "csv", "json"), str(block)
+            assert block.language not in ("csv", "json") or block.title, f"{block}: no command reads it"
+
+
 def test_metrics_are_documented():
     allocator = kr.KnapsackAllocator()
     allocator.allocate(["a", "b"], 8)
     allocator.observe(["a"] * 4 + ["b"] * 4, [0, 1] * 4)
     documented = set(re.findall(r"^\| `knapsack/([^`]+)`", prose(ROOT / "docs" / "metrics.md"), re.MULTILINE))
-    assert documented == set(allocator.metrics()) | {"reward_per_prompt"}
+    assert documented == set(allocator.metrics()) | {"reward_per_prompt", "process_imbalance"}
 
 
 def test_trainer_fields_and_allocation_log_are_documented():

@@ -19,8 +19,9 @@ from knapsack_rl.report import page, write_comparison, write_report
 from knapsack_rl.report.dry_run_page import write_dry_run
 from knapsack_rl.report.experiment_page import write_experiment
 from knapsack_rl.reward_logs import RewardLog
+from knapsack_rl.samples import SampleStore
 from knapsack_rl.scoring import HEADINGS, Result
-from run_folders import write_run
+from run_folders import write_rows, write_run
 
 RUN = "document.documentElement.setAttribute('data-run', 'yes')"
 TEXTS = [
@@ -54,6 +55,15 @@ def write_pages(folder: Path, host: str) -> list[Path]:
     for number in range(2):
         where = {"model": nasty[number], "dataset": nasty[2], "seed": number}
         write_run(folder / f"<b>{number}", steps=5, ids=[*nasty, 7], prompts_per_step=10, **where)
+    told = {"kind": nasty[0], "seen": nasty[1], "cause": nasty[2], "remedy": nasty[3]}
+    write_rows(folder / "<b>0" / "warnings.jsonl", [{"step": 3} | told])
+    store = SampleStore(20)
+    for number, prompt_id in enumerate([*nasty, 7]):
+        for success in (False, True):
+            text = nasty[(number + success) % len(nasty)]
+            told = {"reward": float(success), "success": success, "step": 1 + success, "answer": text}
+            store.add(prompt_id, f"{prompt_id} {text}", text, **told)
+    store.write(folder / "<b>0" / "samples.jsonl")
     one = write_report(folder / "<b>0")
     two = write_comparison([folder / "<b>0", folder / "<b>1"], folder / "comparison.html")
     dice = np.random.default_rng(0)
@@ -99,6 +109,8 @@ def test_every_text_is_escaped_the_same_way() -> None:
     for text in texts("//elsewhere.test"):
         for part in (page.escape(text), page.paragraph(text), page.heading(text), page.tiles([(text, text, text)])):
             assert Elements(part).tags <= {"p", "h2", "dl", "div", "dt", "dd", "small"}
+        for part in (page.sample(text, text), page.details(text, [])):
+            assert Elements(part).tags <= {"p", "code", "details", "summary"}
 
 
 def browser() -> str | None:

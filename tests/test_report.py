@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from knapsack_rl.report import comparison_table, plots, write_comparison, write_report
+from knapsack_rl.report.page import Plot, save_plots
 from knapsack_rl.report.runlog import RunLog
 from run_folders import write_rows, write_run
 
@@ -330,3 +331,19 @@ def test_wide_budgets_are_binned_without_loss():
     ax = plots.budget_histogram(counts, Figure().add_subplot())
     assert len(ax.patches) <= 65
     assert sum(bar.get_height() for bar in ax.patches) == counts.size
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_picture_holds_its_caption_and_is_reproducible(tmp_path, kind):
+    def draw(ax):
+        ax.plot([0, 1])
+        return ax
+
+    spec = Plot("line", "A line & what to see.", draw)
+    before = dict(rcParams)
+    (path,) = save_plots([spec], tmp_path / "new", kind)
+    assert path == tmp_path / "new" / f"line.{kind}"
+    data = path.read_bytes()
+    assert b"A line & what to see." in data or b"A line &amp; what to see." in data
+    assert save_plots([spec], tmp_path / "new", kind)[0].read_bytes() == data
+    assert dict(rcParams) == before

@@ -1,11 +1,13 @@
 import dataclasses
 import functools
 import gc
+import html
 import json
 import math
 import os
 import shutil
 import signal
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import transformers
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,12 +29,15 @@ import tiny
 from knapsack_rl.cli import main
 from knapsack_rl.cli.display import Quiet
 from knapsack_rl.report import RunLog
+from knapsack_rl.samples import read_samples
 from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, base_model_path, make_splits
 from knapsack_rl.training import evaluate
 from knapsack_rl.training.data import load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
+from knapsack_rl.training.noise import quiet_libraries
 from knapsack_rl.training.run import train
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
+from knapsack_rl.watch import WarningLog
 from strategies import no_deadline
 
 FIELDS = dataclasses.fields(TrainSettings)
@@ -84,8 +90,21 @@ OUT_OF_RANGE = {
     "eval_samples": [0, -1],
     "save_every": [-1],
     "threads": [-1],
+    "precision": ["", "float16", "bf16"],
+    "lora_rank": [-1],
+    "lora_alpha": [-1, 16],
+    "rollouts_per_pass": [-1],
+    "gradient_checkpointing": ["", "yes"],
+    "vllm": ["", "on"],
+    "vllm_memory": [0, -0.1, 1.1, *NO_NUMBERS],
+    "verifier": ["", "sympy"],
+    "prompt_template": ["Q:"],
+    "chat": ["", "yes"],
 }
-ANY_VALUE = {"model", "dataset", "prompt_column", "answer_column", "report_to"}
+ANY_VALUE = {
+    *{"model", "dataset", "prompt_column", "answer_column", "report_to"},
+    *{"vllm_server", "dataset_path", "dataset_config", "dataset_split"},
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in OUT_OF_RANGE.items() for value in bad])
@@ -697,3 +716,66 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
     assert err.startswith("knapsack-rl: ")
     assert str(missing) in err
     assert "Traceback" not in err
+
+
+# -- What a run leaves for its reader ---------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_samples_of_its_prompts(done):
+    samples = read_samples(done.folder / "samples.jsonl")
+    seen = {prompt for row in lines(done.folder / "allocations.jsonl") for prompt in row["prompt_ids"]}
+    assert {row["prompt_id"] for row in samples} == seen
+    for row in samples:
+        for kind, success in (("success", True), ("failure", False)):
+            if kind in row:
+                assert (row[kind]["text"] == row["answer"]) is success
+
+
+def test_the_card_of_a_run_is_its_own(done):
+    for folder in (done.folder, done.folder / "model"):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        assert "`arithmetic-base`, trained on `arithmetic` by GRPO" in text
+        assert "3 of 3 steps" in text
+        assert "fine-tuned version of" not in text
+
+
+@pytest.mark.usefixtures("plain_reports")
+def test_an_unfinished_run_has_a_card_that_says_so(trained, tmp_path):
+    settings = trained(allocation="knapsack").settings
+    train(settings, tmp_path, Watching("loss 2"))
+    assert "**Not finished:** 2 of 3 steps" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("plain_reports")
+def test_warnings_go_to_the_display_and_into_the_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("knapsack_rl.watch.FEW_PROMPTS", 1.1)  # every share of prompts is below it
+    monkeypatch.setattr(WarningLog.__init__, "__kwdefaults__", {"window": 2})
+
+    class Told(Watching):
+        told = ()
+
+        def warn(self, finding):
+            self.told = (*self.told, finding)
+
+    display = Told()
+    train(trained(allocation="knapsack").settings, tmp_path / "run", display)
+    rows = lines(tmp_path / "run" / "warnings.jsonl")
+    assert [finding.kind for finding in display.told] == [row["kind"] for row in rows]
+    assert ("collapse", 2) in [(row["kind"], row["step"]) for row in rows]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert all(html.escape(row["remedy"]) in page for row in rows)
+
+
+def test_what_libraries_print_is_turned_off_and_on_again():
+    def state():
+        return transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+
+    before = state()
+    with quiet_libraries():
+        assert state() == (False, True)
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        with pytest.warns(FutureWarning, match="something else"):
+            warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+    assert state() == before
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        warnings.warn("`is_gradient_checkpointing` is deprecated", FutureWarning, stacklevel=1)

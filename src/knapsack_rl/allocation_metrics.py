@@ -1,4 +1,7 @@
-"""Numbers about one allocation, for a logger. Source: paper, section 4, and this project's documentation of metrics."""
+"""Numbers about one allocation and what came of it, for a logger.
+
+Source: paper, section 4, and this project's documentation of metrics.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import numpy as np
 
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.belief import Belief
+from knapsack_rl.tracker import Records
+from knapsack_rl.value import IntArray
 
 BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
 """Left edges of the budget histogram's bins; the last is open."""
@@ -35,3 +40,17 @@ def allocation_metrics(allocation: Allocation, belief: Belief | None = None) -> 
     names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(BUDGET_BINS)]
     names.append(f"{BUDGET_BINS[-1]}+")
     return found | {f"budget_share/{name}": float(share) for name, share in zip(names, shares, strict=True)}
+
+
+def lost_metrics(known: Records, successes: IntArray, totals: IntArray) -> dict[str, float]:
+    """How many prompts had only successes at their last visit, and what share of them now fails more often than not.
+
+    Args:
+        known: (M,) what was recorded of the visited prompts before this visit.
+        successes: (M,) successes of this visit.
+        totals: (M,) scored rollouts of this visit.
+    """
+    solved = (known.newest_total > 0) & (known.newest_successes == known.newest_total)
+    lost = 2 * successes < totals
+    share = float(lost[solved].mean()) if solved.any() else float("nan")
+    return {"solved_before": float(solved.sum()), "lost": share}

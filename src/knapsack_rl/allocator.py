@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation import Allocation, allocate, allocate_expected, feasible_bounds
-from knapsack_rl.allocation_metrics import allocation_metrics
+from knapsack_rl.allocation_metrics import allocation_metrics, lost_metrics
 from knapsack_rl.allocator_state import COUNTERS, STATE_FORMAT, STATE_VERSION, check_header, section
 from knapsack_rl.belief import Belief, Estimator
 from knapsack_rl.coverage import cover
@@ -353,11 +353,13 @@ class KnapsackAllocator(Guarded):
         scored = ~np.isnan(rewards_R)
         self._unscored_rollouts += int((~scored).sum())
         visited = groups.totals > 0
+        lost = {"solved_before": 0.0, "lost": float("nan")}
         if visited.any():
             index = np.cumsum(visited) - 1
             visitors = [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen]
             successes, totals = groups.successes[visited], groups.totals[visited]
             known = self.tracker.lookup(visitors)
+            lost = lost_metrics(known, successes, totals)
             self.tracker.record(
                 visitors,
                 index[prompt_R[scored]],
@@ -367,7 +369,7 @@ class KnapsackAllocator(Guarded):
                 evidence=self.attempt("learning", lambda: self._absorb(known, successes, totals)),
             )
             self._refit_when_due(int(visited.sum()))
-        self._outcome_metrics = self._outcomes(list(distinct), groups)
+        self._outcome_metrics = self._outcomes(list(distinct), groups) | lost
 
     def _absorb(self, known: Records, successes: IntArray, totals: IntArray) -> FloatArray:
         evidence = self.estimator.absorb(known, successes, totals)

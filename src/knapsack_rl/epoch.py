@@ -58,10 +58,11 @@ def plan_epoch(
         ValueError: an argument is out of range, values are not concave, or no totals within the limits sum to the
             budget.
 
-    >>> easy, hard = [0.99, 0.98], [0.3, 0.2]
-    >>> plan = plan_epoch([easy, hard], budget=32, rows_multiple=4, slack=0.5)
-    >>> print(plan[0].sum(), plan[1].sum())
-    8 24
+    Examples:
+        >>> easy, hard = [0.99, 0.98], [0.3, 0.2]
+        >>> plan = plan_epoch([easy, hard], budget=32, rows_multiple=4, slack=0.5)
+        >>> print(plan[0].sum(), plan[1].sum())
+        8 24
     """
     budget = check_whole("budget", budget, minimum=0)
     low = check_whole("min_rollouts", min_rollouts, minimum=1)

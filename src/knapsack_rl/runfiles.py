@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 ALLOCATION_LOG = "allocations.jsonl"
+WARNINGS_FILE = "warnings.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 STATE_FILE = "knapsack_allocator.npz"
 """State of the allocator inside a checkpoint, written last: its presence marks a complete one."""
 QUEUE_FILE = "waiting_prompts.json"

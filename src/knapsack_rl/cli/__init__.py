@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from knapsack_rl import __version__
-from knapsack_rl.cli import allocate, compare, experiment, replay, report, train, verl_args
+from knapsack_rl.cli import allocate, compare, completion, experiment, replay, report, train, verl_args
 
-COMMANDS = (train, compare, report, allocate, replay, experiment, verl_args)
+COMMANDS = (train, compare, report, allocate, replay, experiment, verl_args, completion)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import sys
 import time
-from typing import Any
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from knapsack_rl.training.run import Display
 from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.watch import Finding
+
+if TYPE_CHECKING:
+    from knapsack_rl.training.run import Display
+
+logger = logging.getLogger(__name__)
 
 PLAIN_EVERY_SECONDS = 10.0
 BAR = 24
+TREND = 32
+"""Steps in a trend line."""
+LEVELS = "▁▂▃▄▅▆▇█"
+SMOOTHING = 0.9
+"""Weight of the past in the running mean of the seconds a step takes."""
 
 
 def make_display(*, quiet: bool) -> Display:
@@ -26,7 +42,7 @@ def make_display(*, quiet: bool) -> Display:
 
 
 class Quiet:
-    """Prints nothing."""
+    """Prints nothing; what goes wrong goes to the log."""
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
         """Nothing to show."""
@@ -34,21 +50,65 @@ class Quiet:
     def row(self, row: dict[str, Any]) -> None:
         """Nothing to show."""
 
+    def warn(self, finding: Finding) -> None:
+        """Log it."""
+        logger.warning("%s", finding)
+
     def stop(self) -> None:
-        """Nothing to show."""
+        """Nothing is left open."""
+
+
+class Pace:
+    """Seconds a step, evaluations included, and what follows from them; the first step also compiles and is left out.
+
+    Args:
+        settings: of the run.
+        clock: seconds; for tests.
+    """
+
+    def __init__(self, settings: TrainSettings, clock: Any = time.monotonic) -> None:
+        self._settings, self._clock = settings, clock
+        self._newest: float | None = None
+        self.seconds = math.nan
+        self.step = 0
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """A step was trained, or an evaluation made."""
+        if "loss" not in row:
+            return
+        now = self._clock()
+        if self._newest is not None:
+            took = now - self._newest
+            self.seconds = took if math.isnan(self.seconds) else SMOOTHING * self.seconds + (1 - SMOOTHING) * took
+        self._newest, self.step = now, row["step"]
+
+    @property
+    def rollouts_per_second(self) -> float:
+        """Rollouts generated and trained on in a second; NaN before the second step."""
+        return self._settings.budget / self.seconds if self.seconds > 0 else math.nan
+
+    @property
+    def left(self) -> str:
+        """Time to the end of the run in words; empty before the second step."""
+        if math.isnan(self.seconds):
+            return ""
+        minutes, seconds = divmod(round(self.seconds * (self._settings.steps - self.step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
 class PlainLines:
-    """One line for every evaluation, and for a step now and then."""
+    """One line for every evaluation and warning, and for a step now and then."""
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
         """Say what runs."""
-        self._steps = settings.steps
+        self._steps, self._pace = settings.steps, Pace(settings)
         self._shown = float("-inf")
         print(f"{settings.label}: {settings.steps} steps of {settings.budget} rollouts", flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
         """Print an evaluation, or a step if the last line is some seconds old."""
+        self._pace.row(row)
         if "held_out/accuracy" in row:
             print(
                 f"step {row['step']}/{self._steps}  held-out accuracy {row['held_out/accuracy']:.3f}  "
@@ -60,53 +120,106 @@ class PlainLines:
             print(
                 f"step {row['step']}/{self._steps}  reward {row['reward']:.3f}  effective gradient ratio "
                 f"{row['knapsack/effective_gradient_ratio']:.2f} (prompts {row['knapsack/effective_prompt_ratio']:.2f})"
-                f"  largest budget {row['knapsack/budget_max']:.0f}  {row['step_time']:.2f} s/step",
+                f"  largest budget {row['knapsack/budget_max']:.0f}  {row['step_time']:.2f} s/step"
+                + (f"  about {self._pace.left} left" if self._pace.left else ""),
                 flush=True,
             )
+
+    def warn(self, finding: Finding) -> None:
+        """Print it."""
+        print(f"warning, {finding}", flush=True)
 
     def stop(self) -> None:
         """Nothing is left open."""
 
 
 class Panel:
-    """A live panel: progress, rewards, effective ratios and where the budget goes."""
+    """A live panel: progress, throughput, rewards, effective ratios, where the budget goes, and what goes wrong."""
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
         """Open the panel."""
         shape = f"{settings.prompts_per_step} prompts x {settings.rollouts_per_prompt} rollouts"
         self._title = f"{settings.label}: {shape}"
+        self._pace = Pace(settings)
         self._progress = Progress(
-            TextColumn("[bold]step"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
+            *(TextColumn("[bold]step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+            *(TextColumn("ETA"), TimeRemainingColumn()),
         )
         self._task = self._progress.add_task("steps", total=settings.steps, completed=first_step)
         self._newest: dict[str, Any] = {}
+        self._past = {key: deque[float](maxlen=TREND) for _, key, _ in TRENDS}
+        self._warnings: list[Finding] = []
+        self._tokens = (0.0, 0.0)
         self._live = Live(self._view(), console=Console(), refresh_per_second=4)
         self._live.start()
+        # Log lines would tear the panel: they go through it, and stand above.
+        self._handlers = [
+            (handler, handler.setStream(sys.stderr))
+            for handler in logging.getLogger().handlers
+            if type(handler) is logging.StreamHandler
+        ]
 
     def row(self, row: dict[str, Any]) -> None:
         """Show the newest numbers."""
         self._newest |= row
+        self._pace.row(row)
+        for key, past in self._past.items():
+            if row.get(key) is not None:
+                past.append(row[key])
+        self._tokens = (self._tokens[1], row["num_tokens"]) if row.get("num_tokens") else self._tokens
         self._progress.update(self._task, completed=row["step"])
+        self._live.update(self._view())
+
+    def warn(self, finding: Finding) -> None:
+        """Show it under the numbers."""
+        self._warnings.append(finding)
         self._live.update(self._view())
 
     def stop(self) -> None:
         """Leave the last view standing."""
         self._live.stop()
+        for handler, stream in self._handlers:
+            if stream is not None:
+                handler.setStream(stream)
 
     def _view(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        for name, key, form in (
-            ("reward", "reward", "{:.3f}"),
-            ("held-out accuracy", "held_out/accuracy", "{:.3f}"),
-            ("effective gradient ratio", "knapsack/effective_gradient_ratio", "{:.2f}"),
-            ("effective prompts", "knapsack/effective_prompt_ratio", "{:.2f}"),
-            ("largest budget", "knapsack/budget_max", "{:.0f}"),
-            ("seconds a step", "step_time", "{:.2f}"),
-        ):
-            number = self._newest.get(key)
-            table.add_row(name, "-" if number is None else form.format(number))
-        table.add_row("where the budget goes", "by estimated success rate")
+        table.add_row("rollouts a second", _form(self._pace.rollouts_per_second, "{:,.0f}"), self._tokens_text())
+        for name, key, form in NUMBERS:
+            table.add_row(name, _form(self._newest.get(key), form), "")
+        for name, key, form in TRENDS:
+            table.add_row(name, _form(self._newest.get(key), form), _trend(self._past[key]))
+        budget = Table.grid(padding=(0, 2))
+        budget.add_row("where the budget goes", "by estimated success rate")
         for name in ("hard", "medium", "easy", "unseen"):
             share = self._newest.get(f"knapsack/budget_to/{name}") or 0.0
-            table.add_row(f"  {name}", f"{'█' * round(share * BAR):<{BAR}} {share:4.0%}")
-        return Group(f"[bold]{self._title}", self._progress, table)
+            budget.add_row(f"  {name}", f"{'█' * round(share * BAR):<{BAR}} {share:4.0%}")
+        warnings = [Text(f"! {finding}", style="yellow") for finding in self._warnings]
+        return Group(f"[bold]{escape(self._title)}", self._progress, table, budget, *warnings)
+
+    def _tokens_text(self) -> str:
+        before, now = self._tokens
+        rate = (now - before) / self._pace.seconds if before and self._pace.seconds > 0 else math.nan
+        return f"{rate:,.0f} tokens a second" if math.isfinite(rate) else ""
+
+
+NUMBERS = (
+    ("seconds a step", "step_time", "{:.2f}"),
+    ("held-out accuracy", "held_out/accuracy", "{:.3f}"),
+    ("largest budget", "knapsack/budget_max", "{:.0f}"),
+)
+TRENDS = (
+    ("reward", "reward", "{:.3f}"),
+    ("effective gradient ratio", "knapsack/effective_gradient_ratio", "{:.2f}"),
+    ("effective prompts", "knapsack/effective_prompt_ratio", "{:.2f}"),
+)
+
+
+def _form(number: float | None, form: str) -> str:
+    return form.format(number) if number is not None and math.isfinite(number) else "-"
+
+
+def _trend(past: deque[float]) -> str:
+    """Shares from 0 to 1 as a line of blocks; what lies outside is drawn at the edge."""
+    top = len(LEVELS) - 1
+    return "".join(LEVELS[min(max(round(number * top), 0), top)] for number in past)

@@ -15,6 +15,10 @@ EXAMPLES = """examples:
   knapsack-rl train                                       the shipped model on arithmetic, about ten minutes
   knapsack-rl train --allocation uniform --steps 100      stock GRPO, shorter
   knapsack-rl train --model my-model/ --dataset qa.jsonl --prompt-column question
+  knapsack-rl train --dataset countdown --model my-model/ --lora-rank 16
+  knapsack-rl train --model smollm2-135m --dataset sums   a real model without a hub
+  knapsack-rl train --model Qwen/Qwen2.5-1.5B-Instruct --dataset gsm8k --rollouts-per-pass 16 --vllm colocate
+  knapsack-rl train --model my-model/ --dataset reasoning-gym:chain_sum?max_terms=3
   knapsack-rl train --resume runs/knapsack-n8-seed0       go on after an interruption
 """
 
@@ -25,7 +29,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train a language model and write a report",
         description="Train a causal language model with GRPO on verifiable prompts. Without arguments: the shipped "
-        "model on generated arithmetic, its rollouts allocated by the knapsack.",
+        "model on generated arithmetic, its rollouts allocated by the knapsack. On several accelerators: torchrun "
+        "--nproc_per_node 8 -m knapsack_rl train ..., or accelerate launch with a file of configs/.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -54,10 +59,16 @@ def run(parsed: argparse.Namespace) -> int:
         return 0
 
     from knapsack_rl.cli.display import make_display
+    from knapsack_rl.training.models import is_main_process
+    from knapsack_rl.training.noise import quiet_libraries
     from knapsack_rl.training.run import train
 
     started = time.monotonic()
-    outcome = train(settings, folder, make_display(quiet=parsed.quiet), resume=bool(parsed.resume))
+    silent = parsed.quiet or not is_main_process()
+    with quiet_libraries():
+        outcome = train(settings, folder, make_display(quiet=silent), resume=bool(parsed.resume))
+    if not is_main_process():
+        return 0 if outcome.finished else 130
     minutes = (time.monotonic() - started) / 60
     if not outcome.finished:
         print(f"interrupted after step {outcome.steps}; go on with: knapsack-rl train --resume {folder}")

@@ -68,9 +68,13 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
     body += [page.paragraph(text, "notice") for text in _notices(groups)]
     body.append(_findings(rows))
     body.append(page.heading("Figures by policy"))
-    body.append(page.table(HEADER, [_cells(row) for row in rows], caption=_table_caption(rows)))
+    # A column per policy: there are more figures than policies, and a screen is higher than it is wide.
+    columns = [_cells(row) for row in rows]
+    figures = [(name, *cells) for name, *cells in zip(HEADER, *columns, strict=True)]
+    body.append(page.table([str(cell) for cell in figures[0]], figures[1:], caption=_table_caption(rows)))
     body.append(page.heading("Curves"))
-    body.append(page.plots(_plots(groups)))
+    body.append(page.plots(page.plot(spec.name, spec.caption, spec.draw) for spec in comparison_plots(groups)))
+    body += _warnings(groups)
     body += _settings(groups)
     target = Path(output)
     if target.is_dir():
@@ -201,12 +205,13 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
     return caption
 
 
-def _plots(groups: Sequence[Policy]) -> list[str]:
-    figures: list[str] = []
+def comparison_plots(groups: Sequence[Policy]) -> list[page.Plot]:
+    """The plots of a comparison page, as far as the logs go."""
+    figures: list[page.Plot] = []
     accuracy = {policy.label: accuracy_curve(policy) for policy in groups}
     if any(curve.x.size > 1 for curve in accuracy.values()):
         figures.append(
-            page.plot(
+            page.Plot(
                 "accuracy",
                 "Mean over seeds; the band spans the lowest and the highest seed. Compare at equal rollouts: a curve "
                 "further to the left needs fewer rollouts for the same accuracy.",
@@ -216,7 +221,7 @@ def _plots(groups: Sequence[Policy]) -> list[str]:
     finals = {policy.label: list(policy.per_seed(final_accuracy).values()) for policy in groups}
     if any(finals.values()):
         figures.append(
-            page.plot(
+            page.Plot(
                 "final",
                 "The last evaluation of each run; the bar is the mean. Where the dots of two policies mingle, the "
                 "difference may be chance. Policies with a larger N have used more rollouts.",
@@ -231,7 +236,7 @@ def _plots(groups: Sequence[Policy]) -> list[str]:
         curves = {policy.label: _trend(policy, share) for policy in groups}
         if any(curve.x.size > 1 for curve in curves.values()):
             figures.append(
-                page.plot(
+                page.Plot(
                     f"effective-{level}",
                     _LEVELS[level],
                     partial(plots.ratios_by_policy, curves, level=level),
@@ -245,6 +250,20 @@ def _trend(policy: Policy, share: Callable[[RunLog], FloatArray]) -> Curve:
     runs = policy.compared.values()
     window = plots.trend_window(max(run.steps.size for run in runs))
     return mean_curve((run.steps, moving_average(share(run), window)) for run in runs)
+
+
+def _warnings(groups: Sequence[Policy]) -> list[str]:
+    """What the runs were warned of."""
+    told = [
+        (f"{policy.label}, seed {seed}", f"{row['step']:,}", row["seen"])
+        for policy in groups
+        for seed, run in policy.runs.items()
+        for row in run.warnings
+    ]
+    if not told:
+        return []
+    caption = "Each is told once in a run; the run's own page adds the likely cause and what to change"
+    return [page.heading("Warnings"), page.table(("run", "step", "seen"), told, caption=caption, numeric=False)]
 
 
 def _settings(groups: Sequence[Policy]) -> list[str]:
@@ -279,5 +298,6 @@ def _settings(groups: Sequence[Policy]) -> list[str]:
         ("Runs", ("run", "folder"), folders, "Each run's own page shows budgets, difficulty and calibration"),
     ):
         if rows:
-            tables += [page.heading(title), page.table(header, rows, caption=caption, numeric=False)]
+            table = page.table(header, rows, caption=caption, numeric=False)
+            tables += [page.heading(title), table] if rows is differing else [page.details(title, [table])]
     return tables

@@ -10,12 +10,15 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MISSING = "–"
 LONGEST_TEXT = 160
@@ -27,7 +30,7 @@ STYLE = """
   --line: #39414a; --notice: #3a2e12; --notice-line: #e0a63a; --panel: #f4f5f6; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1.25rem 3rem; background: var(--page); color: var(--text);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { margin: .4rem 0; max-width: 48rem; }
@@ -45,6 +48,8 @@ figure svg { display: block; width: 100%; height: auto; background: var(--panel)
   border-radius: 6px; padding: .5rem; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figure svg text { font-family: system-ui, sans-serif !important; }
+@media (prefers-color-scheme: dark) { figure svg { background: #fff; border-color: transparent;
+  filter: invert(.91) hue-rotate(180deg) saturate(1.3); } }
 figcaption { font-size: .88rem; margin-top: .4rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; min-width: min(100%, 36rem); font-size: .9rem; font-variant-numeric: tabular-nums;
@@ -58,7 +63,17 @@ td, tbody th { unicode-bidi: isolate; }
 .number { text-align: right; white-space: nowrap; }
 thead .number { white-space: normal; }
 .text { overflow-wrap: anywhere; min-width: 8rem; }
-@media print { body { max-width: none; padding: 0; font-size: 11px; } .scroll { overflow: visible; }
+details { margin: 1.4rem 0; border-top: 1px solid var(--line); padding-top: .6rem; }
+summary { cursor: pointer; font-weight: 600; }
+.prompts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .8rem;
+  align-items: start; }
+.prompts > div { background: var(--card); border-radius: 6px; padding: .6rem .8rem; break-inside: avoid; }
+.sample { display: block; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto;
+  font-size: .85rem; border-left: 3px solid var(--line); padding-left: .6rem; unicode-bidi: isolate; }
+@media print { html { font-size: 11px; }
+  :root { --text: #000; --soft: #444; --page: #fff; --card: #fff; --line: #ccc; --notice: #fff; }
+  figure svg { filter: none; } .sample { max-height: none; }
+  body { max-width: none; padding: 0; font-size: 1rem; } .scroll { overflow: visible; }
   .plots { grid-template-columns: 1fr 1fr; } .tiles div { border: 1px solid var(--line); }
   tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
@@ -70,6 +85,11 @@ def escape(value: object) -> str:
     if len(text) > LONGEST_TEXT:
         text = text[: LONGEST_TEXT - 1] + "…"
     return html.escape(text, quote=True)
+
+
+def _prose(text: str) -> str:
+    """Running text, escaped; a number is not parted from its percent sign."""
+    return re.sub(r"(?<=\d) %", "&nbsp;%", html.escape(text))
 
 
 def document(title: str, body: Iterable[str]) -> str:
@@ -99,7 +119,7 @@ def write(target: Path, title: str, body: Iterable[str]) -> Path:
 
 def paragraph(text: str, style: str = "") -> str:
     """An escaped paragraph, optionally of a CSS class."""
-    return f'<p class="{style}">{html.escape(text)}</p>' if style else f"<p>{html.escape(text)}</p>"
+    return f'<p class="{style}">{_prose(text)}</p>' if style else f"<p>{_prose(text)}</p>"
 
 
 def heading(text: str) -> str:
@@ -110,7 +130,7 @@ def heading(text: str) -> str:
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
     """Key figures: name, value and a short remark, all escaped."""
     cells = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{_prose(remark)}</small></dd></div>"
         for name, value, remark in items
     )
     return f'<dl class="tiles">{"".join(cells)}</dl>'
@@ -141,6 +161,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: s
     )
 
 
+def details(summary: str, parts: Iterable[str]) -> str:
+    """Parts that the reader opens; the summary is escaped."""
+    return f"<details><summary>{html.escape(summary)}</summary>{''.join(parts)}</details>"
+
+
+def sample(label: str, text: str) -> str:
+    """A text of others as it stands, line breaks included, under a label."""
+    return f'<p class="soft">{html.escape(label)}</p><code class="sample">{html.escape(text) or "(empty)"}</code>'
+
+
 def plots(figures: Iterable[str]) -> str:
     """Figures side by side where the screen is wide enough."""
     return f'<div class="plots">{"".join(figures)}</div>'
@@ -157,17 +187,60 @@ def plot(name: str, caption: str, draw: Callable[[Axes], Axes]) -> str:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    return f"<figure>{_svg(name, draw)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{_svg(name, draw)}<figcaption>{_prose(caption)}</figcaption></figure>"
 
 
-def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
+@dataclass(frozen=True)
+class Plot:
+    """A plot of a page, before it is drawn.
+
+    Attributes:
+        name: Unique name on its page, and of its file.
+        caption: What to look for, as plain text.
+        draw: Draws on the Axes it is given.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Axes], Axes]
+
+
+def save_plots(specs: Iterable[Plot], folder: Path, kind: str) -> list[Path]:
+    """Write each plot into a file of its own, with its caption among the file's metadata.
+
+    Args:
+        specs: What to draw.
+        folder: Where; made if missing.
+        kind: "png" or "svg".
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for spec in specs:
+        path = folder / f"{spec.name}.{kind}"
+        with _drawn(spec.name, spec.draw) as (figure, title):
+            about = {"Title": title, "Description": spec.caption}
+            figure.savefig(path, format=kind, dpi=200, facecolor="white", metadata=about | _undated(kind))
+        written.append(path)
+    return written
+
+
+def _undated(kind: str) -> dict[str, None]:
+    """No date and no program in the file, so that the same run gives the same bytes."""
+    return {"Creator": None, "Date": None} if kind == "svg" else {"Software": None}
+
+
+@contextmanager
+def _drawn(name: str, draw: Callable[[Axes], Axes]) -> Iterator[tuple[Figure, str]]:
+    """A figure and its title; styles hold inside the body, where it is to be saved."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "knapsack-rl[plots]"') from error
 
-    buffer = io.StringIO()
     style = matplotlib.rc_context(
         {
             "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
@@ -180,7 +253,12 @@ def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
         # The browser chooses the font, so it does not matter which signs matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-        title = draw(figure.add_subplot()).get_title(loc="left")
+        yield figure, draw(figure.add_subplot()).get_title(loc="left")
+
+
+def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
+    buffer = io.StringIO()
+    with _drawn(name, draw) as (figure, title):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     return _inline(buffer.getvalue(), title)

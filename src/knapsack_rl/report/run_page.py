@@ -12,16 +12,18 @@ import numpy as np
 from knapsack_rl.groups import DIFFICULTY_CLASSES
 from knapsack_rl.report import page, plots
 from knapsack_rl.report.curves import tail_mean
+from knapsack_rl.report.prompt_section import prompt_section
 from knapsack_rl.report.runlog import RunLog
 
 SHOWN_PROMPTS = 10
 
 
-def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into a run folder; an unfinished run gives a page that says so.
+def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page of a run; an unfinished run gives a page that says so.
 
     Args:
         folder: A folder written by training.
+        output: The page to write; by default `report.html` in the run folder.
 
     Returns:
         The path of the page.
@@ -35,9 +37,13 @@ def write_report(folder: str | Path) -> Path:
     body = [f"<h1>Training run {page.escape(name)}</h1>", page.paragraph(_lead(run), "soft")]
     body += [page.paragraph(text, "notice") for text in _notices(run)]
     body.append(page.tiles(_key_figures(run)))
-    body.append(page.plots(_plots(run)))
+    body += _warnings(run)
+    body.append(page.heading("Curves"))
+    body.append(page.plots(page.plot(spec.name, spec.caption, spec.draw) for spec in run_plots(run)))
+    body += prompt_section(run)
     body += _tables(run)
-    target = run.folder / "report.html"
+    target = run.folder / "report.html" if output is None else Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
     return page.write(target, f"Training run {name}", body)
 
 
@@ -100,13 +106,14 @@ def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
     ]
 
 
-def _plots(run: RunLog) -> list[str]:
-    figures: list[str] = []
+def run_plots(run: RunLog) -> list[page.Plot]:
+    """The plots of a run's page, as far as its log goes."""
+    figures: list[page.Plot] = []
     rollouts, accuracy = run.held_out
     if accuracy.size > 1:
         greedy = run.against_rollouts("held_out/greedy_accuracy")
         figures.append(
-            page.plot(
+            page.Plot(
                 "accuracy",
                 "Success on held-out problems. Look at how many rollouts each gain costs, and whether the curve "
                 "has flattened; single evaluations are noisy.",
@@ -118,7 +125,7 @@ def _plots(run: RunLog) -> list[str]:
     calibration = run.calibration()
     moved = int(run.transitions.sum())
     figures.append(
-        page.plot(
+        page.Plot(
             "effective",
             "A group whose rewards are all equal teaches nothing. The rollout share can be raised by moving "
             "budget, the prompt share only by prompts of suitable difficulty. "
@@ -127,7 +134,7 @@ def _plots(run: RunLog) -> list[str]:
         )
     )
     figures.append(
-        page.plot(
+        page.Plot(
             "budgets",
             "Uniform allocation is a single bar. A long tail to the right means that a few hard prompts receive "
             "many rollouts; the scale is logarithmic, so a short bar is a rare event.",
@@ -135,7 +142,7 @@ def _plots(run: RunLog) -> list[str]:
         )
     )
     figures.append(
-        page.plot(
+        page.Plot(
             "estimates",
             "Who receives the budget: the mean, with a bar from the 10 % to the 90 % quantile. Prompts thought "
             "hard but solvable should get the most, prompts thought solved the least.",
@@ -143,7 +150,7 @@ def _plots(run: RunLog) -> list[str]:
         )
     )
     figures.append(
-        page.plot(
+        page.Plot(
             "difficulty",
             "Success rates observed in each step (moving average): 1, [0.8, 1), (0.2, 0.8), (0, 0.2] and 0. "
             "The two outer classes carry no gradient. A small group lands in them more easily.",
@@ -152,7 +159,7 @@ def _plots(run: RunLog) -> list[str]:
     )
     if moved:
         figures.append(
-            page.plot(
+            page.Plot(
                 "transitions",
                 f"The {moved:,} prompts visited at least twice. Left of the diagonal: became easier; right of it: "
                 "harder. The bottom right corner counts prompts that stayed unsolved. Shade: share of the row.",
@@ -161,7 +168,7 @@ def _plots(run: RunLog) -> list[str]:
         )
     if calibration.visits.size:
         figures.append(
-            page.plot(
+            page.Plot(
                 "calibration",
                 "Points on the diagonal mean that predictions can be trusted; bars are 95 % intervals. Brier score "
                 f"{calibration.brier:.3f} (0 is perfect; always predicting the average gives "
@@ -172,36 +179,24 @@ def _plots(run: RunLog) -> list[str]:
     return figures
 
 
+def _warnings(run: RunLog) -> list[str]:
+    """What went wrong, one box each."""
+    if not run.warnings:
+        return []
+    parts = [page.heading("Warnings")]
+    for told in run.warnings:
+        seen = page.escape(told["seen"])
+        parts.append(
+            f'<div class="notice"><p><strong>{seen}</strong> First seen at step {told["step"]:,}.</p>'
+            + page.paragraph(f"Likely cause: {told['cause']}")
+            + page.paragraph(f"What to change: {told['remedy']}")
+            + "</div>"
+        )
+    return parts
+
+
 def _tables(run: RunLog) -> list[str]:
     tables: list[str] = []
-    visits = run.visits
-    if visits.counts.size:
-        size = len(run.prompt_ids)
-        rollouts = np.bincount(visits.prompt, visits.counts, minlength=size)
-        successes = np.bincount(visits.prompt, visits.successes, minlength=size)
-        seen = np.bincount(visits.prompt, minlength=size)
-        last = np.full(size, -1)
-        last[visits.prompt[visits.scored > 0]] = visits.difficulty[visits.scored > 0]  # the latest visit stays
-        top = np.argsort(-rollouts, kind="stable")[:SHOWN_PROMPTS]
-        rows = [
-            (
-                run.prompt_ids[i],
-                f"{seen[i]:,}",
-                f"{rollouts[i]:,.0f}",
-                f"{successes[i]:,.0f}",
-                DIFFICULTY_CLASSES[last[i]] if last[i] >= 0 else None,
-            )
-            for i in top
-        ]
-        tables.append(page.heading("Prompts with the most rollouts"))
-        tables.append(
-            page.table(
-                ("prompt", "visits", "rollouts", "successes", "last visit"),
-                rows,
-                caption=f"{len(rows)} of {size:,} prompts, over the whole run",
-            )
-        )
-    tables += _training_metrics(run)
     reasons = Counter(reason for reason in run.reasons if reason)
     if reasons:
         tables.append(page.heading("What the allocator reported"))
@@ -212,28 +207,65 @@ def _tables(run: RunLog) -> list[str]:
                 caption=f"out of {run.steps.size:,} steps",
             )
         )
-    tables.append(page.heading("Configuration"))
-    tables.append(
-        page.table(("setting", "value"), sorted(run.config.items()), caption="As the run was started", numeric=False)
+    tables += _most_rollouts(run)
+    tables += _training_metrics(run)
+    settings = page.table(
+        ("setting", "value"), sorted(run.config.items()), caption="As the run was started", numeric=False
     )
+    tables.append(page.details(f"Configuration ({len(run.config)} settings)", [settings]))
     return tables
+
+
+def _most_rollouts(run: RunLog) -> list[str]:
+    visits = run.visits
+    if not visits.counts.size:
+        return []
+    size = len(run.prompt_ids)
+    rollouts = np.bincount(visits.prompt, visits.counts, minlength=size)
+    successes = np.bincount(visits.prompt, visits.successes, minlength=size)
+    seen = np.bincount(visits.prompt, minlength=size)
+    last = np.full(size, -1)
+    last[visits.prompt[visits.scored > 0]] = visits.difficulty[visits.scored > 0]  # the latest visit stays
+    top = np.argsort(-rollouts, kind="stable")[:SHOWN_PROMPTS]
+    rows = [
+        (
+            run.prompt_ids[i],
+            f"{seen[i]:,}",
+            f"{rollouts[i]:,.0f}",
+            f"{successes[i]:,.0f}",
+            DIFFICULTY_CLASSES[last[i]] if last[i] >= 0 else None,
+        )
+        for i in top
+    ]
+    header = ("prompt", "visits", "rollouts", "successes", "last visit")
+    caption = f"{len(rows)} of {size:,} prompts, over the whole run"
+    return [page.heading("Prompts with the most rollouts"), page.table(header, rows, caption=caption)]
+
+
+METRIC_GROUPS = (
+    ("Outcomes", ("reward", "knapsack/effective", "knapsack/all_", "knapsack/covered", "knapsack/class/",
+                  "knapsack/outcome", "knapsack/reward", "knapsack/lost", "knapsack/solved", "frac_reward")),
+    ("Allocation", ("knapsack/budget", "knapsack/expected_value", "knapsack/estimated", "knapsack/fallback",
+                    "knapsack/allocation", "knapsack/largest", "knapsack/smallest")),
+    ("Predictions", ("knapsack/predicted", "knapsack/realised", "knapsack/brier")),
+    ("Completions", ("completions/", "num_tokens", "entropy")),
+    ("Optimizer", ("loss", "grad_norm", "learning_rate", "clip_ratio", "kl", "epoch", "step_time")),
+)  # fmt: skip
+"""Name of a group of metrics, and how the names of its members begin."""
 
 
 def _training_metrics(run: RunLog) -> list[str]:
     names = sorted({name for row in run.metrics for name in row} - {"step", "rollouts"})
-    rows: list[tuple[Any, ...]] = []
+    grouped: dict[str, list[tuple[Any, ...]]] = {title: [] for title in (*dict(METRIC_GROUPS), "Others")}
     for name in names:
         values = run.metric(name)[1]
         # The held-out curve has its own plot, and its evaluations are too few for a mean over 20 %.
         if values.size and not name.startswith("held_out/"):
-            rows.append((name, f"{tail_mean(values[::-1]):.4g}", f"{tail_mean(values):.4g}"))
-    if not rows:
+            title = next((title for title, starts in METRIC_GROUPS if name.startswith(starts)), "Others")
+            grouped[title].append((name, f"{tail_mean(values[::-1]):.4g}", f"{tail_mean(values):.4g}"))
+    header = ("metric", "first 20 %", "last 20 %")
+    tables = [page.table(header, rows, caption=title) for title, rows in grouped.items() if rows]
+    if not tables:
         return []
-    return [
-        page.heading("Training metrics"),
-        page.table(
-            ("metric", "first 20 %", "last 20 %"),
-            rows,
-            caption="Means over the steps; the training reward depends on which prompts get rollouts",
-        ),
-    ]
+    lead = page.paragraph("Means over the steps; the training reward depends on which prompts get rollouts.", "soft")
+    return [page.details(f"Training metrics ({sum(map(len, grouped.values()))})", [lead, *tables])]

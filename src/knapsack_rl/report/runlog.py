@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,20 @@ from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
 from knapsack_rl.prompt_ids import check_prompt_ids
 from knapsack_rl.report.curves import ratio
-from knapsack_rl.runfiles import ALLOCATION_LOG, by_step, check_allocation, read_config, read_rows
+from knapsack_rl.runfiles import (
+    ALLOCATION_LOG,
+    SAMPLES_FILE,
+    WARNINGS_FILE,
+    by_step,
+    check_allocation,
+    read_config,
+    read_rows,
+)
+from knapsack_rl.samples import read_samples
 from knapsack_rl.value import FloatArray, IntArray
 
 BoolArray = NDArray[np.bool_]
+WARNING_TEXTS = ("kind", "seen", "cause", "remedy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +136,8 @@ class RunLog:
         seconds: Time that each allocation took (T), NaN if not logged.
         visits: The per-visit arrays.
         metrics: Logged metrics, one mapping per step, ascending, nulls left out.
+        warnings: What the run was warned of, in order; each has `step`, `kind`, `seen`, `cause` and `remedy`.
+        samples: Sample completions by prompt id, as `SampleStore` keeps them.
     """
 
     folder: Path
@@ -136,6 +148,8 @@ class RunLog:
     seconds: FloatArray
     visits: Visits
     metrics: tuple[Mapping[str, Any], ...]
+    warnings: tuple[Mapping[str, Any], ...] = ()
+    samples: Mapping[str | int, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | Path) -> RunLog:
@@ -154,6 +168,7 @@ class RunLog:
         config = read_config(folder / "config.yaml")
         rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
         metrics = by_step(read_rows(folder / "metrics.jsonl"))
+        told = read_rows(folder / WARNINGS_FILE)
         return cls(
             folder=folder,
             config=config,
@@ -163,6 +178,10 @@ class RunLog:
             seconds=np.array([row.get("seconds") for row in rows], dtype=np.float64),
             visits=visits,
             metrics=tuple({key: value for key, value in row.items() if value is not None} for row in metrics),
+            warnings=tuple(
+                {key: str(row.get(key, "")) for key in WARNING_TEXTS} | {"step": row["step"]} for row in told
+            ),
+            samples={row["prompt_id"]: row for row in read_samples(folder / SAMPLES_FILE)},
         )
 
     # State of the run
@@ -275,7 +294,7 @@ class RunLog:
     # Over the whole run
 
     @cached_property
-    def _first_and_last(self) -> tuple[IntArray, IntArray]:
+    def first_and_last(self) -> tuple[IntArray, IntArray]:
         """Visit indices of each seen prompt's first and last scored visit, in the order of prompts."""
         scored = np.flatnonzero(self.visits.scored > 0)
         prompts = self.visits.prompt[scored]
@@ -289,14 +308,14 @@ class RunLog:
 
         Prompts with a single scored visit are left out: they have not had the time to move.
         """
-        first, last = self._first_and_last
+        first, last = self.first_and_last
         again = first != last
         return transition_matrix(self.visits.difficulty[first[again]], self.visits.difficulty[last[again]])
 
     @cached_property
     def unsolved_share(self) -> float:
         """Share of scored prompts whose last scored visit had no success, NaN if none was scored."""
-        _, last = self._first_and_last
+        _, last = self.first_and_last
         return float(np.mean(self.visits.successes[last] == 0)) if last.size else math.nan
 
     @cached_property

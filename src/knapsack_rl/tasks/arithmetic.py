@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from knapsack_rl.tasks.data import DataRequest, TaskData, refuse
+
 EOS_TOKEN = "<eos>"  # noqa: S105 - the name of a vocabulary entry, not a secret
 PAD_TOKEN = "<pad>"  # noqa: S105
 
@@ -283,6 +285,22 @@ def accuracy_reward(completions: Sequence[str], answer: Sequence[str], **kwargs:
             " repeat the answer of a prompt once per completion."
         )
     return [float(is_correct(text, right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def arithmetic_task(request: DataRequest) -> TaskData:
+    """The generated additions; the split is part of the task, so every seed of a run has the same prompts.
+
+    Raises:
+        ValueError: a setting of files was given, or more problems are asked for than there are.
+    """
+    refuse(request, "path", "config", "split", "verifier", "template", "prompt_column", "answer_column")
+    splits = make_splits(train=request.train_prompts, held_out=max(request.held_out_prompts, 1))
+    return TaskData(
+        train=to_rows(splits.train),
+        held_out=to_rows(splits.held_out[: request.held_out_prompts]),
+        reward=accuracy_reward,
+        max_completion_tokens=MAX_COMPLETION_TOKENS,
+    )
 
 
 def base_model_path() -> Path:

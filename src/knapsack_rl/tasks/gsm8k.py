@@ -20,7 +20,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from knapsack_rl.tasks.data import DataRequest, Row, Source, TaskData, column, read_splits, refuse, text_id
 from knapsack_rl.tasks.extraction import BOX, MAX_TEXT, last_boxed, same_length, text_of
+
+SOURCE = Source(hub="openai/gsm8k", config="main", held_out_split="test")
+TEMPLATE = "{prompt}\n\nReason step by step, then give the answer as a number after ####."
+MAX_COMPLETION_TOKENS = 320
 
 MARK = "####"
 MAX_NUMBER = 64
@@ -131,3 +136,26 @@ def gsm8k_reward(completions: Sequence[Any], answer: Sequence[str], **kwargs: An
     """
     same_length(completions, answer)
     return [float(is_correct(text, right)) for text, right in zip(completions, answer, strict=True)]
+
+
+def gsm8k_task(request: DataRequest) -> TaskData:
+    """GSM8K, grade-school word problems (Cobbe et al. 2021, MIT licence), held out from its test split.
+
+    Raises:
+        ValueError: there are too few rows, or a column is missing.
+        OSError: neither the hub nor the copy delivered.
+    """
+    refuse(request, "verifier", "prompt_column", "answer_column")
+
+    def as_row(row: Row, where: str) -> Row:
+        question, solution = (str(column(row, name, where)) for name in ("question", "answer"))
+        right = final_number(solution)
+        if right is None:
+            raise ValueError(f"{where}: the answer does not end in a number: {solution[-80:]!r}")
+        prompt = request.framed(question, TEMPLATE)
+        return {"prompt": prompt, "answer": f"{MARK} {right}", "prompt_id": text_id("gsm8k", question)}
+
+    train, held_out = read_splits(request, SOURCE, as_row)
+    return TaskData(
+        train=train, held_out=held_out, reward=gsm8k_reward, max_completion_tokens=MAX_COMPLETION_TOKENS, chat=True
+    )

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from knapsack_rl.runfiles import ALLOCATION_LOG, CONFIG_FILE, METRICS_FILE, MODEL_FOLDER, complete_checkpoints
+from knapsack_rl.runfiles import (
+    ALLOCATION_LOG,
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    SAMPLES_FILE,
+    WARNINGS_FILE,
+    complete_checkpoints,
+)
 from knapsack_rl.training.lock import refuse_if_owned
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
@@ -145,8 +153,8 @@ def _start(run: Run) -> subprocess.Popen[bytes]:
         command += ["--resume", str(run.folder)]
     else:
         # What a run left that was stopped before its first checkpoint is of no use.
-        (run.folder / METRICS_FILE).unlink(missing_ok=True)
-        (run.folder / ALLOCATION_LOG).unlink(missing_ok=True)
+        for name in (METRICS_FILE, ALLOCATION_LOG, WARNINGS_FILE, SAMPLES_FILE):
+            (run.folder / name).unlink(missing_ok=True)
         (run.folder / CONFIG_FILE).write_text(run.settings.to_yaml(), encoding="utf-8")
         command += ["--config", str(run.folder / CONFIG_FILE), "--output", str(run.folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -2,86 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import dataclasses
 from typing import Any
 
-from knapsack_rl.logs import READABLE, read_columns
-from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, accuracy_reward, exact_match_reward, make_splits, to_rows
+from knapsack_rl.tasks.data import DataRequest, Row, TaskData
+from knapsack_rl.tasks.registry import load_data
 from knapsack_rl.training.settings import TrainSettings
-
-Row = dict[str, Any]
-
-FILE_COMPLETION_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """What a run trains and is judged on.
-
-    Attributes:
-        train: rows with ``prompt``, ``answer`` and ``prompt_id``.
-        held_out: rows of the same kind, never trained on.
-        reward: TRL reward function; 1 for a right answer, 0 for a wrong one.
-        max_completion_tokens: longest answer.
-    """
-
-    train: Sequence[Row]
-    held_out: Sequence[Row]
-    reward: Callable[..., list[float]]
-    max_completion_tokens: int
 
 
 def load_task(settings: TrainSettings) -> TaskData:
     """Load the data set that the settings name.
 
-    Of a file or hub data set the first ``train_prompts`` rows are trained on and the next ``held_out_prompts`` are held
-    out; a completion is right if it equals the answer but for white space at the ends.
+    Raises:
+        ValueError: a setting does not fit the data set, a column is missing, or there are too few rows.
+        OSError: a file is not there, or the hub did not deliver.
+        ImportError: the data set needs an extra.
+    """
+    task = load_data(
+        DataRequest(
+            dataset=settings.dataset,
+            train_prompts=settings.train_prompts,
+            held_out_prompts=settings.held_out_prompts,
+            path=settings.dataset_path,
+            config=settings.dataset_config,
+            split=settings.dataset_split,
+            prompt_column=settings.prompt_column,
+            answer_column=settings.answer_column,
+            verifier=settings.verifier,
+            template=settings.prompt_template,
+        )
+    )
+    longest = settings.max_completion_tokens or task.max_completion_tokens
+    return dataclasses.replace(task, max_completion_tokens=longest)
+
+
+def for_tokenizer(task: TaskData, tokenizer: Any, chat: str) -> TaskData:
+    """The task with its prompts as chat messages where that is wanted, and an end that the tokenizer knows.
+
+    Args:
+        task: prompts as text, or as messages already.
+        tokenizer: of the model.
+        chat: ``"on"``, ``"off"``, or ``"auto"`` for chat where task and tokenizer are made for it.
 
     Raises:
-        ValueError: a column is missing, or there are too few rows.
-        FileNotFoundError: a path that looks like a file does not exist.
+        ValueError: messages are asked for and the tokenizer has no chat template, or messages are there and ``chat``
+            is off, or the text that ends an answer is no single token.
     """
-    if settings.dataset == "arithmetic":
-        # The split is part of the task, not of the run: every seed trains and is judged on the same prompts.
-        splits = make_splits(train=settings.train_prompts, held_out=max(settings.held_out_prompts, 1))
-        train, held_out = to_rows(splits.train), to_rows(splits.held_out[: settings.held_out_prompts])
-        longest = settings.max_completion_tokens or MAX_COMPLETION_TOKENS
-        return TaskData(train, held_out, accuracy_reward, longest)
-    rows = _read_rows(settings.dataset)
-    wanted = settings.train_prompts + settings.held_out_prompts
-    if len(rows) < wanted:
+    messages = isinstance(task.train[0]["prompt"], list)
+    template = getattr(tokenizer, "chat_template", None) is not None
+    if messages and chat == "off":
+        raise ValueError("chat is off, but the data set's prompts are chat messages; name a column of plain text")
+    wanted = messages or chat == "on" or (chat == "auto" and task.chat and template)
+    if wanted and not template:
+        raise ValueError("the model's tokenizer has no chat template; set chat to off, and give prompts as plain text")
+    if wanted and not messages:
+        task = dataclasses.replace(task, train=_as_messages(task.train), held_out=_as_messages(task.held_out))
+    if task.stop and not wanted:
+        stop_token(task, tokenizer)
+        return task
+    return dataclasses.replace(task, stop="")  # a chat model ends its turn itself
+
+
+def stop_token(task: TaskData, tokenizer: Any) -> int | None:
+    """The token of the text that ends an answer; None where the task has none.
+
+    Raises:
+        ValueError: the tokenizer has no single token for it.
+    """
+    if not task.stop:
+        return None
+    ids = tokenizer(task.stop, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
         raise ValueError(
-            f"{settings.dataset} holds {len(rows)} rows, but train_prompts + held_out_prompts is {wanted}; lower them"
+            f"answers of this data set end in {task.stop!r}, which is no single token of the model's tokenizer but "
+            f"{len(ids)}; use another model, or chat on"
         )
-    kept = [_as_row(row, position, settings) for position, row in enumerate(rows[:wanted])]
-    return TaskData(
-        kept[: settings.train_prompts],
-        kept[settings.train_prompts :],
-        exact_match_reward,
-        settings.max_completion_tokens or FILE_COMPLETION_TOKENS,
-    )
+    return ids[0]
 
 
-def _read_rows(name: str) -> list[Row]:
-    if Path(name).suffix in READABLE:
-        columns = read_columns(name)
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    from datasets import load_dataset
-
-    return load_dataset(name, split="train").to_list()
-
-
-def _as_row(row: Row, position: int, settings: TrainSettings) -> Row:
-    for column in (settings.prompt_column, settings.answer_column):
-        if row.get(column) in (None, ""):
-            raise ValueError(
-                f"{settings.dataset}, row {position}: no value in column {column!r}; columns are {', '.join(row)} "
-                "(set prompt_column and answer_column)"
-            )
-    return {
-        "prompt": str(row[settings.prompt_column]),
-        "answer": str(row[settings.answer_column]),
-        "prompt_id": row.get("prompt_id", f"{Path(settings.dataset).name}:{position}"),
-    }
+def _as_messages(rows: Any) -> list[Row]:
+    return [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]

@@ -39,7 +39,8 @@ def held_out_accuracy(
     """Generate ``samples`` answers per prompt, and one greedy answer, and score them.
 
     The same random numbers are used at every call and the training's generator is left as it was, so evaluating more
-    often changes nothing.
+    often changes nothing. Processes that train together share the work; all of them must call this and get the same
+    result.
 
     Args:
         model: a causal language model; its training mode is restored.
@@ -54,7 +55,7 @@ def held_out_accuracy(
     model.eval()
     try:
         with torch.random.fork_rng(devices=_devices(model)):
-            torch.manual_seed(EVALUATION_SEED)
+            torch.manual_seed(EVALUATION_SEED + _place()[0])
             repeated = [row for row in rows for _ in range(samples)]
             options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
             sampled = _success_rate(model, tokenizer, repeated, reward, max_new_tokens, options)
@@ -79,16 +80,46 @@ def _success_rate(
 ) -> float:
     device = next(model.parameters()).device
     successes = 0
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        tokens = tokenizer(
-            [row["prompt"] for row in batch], return_tensors="pt", padding=True, return_token_type_ids=False
-        ).to(device)
+    rank, processes = _place()
+    # Equally many rows for every process, or one would wait for the others: the last ones may stand in twice.
+    places = range(rank, rank + processes * -(-len(rows) // processes), processes)
+    mine = [rows[place % len(rows)] for place in places]
+    counted = sum(place < len(rows) for place in places)
+    for start in range(0, len(mine), BATCH):
+        batch = mine[start : start + BATCH]
+        tokens = _tokens(tokenizer, [row["prompt"] for row in batch]).to(device)
         with torch.no_grad():
             output = model.generate(
                 **tokens, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options
             )
         texts = tokenizer.batch_decode(output[:, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-        rewards = reward(completions=texts, answer=[row["answer"] for row in batch])
-        successes += sum(score > 0 for score in rewards)
+        columns = {name: [row[name] for row in batch] for name in batch[0] if name != "prompt"}
+        rewards = reward(prompts=[row["prompt"] for row in batch], completions=texts, **columns)
+        successes += sum(score > 0 for score in rewards[: max(counted - start, 0)])
+    if processes > 1:
+        total = torch.tensor(successes, device=device)
+        torch.distributed.all_reduce(total)
+        successes = int(total)
     return successes / len(rows)
+
+
+def _place() -> tuple[int, int]:
+    """Rank of this process and number of processes that train together."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _tokens(tokenizer: Any, prompts: Sequence[Any]) -> Any:
+    """Padded tokens of prompts, which are texts or lists of chat messages."""
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
+    if isinstance(prompts[0], str):
+        return tokenizer(prompts, return_token_type_ids=False, **options)
+    return tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"return_token_type_ids": False},
+        **options,
+    )

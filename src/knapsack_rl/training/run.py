@@ -13,28 +13,47 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from knapsack_rl.report import write_report
 from knapsack_rl.runfiles import (
     CONFIG_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
+    WARNINGS_FILE,
     append_row,
     complete_checkpoints,
     steps_of,
 )
-from knapsack_rl.tasks import base_model_path
-from knapsack_rl.training.data import TaskData, load_task
+from knapsack_rl.training.card import write_card
+from knapsack_rl.training.data import TaskData, for_tokenizer, load_task, stop_token
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.lock import own_folder, refuse_if_owned
+from knapsack_rl.training.models import (
+    accelerated,
+    adapter,
+    batch_arguments,
+    in_bfloat16,
+    is_main_process,
+    load_model,
+    load_tokenizer,
+    vllm_arguments,
+)
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.watch import Finding, WarningLog
 
 logger = logging.getLogger(__name__)
 
-SHIPPED_MODEL = "arithmetic-base"
+SAMPLED_PROMPTS = 512
+"""Prompts of which sample completions are kept for the report."""
+
+# transformers renamed it; the old name warns.
+_CHECKPOINTING = "activation_checkpointing"
+if _CHECKPOINTING not in KnapsackGRPOConfig.__dataclass_fields__:
+    _CHECKPOINTING = "gradient_checkpointing"
 
 
 class Display(Protocol):
@@ -46,6 +65,10 @@ class Display(Protocol):
 
     def row(self, row: dict[str, Any]) -> None:
         """A step was trained or an evaluation made."""
+        ...
+
+    def warn(self, finding: Finding) -> None:
+        """Something goes wrong in the run; told once."""
         ...
 
     def stop(self) -> None:
@@ -74,7 +97,8 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     """Train as the settings say and write the run folder.
 
     SIGINT (Ctrl-C) finishes the step, saves a checkpoint and ends the run so that it can be resumed; a second one
-    interrupts at once.
+    interrupts at once. Where a launcher (torchrun, accelerate) started several processes, each calls this; the first
+    one writes the folder.
 
     Args:
         settings: the run's settings.
@@ -90,6 +114,8 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     """
     if resume and not folder.is_dir():
         raise FileNotFoundError(f"there is no run folder {folder} to resume")
+    if not is_main_process():
+        return _train(settings, folder, display, _find_start(folder, resume=True) if resume else None)
     refuse_if_owned(folder)
     _find_start(folder, resume=resume)  # a folder that is refused is left as it is
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,24 +130,22 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings)
-    name = str(base_model_path()) if settings.model == SHIPPED_MODEL else settings.model
     # A run may have been stopped after its last checkpoint and before its end.
     trained = checkpoint is not None and steps_of(checkpoint) >= settings.steps * settings.updates_per_step
-    if trained:
-        name = str(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if not torch.cuda.is_available() else "auto")
+    tokenizer = load_tokenizer(settings)
+    task = for_tokenizer(task, tokenizer, settings.chat)
+    arguments = _trainer_arguments(settings, folder, task, stop_token(task, tokenizer))
     recorder = _Recorder(settings, folder, task, tokenizer, display)
     trainer = KnapsackGRPOTrainer(
-        model=model,
-        args=_trainer_arguments(settings, folder, task),
+        model=load_model(settings, task, tokenizer, checkpoint if trained else None),
+        args=arguments,
+        peft_config=None if trained else adapter(settings),
         reward_funcs=[task.reward],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer,
         callbacks=[recorder],
     )
+    trainer.create_model_card = _no_card  # type: ignore[method-assign] # the folder's own is written at the end
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if trained and checkpoint is not None:
@@ -133,7 +157,10 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     finished = steps >= settings.steps
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
+    if not is_main_process():
+        return Outcome(folder, finished, steps, None)
     trainer.allocator.save(folder / "allocator.npz")
+    _card(folder)
     return Outcome(folder, finished, steps, _report(folder))
 
 
@@ -159,8 +186,7 @@ def _find_start(folder: Path, *, resume: bool) -> Path | None:
     return None
 
 
-def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) -> KnapsackGRPOConfig:
-    accelerated = torch.cuda.is_available()
+def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, stop: int | None) -> KnapsackGRPOConfig:
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         allocation="uniform" if settings.allocation == "uniform" else "knapsack",
@@ -169,10 +195,9 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
         max_rollouts=settings.max_rollouts,
         weighting=settings.weighting,
         log_allocations=True,
+        log_samples=SAMPLED_PROMPTS,
         num_generations=settings.rollouts_per_prompt,
-        per_device_train_batch_size=settings.budget // settings.updates_per_step,
-        steps_per_generation=settings.updates_per_step,
-        gradient_accumulation_steps=1,
+        **batch_arguments(settings),
         max_steps=settings.steps * settings.updates_per_step,
         max_completion_length=task.max_completion_tokens,
         temperature=settings.temperature,
@@ -190,9 +215,10 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
         save_total_limit=2,
         report_to=settings.report_to,
         disable_tqdm=True,
-        use_cpu=not accelerated,
-        bf16=accelerated,
-        gradient_checkpointing=False,
+        use_cpu=not accelerated(),
+        bf16=in_bfloat16(settings),
+        **{_CHECKPOINTING: settings.gradient_checkpointing == "on"},
+        **vllm_arguments(settings, stop),
     )
 
 
@@ -207,6 +233,7 @@ class _Recorder(TrainerCallback):
         self._tokenizer = tokenizer
         self._display = display
         self._started = time.perf_counter()
+        self._warnings = WarningLog(folder / WARNINGS_FILE, display.warn)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -217,6 +244,7 @@ class _Recorder(TrainerCallback):
         due = self.settings.eval_every and step % self.settings.eval_every == 0
         if not updates and (due or step == self.settings.steps):
             self._evaluate(kwargs["model"], step)
+        self.interrupted = any(gather_object([self.interrupted]))  # all processes stop after the same step
         self._stop_if_interrupted(state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -246,6 +274,8 @@ class _Recorder(TrainerCallback):
         self._write(step, {"held_out/accuracy": accuracy.sampled, "held_out/greedy_accuracy": accuracy.greedy})
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
+        if not is_main_process():
+            return
         row: dict[str, Any] = {
             "step": step,
             "rollouts": step * self.settings.budget,
@@ -254,6 +284,7 @@ class _Recorder(TrainerCallback):
         row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}
         append_row(self._metrics, row)
         self._display.row(row)
+        self._warnings.row(row)
 
 
 @contextmanager
@@ -279,3 +310,14 @@ def _report(folder: Path) -> Path | None:
     except ImportError as error:
         logger.warning("no report was written: %s", error)
         return None
+
+
+def _card(folder: Path) -> None:
+    try:
+        write_card(folder)
+    except OSError as error:
+        logger.warning("no model card was written: %s", error)
+
+
+def _no_card(*_: Any, **__: Any) -> None:
+    """In place of TRL's draft, which cannot know the base model and calls it None."""

@@ -32,10 +32,36 @@ class TrainSettings:
     prompts_per_step: int = _option(64, "prompts in a step")
     steps: int = _option(400, "training steps")
     seed: int = _option(0, "seed of data order, sampling and initialisation")
-    model: str = _option("arithmetic-base", "the shipped base model, or any Hugging Face folder or name")
-    dataset: str = _option("arithmetic", "the generated arithmetic task, a JSONL/CSV/parquet file, or a hub data set")
+    model: str = _option(
+        "arithmetic-base", "arithmetic-base (ships), smollm2-135m (needs no hub), or any Hugging Face folder or name"
+    )
+    precision: str = _option(
+        "auto",
+        "numbers of forward and backward pass; auto is bfloat16 on accelerators",
+        ("auto", "float32", "bfloat16"),
+    )
+    lora_rank: int = _option(0, "train LoRA adapters of this rank on all linear layers; 0 trains all weights")
+    lora_alpha: int = _option(0, "scale of the adapters; 0 takes twice the rank")
+    rollouts_per_pass: int = _option(0, "rollouts in one forward and backward pass of a process; 0 takes all at once")
+    gradient_checkpointing: str = _option("off", "recompute activations to save memory", ("off", "on"))
+    vllm: str = _option("off", "generate with vLLM beside the trainer, or on a server", ("off", "colocate", "server"))
+    vllm_server: str = _option("http://localhost:8000", "address of the server (trl vllm-serve), with --vllm server")
+    vllm_memory: float = _option(0.3, "share of the accelerator's memory that a colocated vLLM may take")
+    dataset: str = _option(
+        "arithmetic",
+        "arithmetic, sums, countdown, gsm8k, math, dapo-math-17k, reasoning-gym:TASK, a JSONL/CSV/parquet file, or a "
+        "hub data set",
+    )
     prompt_column: str = _option("prompt", "column of the prompt in a file or hub data set")
     answer_column: str = _option("answer", "column of the answer in a file or hub data set")
+    dataset_path: str = _option("", "file or folder with a copy of a hub data set, read instead of the hub")
+    dataset_config: str = _option("", "configuration of a hub data set, where it has several")
+    dataset_split: str = _option("", "split of a hub data set that is trained on; empty for train")
+    verifier: str = _option(
+        "auto", "how answers of a file or hub data set are checked; auto is exact", ("auto", "exact", "number", "math")
+    )
+    prompt_template: str = _option("", "text with {prompt} in it, put around each prompt; empty takes the task's own")
+    chat: str = _option("auto", "prompts as chat messages; auto where task and model are for it", ("auto", "on", "off"))
     train_prompts: int = _option(2048, "prompts trained on (the first ones of a file)")
     held_out_prompts: int = _option(512, "prompts only evaluated on")
     estimator: str = _option(
@@ -72,7 +98,8 @@ class TrainSettings:
         at_least = {
             "rollouts_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "seed": 0, "train_prompts": 1,
             "held_out_prompts": 0, "min_rollouts": 0, "updates_per_step": 1, "max_completion_tokens": 0,
-            "eval_every": 0, "eval_samples": 1, "save_every": 0, "threads": 0,
+            "eval_every": 0, "eval_samples": 1, "save_every": 0, "threads": 0, "lora_rank": 0, "lora_alpha": 0,
+            "rollouts_per_pass": 0,
         }  # fmt: skip
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
@@ -94,6 +121,14 @@ class TrainSettings:
             )
         if self.prompts_per_step > self.train_prompts:
             raise ValueError(f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}")
+        if not 0.0 < self.vllm_memory <= 1.0:
+            raise ValueError(f"vllm_memory must be in (0, 1], got {self.vllm_memory}")
+        if self.lora_alpha and not self.lora_rank:
+            raise ValueError(f"lora_alpha {self.lora_alpha} needs lora_rank, which is 0")
+        if self.prompt_template and "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"prompt_template must hold {{prompt}}, where the prompt goes, got {self.prompt_template!r}"
+            )
         if self.budget % self.updates_per_step:
             raise ValueError(f"the step's {self.budget} rollouts do not divide into {self.updates_per_step} updates")
 
@@ -124,9 +159,14 @@ def settings_from(values: Mapping[str, Any], source: str) -> TrainSettings:
     unknown = sorted(str(key) for key in set(values) - known)
     if unknown:
         raise ValueError(f"{source}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    # YAML 1.1 reads 1e-4 as text.
+    # YAML 1.1 reads 1e-4 as text, and on and off as booleans.
     floats = {spec.name for spec in dataclasses.fields(TrainSettings) if isinstance(spec.default, float)}
+    switches = {spec.name for spec in dataclasses.fields(TrainSettings) if "off" in (spec.metadata["choices"] or ())}
     values = {name: _as_float(given) if name in floats else given for name, given in values.items()}
+    words = {True: "on", False: "off"}
+    values = {
+        name: words[given] if name in switches and isinstance(given, bool) else given for name, given in values.items()
+    }
     try:
         return TrainSettings(**values)
     except ValueError as error:

@@ -22,5 +22,6 @@ except ImportError as error:
 from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE
 from knapsack_rl.trl.config import KnapsackGRPOConfig
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
+from knapsack_rl.trl.watching import WatchCallback
 
-__all__ = ["ALLOCATION_LOG", "STATE_FILE", "KnapsackGRPOConfig", "KnapsackGRPOTrainer"]
+__all__ = ["ALLOCATION_LOG", "STATE_FILE", "KnapsackGRPOConfig", "KnapsackGRPOTrainer", "WatchCallback"]

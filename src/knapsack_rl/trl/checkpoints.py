@@ -13,7 +13,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import QUEUE_FILE, STATE_FILE
+from knapsack_rl.runfiles import QUEUE_FILE, SAMPLES_FILE, STATE_FILE
+from knapsack_rl.samples import SampleStore
 
 if TYPE_CHECKING:
     from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
@@ -44,6 +45,29 @@ class SaveAllocator(TrainerCallback):
                     f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints "
                     "are untouched: make room, then resume",
                 ) from error
+
+
+class SaveSamples(TrainerCallback):
+    """Writes the sample completions beside each checkpoint and at the end, and goes on from them when resuming."""
+
+    def __init__(self, samples: SampleStore) -> None:
+        self._samples = samples
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self._samples.read(Path(args.output_dir) / SAMPLES_FILE)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args)
+
+    def _write(self, args: Any) -> None:
+        try:
+            self._samples.write(Path(args.output_dir) / SAMPLES_FILE)
+        except OSError as error:
+            logger.warning("%s could not be written (%s); the run goes on", SAMPLES_FILE, error)
 
 
 def finished_epochs(checkpoint: Path) -> int:

@@ -38,6 +38,9 @@ class KnapsackGRPOConfig(GRPOConfig):
         reward_timeout: seconds that one call of a reward function may take, ``None`` for no limit. One that takes
             longer stops the run with an error that names the prompt.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
+        log_samples: prompts of which sample completions are kept in ``samples.jsonl`` in ``output_dir``, 0 for none:
+            the first one, the newest success and the newest failure that the main process generated, each cut to
+            some hundred characters.
 
     Raises:
         ValueError: the settings cannot work together; see :func:`check_settings`.
@@ -55,6 +58,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that tells success."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
+    log_samples: int = field(default=0, metadata={"help": "Prompts of which completions are kept in samples.jsonl."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +110,8 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
     if setting(args, "prompts_per_step") == "varying" and setting(args, "allocation") == "uniform":
         raise ValueError("prompts_per_step='varying' needs allocation='knapsack', got 'uniform'")
+    if setting(args, "log_samples") < 0:
+        raise ValueError(f"log_samples must be >= 0, got {setting(args, 'log_samples')}")
     check_choices(make_estimator(setting(args, "estimator")), "rollouts", setting(args, "value"), low)
     limit = setting(args, "reward_timeout")
     if limit is not None and not 0 < limit < float("inf"):

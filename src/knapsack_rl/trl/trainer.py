@@ -21,13 +21,21 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import group_outcomes
+from knapsack_rl.groups import group_outcomes, successes_of
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import ALLOCATION_LOG, QUEUE_FILE, STATE_FILE, append_row, complete_checkpoints
+from knapsack_rl.runfiles import (
+    ALLOCATION_LOG,
+    QUEUE_FILE,
+    STATE_FILE,
+    append_row,
+    complete_checkpoints,
+)
+from knapsack_rl.samples import SampleStore
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (
     SaveAllocator,
+    SaveSamples,
     finished_epochs,
     tell_changed_data,
     warn_of_split_generations,
@@ -57,10 +65,16 @@ class _Step:
 
 @dataclass
 class _Scored:
-    """Rewards of one generation batch of all processes: (R, functions) with NaN for none, and (R,) lengths."""
+    """Rewards of one generation batch of all processes: (R, functions) with NaN for none, and (R,) lengths.
+
+    Prompts, completions and answers (of a column of that name) are those of this process.
+    """
 
     matrix: FloatArray
     lengths: IntArray
+    prompts: list[Any]
+    completions: list[Any]
+    answers: list[Any]
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -104,6 +118,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self.queue = PromptQueue(size) if varying else None
         self._scored: _Scored | None = None
         self._epochs_finished = 0
+        self._samples: SampleStore | None = None
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
@@ -114,6 +129,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             served.generate = _one_completion_per_row(served.generate, self)
         warn_of_split_generations(self.args, self.num_iterations)
         self.add_callback(SaveAllocator(self))
+        if self._setting("log_samples") and self.accelerator.is_main_process:
+            self._samples = SampleStore(self._setting("log_samples"))
+            self.add_callback(SaveSamples(self._samples))
 
     def _setting(self, name: str) -> Any:
         return setting(self.args, name)
@@ -148,6 +166,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._scored = _Scored(
             matrix=rewards_per_func.detach().double().cpu().numpy(),  # gathered, in rank order
             lengths=gather(lengths).cpu().numpy(),
+            prompts=prompts,
+            completions=completions,
+            answers=[row.get("answer") for row in inputs],
         )
         return rewards_per_func
 
@@ -273,9 +294,31 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             metrics[f"knapsack/{name}"].append(number)
         by_prompt = group_outcomes(step.group_R, total).mean_reward
         by_prompt = by_prompt[~np.isnan(by_prompt)]
+        if self.accelerator.num_processes > 1:
+            work = lengths.reshape(self.accelerator.num_processes, -1).sum(axis=1)
+            metrics["knapsack/process_imbalance"].append(float(work.max() / max(work.mean(), 1)))
         metrics["knapsack/reward_per_prompt"].append(float(by_prompt.mean()) if by_prompt.size else float("nan"))
         if self._setting("log_allocations") and self.accelerator.is_main_process:
             self.allocator.attempt("logging", lambda: self._log_allocation(step, outcome))
+        self.allocator.attempt("sampling", lambda: self._keep_samples(ids, outcome, scored))
+
+    def _keep_samples(self, ids: list[PromptId], outcome: FloatArray, scored: _Scored) -> None:
+        if self._samples is None:
+            return
+        # The main process has the first rows.
+        verdicts = successes_of(outcome, self.allocator.success)
+        mine = zip(scored.prompts, scored.completions, scored.answers, strict=True)
+        for row, (prompt, completion, answer) in enumerate(mine):
+            if not np.isnan(outcome[row]):
+                self._samples.add(
+                    ids[row],
+                    prompt,
+                    completion,
+                    reward=float(outcome[row]),
+                    success=bool(verdicts[row]),
+                    step=self._generation,
+                    answer=answer,
+                )
 
     @property
     def _aggregation(self) -> str:

@@ -1,0 +1,64 @@
+"""The figures of one run as plain values, for a program."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from knapsack_rl.groups import DIFFICULTY_CLASSES
+from knapsack_rl.report.curves import tail_mean
+from knapsack_rl.report.runlog import RunLog
+
+
+def run_summary(run: RunLog) -> dict[str, Any]:
+    """What a run's page shows as numbers; None where there is nothing to tell, and no NaN.
+
+    Keys:
+        folder, config, finished, steps, planned_steps, rollouts: The run.
+        held_out: Rollouts and accuracy of each evaluation.
+        effective_rollouts, effective_prompts: Means over the first and the last 20 % of the steps.
+        all_correct, all_wrong, largest_allocation, unsolved_share: Over the end of the run.
+        transitions: Prompts by class of the first (rows) and last visit (columns), in the order of `classes`.
+        calibration: Predicted and realised share of groups with a gradient by bin, and the Brier scores.
+        reasons: What the allocator reported, with the number of steps.
+        warnings: What the run was warned of.
+    """
+    rollouts, accuracy = run.held_out
+    calibration = run.calibration()
+    return {
+        "folder": run.folder.resolve().name,
+        "config": dict(run.config),
+        "finished": run.finished,
+        "steps": int(run.steps.size),
+        "planned_steps": run.planned_steps,
+        "rollouts": int(run.rollouts.sum()),
+        "held_out": {"rollouts": rollouts.tolist(), "accuracy": accuracy.tolist()},
+        "effective_rollouts": _ends(run.effective_rollout_ratio),
+        "effective_prompts": _ends(run.effective_prompt_ratio),
+        "all_correct": _known(tail_mean(run.all_correct_share)),
+        "all_wrong": _known(tail_mean(run.all_wrong_share)),
+        "largest_allocation": int(run.max_budget.max()) if run.steps.size else None,
+        "unsolved_share": _known(run.unsolved_share),
+        "classes": list(DIFFICULTY_CLASSES),
+        "transitions": run.transitions.tolist(),
+        "calibration": {
+            "predicted": calibration.predicted.tolist(),
+            "realised": calibration.realised.tolist(),
+            "visits": calibration.visits.tolist(),
+            "brier": _known(calibration.brier),
+            "brier_of_average": _known(calibration.brier_constant),
+        },
+        "reasons": dict(Counter(reason for reason in run.reasons if reason)),
+        "warnings": [dict(told) for told in run.warnings],
+    }
+
+
+def _ends(values: np.ndarray) -> dict[str, float | None]:
+    return {"first": _known(tail_mean(values[::-1])), "last": _known(tail_mean(values))}
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,251 @@
+"""What a task gives a training run, and how rows come from a hub, a folder or a file."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knapsack_rl.logs import READABLE, read_columns
+
+Row = dict[str, Any]
+Reward = Callable[..., list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """What a run trains and is judged on.
+
+    Attributes:
+        train: rows with ``prompt``, ``answer`` and ``prompt_id``; other columns go to the reward function.
+        held_out: rows of the same kind, never trained on.
+        reward: TRL reward function; above 0 for a right answer, 0 for a wrong one.
+        max_completion_tokens: longest answer.
+        chat: whether prompts are meant for a chat model, where the model has a chat template.
+        stop: text of one token that ends an answer besides the model's own end; empty for none.
+    """
+
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+    reward: Reward
+    max_completion_tokens: int
+    chat: bool = False
+    stop: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """Which data a run asks for; the fields are those of the training settings.
+
+    Attributes:
+        dataset: name of a task, with what follows a colon; or a file, or a hub data set.
+        path: file or folder to read instead of the hub; empty for none.
+        config: configuration of a hub data set; empty for the task's own.
+        split: split that is trained on; empty for the task's own, which is ``train`` everywhere.
+        prompt_column: column of the prompt in a file or hub data set.
+        answer_column: column of the answer.
+        verifier: how answers of a file or hub data set are checked.
+        template: text with ``{prompt}`` in it, put around each prompt; empty for the task's own.
+        train_prompts: rows to train on.
+        held_out_prompts: rows to hold out.
+    """
+
+    dataset: str
+    train_prompts: int
+    held_out_prompts: int
+    path: str = ""
+    config: str = ""
+    split: str = ""
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    verifier: str = "auto"
+    template: str = ""
+
+    @property
+    def wanted(self) -> int:
+        """Rows to train on and rows to hold out."""
+        return self.train_prompts + self.held_out_prompts
+
+    def framed(self, prompt: str, own_template: str = "{prompt}") -> str:
+        """The prompt inside the template."""
+        return (self.template or own_template).replace("{prompt}", prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a named data set lives on the hub.
+
+    Attributes:
+        hub: repository name.
+        config: configuration, None for the only one.
+        held_out_split: split to hold out from, None to hold out rows of the training split.
+    """
+
+    hub: str
+    config: str | None = None
+    held_out_split: str | None = None
+
+
+def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
+    """All rows of a split: of the request's own file or folder, else of the hub.
+
+    Args:
+        request: names the file or folder, and may override the configuration.
+        source: where the rows are on the hub.
+        split: ``train`` or ``test``, for example; a file has no splits.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the hub was asked and did not deliver; says what to do.
+        ValueError: the data cannot be read, or the configuration or split does not exist.
+    """
+    place = request.path or source.hub
+    if Path(place).suffix in READABLE:
+        columns = read_columns(place)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if request.path and not Path(place).is_dir():
+        raise FileNotFoundError(f"there is no file or folder {place}; a file ends in {', '.join(READABLE)}")
+    if Path(place).is_dir() and not (Path(place) / "README.md").exists():
+        # By name: datasets itself looks for "train" and "test" anywhere in the path.
+        for builder, pattern in _LAYOUTS:
+            files = sorted(str(path) for path in Path(place).rglob(pattern.format(split)))
+            if files:
+                return _load(builder, None, split, data_files={split: files})
+    # A clone of a hub repository has a README that lists its configurations.
+    configured = not request.path or (Path(place) / "README.md").exists()
+    return _load(place, request.config or (source.config if configured else None), split)
+
+
+_LAYOUTS = (("parquet", "{}*.parquet"), ("json", "{}*.jsonl"), ("json", "{}*.json"), ("csv", "{}*.csv"))
+
+
+def _load(place: str, config: str | None, split: str, **options: Any) -> list[Row]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f'{error}. The data set {place} needs: pip install "knapsack-rl[trl]"') from error
+    from datasets.exceptions import DatasetGenerationError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        rows = load_dataset(place, config, split=split, **options)
+    except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, FileNotFoundError) as error:
+        raise OSError(
+            f"the data set {place} could not be loaded: {' '.join(str(error).split())[:300]}. Check its name and the "
+            "network, or download it elsewhere and name the copy with dataset_path (a folder laid out as on the hub, "
+            f"or one file of {', '.join(READABLE)})"
+        ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(f"the data set {place} could not be read: {error.__cause__ or error}") from error
+    return list(rows)
+
+
+def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str], Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to hold out of a named data set, each in an order that is the same for every run.
+
+    Args:
+        request: how many, and whether from a copy.
+        source: where the data set lives.
+        as_row: makes a row of prompt, answer and id of a row as read and of what an error calls it.
+
+    Raises:
+        ValueError: there are too few rows, or a row lacks a column.
+        OSError: neither the hub nor the copy delivered.
+    """
+
+    def rows_of(split: str) -> list[Row]:
+        rows = read_rows(request, source, split)
+        return mixed(
+            distinct(as_row(row, f"{request.path or request.dataset}, row {at}") for at, row in enumerate(rows))
+        )
+
+    no_splits = Path(request.path).suffix in READABLE
+    held_out = None
+    if source.held_out_split and request.held_out_prompts and not no_splits:
+        held_out = rows_of(source.held_out_split)
+    return split_rows(request, rows_of(request.split or "train"), held_out)
+
+
+def split_rows(
+    request: DataRequest, train: Sequence[Row], held_out: Sequence[Row] | None
+) -> tuple[list[Row], list[Row]]:
+    """The first rows for training, and those held out: of a split of their own, else the next ones of the first.
+
+    Rows to train on whose prompt is also held out are left out.
+
+    Raises:
+        ValueError: there are too few rows.
+    """
+    if held_out is None:
+        if len(train) < request.wanted:
+            raise ValueError(
+                f"{request.dataset} holds {len(train)} rows, but train_prompts + held_out_prompts is {request.wanted}; "
+                "lower them"
+            )
+        return list(train[: request.train_prompts]), list(train[request.train_prompts : request.wanted])
+    kept_out = list(held_out[: request.held_out_prompts])
+    prompts = {row["prompt"] for row in kept_out}
+    kept = [row for row in train if row["prompt"] not in prompts][: request.train_prompts]
+    for name, found, wanted in (
+        ("train_prompts", len(kept), request.train_prompts),
+        ("held_out_prompts", len(kept_out), request.held_out_prompts),
+    ):
+        if found < wanted:
+            raise ValueError(f"{request.dataset} holds {found} rows for {name}, which is {wanted}; lower it")
+    return kept, kept_out
+
+
+def distinct(rows: Iterable[Row]) -> list[Row]:
+    """Rows with a prompt that no earlier row has."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        found.setdefault(row["prompt"], row)
+    return list(found.values())
+
+
+def mixed(rows: Sequence[Row]) -> list[Row]:
+    """The rows in a random order that is the same in every run, so that the first ones are a fair sample."""
+    rng = random.Random(0)  # noqa: S311 - reproducible data, not a secret
+    order = sorted((rng.random(), position) for position in range(len(rows)))
+    return [rows[position] for _, position in order]
+
+
+def text_id(source: str, text: str) -> str:
+    """An id for a prompt that stays the same whatever the order of the rows."""
+    return f"{source}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+
+def column(row: Row, name: str, where: str) -> Any:
+    """A value that must be there.
+
+    Raises:
+        ValueError: there is none; the columns there are get named.
+    """
+    if row.get(name) in (None, ""):
+        raise ValueError(f"{where}: no value in column {name!r}; columns are {', '.join(row)}")
+    return row[name]
+
+
+def refuse(request: DataRequest, *names: str) -> None:
+    """Refuse settings that mean nothing to a task.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    plain = {"path": "", "config": "", "split": "", "verifier": "auto", "template": "", "prompt_column": "prompt",
+             "answer_column": "answer"}  # fmt: skip
+    spelled = {
+        "path": "dataset_path",
+        "config": "dataset_config",
+        "split": "dataset_split",
+        "template": "prompt_template",
+    }
+    for name in names:
+        if getattr(request, name) != plain[name]:
+            raise ValueError(
+                f"{spelled.get(name, name)} does not apply to the data set {request.dataset!r}, got "
+                f"{getattr(request, name)!r}; leave it out"
+            )

@@ -1,0 +1,104 @@
+"""Any task of reasoning-gym: about a hundred generators of problems with verifiers, no network.
+
+A data set is named ``reasoning-gym:TASK``, and its knobs as in a web address:
+``reasoning-gym:chain_sum?min_terms=2&max_terms=3``. Its verifiers give wrong answers some hundredths; a success is a
+score of 1. The answer of a completion is what stands in its last ``<answer>...</answer>``, else the whole of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import parse_qsl
+
+from knapsack_rl.tasks.data import DataRequest, Row, TaskData, refuse
+from knapsack_rl.tasks.extraction import MAX_TEXT, same_length, text_of
+
+TEMPLATE = "{prompt}\nThink, then write the answer alone between <answer> and </answer>."
+MAX_COMPLETION_TOKENS = 256
+SEED = 0
+FULL_SCORE = 1.0
+
+
+def reasoning_gym_task(request: DataRequest) -> TaskData:
+    """Problems of a generator, the same ones for every run.
+
+    Raises:
+        ImportError: reasoning-gym is not installed.
+        ValueError: there is no such task, it has no such knob, or a setting of files was given.
+    """
+    refuse(request, "path", "config", "split", "verifier", "prompt_column", "answer_column")
+    name, _, query = request.dataset.partition(":")[2].partition("?")
+    problems = _problems(name, query, request.wanted)
+    rows = [_row(request, name, problems[index], index) for index in range(request.wanted)]
+    return TaskData(
+        train=rows[: request.train_prompts],
+        held_out=rows[request.train_prompts :],
+        reward=_reward_for(problems),
+        max_completion_tokens=MAX_COMPLETION_TOKENS,
+        chat=True,
+    )
+
+
+def _problems(name: str, query: str, size: int) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ImportError(
+            f'{error}. Data sets of reasoning-gym need: pip install "knapsack-rl[reasoning-gym]"'
+        ) from error
+    if name not in DATASETS:
+        raise ValueError(
+            f"reasoning-gym has no task {name!r}; name one as reasoning-gym:TASK: {', '.join(sorted(DATASETS))}"
+        )
+    try:
+        return reasoning_gym.create_dataset(name, seed=SEED, size=size, **_knobs(query))
+    except (TypeError, AssertionError) as error:  # how its configurations refuse
+        raise ValueError(f"reasoning-gym:{name} does not take the knobs {query!r}: {error}") from error
+
+
+def _knobs(query: str) -> dict[str, Any]:
+    """Knobs of a query; numbers, lists and true or false as in JSON, anything else is text."""
+    knobs: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
+        if name in ("seed", "size"):
+            raise ValueError(
+                f"{name} is no knob: train_prompts and held_out_prompts decide how many problems there are"
+            )
+        try:
+            knobs[name] = json.loads(text)
+        except ValueError:
+            knobs[name] = text
+    return knobs
+
+
+def _row(request: DataRequest, name: str, problem: dict[str, Any], index: int) -> Row:
+    return {
+        "prompt": request.framed(str(problem["question"]), TEMPLATE),
+        "answer": str(problem["answer"]),
+        "prompt_id": f"reasoning-gym/{name}/{index}",
+        "problem": index,
+    }
+
+
+def _reward_for(problems: Any) -> Any:
+    def reasoning_gym_reward(completions: Sequence[Any], problem: Sequence[int], **kwargs: Any) -> list[float]:
+        """TRL reward function: 1.0 where the task's own verifier gives the full score, else 0.0."""
+        same_length(completions, problem)
+        return [
+            float(problems.score_answer(answer_of(text), problems[index]) >= FULL_SCORE)
+            for text, index in zip(completions, problem, strict=True)
+        ]
+
+    return reasoning_gym_reward
+
+
+def answer_of(completion: Any) -> str | None:
+    """What a completion answers; None where it is too long to be read."""
+    text = text_of(completion)
+    if len(text) > MAX_TEXT:
+        return None
+    start = text.rfind("<answer>")
+    return (text[start + 8 :].partition("</answer>")[0] if start >= 0 else text).strip()

@@ -1,0 +1,35 @@
+"""A callback that watches a run of the trainer for signatures of failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from knapsack_rl.runfiles import WARNINGS_FILE
+from knapsack_rl.watch import WINDOW, Finding, WarningLog
+
+
+class WatchCallback(TrainerCallback):
+    """Tells collapse, stragglers, oscillation and miscalibration, each once, and writes ``warnings.jsonl``.
+
+    Reads what the trainer logs, so ``logging_steps`` should be 1. Only the main process says anything.
+
+    Args:
+        tell: called with each finding; by default it is logged as a warning.
+        window: logged steps averaged before anything is said, >= 1.
+    """
+
+    def __init__(self, tell: Callable[[Finding], None] | None = None, *, window: int = WINDOW) -> None:
+        self._tell, self._window = tell, window
+        self._log: WarningLog | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Take in what was logged."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if self._log is None:
+            self._log = WarningLog(Path(args.output_dir) / WARNINGS_FILE, self._tell, window=self._window)
+        self._log.row({"step": state.global_step} | logs)
