@@ -54,13 +54,16 @@ class SaveSamples(TrainerCallback):
         self._samples = samples
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Go on from what the interrupted run kept."""
         if state.global_step:
             self._samples.read(Path(args.output_dir) / SAMPLES_FILE)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write beside the checkpoint."""
         self._write(args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write once more."""
         self._write(args)
 
     def _write(self, args: Any) -> None:
