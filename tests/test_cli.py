@@ -20,7 +20,7 @@ from knapsack_rl.cli.display import Panel, PlainLines, Quiet, make_display
 from knapsack_rl.training.settings import TrainSettings
 from run_folders import write_run
 
-COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "experiment", "verl-args")
+COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "experiment", "verl-args", "completion")
 SETTINGS = dataclasses.fields(TrainSettings)
 
 
