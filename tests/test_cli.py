@@ -383,7 +383,10 @@ OTHER = {
     **{"held_out_prompts": 3, "estimator": "beta", "min_rollouts": 3, "max_rollouts": 9, "weighting": "prompt"},
     **{"learning_rate": 1e-5, "updates_per_step": 2, "loss_type": "grpo", "clip_low": 0.1, "clip_high": 0.3},
     **{"kl_coefficient": 0.01, "temperature": 0.7, "max_completion_tokens": 5, "eval_every": 2, "eval_samples": 1},
-    **{"save_every": 3, "threads": 1, "report_to": "tensorboard"},
+    **{"save_every": 3, "threads": 1, "report_to": "tensorboard", "precision": "bfloat16", "lora_rank": 4},
+    **{"lora_alpha": 2, "rollouts_per_pass": 6, "gradient_checkpointing": "on", "vllm": "server", "vllm_memory": 0.5},
+    **{"vllm_server": "http://there:1", "dataset_path": "copies/", "dataset_config": "main", "dataset_split": "dev"},
+    **{"verifier": "math", "prompt_template": "Q: {prompt}\nA:", "chat": "on"},
 }
 
 
