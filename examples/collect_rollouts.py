@@ -91,7 +91,8 @@ def collect(options: argparse.Namespace) -> KnapsackAllocator:
             allocator.save(state)
             metrics = allocator.metrics()
             print(
-                f"round {number}: {len(rows)} rollouts of {len(ids)} prompts, 1 to {allocation.counts.max()} each; "
+                f"round {number}: {len(rows)} rollouts of {len(ids)} prompts, "
+                f"{allocation.counts.min()} to {allocation.counts.max()} each; "
                 f"effective gradient ratio {metrics['effective_gradient_ratio']:.2f} "
                 f"(prompts {metrics['effective_prompt_ratio']:.2f})",
                 flush=True,

@@ -22,7 +22,7 @@ from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.watch import Finding
 from run_folders import write_run
 
-COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "experiment", "verl-args")
+COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "experiment", "verl-args", "completion")
 SETTINGS = dataclasses.fields(TrainSettings)
 
 
@@ -106,13 +106,13 @@ def test_the_help_tells_every_setting_and_its_default(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     out = capsys.readouterr().out
-    text = " ".join(out.split())
+    text = "".join(out.split())  # lines are broken at spaces and hyphens
     varied = ("allocation", "seed", "threads") if command == "compare" else ()
     for spec in SETTINGS:
         told = f"\n  --{spec.name.replace('_', '-')} " in out
         assert told == (spec.name not in varied), spec.name
         if told:
-            assert f"{spec.metadata['help']} (default: {spec.default})" in text
+            assert "".join(f"{spec.metadata['help']} (default: {spec.default})".split()) in text
 
 
 def test_version(capsys):
@@ -385,7 +385,10 @@ OTHER = {
     **{"held_out_prompts": 3, "estimator": "beta", "min_rollouts": 3, "max_rollouts": 9, "weighting": "prompt"},
     **{"learning_rate": 1e-5, "updates_per_step": 2, "loss_type": "grpo", "clip_low": 0.1, "clip_high": 0.3},
     **{"kl_coefficient": 0.01, "temperature": 0.7, "max_completion_tokens": 5, "eval_every": 2, "eval_samples": 1},
-    **{"save_every": 3, "threads": 1, "report_to": "tensorboard"},
+    **{"save_every": 3, "threads": 1, "report_to": "tensorboard", "precision": "bfloat16", "lora_rank": 4},
+    **{"lora_alpha": 2, "rollouts_per_pass": 6, "gradient_checkpointing": "on", "vllm": "server", "vllm_memory": 0.5},
+    **{"vllm_server": "http://there:1", "dataset_path": "copies/", "dataset_config": "main", "dataset_split": "dev"},
+    **{"verifier": "math", "prompt_template": "Q: {prompt}\nA:", "chat": "on"},
 }
 
 

@@ -40,6 +40,7 @@ from knapsack_rl.training.models import (
     load_model,
     load_tokenizer,
     vllm_arguments,
+    world_size,
 )
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
@@ -187,6 +188,7 @@ def _find_start(folder: Path, *, resume: bool) -> Path | None:
 
 
 def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, stop: int | None) -> KnapsackGRPOConfig:
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing == "on"}
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         allocation="uniform" if settings.allocation == "uniform" else "knapsack",
@@ -217,7 +219,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         disable_tqdm=True,
         use_cpu=not accelerated(),
         bf16=in_bfloat16(settings),
-        **{_CHECKPOINTING: settings.gradient_checkpointing == "on"},
+        **checkpointing,
         **vllm_arguments(settings, stop),
     )
 
@@ -252,7 +254,8 @@ class _Recorder(TrainerCallback):
         step, updates = divmod(state.global_step - 1, self.settings.updates_per_step)
         if logs and "loss" in logs and not updates:
             self._write(step + 1, {name: number for name, number in logs.items() if isinstance(number, (int, float))})
-        self._stop_if_interrupted(state, control)
+        if world_size() == 1:  # several processes agree at the end of a step only
+            self._stop_if_interrupted(state, control)
 
     def _stop_if_interrupted(self, state: Any, control: Any) -> None:
         # Only after a whole step: a checkpoint between its updates would generate the step again.
