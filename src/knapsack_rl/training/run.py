@@ -175,6 +175,7 @@ def _prepare_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> P
 
 
 def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, stop: int | None) -> KnapsackGRPOConfig:
+    recomputing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing == "on"}
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         allocation="uniform" if settings.allocation == "uniform" else "knapsack",
@@ -204,7 +205,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         disable_tqdm=True,
         use_cpu=not accelerated(),
         bf16=in_bfloat16(settings),
-        **{_CHECKPOINTING: settings.gradient_checkpointing == "on"},
+        **recomputing,
         **vllm_arguments(settings, stop),
     )
 
