@@ -263,8 +263,9 @@ class KnapsackAllocator(Guarded):
         """Tell once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
         if self._twins_told:
             return
-        for prompt_id in ids:
-            if prompt_id not in self.tracker and (twin := other_type(prompt_id)) in self.tracker:
+        for new in np.flatnonzero(self.tracker.rows(ids) < 0):
+            prompt_id = ids[new]
+            if (twin := other_type(prompt_id)) in self.tracker:
                 self._twins_told = True
                 logger.warning(
                     "prompt id %r is new, but %r is known: ids keep their type, so what was observed of %r does not "
