@@ -30,6 +30,7 @@ from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, base_model_path, make_split
 from knapsack_rl.training import evaluate
 from knapsack_rl.training.data import load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
+from knapsack_rl.training.policies import make_allocator
 from knapsack_rl.training.run import train
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 from strategies import no_deadline
@@ -69,7 +70,9 @@ OUT_OF_RANGE = {
     "train_prompts": [0, -1, 63],
     "held_out_prompts": [-1],
     "estimator": ["", "mean"],
-    "min_rollouts": [1, -1, 9],
+    "estimator_settings": ["window", "prior=1", "window=x"],
+    "value": ["", "gain"],
+    "min_rollouts": [-1, 9],
     "max_rollouts": [7, 0, -1],
     "weighting": ["token"],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
@@ -129,6 +132,17 @@ def test_budget_and_label():
     assert (found.budget, found.label) == (60, "paper-n6-seed3")
 
 
+def test_the_settings_of_the_estimator_reach_the_allocator():
+    found = make_allocator(TrainSettings(allocation="paper", estimator_settings=" window=4, minimum=2 "))
+    assert (found.estimator_name, found.estimator.settings()) == ("window", {"window": 4, "minimum": 2})
+    assert found.estimator.fallback
+    found = make_allocator(TrainSettings(allocation="paper-without-fallback", min_rollouts=1, value="variance"))
+    assert not found.estimator.fallback
+    assert (found.min_rollouts, found.value) == (1, "variance")
+    found = make_allocator(TrainSettings(estimator="empirical-bayes", estimator_settings="discount=1.0"))
+    assert found.estimator.discount == 1.0
+
+
 def test_settings_are_fixed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainSettings().steps = 3
@@ -154,7 +168,10 @@ def all_settings(draw):
         "train_prompts": st.integers(prompts, 10**6),
     }
     given = {"min_rollouts": low, "rollouts_per_prompt": middle, "max_rollouts": high, "prompts_per_step": prompts}
-    return TrainSettings(**given, **{name: draw(values) for name, values in free.items()})
+    drawn = {name: draw(values) for name, values in free.items()}
+    if drawn["allocation"] == "paper" or drawn["estimator"] in ("window", "beta"):
+        drawn["value"] = "knapsack"  # the others need a grid
+    return TrainSettings(**given, **drawn)
 
 
 @hypothesis.settings(no_deadline, max_examples=50)
@@ -477,7 +494,7 @@ def trained(tmp_path_factory):
     return run
 
 
-ALLOCATIONS = ("knapsack", "paper", "uniform")
+ALLOCATIONS = ("knapsack", "paper", "uniform")  # the others share the code of these
 
 
 @pytest.fixture(params=ALLOCATIONS)

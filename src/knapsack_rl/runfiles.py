@@ -16,6 +16,8 @@ METRICS_FILE = "metrics.jsonl"
 ALLOCATION_LOG = "allocations.jsonl"
 STATE_FILE = "knapsack_allocator.npz"
 """State of the allocator inside a checkpoint, written last: its presence marks a complete one."""
+GENERATED_FILE = "generated.json"
+"""Rollouts and tokens generated up to a checkpoint."""
 MODEL_FOLDER = "model"
 """The trained model; its presence marks a finished run."""
 

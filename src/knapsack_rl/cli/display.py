@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from knapsack_rl.training.run import Display
+from knapsack_rl.training.run import Display, Quiet
 from knapsack_rl.training.settings import TrainSettings
 
 PLAIN_EVERY_SECONDS = 10.0
@@ -23,19 +23,6 @@ def make_display(*, quiet: bool) -> Display:
     if quiet:
         return Quiet()
     return Panel() if sys.stdout.isatty() else PlainLines()
-
-
-class Quiet:
-    """Prints nothing."""
-
-    def start(self, settings: TrainSettings, first_step: int) -> None:
-        """Nothing to show."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Nothing to show."""
-
-    def stop(self) -> None:
-        """Nothing to show."""
 
 
 class PlainLines:

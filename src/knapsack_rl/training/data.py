@@ -15,6 +15,9 @@ Row = dict[str, Any]
 
 FILE_COMPLETION_TOKENS = 256
 
+GENERATED = ("arithmetic",)
+"""Data sets that are generated; every prompt has one right completion."""
+
 
 @dataclass(frozen=True)
 class TaskData:

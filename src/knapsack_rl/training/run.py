@@ -28,6 +28,7 @@ from knapsack_rl.runfiles import (
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.data import TaskData, load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
+from knapsack_rl.training.policies import make_allocator
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 
@@ -52,6 +53,19 @@ class Display(Protocol):
         ...
 
 
+class Quiet:
+    """A display that shows nothing."""
+
+    def start(self, settings: TrainSettings, first_step: int) -> None:
+        """Nothing to show."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Nothing to show."""
+
+    def stop(self) -> None:
+        """Nothing to show."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended.
@@ -60,7 +74,7 @@ class Outcome:
         folder: the run folder.
         finished: whether all steps were trained; an interrupted run can be resumed.
         steps: steps trained so far.
-        report: the report page, None if matplotlib is missing.
+        report: the report page, None if none was asked for or matplotlib is missing.
     """
 
     folder: Path
@@ -69,7 +83,9 @@ class Outcome:
     report: Path | None
 
 
-def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bool = False) -> Outcome:
+def train(
+    settings: TrainSettings, folder: Path, display: Display, *, resume: bool = False, report: bool = True
+) -> Outcome:
     """Train as the settings say and write the run folder.
 
     SIGINT (Ctrl-C) finishes the step, saves a checkpoint and ends the run so that it can be resumed; a second one
@@ -80,6 +96,7 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
         folder: run folder; made if missing.
         display: where progress goes.
         resume: go on from the folder's newest complete checkpoint.
+        report: write the report page at the end.
 
     Raises:
         FileExistsError: the folder already holds a run and ``resume`` is not asked for.
@@ -89,7 +106,7 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings)
-    name = str(base_model_path()) if settings.model == SHIPPED_MODEL else settings.model
+    name = model_path(settings)
     # A run may have been stopped after its last checkpoint and before its end.
     trained = checkpoint is not None and steps_of(checkpoint) >= settings.steps * settings.updates_per_step
     if trained:
@@ -102,11 +119,13 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     trainer = KnapsackGRPOTrainer(
         model=model,
         args=_trainer_arguments(settings, folder, task),
+        allocator=make_allocator(settings),
         reward_funcs=[task.reward],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer,
         callbacks=[recorder],
     )
+    recorder.trainer = trainer
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if trained and checkpoint is not None:
@@ -119,7 +138,12 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.allocator.save(folder / "allocator.npz")
-    return Outcome(folder, finished, steps, _report(folder))
+    return Outcome(folder, finished, steps, _report(folder) if report else None)
+
+
+def model_path(settings: TrainSettings) -> str:
+    """Folder or name of the model that a run starts from."""
+    return str(base_model_path()) if settings.model == SHIPPED_MODEL else settings.model
 
 
 def _run(trainer: KnapsackGRPOTrainer, recorder: _Recorder, display: Display, checkpoint: Path | None) -> None:
@@ -151,7 +175,6 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         allocation="uniform" if settings.allocation == "uniform" else "knapsack",
-        estimator="window" if settings.allocation == "paper" else settings.estimator,
         min_rollouts=settings.min_rollouts,
         max_rollouts=settings.max_rollouts,
         weighting=settings.weighting,
@@ -194,6 +217,8 @@ class _Recorder(TrainerCallback):
         self._tokenizer = tokenizer
         self._display = display
         self._started = time.perf_counter()
+        self.trainer: KnapsackGRPOTrainer
+        """Set once the trainer is there, before it trains."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -235,7 +260,8 @@ class _Recorder(TrainerCallback):
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         row: dict[str, Any] = {
             "step": step,
-            "rollouts": step * self.settings.budget,
+            "rollouts": self.trainer.generated.rollouts,
+            "tokens": self.trainer.generated.tokens,
             "seconds": round(time.perf_counter() - self._started, 3),
         }
         row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.estimator import ESTIMATORS
+from knapsack_rl.estimator import ESTIMATORS, make_estimator
+from knapsack_rl.tokens import check_choices
+from knapsack_rl.value_functions import VALUES
 
-ALLOCATIONS = ("knapsack", "paper", "uniform")
+ALLOCATIONS = ("knapsack", "paper", "paper-without-fallback", "uniform")
+
+WINDOW_ALLOCATIONS = ("paper", "paper-without-fallback")
+"""Those whose estimator is the paper's window, whatever ``estimator`` says."""
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -40,7 +46,9 @@ class TrainSettings:
     estimator: str = _option(
         "bayes-filter", "what is known of success rates, with --allocation knapsack", tuple(ESTIMATORS)
     )
-    min_rollouts: int = _option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
+    estimator_settings: str = _option("", "settings of the estimator, such as 'window=8,minimum=4'")
+    value: str = _option("knapsack", "what is maximised, with --allocation knapsack", tuple(VALUES))
+    min_rollouts: int = _option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped, one has no gradient")
     max_rollouts: int = _option(128, "most rollouts of a prompt")
     weighting: str = _option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
     learning_rate: float = _option(6e-4, "learning rate of AdamW, constant")
@@ -82,10 +90,6 @@ class TrainSettings:
         for name in ("clip_low", "clip_high", "kl_coefficient"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
-        if self.min_rollouts == 1:
-            raise ValueError(
-                "min_rollouts must be 0 (prompts may be skipped) or >= 2 (one rollout has no gradient), got 1"
-            )
         if not self.min_rollouts <= self.rollouts_per_prompt <= self.max_rollouts:
             raise ValueError(
                 f"min_rollouts <= rollouts_per_prompt <= max_rollouts must hold, got {self.min_rollouts}, "
@@ -95,6 +99,32 @@ class TrainSettings:
             raise ValueError(f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}")
         if self.budget % self.updates_per_step:
             raise ValueError(f"the step's {self.budget} rollouts do not divide into {self.updates_per_step} updates")
+        try:
+            made = make_estimator(self.estimator_name, **self.estimator_options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"estimator_settings {self.estimator_settings!r}: {error}") from error
+        check_choices(made, "rollouts", self.value, self.min_rollouts)
+
+    @property
+    def estimator_name(self) -> str:
+        """Name of the estimator in use."""
+        return "window" if self.allocation in WINDOW_ALLOCATIONS else self.estimator
+
+    @property
+    def estimator_options(self) -> dict[str, Any]:
+        """Keyword arguments of the estimator in use.
+
+        Raises:
+            ValueError: ``estimator_settings`` is no list of ``name=value`` with numbers or ``true``, ``false``.
+        """
+        found: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in self.estimator_settings.split(","))):
+            name, _, text = part.partition("=")
+            try:
+                found[name.strip()] = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{part!r} must be name=value with a number, true or false as the value") from error
+        return found | ({"fallback": False} if self.allocation == "paper-without-fallback" else {})
 
     @property
     def budget(self) -> int:

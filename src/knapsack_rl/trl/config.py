@@ -21,8 +21,8 @@ class KnapsackGRPOConfig(GRPOConfig):
         allocation: ``"knapsack"``, or ``"uniform"`` for stock GRPO with the same metrics.
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, or ``"window"`` for the paper's rule with
             its fallback.
-        min_rollouts: fewest rollouts of a prompt: 2 to num_generations, or 0 to let prompts be skipped until another
-            look is worth its rollouts.
+        min_rollouts: fewest rollouts of a prompt, up to num_generations. 0 lets prompts be skipped until another look
+            is worth its rollouts; with 1 a prompt may get a single rollout, which is observed but has no gradient.
         max_rollouts: most rollouts of a prompt, >= num_generations.
         value: what is maximised, by name: ``"knapsack"`` (the paper's), ``"nonzero-gradient"``, ``"variance"`` or
             ``"signal-to-noise"``; of the estimators those on a grid take another than the paper's.
@@ -81,10 +81,9 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
             f"got {allocator.budget_unit!r}; budgets in tokens are for loops of your own"
         )
     low, high, mean = setting(args, "min_rollouts"), setting(args, "max_rollouts"), args.num_generations
-    if not (low == 0 or low >= 2) or not low <= mean <= high:
+    if not 0 <= low <= mean <= high:
         raise ValueError(
-            "min_rollouts must be 0 (prompts may be skipped) or at least 2 (a group of one has no gradient), and "
-            f"min_rollouts <= num_generations <= max_rollouts must hold, got "
+            "0 <= min_rollouts <= num_generations <= max_rollouts must hold, got "
             f"min_rollouts={low}, num_generations={mean}, max_rollouts={high}"
         )
     choices = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import group_outcomes
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row
+from knapsack_rl.runfiles import ALLOCATION_LOG, GENERATED_FILE, STATE_FILE, append_row
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.config import check_settings, setting
@@ -51,6 +52,34 @@ class _Scored:
 
     matrix: FloatArray
     lengths: IntArray
+
+
+@dataclass
+class Generated:
+    """What a run has generated for training so far, over all processes.
+
+    Attributes:
+        rollouts: completions, also those that were not trained on.
+        tokens: their tokens, prompts left out.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+
+    def add(self, lengths: IntArray) -> None:
+        """Count completions of these lengths (R,)."""
+        self.rollouts += int(lengths.size)
+        self.tokens += int(lengths.sum())
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the numbers into a checkpoint."""
+        (checkpoint / GENERATED_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Generated:
+        """Read the numbers of a checkpoint; zeros for one of the stock trainer."""
+        path = checkpoint / GENERATED_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -84,6 +113,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             value=self._setting("value"),
         )
         self._scored: _Scored | None = None
+        self.generated = Generated()
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
@@ -124,6 +154,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             matrix=rewards_per_func.detach().double().cpu().numpy(),  # gathered, in rank order
             lengths=gather(lengths).cpu().numpy(),
         )
+        if self._training:
+            self.generated.add(self._scored.lengths)
         return rewards_per_func
 
     @property
@@ -301,6 +333,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             self.restore_allocator(Path(folder))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_progress(self, checkpoint: Path) -> None:
+        """Write what a resumed run must know beside the allocator's state; subclasses add theirs."""
+        self.generated.save(checkpoint)
+
     def restore_allocator(self, checkpoint: Path) -> None:
         """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
 
@@ -313,6 +349,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             self.allocator.load_state_dict({"header": header, "arrays": arrays})
         else:
             self._warn("no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known")
+        self.generated = Generated.load(checkpoint)
 
 
 class _SaveAllocator(TrainerCallback):
@@ -326,6 +363,7 @@ class _SaveAllocator(TrainerCallback):
             # In a hyperparameter search the trainer's folder is one below output_dir.
             root = self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
             folder = Path(root) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self._trainer.save_progress(folder)
             self._trainer.allocator.save(folder / STATE_FILE)
 
 

@@ -1,0 +1,71 @@
+"""Success rates without sampling, where only one sequence of tokens is right."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.value import FloatArray
+
+BATCH = 1024
+
+
+def success_rates(settings: TrainSettings, model: Path | None) -> tuple[tuple[str, ...], FloatArray]:
+    """Exact success rates of the training prompts at temperature 1: the probability of the right tokens and the end.
+
+    Args:
+        settings: of the run; its data set must accept one sequence of tokens per prompt, as the generated ones do.
+        model: folder of the trained model, None for the model that the run starts from.
+
+    Returns:
+        (P,) ids and (P,) rates in [0, 1], in the order of the data set.
+
+    Raises:
+        ValueError: the data set is not a generated one, or the temperature is not 1.
+    """
+    from knapsack_rl.training.data import GENERATED, load_task
+    from knapsack_rl.training.run import model_path
+
+    if settings.dataset not in GENERATED or settings.temperature != 1.0:
+        raise ValueError(
+            f"exact success rates need one of the data sets {', '.join(GENERATED)} and temperature 1, got "
+            f"{settings.dataset!r} and {settings.temperature}"
+        )
+    rows = load_task(settings).train
+    ids = tuple(row["prompt_id"] for row in rows)
+    texts = tuple((row["prompt"], row["answer"]) for row in rows)
+    # The start is the same for all runs; a trained model is looked at once.
+    rates = _rates(texts, model) if model else _start_rates(texts, Path(model_path(settings)))
+    return ids, rates
+
+
+@lru_cache(maxsize=4)
+def _start_rates(texts: tuple[tuple[str, str], ...], model: Path) -> FloatArray:
+    return _rates(texts, model)
+
+
+def _rates(texts: tuple[tuple[str, str], ...], folder: Path) -> FloatArray:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for start in range(0, len(texts), BATCH):
+        part = texts[start : start + BATCH]
+        answers = [tokenizer(answer + tokenizer.eos_token).input_ids for _, answer in part]
+        tokens = tokenizer([prompt + answer + tokenizer.eos_token for prompt, answer in part], padding=True)
+        ids, mask = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        steps = torch.log_softmax(logits.double(), dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
+        ends = mask.sum(dim=1)
+        place = torch.arange(1, ids.shape[1])[None, :]
+        first = ends - torch.tensor([len(answer) for answer in answers])
+        inside = (place >= first[:, None]) & (place < ends[:, None])
+        found.append(torch.where(inside, steps, 0.0).sum(dim=1).exp().numpy())
+    return np.concatenate(found)
