@@ -76,5 +76,5 @@ def run_row(
             "unsolved_left": unsolved_left,
             "unsolved_end": 0.1,
         },
-        "replay": {"stored": 3, "mixed_in": 5},
+        "replay": {"mixed_in": 5.0},
     }

@@ -120,9 +120,7 @@ def test_visits_of_prompts_that_never_succeeded_so_far():
 
 
 def test_prompts_seen_solved_twice_in_a_row():
-    found = solved_once(
-        visits([0, 0, 1, 1, 1, 2, 2, 3, 3], [4, 2, 4, 4, 4, 1, 1, 4, 4], [4, 2, 4, 3, 4, 1, 1, 4, 4])
-    )
+    found = solved_once(visits([0, 0, 1, 1, 1, 2, 2, 3, 3], [4, 2, 4, 4, 4, 1, 1, 4, 4], [4, 2, 4, 3, 4, 1, 1, 4, 4]))
     assert found == {0, 3}  # 1 has a failure between, 2 has single rollouts
 
 

@@ -75,6 +75,8 @@ OUT_OF_RANGE = {
     "min_rollouts": [-1, 9],
     "max_rollouts": [7, 0, -1],
     "weighting": ["token"],
+    "budget_unit": ["", "seconds"],
+    "replay": [-1],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
     "updates_per_step": [0, -1, 3, 1024],
     "loss_type": ["", "best"],

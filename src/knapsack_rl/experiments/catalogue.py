@@ -16,7 +16,12 @@ EXPERIMENTS: dict[str, str] = {
     "compute": "compute",
     "budgets": "budgets",
     "forgetting": "forgetting",
+    "robustness-training": "robustness_training",
+    "tokens": "tokens",
+    "values-training": "values_training",
+    "replay": "replay_training",
     "weighting": "weighting",
+    "rivals": "rivals",
 }
 """Name of the command and of the files to the module in this package, in the order of the page."""
 

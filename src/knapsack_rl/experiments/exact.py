@@ -6,8 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.value import FloatArray
 
@@ -50,22 +48,12 @@ def _start_rates(texts: tuple[tuple[str, str], ...], model: Path) -> FloatArray:
 
 def _rates(texts: tuple[tuple[str, str], ...], folder: Path) -> FloatArray:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    from knapsack_rl.tasks import Problem
+    from knapsack_rl.tasks.pretraining import success_rates as rates_of
+
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = []
-    for start in range(0, len(texts), BATCH):
-        part = texts[start : start + BATCH]
-        answers = [tokenizer(answer + tokenizer.eos_token).input_ids for _, answer in part]
-        tokens = tokenizer([prompt + answer + tokenizer.eos_token for prompt, answer in part], padding=True)
-        ids, mask = torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        steps = torch.log_softmax(logits.double(), dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
-        ends = mask.sum(dim=1)
-        place = torch.arange(1, ids.shape[1])[None, :]
-        first = ends - torch.tensor([len(answer) for answer in answers])
-        inside = (place >= first[:, None]) & (place < ends[:, None])
-        found.append(torch.where(inside, steps, 0.0).sum(dim=1).exp().numpy())
-    return np.concatenate(found)
+    problems = [Problem(prompt, answer, prompt, 0) for prompt, answer in texts]
+    parts = [rates_of(model, problems[at : at + BATCH]) for at in range(0, len(problems), BATCH)]
+    return torch.cat(parts).double().numpy()

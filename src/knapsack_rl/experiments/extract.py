@@ -49,6 +49,7 @@ def extract(run: Run, arm: str) -> Row:
         "budget": _budget(log),
         "classes": {"transitions": log.transitions.tolist(), "unsolved_share": _number(log.unsolved_share)},
         "exact": _exact(run.settings, run, log),
+        "replay": {"mixed_in": float(log.metric("replay/mixed_in")[1].sum())},
     }
 
 

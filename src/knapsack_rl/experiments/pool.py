@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from knapsack_rl.experiments.contract import Options, Row
@@ -65,6 +66,23 @@ ARMS: dict[str, Arm] = {
     "knapsack-min0": Arm("Bayes filter, minimum 0", {"min_rollouts": 0}),
     "knapsack-per-prompt": Arm("Bayes filter, weighed per prompt", {"weighting": "prompt"}),
     "paper-per-prompt": Arm("paper, weighed per prompt", {"weighting": "prompt", "allocation": "paper"}),
+    "oversample": Arm("oversample and drop (DAPO)", {"allocation": "oversample"}),
+    "skip": Arm("skip and drop (GRESO)", {"allocation": "skip"}),
+    "sequential": Arm("sample until balanced (Reinforce-Ada)", {"allocation": "sequential"}),
+    "knapsack-tokens": Arm("Bayes filter, budget in tokens", {"budget_unit": "tokens"}),
+    "uniform-replay": Arm("uniform N, replay", {"allocation": "uniform", "replay": 8}),
+    "knapsack-replay": Arm("Bayes filter, replay", {"replay": 8}),
+    "paper-window4": Arm("paper, window 4", {"allocation": "paper", "estimator_settings": "window=4,minimum=4"}),
+    "paper-window64": Arm("paper, window 64", {"allocation": "paper", "estimator_settings": "window=64"}),
+    "bayes-discount05": Arm(
+        "empirical Bayes, discount 0.5", {"estimator": "empirical-bayes", "estimator_settings": "discount=0.5"}
+    ),
+    "bayes-discount1": Arm(
+        "empirical Bayes, discount 1", {"estimator": "empirical-bayes", "estimator_settings": "discount=1.0"}
+    ),
+    "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
+    "value-variance": Arm("Bayes filter, value: reward variance", {"value": "variance"}),
+    "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "signal-to-noise"}),
 }
 """All arms by name, which is also that of their folders."""
 
@@ -84,25 +102,51 @@ def pieces(arms: Sequence[str], options: Options) -> int:
     return len(arms) * len(seeds_of(options))
 
 
-def plan(arms: Sequence[str], options: Options) -> list[Run]:
-    """The runs of these arms, seeds outermost, so that an interrupted experiment has whole seeds."""
-    shared, root = (QUICK, options.runs / "quick") if options.quick else (FULL, options.runs)
-    return [Run(ARMS[arm].of(shared, seed), root / f"{arm}-seed{seed}") for seed in seeds_of(options) for arm in arms]
+def root_of(options: Options) -> Path:
+    """Folder of the runs: those of quick experiments lie apart."""
+    return options.runs / "quick" if options.quick else options.runs
 
 
-def measure(arms: Sequence[str], options: Options, done: Callable[[str], None]) -> list[Row]:
+def plan(arms: Sequence[str], options: Options, task: str = "", **changes: Any) -> list[Run]:
+    """The runs of these arms, seeds outermost, so that an interrupted experiment has whole seeds.
+
+    Args:
+        arms: names of ``ARMS``.
+        options: how much to measure.
+        task: first part of the folders' names, if the runs are on another task.
+        **changes: shared settings that differ on that task.
+    """
+    shared = replace(QUICK if options.quick else FULL, **changes)
+    folder = root_of(options)
+    return [
+        Run(ARMS[arm].of(shared, seed), folder / f"{task}{arm}-seed{seed}")
+        for seed in seeds_of(options)
+        for arm in arms
+    ]
+
+
+def measure(
+    arms: Sequence[str], options: Options, done: Callable[[str], None], task: str = "", **changes: Any
+) -> list[Row]:
     """Train what is missing and return one row per run, see :func:`~knapsack_rl.experiments.extract.extract`.
 
     Args:
         arms: names of ``ARMS``.
         options: how much to measure; quick runs are trained in this process, one after the other.
         done: called with a line of text for each run.
+        task: as for :func:`plan`.
+        **changes: as for :func:`plan`.
 
     Raises:
         RuntimeError: a run did not finish; what is finished is kept.
         ValueError: a folder holds a run with other settings.
     """
-    runs = plan(arms, options)
+    if options.quick:
+        # Progress of the experiment is told by ``done``; bars of single files would lie between.
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    runs = plan(arms, options, task, **changes)
     for run in runs:
         if run.finished:
             done(f"{run.folder.name} was there")

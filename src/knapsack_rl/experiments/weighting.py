@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
 from knapsack_rl.experiments.contract import Finding, Options, Row
-from knapsack_rl.experiments.statistics import (
-    compare,
-    final_accuracy,
-    judged,
-    markdown_table,
-    mean_accuracy,
-    summary,
-    told,
-)
+from knapsack_rl.experiments.statistics import compare, final_accuracy, judged, told
+from knapsack_rl.experiments.tables import accuracy_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,25 +48,11 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 def paragraph(rows: Sequence[Row]) -> str:
     """Accuracies of both weightings."""
-    table = markdown_table(
-        ("policy", "held-out accuracy at the end", "difference to uniform, points", "mean over the run",
-         "its difference, points"),
-        [
-            (
-                pool.label(arm),
-                summary(rows, arm, final_accuracy).percent(),
-                "–" if arm == "uniform" else compare(rows, arm, "uniform", final_accuracy).points(),
-                summary(rows, arm, mean_accuracy).percent(),
-                "–" if arm == "uniform" else compare(rows, arm, "uniform", mean_accuracy).points(),
-            )
-            for arm in ARMS
-        ],
-    )  # fmt: skip
     return f"""With a mean over rollouts a prompt of 40 rollouts weighs 20 times one of 2: the allocation changes the
 objective, not the noise alone. Weighed per prompt (advantage times B / (M N_i)) every prompt counts as under uniform
 allocation, and more rollouts only make its gradient less noisy.
 
-{table}"""
+{accuracy_table(rows, ARMS)}"""
 
 
 def figure(rows: Sequence[Row]) -> Figure:

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl.logs import READABLE, read_columns
-from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, accuracy_reward, exact_match_reward, make_splits, to_rows
+from knapsack_rl.tasks import (
+    MAX_COMPLETION_TOKENS,
+    accuracy_reward,
+    exact_match_reward,
+    make_splits,
+    running_sums,
+    to_rows,
+)
+from knapsack_rl.tasks.running_sums import make_running_sums
 from knapsack_rl.training.settings import TrainSettings
 
 Row = dict[str, Any]
 
 FILE_COMPLETION_TOKENS = 256
 
-GENERATED = ("arithmetic",)
+GENERATED = ("arithmetic", "running-sums")
 """Data sets that are generated; every prompt has one right completion."""
 
 
@@ -52,6 +60,11 @@ def load_task(settings: TrainSettings) -> TaskData:
         train, held_out = to_rows(splits.train), to_rows(splits.held_out[: settings.held_out_prompts])
         longest = settings.max_completion_tokens or MAX_COMPLETION_TOKENS
         return TaskData(train, held_out, accuracy_reward, longest)
+    if settings.dataset == "running-sums":
+        sums = make_running_sums(train=settings.train_prompts, held_out=max(settings.held_out_prompts, 1))
+        longest = settings.max_completion_tokens or running_sums.MAX_COMPLETION_TOKENS
+        held_out = to_rows(sums.held_out[: settings.held_out_prompts])
+        return TaskData(to_rows(sums.train), held_out, exact_match_reward, longest)
     rows = _read_rows(settings.dataset)
     wanted = settings.train_prompts + settings.held_out_prompts
     if len(rows) < wanted:

@@ -28,9 +28,11 @@ from knapsack_rl.runfiles import (
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.data import TaskData, load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
-from knapsack_rl.training.policies import make_allocator
+from knapsack_rl.training.policies import make_allocator, make_rounds
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl.generated import Generated
+from knapsack_rl.trl.rounds import RoundsGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,9 @@ def train(
     task = load_task(settings)
     name = model_path(settings)
     # A run may have been stopped after its last checkpoint and before its end.
-    trained = checkpoint is not None and steps_of(checkpoint) >= settings.steps * settings.updates_per_step
+    trained = checkpoint is not None and _all_done(
+        settings, steps_of(checkpoint) // settings.updates_per_step, Generated.load(checkpoint)
+    )
     if trained:
         name = str(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
@@ -116,10 +120,18 @@ def train(
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if not torch.cuda.is_available() else "auto")
     recorder = _Recorder(settings, folder, task, tokenizer, display)
-    trainer = KnapsackGRPOTrainer(
+    allocator = make_allocator(settings)
+    kind, rule = KnapsackGRPOTrainer, {}
+    if settings.in_rounds:
+        kind, rule = (
+            RoundsGRPOTrainer,
+            {"rounds": make_rounds(settings, [row["prompt_id"] for row in task.train], allocator)},
+        )
+    trainer = kind(
         model=model,
         args=_trainer_arguments(settings, folder, task),
-        allocator=make_allocator(settings),
+        allocator=allocator,
+        **rule,
         reward_funcs=[task.reward],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer,
@@ -134,11 +146,17 @@ def train(
     else:
         _run(trainer, recorder, display, checkpoint)
     steps = trainer.state.global_step // settings.updates_per_step
-    finished = steps >= settings.steps
+    finished = _all_done(settings, steps, trainer.generated)
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.allocator.save(folder / "allocator.npz")
     return Outcome(folder, finished, steps, _report(folder) if report else None)
+
+
+def _all_done(settings: TrainSettings, steps: int, generated: Generated) -> bool:
+    """Whether a run has trained all its steps, or generated all its rollouts where those end it."""
+    total = settings.total_rollouts
+    return steps >= settings.steps or (total is not None and generated.rollouts >= total)
 
 
 def model_path(settings: TrainSettings) -> str:
@@ -178,6 +196,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
         min_rollouts=settings.min_rollouts,
         max_rollouts=settings.max_rollouts,
         weighting=settings.weighting,
+        replay=settings.replay,
         log_allocations=True,
         num_generations=settings.rollouts_per_prompt,
         per_device_train_batch_size=settings.budget // settings.updates_per_step,
@@ -217,19 +236,34 @@ class _Recorder(TrainerCallback):
         self._tokenizer = tokenizer
         self._display = display
         self._started = time.perf_counter()
+        self._looks = 0
         self.trainer: KnapsackGRPOTrainer
         """Set once the trainer is there, before it trains."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._looks = self._looks_due(state.global_step // self.settings.updates_per_step)
         if state.global_step == 0:
             self._evaluate(kwargs["model"], 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step, updates = divmod(state.global_step, self.settings.updates_per_step)
-        due = self.settings.eval_every and step % self.settings.eval_every == 0
-        if not updates and (due or step == self.settings.steps):
-            self._evaluate(kwargs["model"], step)
+        if not updates:
+            due, done = self._looks_due(step), _all_done(self.settings, step, self.trainer.generated)
+            if due > self._looks or done:
+                self._evaluate(kwargs["model"], step)
+            if done:
+                control.should_training_stop = True
+            self._looks = due
         self._stop_if_interrupted(state, control)
+
+    def _looks_due(self, step: int) -> int:
+        """Evaluations due by now: at equal distances in steps, or in rollouts where those end the run."""
+        every = self.settings.eval_every
+        if not every:
+            return 0
+        if self.settings.total_rollouts is None:
+            return step // every
+        return self.trainer.generated.rollouts // (every * self.settings.budget)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         # A step of several updates is one row, that of the update which generated.

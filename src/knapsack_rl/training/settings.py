@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl.estimator import ESTIMATORS, make_estimator
-from knapsack_rl.tokens import check_choices
+from knapsack_rl.tokens import BUDGET_UNITS, check_choices
 from knapsack_rl.value_functions import VALUES
 
-ALLOCATIONS = ("knapsack", "paper", "paper-without-fallback", "uniform")
+RIVALS = ("oversample", "skip", "sequential")
+"""Rules that generate in rounds, see :mod:`knapsack_rl.training.rivals`."""
+
+ALLOCATIONS = ("knapsack", "paper", "paper-without-fallback", "uniform", *RIVALS)
 
 WINDOW_ALLOCATIONS = ("paper", "paper-without-fallback")
 """Those whose estimator is the paper's window, whatever ``estimator`` says."""
@@ -35,10 +38,12 @@ class TrainSettings:
     allocation: str = _option("knapsack", "how a step's rollouts are divided over its prompts", ALLOCATIONS)
     rollouts_per_prompt: int = _option(8, "mean rollouts per prompt; the budget of a step is this x prompts per step")
     prompts_per_step: int = _option(64, "prompts in a step")
-    steps: int = _option(400, "training steps")
+    steps: int = _option(400, "training steps; rules that generate in rounds stop at the same number of rollouts")
     seed: int = _option(0, "seed of data order, sampling and initialisation")
     model: str = _option("arithmetic-base", "the shipped base model, or any Hugging Face folder or name")
-    dataset: str = _option("arithmetic", "the generated arithmetic task, a JSONL/CSV/parquet file, or a hub data set")
+    dataset: str = _option(
+        "arithmetic", "generated: arithmetic or running-sums; else a JSONL/CSV/parquet file or a hub data set"
+    )
     prompt_column: str = _option("prompt", "column of the prompt in a file or hub data set")
     answer_column: str = _option("answer", "column of the answer in a file or hub data set")
     train_prompts: int = _option(2048, "prompts trained on (the first ones of a file)")
@@ -50,6 +55,10 @@ class TrainSettings:
     value: str = _option("knapsack", "what is maximised, with --allocation knapsack", tuple(VALUES))
     min_rollouts: int = _option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped, one has no gradient")
     max_rollouts: int = _option(128, "most rollouts of a prompt")
+    budget_unit: str = _option(
+        "rollouts", "unit of a step's budget; tokens: what uniform allocation is expected to take", BUDGET_UNITS
+    )
+    replay: int = _option(0, "uses of a stored rare success of an unsolved prompt at most; 0 stores none")
     weighting: str = _option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
     learning_rate: float = _option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = _option(1, "optimizer updates on each step's rollouts")
@@ -78,7 +87,7 @@ class TrainSettings:
                 raise ValueError(f"{spec.name} must be one of {', '.join(choices)}, got {given!r}")
         at_least = {
             "rollouts_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "seed": 0, "train_prompts": 1,
-            "held_out_prompts": 0, "min_rollouts": 0, "updates_per_step": 1, "max_completion_tokens": 0,
+            "held_out_prompts": 0, "min_rollouts": 0, "replay": 0, "updates_per_step": 1, "max_completion_tokens": 0,
             "eval_every": 0, "eval_samples": 1, "save_every": 0, "threads": 0,
         }  # fmt: skip
         for name, minimum in at_least.items():
@@ -103,7 +112,24 @@ class TrainSettings:
             made = make_estimator(self.estimator_name, **self.estimator_options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"estimator_settings {self.estimator_settings!r}: {error}") from error
-        check_choices(made, "rollouts", self.value, self.min_rollouts)
+        check_choices(made, self.budget_unit, self.value, self.min_rollouts)
+        if self.budget_unit == "tokens" and self.allocation != "knapsack":
+            raise ValueError(f"budget_unit 'tokens' needs allocation 'knapsack', got {self.allocation!r}")
+        if self.in_rounds and self.updates_per_step > 1:
+            raise ValueError(
+                f"updates_per_step must be 1 with allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: "
+                f"the rollouts of a step vary in number, got {self.updates_per_step}"
+            )
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the number of rollouts varies from step to step."""
+        return self.allocation in RIVALS or self.budget_unit == "tokens"
+
+    @property
+    def total_rollouts(self) -> int | None:
+        """Rollouts after which a run ends before its last step: rivals generate more in a step than the others."""
+        return self.steps * self.budget if self.allocation in RIVALS else None
 
     @property
     def estimator_name(self) -> str:

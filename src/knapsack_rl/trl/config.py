@@ -32,6 +32,8 @@ class KnapsackGRPOConfig(GRPOConfig):
         success_threshold: an outcome above it counts as success.
         outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
             the rollout. Unlike the training reward it is neither weighted nor summed.
+        replay: how often a rare success of an unsolved prompt is trained on again at most, see
+            :mod:`knapsack_rl.trl.replay`; 0 for never.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
 
     Raises:
@@ -47,6 +49,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
     success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that tells success."})
+    replay: int = field(default=0, metadata={"help": "Uses of a stored rare success at most; 0 for none."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
 
     def __post_init__(self) -> None:
@@ -86,6 +89,8 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
             "0 <= min_rollouts <= num_generations <= max_rollouts must hold, got "
             f"min_rollouts={low}, num_generations={mean}, max_rollouts={high}"
         )
+    if setting(args, "replay") < 0:
+        raise ValueError(f"replay must be >= 0, got {setting(args, 'replay')}")
     choices = {
         "allocation": ("knapsack", "uniform"),
         "weighting": ("rollout", "prompt"),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,15 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import group_outcomes
+from knapsack_rl.groups import group_outcomes, successes_of
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import ALLOCATION_LOG, GENERATED_FILE, STATE_FILE, append_row
+from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.config import check_settings, setting
+from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.identity import check_ids, prompt_key
+from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
 from knapsack_rl.value import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
@@ -52,34 +53,6 @@ class _Scored:
 
     matrix: FloatArray
     lengths: IntArray
-
-
-@dataclass
-class Generated:
-    """What a run has generated for training so far, over all processes.
-
-    Attributes:
-        rollouts: completions, also those that were not trained on.
-        tokens: their tokens, prompts left out.
-    """
-
-    rollouts: int = 0
-    tokens: int = 0
-
-    def add(self, lengths: IntArray) -> None:
-        """Count completions of these lengths (R,)."""
-        self.rollouts += int(lengths.size)
-        self.tokens += int(lengths.sum())
-
-    def save(self, checkpoint: Path) -> None:
-        """Write the numbers into a checkpoint."""
-        (checkpoint / GENERATED_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    @classmethod
-    def load(cls, checkpoint: Path) -> Generated:
-        """Read the numbers of a checkpoint; zeros for one of the stock trainer."""
-        path = checkpoint / GENERATED_FILE
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -114,6 +87,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         )
         self._scored: _Scored | None = None
         self.generated = Generated()
+        self.replay = SuccessBuffer(self._setting("replay")) if self._setting("replay") else None
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
@@ -131,6 +105,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         outcome = self._setting("outcome_reward")
         if outcome is not None and outcome not in self.reward_func_names:
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
+        if self._setting("replay") and (
+            self.accelerator.num_processes > 1 or self._aggregation != "sum_then_normalize"
+        ):
+            raise ValueError("replay needs one process and multi_objective_aggregation='sum_then_normalize'")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise ValueError(
@@ -232,9 +210,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         matrix = np.where(infinite, np.nan, scored.matrix)
         weights = self.reward_weights.double().cpu().numpy()
         total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
-        if step.ragged or (infinite.any() and self._setting("allocation") == "knapsack"):
-            self._replace_advantages(step, matrix, total, weights, output)
         outcome = self._outcome(matrix)
+        trained, replayed = self._mix_in(step, outcome, total, output) if self.replay is not None else (total, False)
+        if step.ragged or replayed or (infinite.any() and self._setting("allocation") == "knapsack"):
+            self._replace_advantages(step, matrix, trained, weights, output)
         self.allocator.observe([step.prompts[group] for group in step.group_R], outcome, scored.lengths)
 
         metrics = self._metrics["train"]
@@ -281,6 +260,31 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if zero_std and self.scale_rewards != "batch" and self._aggregation == "sum_then_normalize":
             groups = group_outcomes(step.group_R, total)
             zero_std[-1] = float(1.0 - groups.effective[groups.group_of_rollout].mean())
+
+    def _mix_in(
+        self, step: _Step, outcome: FloatArray, total: FloatArray, output: dict[str, Any]
+    ) -> tuple[FloatArray, bool]:
+        """Training rewards with those of stored successes, which take the place of failures, and whether any does."""
+        assert self.replay is not None
+        known = step.allocation.success_rates
+        trained, figures = mix_in(
+            self.replay,
+            self,
+            step.prompts,
+            np.full(len(step.prompts), np.nan) if known is None else known,
+            step.group_R,
+            group_outcomes(step.group_R, outcome, self.allocator.success),
+            self._successes(outcome),
+            total,
+            output,
+        )
+        for name, number in figures.items():
+            self._metrics["train"][name].append(number)
+        return trained, bool(figures["replay/mixed_in"])
+
+    def _successes(self, outcome: FloatArray) -> IntArray:
+        """(R,) 1 for a success, 0 for a failure or an unscored rollout."""
+        return successes_of(outcome, self.allocator.success).astype(np.int64)
 
     def _outcome(self, matrix: FloatArray) -> FloatArray:
         """(R,) the reward that tells success: the named function's, or the first that scored the rollout."""
@@ -336,6 +340,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def save_progress(self, checkpoint: Path) -> None:
         """Write what a resumed run must know beside the allocator's state; subclasses add theirs."""
         self.generated.save(checkpoint)
+        if self.replay is not None:
+            self.replay.save(checkpoint / REPLAY_FILE)
 
     def restore_allocator(self, checkpoint: Path) -> None:
         """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
@@ -350,6 +356,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         else:
             self._warn("no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known")
         self.generated = Generated.load(checkpoint)
+        if self.replay is not None:
+            self.replay.load(checkpoint / REPLAY_FILE)
 
 
 class _SaveAllocator(TrainerCallback):
