@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 from knapsack_rl.cli.progress import progress
 from knapsack_rl.experiments import catalogue
 from knapsack_rl.experiments.contract import Options
+from knapsack_rl.experiments.pool import UnfinishedRunsError
 from knapsack_rl.experiments.statistics import markdown_table
 from knapsack_rl.experiments.trace import SPLITS
 
@@ -51,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Run what was asked for, print what was found, write the files."""
+    """Run what was asked for, print what was found, write the files; exit status 1 if training runs did not finish."""
     for name in ("seeds", "workers"):
         if getattr(parsed, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(parsed, name)}")
@@ -64,7 +66,11 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.name == "estimation":
         return _estimation(parsed)
     for name in catalogue.EXPERIMENTS if parsed.name == "all" else [parsed.name]:
-        _measure(name, parsed)
+        try:
+            _measure(name, parsed)
+        except UnfinishedRunsError as error:
+            print(error, file=sys.stderr)
+            return 1
     return 0
 
 

@@ -33,6 +33,10 @@ QUICK = TrainSettings(
 QUICK_SEEDS = 2
 
 
+class UnfinishedRunsError(RuntimeError):
+    """Some training runs of an experiment did not finish; those that did are kept."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """A policy of the comparisons.
@@ -138,7 +142,7 @@ def measure(
         **changes: as for :func:`plan`.
 
     Raises:
-        RuntimeError: a run did not finish; what is finished is kept.
+        UnfinishedRunsError: a run did not finish; what is finished is kept.
         ValueError: a folder holds a run with other settings.
     """
     if options.quick:
@@ -152,7 +156,7 @@ def measure(
             done(f"{run.folder.name} was there")
     failed = execute(runs, jobs=0 if options.quick else options.workers, progress=_Done(done))
     if failed:
-        raise RuntimeError(
+        raise UnfinishedRunsError(
             f"{len(failed)} of {len(runs)} runs did not finish; start the experiment again to go on, or see "
             f"{failed[0].folder / 'log.txt'}"
         )

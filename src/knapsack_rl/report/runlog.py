@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
 from knapsack_rl.report.curves import ratio
-from knapsack_rl.runfiles import ALLOCATION_LOG, by_step, check_allocation, read_config, read_rows
+from knapsack_rl.runfiles import ALLOCATION_LOG, MODEL_FOLDER, by_step, check_allocation, read_config, read_rows
 from knapsack_rl.value import FloatArray, IntArray
 
 BoolArray = NDArray[np.bool_]
@@ -170,8 +170,12 @@ class RunLog:
 
     @property
     def finished(self) -> bool:
-        """Whether as many steps are recorded as planned (any step at all, if no plan is known)."""
-        return self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
+        """Whether as many steps are recorded as planned (any step at all, if no plan is known), or the model is there.
+
+        A rule that generates in rounds ends at a number of rollouts, before its last step.
+        """
+        recorded = self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
+        return recorded or (self.folder / MODEL_FOLDER).is_dir()
 
     # Per step
 

@@ -115,6 +115,8 @@ class TrainSettings:
         check_choices(made, self.budget_unit, self.value, self.min_rollouts)
         if self.budget_unit == "tokens" and self.allocation != "knapsack":
             raise ValueError(f"budget_unit 'tokens' needs allocation 'knapsack', got {self.allocation!r}")
+        if self.in_rounds and self.replay:
+            raise ValueError(f"replay does not go with allocation {self.allocation!r} in {self.budget_unit}")
         if self.in_rounds and self.updates_per_step > 1:
             raise ValueError(
                 f"updates_per_step must be 1 with allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: "
