@@ -34,8 +34,8 @@ def test_the_sets_are_disjoint_spread_over_sizes_and_repeat():
     assert not {problem.prompt for problem in drawn} & (train | held_out)
     assert set(Counter(problem.digits for problem in drawn)) == set(range(2, 9))
     sizes = Counter(problem.digits for problem in sums.train)
-    assert sizes[2] <= 40  # half of the 81 sums of two digits, less those held out
-    assert max(sizes[size] for size in range(3, 9)) - min(sizes[size] for size in range(3, 9)) <= 1
+    assert sizes[2] == 32  # of half of the 81 sums of two digits the share that is not held out
+    assert {sizes[size] for size in range(4, 9)} == {345}
     assert make_running_sums().train == sums.train
     assert make_running_sums(seed=1).train != sums.train
 

@@ -59,13 +59,12 @@ def paragraph(rows: Sequence[Row]) -> str:
     """What the rules are, their accuracies, and how many steps they got."""
     steps = {arm: summary(rows, arm, lambda row: row["steps"]).mean for arm in ARMS}
     flat = {arm: summary(rows, arm, series_mean("rollout_ratio")).percent() for arm in RIVALS}
-    return f"""Three rules as policies of the same trainer, with its learning rate, loss and size of the training
-batch (up to rows of a group that are kept). *Oversample and drop*: batches of prompts are generated until as many
-groups as a batch has prompts hold both outcomes, at most ten batches a step; only those groups are trained on
-(DAPO's dynamic sampling). *Skip and drop*: the same after skipping prompts by their last visits without variance
-(GRESO). *Sample until balanced*: rounds of N rollouts, at most four, until a group holds N/2 of either outcome, then
-N rows of it are trained on (Reinforce-Ada). All runs end at the same number of generated rollouts; what a rule
-throws away counts.
+    return f"""Three rules as policies of the same trainer, with its learning rate and loss. *Oversample and drop*:
+batches of prompts are generated until as many groups as a batch has prompts hold both outcomes, at most ten batches a
+step; only those groups are trained on (DAPO's dynamic sampling). *Skip and drop*: the same after skipping prompts by
+their last visits without variance (GRESO). *Sample until balanced*: rounds of N rollouts, at most four, until a group
+holds N/2 of either outcome, then N rows of it are trained on (Reinforce-Ada). A run ends with the step in which it has
+generated as many rollouts as the others; what a rule throws away counts.
 
 {accuracy_table(rows, ARMS)}
 

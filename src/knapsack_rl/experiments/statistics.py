@@ -45,6 +45,8 @@ class Estimate:
 
     def times(self) -> str:
         """As a factor: "0.77 [0.60, 0.94] ×"."""
+        if not math.isfinite(self.mean):
+            return "–"
         return ("at least " if self.bounds else "") + self._text(lambda value: f"{value:.2f}") + " ×"
 
     def number(self) -> str:
