@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.runfiles import ALLOCATION_LOG, METRICS_FILE, MODEL_FOLDER, complete_checkpoints
+from knapsack_rl.runfiles import ALLOCATION_LOG, METRICS_FILE, MODEL_FOLDER, complete_checkpoints, steps_of
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.settings import TrainSettings
 
@@ -36,6 +36,9 @@ def models_at(steps: Sequence[int], settings: TrainSettings, folder: Path) -> di
         steps: numbers of steps, >= 0.
         settings: of the run; its ``steps`` are replaced, and its model is the shipped one.
         folder: of the run and the models.
+
+    Raises:
+        ValueError: a model of fewer steps than the run already has is asked for and was not kept.
     """
     found: dict[int, Path] = {}
     for step in sorted(steps):
@@ -53,11 +56,15 @@ def models_at(steps: Sequence[int], settings: TrainSettings, folder: Path) -> di
 def _train_to(settings: TrainSettings, run: Path) -> None:
     from knapsack_rl.training.run import train
 
-    resumable = bool(complete_checkpoints(run))
-    if not resumable:
+    checkpoints = complete_checkpoints(run)
+    if checkpoints and steps_of(checkpoints[-1]) > settings.steps:
+        raise ValueError(
+            f"the run in {run} is past {settings.steps} steps, at {steps_of(checkpoints[-1])}; delete it to train anew"
+        )
+    if not checkpoints:
         # What a run left that was stopped before its first checkpoint is of no use.
         for name in (METRICS_FILE, ALLOCATION_LOG):
             (run / name).unlink(missing_ok=True)
-    outcome = train(settings, run, _Silent(), resume=resumable)
+    outcome = train(settings, run, _Silent(), resume=bool(checkpoints))
     if not outcome.finished:
         raise KeyboardInterrupt(f"the run in {run} was interrupted after {outcome.steps} steps")

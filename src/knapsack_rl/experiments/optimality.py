@@ -16,7 +16,7 @@ import numpy as np
 from knapsack_rl.allocation import allocate
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.environments import draw_rates
-from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.contract import Options, Row
 from knapsack_rl.experiments.optimality_cases import (
     CASE_VALUES,
     DECADES,
@@ -43,6 +43,7 @@ __all__ = ["QUESTION", "TITLE", "figure", "findings", "measure", "paragraph", "p
 
 TITLE = "Solver optimality"
 QUESTION = "Does the solver find the optimum, how fast, and what does the paper's rule leave on the table?"
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -123,7 +123,7 @@ def paragraph(rows: Sequence[Row]) -> str:
         "four mixtures with ties and with rates of 0 and 1, N_low from 0 to 2. Small ones (up to 4 prompts, N_up up to "
         "7) are compared with enumeration of every feasible allocation, medium ones (8 to 24 prompts, N_up 8 to 32) "
         "with HiGHS through `scipy.optimize.milp`, one binary variable per prompt and count, and a relative gap of 0. "
-        f"A gap is relative to the best, and up to {DECADES[0]:d} in powers of ten counts as rounding. "
+        f"A gap is relative to the best; up to 1e{DECADES[0]} it counts as rounding. "
         f"{_seeds(rows)} seeds.",
         "",
         "| size | cost per rollout | method | optimal | largest gap |",
@@ -200,7 +200,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    page = Figure(figsize=(13, 4.2), layout="constrained")
+    page = Figure(figsize=(15, 4.2), layout="constrained")
     gaps, times, lost = page.subplots(1, 3)
     _draw_gaps(rows, gaps)
     _draw_times(rows, times)
@@ -244,7 +244,9 @@ def _draw_times(rows: Sequence[Row], ax: Axes) -> None:
         which = _some(rows, part="time", method=method, costs=costs)
         sizes = sorted({row["prompts"] for row in which})
         if sizes:
-            ax.plot(sizes, [_milliseconds(which, m, method, costs=costs) for m in sizes], line, color=colour, label=label)
+            ax.plot(
+                sizes, [_milliseconds(which, m, method, costs=costs) for m in sizes], line, color=colour, label=label
+            )
     ax.set(xscale="log", yscale="log", xlabel="prompts in the batch", ylabel="milliseconds")
     _style(ax, "Time to solve")
 
@@ -262,3 +264,4 @@ def _draw_lost(rows: Sequence[Row], ax: Axes) -> None:
     ax.invert_yaxis()
     ax.set(xlabel="value lost against known rates (%)")
     _style(ax, "What a rule loses")
+    ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
