@@ -14,21 +14,21 @@ NOT_MEASURED = "not measured yet"
 
 LEAD = """# Evidence
 
-What the paper claims, what was asked beyond it, and what was measured here, for and against. Every figure on this
-page is computed from the rows in `docs/evidence/`, and `knapsack-rl experiment page` writes the page anew from them
-without training anything; a test compares the two.
+What the paper claims, what was asked beyond it, and what was measured here, for and against. Every figure on this page
+is computed from the rows in `docs/evidence/`, and `knapsack-rl experiment page` writes the page anew from them without
+training anything; a test compares the two.
 
-**How.** Training runs use the TRL trainer on the small model that ships with the package (223,000 parameters,
-addition of one- to four-digit numbers): 400 steps of 64 prompts, N = 8 rollouts per prompt on average, 2,048
-training prompts and 512 held-out ones, unless a section says otherwise. The learning rate was chosen once, for
-uniform allocation, on a seed that is not used here; nothing was chosen on the held-out prompts. Intervals in
-brackets are 95 % t-intervals over seeds; differences are paired by seed. Costs count everything generated, also what
-a policy throws away. A claim holds if its whole interval does, in part if there is an effect in its direction but
-not surely of its size, and is undecided if the interval leaves it open. It is a small model on one task: what holds
-here may fail elsewhere, and the reverse.
+**How.** Training runs use the TRL trainer on the small model that ships with the package (223,000 parameters, addition
+of one- to four-digit numbers): 400 steps of 64 prompts, N = 8 rollouts per prompt on average, 2,048 training prompts
+and 512 held-out ones, unless a section says otherwise. The learning rate was chosen once, for uniform allocation, on a
+seed that is not used here; nothing was chosen on the held-out prompts. Brackets after a figure of training runs are
+95 % t-intervals over seeds; differences are paired by seed. Costs count everything generated, also what a policy throws
+away. Accuracy at the end is the mean of the last three evaluations. A claim holds if its whole interval does, in part
+if there is an effect in its direction but not surely of its size, and is undecided if the interval leaves it open. It
+is a small model on one task: what holds here may fail elsewhere, and the reverse.
 
-**Again.** `knapsack-rl experiment NAME` runs one experiment, two processes side by side; `all` runs every one.
-Finished runs are used again and half-done ones resumed. `--quick` is the same code on next to nothing.
+**Again.** `knapsack-rl experiment NAME` runs one experiment, two processes side by side; `all` runs every one. Finished
+runs are used again and half-done ones resumed. `--quick` is the same code on next to nothing.
 """
 
 

@@ -87,6 +87,7 @@ ARMS: dict[str, Arm] = {
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
     "value-variance": Arm("Bayes filter, value: reward variance", {"value": "variance"}),
     "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "signal-to-noise"}),
+    "value-fitted": Arm("Bayes filter, value: fitted to gradients", {"value": "fitted"}),
 }
 """All arms by name, which is also that of their folders."""
 

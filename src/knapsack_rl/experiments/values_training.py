@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TITLE = "Other values, in training"
 QUESTION = "Do other values than the paper's first-order one lead to better models?"
 
-VALUES = ("value-nonzero", "value-variance", "value-signal")
+VALUES = ("value-nonzero", "value-variance", "value-signal", "value-fitted")
 ARMS = ("uniform", "knapsack", *VALUES)
 
 
@@ -51,7 +51,8 @@ def paragraph(rows: Sequence[Row]) -> str:
     """What the values are and what came of them."""
     return f"""The same posterior (Bayes filter), the same budget, another value of N rollouts at success rate p: the
 chance of a non-zero gradient alone; the expected variance of the rewards; the share of a noiseless gradient that N
-rollouts give. The paper's value is the first times p(1 − p)².
+rollouts give; and the chance times a gain p^a (1 − p)^b that was fitted to measured gradients (the experiment
+`gradient-value`). The paper's value is the chance times p (1 − p)².
 
 {accuracy_table(rows, ARMS, "knapsack")}"""
 

@@ -24,8 +24,8 @@ class KnapsackGRPOConfig(GRPOConfig):
         min_rollouts: fewest rollouts of a prompt, up to num_generations. 0 lets prompts be skipped until another look
             is worth its rollouts; with 1 a prompt may get a single rollout, which is observed but has no gradient.
         max_rollouts: most rollouts of a prompt, >= num_generations.
-        value: what is maximised, by name: ``"knapsack"`` (the paper's), ``"nonzero-gradient"``, ``"variance"`` or
-            ``"signal-to-noise"``; of the estimators those on a grid take another than the paper's.
+        value: what is maximised, by name: ``"knapsack"`` (the paper's), ``"nonzero-gradient"``, ``"variance"``,
+            ``"signal-to-noise"`` or ``"fitted"``; of the estimators those on a grid take another than the paper's.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation).
         prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
