@@ -32,10 +32,10 @@ def test_the_sets_are_disjoint_spread_over_sizes_and_repeat():
     assert not train & held_out
     drawn = sums.pretrain.sample(5000, random.Random(1))
     assert not {problem.prompt for problem in drawn} & (train | held_out)
-    assert set(Counter(problem.digits for problem in drawn)) == set(range(2, 9))
+    assert set(Counter(problem.digits for problem in drawn)) == set(range(2, 8))
     sizes = Counter(problem.digits for problem in sums.train)
     assert sizes[2] == 32  # of half of the 81 sums of two digits the share that is not held out
-    assert {sizes[size] for size in range(4, 9)} == {345}
+    assert {sizes[size] for size in range(4, 8)} <= {431, 432}
     assert make_running_sums().train == sums.train
     assert make_running_sums(seed=1).train != sums.train
 

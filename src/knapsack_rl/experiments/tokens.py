@@ -33,6 +33,8 @@ QUESTION = "Is a budget in tokens better than one in rollouts at equal tokens, w
 ARMS = ("uniform", "knapsack", "knapsack-tokens")
 SEEDS = 3
 STEPS = 300
+BASE_RATE = 0.2
+"""Mean success rate on the training prompts at which pre-training of the base model stops."""
 
 
 def pieces(options: Options) -> int:
@@ -65,7 +67,7 @@ def base_model(options: Options) -> Path:
     if (folder / "tokenizer_config.json").is_file():  # written last
         return folder
     torch.manual_seed(0)
-    width, layers, lowest = (16, 1, 0.0) if options.quick else (96, 2, 0.3)
+    width, layers, lowest = (16, 1, 0.0) if options.quick else (96, 2, BASE_RATE)
     model = build_model(width, layers, running_sums.MAX_POSITIONS, running_sums.MAX_COMPLETION_TOKENS)
     target = Target(unsolved=(0.0, 1.0), solved=0.0, mean=(lowest, 1.0))
     sums = running_sums.make_running_sums()
@@ -126,11 +128,11 @@ def paragraph(rows: Sequence[Row]) -> str:
             for arm in ARMS
         ],
     )  # fmt: skip
-    return f"""Sums of two to eight digits with every running total written out, so that answers have 2 to 21
-tokens, and a base model of the same size, pre-trained on other sums until its mean success rate is 0.3. A step has 64
-prompts; its budget is N = 8 rollouts per prompt, or as many tokens as those are expected to take, so that the number
-of rollouts varies. {STEPS} steps. What a policy really generates differs a little from what was expected: accuracies
-are read off each seed's curves (smoothed over three evaluations) where the shortest of its runs ends.
+    return f"""Sums of two to seven digits with every running total written out, so that answers have 2 to 18
+tokens, and a base model of the same size, pre-trained on other sums until its mean success rate is {BASE_RATE:g}. A step
+has 64 prompts; its budget is N = 8 rollouts per prompt, or as many tokens as those are expected to take, so that the
+number of rollouts varies. {STEPS} steps. What a policy really generates differs a little from what was expected:
+accuracies are read off each seed's curves (smoothed over three evaluations) where the shortest of its runs ends.
 
 {table}"""
 

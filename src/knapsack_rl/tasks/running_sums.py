@@ -1,4 +1,4 @@
-"""Sums of two to eight digits with the running totals written out: answers of two to twenty tokens.
+"""Sums of two to seven digits with the running totals written out: answers of 2 to 18 tokens.
 
 A prompt is an expression such as ``"3+5+9+2="``, its answer the totals after each further digit, ``"8=17=19"``. Long
 sums are hard and their answers long, so a rollout of a hard prompt costs several times one of an easy prompt. Only one
@@ -14,14 +14,14 @@ from itertools import accumulate
 
 from knapsack_rl.tasks.arithmetic import Problem, below, quotas, shuffled
 
-FEWEST, MOST = 2, 8
+FEWEST, MOST = 2, 7
 """Digits of a sum."""
 
-MAX_COMPLETION_TOKENS = 21
-"""Seven totals of two digits, six signs between them and the end-of-sequence token."""
+MAX_COMPLETION_TOKENS = 18
+"""Six totals of two digits, five signs between them and the end-of-sequence token."""
 
-MAX_POSITIONS = 40
-"""The longest prompt has 16 characters."""
+MAX_POSITIONS = 32
+"""The longest prompt has 14 characters."""
 
 
 @dataclass(frozen=True, slots=True)
