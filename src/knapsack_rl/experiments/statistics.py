@@ -78,7 +78,7 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Es
 def factor(ratios: Mapping[int, float], bounds: int = 0) -> Estimate:
     """Geometric mean of ratios, with the t-interval of their logarithms."""
     logs = mean_of({seed: math.log(value) for seed, value in ratios.items() if value > 0})
-    return Estimate(*(math.exp(value) for value in (logs.mean, logs.low, logs.high)), logs.seeds, bounds)
+    return Estimate(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high), logs.seeds, bounds)
 
 
 def per_seed(rows: Sequence[Row], arm: str, measure: Callable[[Row], float | None]) -> dict[int, float]:

@@ -129,10 +129,11 @@ def paragraph(rows: Sequence[Row]) -> str:
         ],
     )  # fmt: skip
     return f"""Sums of two to seven digits with every running total written out, so that answers have 2 to 18
-tokens, and a base model of the same size, pre-trained on other sums until its mean success rate is {BASE_RATE:g}. A step
-has 64 prompts; its budget is N = 8 rollouts per prompt, or as many tokens as those are expected to take, so that the
-number of rollouts varies. {STEPS} steps. What a policy really generates differs a little from what was expected:
-accuracies are read off each seed's curves (smoothed over three evaluations) where the shortest of its runs ends.
+tokens, and a base model of the same size, pre-trained on other sums until its mean success rate is {BASE_RATE:g}. A
+step has 64 prompts; its budget is N = 8 rollouts per prompt, or as many tokens as those are expected to take, so
+that the number of rollouts varies. {STEPS} steps. What a policy really generates differs a little from what was
+expected: accuracies are read off each seed's curves (smoothed over three evaluations) where the shortest of its runs
+ends.
 
 {table}"""
 

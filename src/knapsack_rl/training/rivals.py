@@ -61,7 +61,7 @@ class Oversample:
     def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
         """Rows of the first effective groups, as many as a step trains on; of the first groups if none is."""
         wanted = set((self._effective or prompts)[: self.prompts])
-        return np.flatnonzero(np.array([prompt in wanted for prompt in prompts])[group_R])
+        return np.flatnonzero(np.array([prompt in wanted for prompt in prompts])[group_R]).astype(np.int64)
 
     def _size(self) -> int:
         return self.prompts
@@ -257,7 +257,7 @@ class Tokens:
 
     def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
         """Everything."""
-        return np.arange(group_R.size)
+        return np.arange(group_R.size, dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """The allocator's state is saved apart."""

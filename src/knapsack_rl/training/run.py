@@ -121,7 +121,8 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if not torch.cuda.is_available() else "auto")
     recorder = _Recorder(settings, folder, task, tokenizer, display)
     allocator = make_allocator(settings)
-    kind, rule = KnapsackGRPOTrainer, {}
+    kind: type[KnapsackGRPOTrainer] = KnapsackGRPOTrainer
+    rule: dict[str, Any] = {}
     if settings.in_rounds:
         kind, rule = (
             RoundsGRPOTrainer,
