@@ -32,7 +32,7 @@ from knapsack_rl.training.data import load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.policies import make_allocator
 from knapsack_rl.training.run import train
-from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
+from knapsack_rl.training.settings import RIVALS, TrainSettings, read_yaml, settings_from
 from strategies import no_deadline
 
 FIELDS = dataclasses.fields(TrainSettings)
@@ -173,6 +173,10 @@ def all_settings(draw):
     drawn = {name: draw(values) for name, values in free.items()}
     if drawn["allocation"] == "paper" or drawn["estimator"] in ("window", "beta"):
         drawn["value"] = "knapsack"  # the others need a grid
+    if drawn["budget_unit"] == "tokens":
+        drawn["allocation"] = "knapsack"
+    if drawn["budget_unit"] == "tokens" or drawn["allocation"] in RIVALS:
+        drawn["updates_per_step"] = 1
     return TrainSettings(**given, **drawn)
 
 

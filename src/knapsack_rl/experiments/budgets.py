@@ -10,6 +10,7 @@ import numpy as np
 
 from knapsack_rl.experiments import figures, pool
 from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.extract import CLASS_SERIES
 from knapsack_rl.experiments.statistics import markdown_table, per_seed, summary, told
 from knapsack_rl.groups import DIFFICULTY_CLASSES
 from knapsack_rl.value import IntArray
@@ -113,15 +114,20 @@ or hard more often than one of many."""
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Histogram and budget by estimate of both policies, transitions of the Bayes filter."""
+    """Histogram of the budgets, classes over time and transitions, of both policies."""
     from knapsack_rl.report import plots
 
-    drawing, axes = figures.panels(2, rows=2)
+    drawing, axes = figures.panels(2, rows=3)
     for ax, arm in zip(axes, ALLOCATED, strict=False):
         mine = [row["budget"] for row in rows if row["arm"] == arm]
         plots.budget_histogram(np.concatenate([np.repeat(part["rollouts"], part["visits"]) for part in mine]), ax)
         ax.set_title(f"Budgets: {pool.label(arm)}", loc="left", fontweight="bold", fontsize="medium")
-    for ax, arm in zip(axes[2:], ALLOCATED, strict=True):
+    for ax, arm in zip(axes[2:4], ALLOCATED, strict=True):
+        mine = [row["series"] for row in rows if row["arm"] == arm]
+        shares = [np.mean([series[name] for series in mine], axis=0) for name in CLASS_SERIES]
+        plots.difficulty_over_time(mine[0]["step"], np.stack(shares, axis=1), ax)
+        ax.set_title(f"Difficulty: {pool.label(arm)}", loc="left", fontweight="bold", fontsize="medium")
+    for ax, arm in zip(axes[4:], ALLOCATED, strict=True):
         plots.transitions(transitions(rows, arm), ax)
         ax.set_title(f"First to last visit: {pool.label(arm)}", loc="left", fontweight="bold", fontsize="medium")
     return drawing

@@ -22,6 +22,9 @@ from knapsack_rl.training.settings import TrainSettings
 STRETCHES = 40
 """Points to which the series of a run are averaged."""
 
+CLASS_SERIES = ("all_correct", "easy", "medium", "hard", "all_wrong")
+"""Series of the shares of ``DIFFICULTY_CLASSES``, in their order."""
+
 SOLVED, LOST, UNSOLVED = 0.9, 0.5, 1 / 64
 """Exact success rates: at least the first a prompt is solved, below the second a solved one is lost, below the third a
 prompt is unsolved."""
@@ -78,8 +81,7 @@ def _series(log: RunLog) -> dict[str, list[float | None]]:
         "rollouts": means(log.cumulative_rollouts),
         "rollout_ratio": means(log.effective_rollout_ratio),
         "prompt_ratio": means(log.effective_prompt_ratio),
-        "all_correct": means(log.all_correct_share),
-        "all_wrong": means(log.all_wrong_share),
+        **{name: means(log.difficulty_shares[:, index]) for index, name in enumerate(CLASS_SERIES)},
         "training_success": means(log.training_success),
         "largest": [float(log.max_budget[part].max()) for part in parts],
     }

@@ -6,24 +6,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from knapsack_rl.runfiles import ALLOCATION_LOG, METRICS_FILE, MODEL_FOLDER, complete_checkpoints, steps_of
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.settings import TrainSettings
-
-
-class _Silent:
-    """A display that shows nothing."""
-
-    def start(self, settings: TrainSettings, first_step: int) -> None:
-        """Nothing to show."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Nothing to show."""
-
-    def stop(self) -> None:
-        """Nothing to show."""
 
 
 def models_at(steps: Sequence[int], settings: TrainSettings, folder: Path) -> dict[int, Path]:
@@ -54,6 +40,7 @@ def models_at(steps: Sequence[int], settings: TrainSettings, folder: Path) -> di
 
 
 def _train_to(settings: TrainSettings, run: Path) -> None:
+    from knapsack_rl.training.recorder import Quiet
     from knapsack_rl.training.run import train
 
     checkpoints = complete_checkpoints(run)
@@ -65,6 +52,6 @@ def _train_to(settings: TrainSettings, run: Path) -> None:
         # What a run left that was stopped before its first checkpoint is of no use.
         for name in (METRICS_FILE, ALLOCATION_LOG):
             (run / name).unlink(missing_ok=True)
-    outcome = train(settings, run, _Silent(), resume=bool(checkpoints))
+    outcome = train(settings, run, Quiet(), resume=bool(checkpoints))
     if not outcome.finished:
         raise KeyboardInterrupt(f"the run in {run} was interrupted after {outcome.steps} steps")

@@ -154,7 +154,8 @@ def _resumes(run: Run) -> bool:
 
 
 def _train_here(run: Run, progress: Progress) -> None:
-    from knapsack_rl.training.run import Quiet, train
+    from knapsack_rl.training.recorder import Quiet
+    from knapsack_rl.training.run import train
 
     progress.started(run)
     outcome = train(run.settings, run.folder, Quiet(), resume=_resumes(run), report=False)

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
 
 from knapsack_rl.report import write_report
 from knapsack_rl.runfiles import (
     CONFIG_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
-    append_row,
     complete_checkpoints,
     steps_of,
 )
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.data import TaskData, load_task
-from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.policies import make_allocator, make_rounds
+from knapsack_rl.training.recorder import Display, Recorder, all_done
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 from knapsack_rl.trl.generated import Generated
@@ -37,35 +34,6 @@ from knapsack_rl.trl.rounds import RoundsGRPOTrainer
 logger = logging.getLogger(__name__)
 
 SHIPPED_MODEL = "arithmetic-base"
-
-
-class Display(Protocol):
-    """Where progress goes; every row is one line of ``metrics.jsonl``."""
-
-    def start(self, settings: TrainSettings, first_step: int) -> None:
-        """The run starts, or goes on, after ``first_step`` steps."""
-        ...
-
-    def row(self, row: dict[str, Any]) -> None:
-        """A step was trained or an evaluation made."""
-        ...
-
-    def stop(self) -> None:
-        """The run ended, however it did."""
-        ...
-
-
-class Quiet:
-    """A display that shows nothing."""
-
-    def start(self, settings: TrainSettings, first_step: int) -> None:
-        """Nothing to show."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Nothing to show."""
-
-    def stop(self) -> None:
-        """Nothing to show."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +78,7 @@ def train(
     task = load_task(settings)
     name = model_path(settings)
     # A run may have been stopped after its last checkpoint and before its end.
-    trained = checkpoint is not None and _all_done(
+    trained = checkpoint is not None and all_done(
         settings, steps_of(checkpoint) // settings.updates_per_step, Generated.load(checkpoint)
     )
     if trained:
@@ -119,15 +87,13 @@ def train(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if not torch.cuda.is_available() else "auto")
-    recorder = _Recorder(settings, folder, task, tokenizer, display)
+    recorder = Recorder(settings, folder, task, tokenizer, display)
     allocator = make_allocator(settings)
     kind: type[KnapsackGRPOTrainer] = KnapsackGRPOTrainer
     rule: dict[str, Any] = {}
     if settings.in_rounds:
-        kind, rule = (
-            RoundsGRPOTrainer,
-            {"rounds": make_rounds(settings, [row["prompt_id"] for row in task.train], allocator)},
-        )
+        ids = [row["prompt_id"] for row in task.train]
+        kind, rule = RoundsGRPOTrainer, {"rounds": make_rounds(settings, ids, allocator)}
     trainer = kind(
         model=model,
         args=_trainer_arguments(settings, folder, task),
@@ -147,17 +113,11 @@ def train(
     else:
         _run(trainer, recorder, display, checkpoint)
     steps = trainer.state.global_step // settings.updates_per_step
-    finished = _all_done(settings, steps, trainer.generated)
+    finished = all_done(settings, steps, trainer.generated)
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.allocator.save(folder / "allocator.npz")
     return Outcome(folder, finished, steps, _report(folder) if report else None)
-
-
-def _all_done(settings: TrainSettings, steps: int, generated: Generated) -> bool:
-    """Whether a run has trained all its steps, or generated all its rollouts where those end it."""
-    total = settings.total_rollouts
-    return steps >= settings.steps or (total is not None and generated.rollouts >= total)
 
 
 def model_path(settings: TrainSettings) -> str:
@@ -165,7 +125,7 @@ def model_path(settings: TrainSettings) -> str:
     return str(base_model_path()) if settings.model == SHIPPED_MODEL else settings.model
 
 
-def _run(trainer: KnapsackGRPOTrainer, recorder: _Recorder, display: Display, checkpoint: Path | None) -> None:
+def _run(trainer: KnapsackGRPOTrainer, recorder: Recorder, display: Display, checkpoint: Path | None) -> None:
     with _graceful_interrupt(recorder):
         done = steps_of(checkpoint) // recorder.settings.updates_per_step if checkpoint else 0
         display.start(recorder.settings, done)
@@ -226,86 +186,8 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData) ->
     )
 
 
-class _Recorder(TrainerCallback):
-    """Writes ``metrics.jsonl``, evaluates on held-out prompts, and turns an interruption into a checkpoint."""
-
-    def __init__(self, settings: TrainSettings, folder: Path, task: TaskData, tokenizer: Any, display: Display) -> None:
-        self.interrupted = False
-        self.settings = settings
-        self._metrics = folder / METRICS_FILE
-        self._task = task
-        self._tokenizer = tokenizer
-        self._display = display
-        self._started = time.perf_counter()
-        self._looks = 0
-        self.trainer: KnapsackGRPOTrainer
-        """Set once the trainer is there, before it trains."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._looks = self._looks_due(state.global_step // self.settings.updates_per_step)
-        if state.global_step == 0:
-            self._evaluate(kwargs["model"], 0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, updates = divmod(state.global_step, self.settings.updates_per_step)
-        if not updates:
-            due, done = self._looks_due(step), _all_done(self.settings, step, self.trainer.generated)
-            if due > self._looks or done:
-                self._evaluate(kwargs["model"], step)
-            if done:
-                control.should_training_stop = True
-            self._looks = due
-        self._stop_if_interrupted(state, control)
-
-    def _looks_due(self, step: int) -> int:
-        """Evaluations due by now: at equal distances in steps, or in rollouts where those end the run."""
-        every = self.settings.eval_every
-        if not every:
-            return 0
-        if self.settings.total_rollouts is None:
-            return step // every
-        return self.trainer.generated.rollouts // (every * self.settings.budget)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        # A step of several updates is one row, that of the update which generated.
-        step, updates = divmod(state.global_step - 1, self.settings.updates_per_step)
-        if logs and "loss" in logs and not updates:
-            self._write(step + 1, {name: number for name, number in logs.items() if isinstance(number, (int, float))})
-        self._stop_if_interrupted(state, control)
-
-    def _stop_if_interrupted(self, state: Any, control: Any) -> None:
-        # Only after a whole step: a checkpoint between its updates would generate the step again.
-        if self.interrupted and state.global_step and state.global_step % self.settings.updates_per_step == 0:
-            control.should_save = control.should_training_stop = True
-
-    def _evaluate(self, model: Any, step: int) -> None:
-        if not self._task.held_out:
-            return
-        accuracy = held_out_accuracy(
-            model,
-            self._tokenizer,
-            self._task.held_out,
-            self._task.reward,
-            samples=self.settings.eval_samples,
-            temperature=self.settings.temperature,
-            max_new_tokens=self._task.max_completion_tokens,
-        )
-        self._write(step, {"held_out/accuracy": accuracy.sampled, "held_out/greedy_accuracy": accuracy.greedy})
-
-    def _write(self, step: int, numbers: dict[str, float]) -> None:
-        row: dict[str, Any] = {
-            "step": step,
-            "rollouts": self.trainer.generated.rollouts,
-            "tokens": self.trainer.generated.tokens,
-            "seconds": round(time.perf_counter() - self._started, 3),
-        }
-        row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}
-        append_row(self._metrics, row)
-        self._display.row(row)
-
-
 @contextmanager
-def _graceful_interrupt(recorder: _Recorder) -> Iterator[None]:
+def _graceful_interrupt(recorder: Recorder) -> Iterator[None]:
     """Let the first SIGINT end the run after its step; a second one interrupts at once."""
 
     def handle(number: int, frame: Any) -> None:
