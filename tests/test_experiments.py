@@ -166,6 +166,17 @@ def test_arms_differ_from_the_shared_settings_in_what_they_name():
     assert len({arm.label for arm in pool.ARMS.values()}) == len(pool.ARMS)
 
 
+def test_all_runs_of_the_shared_task_are_planned_once(tmp_path):
+    options = Options(seeds=2, runs=tmp_path)
+    runs = catalogue.shared_runs(options)
+    assert len({run.folder for run in runs}) == len(runs)
+    assert [run.settings.seed for run in runs] == [0] * (len(runs) // 2) + [1] * (len(runs) // 2)
+    for name in TRAINED:
+        if name != "tokens":
+            assert set(pool.plan(catalogue.load(name).ARMS, options)) <= set(runs)
+    assert {run.settings.dataset for run in runs} == {"arithmetic"}
+
+
 def test_experiments_share_the_runs_of_an_arm(tmp_path):
     options = Options(seeds=2, runs=tmp_path)
     first, second = (pool.plan(arms, options) for arms in (["uniform", "paper"], ["paper", "knapsack"]))

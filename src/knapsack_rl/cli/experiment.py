@@ -10,7 +10,7 @@ from pathlib import Path
 from knapsack_rl.cli.progress import progress
 from knapsack_rl.experiments import catalogue
 from knapsack_rl.experiments.contract import Options
-from knapsack_rl.experiments.pool import UnfinishedRunsError
+from knapsack_rl.experiments.pool import UnfinishedRunsError, train
 from knapsack_rl.experiments.statistics import markdown_table
 from knapsack_rl.experiments.trace import SPLITS
 
@@ -65,17 +65,21 @@ def run(parsed: argparse.Namespace) -> int:
     parsed.output = parsed.output or Path("runs/experiments")
     if parsed.name == "estimation":
         return _estimation(parsed)
-    for name in catalogue.EXPERIMENTS if parsed.name == "all" else [parsed.name]:
-        try:
-            _measure(name, parsed)
-        except UnfinishedRunsError as error:
-            print(error, file=sys.stderr)
-            return 1
+    options = Options(seeds=parsed.seeds, quick=parsed.quick, workers=parsed.workers, runs=parsed.runs)
+    try:
+        if parsed.name == "all":
+            runs = catalogue.shared_runs(options)
+            with progress(len(runs), quiet=parsed.quiet) as done:
+                train(runs, options, done)
+        for name in catalogue.EXPERIMENTS if parsed.name == "all" else [parsed.name]:
+            _measure(name, options, parsed)
+    except UnfinishedRunsError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
-def _measure(name: str, parsed: argparse.Namespace) -> None:
-    options = Options(seeds=parsed.seeds, quick=parsed.quick, workers=parsed.workers, runs=parsed.runs)
+def _measure(name: str, options: Options, parsed: argparse.Namespace) -> None:
     experiment, started = catalogue.load(name), time.monotonic()
     with progress(experiment.pieces(options), quiet=parsed.quiet) as done:
         rows = catalogue.run(name, options, done)

@@ -6,9 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from knapsack_rl.experiments.contract import Experiment, Options, Row
+
+if TYPE_CHECKING:
+    from knapsack_rl.training.compare import Run
 
 EXPERIMENTS: dict[str, str] = {
     "gradient-ratio": "gradient_ratio",
@@ -38,6 +41,19 @@ def load(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
     return cast(Experiment, import_module(f"knapsack_rl.experiments.{EXPERIMENTS[name]}"))
+
+
+def shared_runs(options: Options) -> list[Run]:
+    """Training runs of all experiments on the shared task, none twice.
+
+    Trained before any experiment, they keep all workers busy; one experiment after the other leaves them idle while its
+    last run ends.
+    """
+    from knapsack_rl.experiments import pool
+
+    experiments = [load(name) for name in EXPERIMENTS]
+    arms = [arm for one in experiments if not hasattr(one, "TASK") for arm in getattr(one, "ARMS", ())]
+    return pool.plan(list(dict.fromkeys(arms)), options)
 
 
 def run(name: str, options: Options, done: Callable[[str], None]) -> list[Row]:

@@ -137,10 +137,22 @@ def measure(
 
     Args:
         arms: names of ``ARMS``.
-        options: how much to measure; quick runs are trained in this process, one after the other.
+        options: how much to measure.
         done: called with a line of text for each run.
         task: as for :func:`plan`.
         **changes: as for :func:`plan`.
+
+    Raises:
+        UnfinishedRunsError: a run did not finish; what is finished is kept.
+        ValueError: a folder holds a run with other settings.
+    """
+    runs = plan(arms, options, task, **changes)
+    train(runs, options, done)
+    return [extract(run, arm) for run, arm in zip(runs, [*arms] * len(seeds_of(options)), strict=True)]
+
+
+def train(runs: Sequence[Run], options: Options, done: Callable[[str], None]) -> None:
+    """Train what is missing; quick runs in this process, one after the other, the others side by side.
 
     Raises:
         UnfinishedRunsError: a run did not finish; what is finished is kept.
@@ -151,7 +163,6 @@ def measure(
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    runs = plan(arms, options, task, **changes)
     for run in runs:
         if run.finished:
             done(f"{run.folder.name} was there")
@@ -161,7 +172,6 @@ def measure(
             f"{len(failed)} of {len(runs)} runs did not finish; start the experiment again to go on, or see "
             f"{failed[0].folder / 'log.txt'}"
         )
-    return [extract(run, arm) for run, arm in zip(runs, [*arms] * len(seeds_of(options)), strict=True)]
 
 
 class _Done:

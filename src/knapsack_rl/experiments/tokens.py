@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 TITLE = "Budgets in tokens"
 QUESTION = "Is a budget in tokens better than one in rollouts at equal tokens, where answers vary in length?"
 
+TASK = "running-sums"
+"""Data set of its own: these runs are not those of other experiments."""
 ARMS = ("uniform", "knapsack", "knapsack-tokens")
 SEEDS = 3
 STEPS = 300
@@ -47,9 +49,7 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
     model = base_model(options)
     done("base model")
     changes: dict[str, Any] = {} if options.quick else {"steps": STEPS}
-    return pool.measure(
-        ARMS, _fewer(options), done, "running-sums-", dataset="running-sums", model=str(model), **changes
-    )
+    return pool.measure(ARMS, _fewer(options), done, f"{TASK}-", dataset=TASK, model=str(model), **changes)
 
 
 def base_model(options: Options) -> Path:
@@ -63,7 +63,7 @@ def base_model(options: Options) -> Path:
     from knapsack_rl.tasks import running_sums
     from knapsack_rl.tasks.pretraining import Schedule, Target, build_model, build_tokenizer, train_until
 
-    folder = pool.root_of(options) / "running-sums-base"
+    folder = pool.root_of(options) / f"{TASK}-base"
     if (folder / "tokenizer_config.json").is_file():  # written last
         return folder
     torch.manual_seed(0)
