@@ -251,7 +251,7 @@ def test_the_quick_version(tmp_path: Path) -> None:
     assert {row["step"] for row in prompts} == {0, 1}
     assert all(0 < row["p"] < 1 and len(row["own"]) == len(gradient_fit.GROUP_SIZES) for row in prompts)
     assert gradient_value.measure(options, told.append) == rows  # from what the folder holds
-    assert json.loads((tmp_path / "gradient_value" / "fitted_value.json").read_text())["target"] == "population"
+    assert json.loads((tmp_path / "gradient_value" / "fitted_value.json").read_text())["target"] == gradient_fit.TARGET
     assert len(gradient_value.findings(rows)) == 6
     assert "Against us" in gradient_value.paragraph(rows)
     gradient_value.figure(rows).savefig(tmp_path / "figure.svg")

@@ -17,8 +17,11 @@ from knapsack_rl.value import FloatArray, IntArray, nonzero_gradient_probability
 GROUP_SIZES = (2, 4, 8, 16, 64)
 """N at which gradients are measured."""
 
-TARGET = "population"
-"""The gain to which the value function is fitted: that of the mean success rate of other prompts."""
+TARGET = "own"
+"""The gain to which the value function is fitted: that of the prompt's own success rate, as in the paper's derivation.
+
+The gain of other prompts is what training is after, but it differs much between prompts of equal success rate.
+"""
 
 LARGEST_EXPONENT = 5.0
 

@@ -124,8 +124,8 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
             "The information gain p (1 − p)² has the right shape",
             "p (1 − p)²",
             f"fitted p^{fitted['success_exponent']:.2f} (1 − p)^{fitted['failure_exponent']:.2f} explains "
-            f"{100 * ours:.0f} % of the squared gains of the prompts not fitted on, the paper's {100 * paper:.0f} %; "
-            f"{about}",
+            f"{100 * ours:.0f} % of the squared own gains of the prompts not fitted on, the paper's "
+            f"{100 * paper:.0f} %; {about}",
             "holds" if paper > ours - 0.01 else "holds in part" if paper > ours - 0.1 else "does not hold",
         )
     )
@@ -149,7 +149,7 @@ def paragraph(rows: Sequence[Row]) -> str:
         "",
         "Mean success rate of the training prompts: "
         + "; ".join(
-            f"{step} steps {np.mean([row['mean_rate'] for row in stages if row['step'] == step]):.2f}"
+            f"after {step} steps {np.mean([row['mean_rate'] for row in stages if row['step'] == step]):.2f}"
             for step in sorted({row["step"] for row in stages})
         )
         + ".",
@@ -171,9 +171,9 @@ def paragraph(rows: Sequence[Row]) -> str:
     lines += [
         f"Fitted on half of the prompts: V = (1 − p^N − (1−p)^N) · p^{fitted['success_exponent']:.2f} "
         f"(1−p)^{fitted['failure_exponent']:.2f}, with its peak at p = {_peak(fitted):.2f} (the paper's: 0.33). On the "
-        f"other half it explains {100 * fitted['explained']['fitted']:.0f} % of the squared gains of other prompts, "
-        f"the paper's value {100 * fitted['explained'][PAPER]:.0f} %. Fitted to the gain of the prompt itself, "
-        "exponents are {success_exponent:.2f} and {failure_exponent:.2f}.".format(**fit(rows, "own")),
+        f"other half it explains {100 * fitted['explained']['fitted']:.0f} % of the squared gains of the prompt "
+        f"itself, the paper's value {100 * fitted['explained'][PAPER]:.0f} %. Fitted to the gain of other prompts, "
+        "exponents are {success_exponent:.2f} and {failure_exponent:.2f}.".format(**fit(rows, "population")),
         "",
         _against_us(measured, values, fitted),
     ]

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.value import FloatArray
 
 RESAMPLES = 1000
 SEED = 20250929
 
 
-def bootstrap(
-    units: int, statistic: Callable[[IntArray], float], *, resamples: int = RESAMPLES, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of a statistic over units drawn again with replacement.
+def mean_interval(numbers: ArrayLike, *, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, lower, upper): percentile interval of the mean over units drawn again with replacement.
 
     Args:
-        units: how many independent units there are (prompts, seeds), >= 1.
-        statistic: of (units,) indices; what is not finite is left out.
-        resamples: number of draws.
+        numbers: (U,) one for each independent unit, such as a seed; U >= 1.
         level: of confidence.
 
     Returns:
-        Lower and upper end; NaN where no draw gave a number. Equal arguments give equal ends.
+        Equal numbers give equal ends.
 
-    Source: Efron 1979.
+    Source: Efron 1979 (bootstrap).
     """
-    rng = np.random.default_rng(SEED)
-    drawn = np.array([statistic(rng.integers(0, units, units)) for _ in range(resamples)])
-    drawn = drawn[np.isfinite(drawn)]
-    if not drawn.size:
-        return float("nan"), float("nan")
-    low, high = np.quantile(drawn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return float(low), float(high)
-
-
-def mean_interval(numbers: ArrayLike) -> tuple[float, float, float]:
-    """(mean, lower, upper): the bootstrap interval of the mean over seeds or other units."""
     array = np.asarray(numbers, dtype=np.float64)
-    return float(array.mean()), *bootstrap(array.size, lambda drawn: float(array[drawn].mean()))
+    drawn = np.random.default_rng(SEED).integers(0, array.size, (RESAMPLES, array.size))
+    low, high = np.quantile(array[drawn].mean(axis=1), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return float(array.mean()), float(low), float(high)
 
 
 def pearson(x: FloatArray, y: FloatArray) -> float:

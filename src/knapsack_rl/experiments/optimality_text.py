@@ -247,7 +247,7 @@ def _draw_times(rows: Sequence[Row], ax: Axes) -> None:
             ax.plot(
                 sizes, [_milliseconds(which, m, method, costs=costs) for m in sizes], line, color=colour, label=label
             )
-    ax.set(xscale="log", yscale="log", xlabel="prompts in the batch", ylabel="milliseconds")
+    ax.set(xscale="log", yscale="log", xlabel="prompts in the batch", ylabel="milliseconds", ylim=(None, 1e6))
     _style(ax, "Time to solve")
 
 

@@ -44,7 +44,7 @@ FIRST_VISIT = 8
 NOISE = 3
 """Stream of random numbers of the noise; environments and rewards use those below."""
 
-ENVIRONMENTS: Mapping[str, Environment] = {
+ENVIRONMENTS: Mapping[str, Synthetic] = {
     "late in training": Synthetic("late-training", prompts=512, epochs=24),
     "learning and drifting": Synthetic(
         "0.4*beta(1,30) + 0.6*beta(1,2)", prompts=512, epochs=24, gain=0.05, drift=0.03, walk=0.25
@@ -200,11 +200,11 @@ def settings(seed: int, *, quick: bool) -> list[Setting]:
 
 def environments(*, quick: bool) -> dict[str, Environment]:
     """The recorded run, its report half, and the synthetic ones."""
-    recorded = Replay(load_trace("report"), epochs=12 if quick else None)
+    trace = load_trace("report")
     if not quick:
-        return {RECORDED: recorded, **ENVIRONMENTS}
-    small = {label: replace(place, prompts=128, epochs=12) for label, place in ENVIRONMENTS.items()}  # type: ignore[type-var]
-    return {RECORDED: recorded, **small}
+        return {RECORDED: Replay(trace), **ENVIRONMENTS}
+    small = {label: replace(place, prompts=64, epochs=10) for label, place in ENVIRONMENTS.items()}
+    return {RECORDED: Replay(trace.take(np.arange(64)), epochs=10), **small}
 
 
 def _pieces(options: Options) -> list[Piece]:
