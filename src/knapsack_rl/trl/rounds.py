@@ -82,7 +82,8 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
             )
         self.rounds = rounds
         column = self._setting("prompt_id_column")
-        self._row_of = {prompt_key(row, column): row for row in self.train_dataset}
+        rows: Any = self.train_dataset
+        self._row_of = {prompt_key(row, column): row for row in rows}
 
     def _check_run(self, allocator: Any) -> None:
         super()._check_run(None)  # an allocator in tokens is fine here: rows may vary in number
