@@ -175,6 +175,8 @@ def all_settings(draw):
         drawn["value"] = "knapsack"  # the others need a grid
     if drawn["budget_unit"] == "tokens":
         drawn["allocation"] = "knapsack"
+        if drawn["estimator"] == "window":  # its fallback counts rollouts
+            drawn["estimator"] = "beta"
     if drawn["budget_unit"] == "tokens" or drawn["allocation"] in RIVALS:
         drawn["updates_per_step"] = 1
     return TrainSettings(**given, **drawn)
