@@ -73,7 +73,7 @@ def _against_rate(measured: Measured, target: str, fitted: dict[str, float], ax:
         ax.plot(p, _scaled(mixed * gain, p, measured.rates, gains), style, color=colour, label=label)
     ax.set(xlabel="success rate", ylabel="gain per step, relative to the stage's")
     ax.set_ylim(*np.quantile(gains, [0.005, 0.995]) * 1.1)
-    ax.set_title(f"{TARGETS[target]} (N = 8)".capitalize(), loc="left", fontweight="bold", fontsize="medium")
+    ax.set_title(f"{TARGETS[target].capitalize()} (N = 8)", loc="left", fontweight="bold", fontsize="medium")
 
 
 def _growth(measured: Measured, ax: Axes) -> None:

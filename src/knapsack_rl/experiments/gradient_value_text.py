@@ -81,13 +81,10 @@ def _verdict(found: Correlation) -> Verdict:
 
 
 def _about(measured: Measured) -> str:
-    steps = ", ".join(str(step) for step in sorted(set(measured.step.tolist())))
-    sizes = f"N {GROUP_SIZES[0]} to {GROUP_SIZES[-1]}"
-    return f"{measured.rates.size} prompts, {sizes}, steps {steps}, {_seeds(measured)} seeds"
-
-
-def _seeds(measured: Measured) -> int:
-    return len(set(measured.seed.tolist()))
+    steps = sorted(set(measured.step.tolist()))
+    seeds = {step: len(set(measured.seed[measured.step == step].tolist())) for step in steps}
+    stages = ", ".join(f"{step} ({count} seed{'s' * (count > 1)})" for step, count in seeds.items())
+    return f"{measured.rates.size} prompts, N {GROUP_SIZES[0]} to {GROUP_SIZES[-1]}, training steps {stages}"
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:

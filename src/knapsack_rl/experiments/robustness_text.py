@@ -123,7 +123,7 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     lead, rival, where = _closest_rival(rows)
     found.append(
         Finding(
-            "The Bayes filter, which has no setting, captures as much as the best setting of any other estimator",
+            "The Bayes filter as it comes captures as much as the best setting of any other estimator",
             "-",
             f"least lead {100 * lead:+.1f} points, over {rival} ({where}); {_seeds(rows)} seeds".replace("-", "−"),
             _graded(-lead, 0.0, 0.05),
