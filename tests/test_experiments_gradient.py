@@ -258,6 +258,6 @@ def test_the_quick_version(tmp_path: Path) -> None:
 
 
 def test_the_shipped_value_is_the_fit_to_the_shipped_rows() -> None:
-    lines = (Path(__file__).parent.parent / "docs" / "evidence" / "gradient_value.jsonl").read_text().splitlines()
+    lines = (Path(__file__).parent.parent / "docs" / "evidence" / "gradient-value.jsonl").read_text().splitlines()
     shipped = json.loads(gradient_value.SHIPPED_FIT.read_text(encoding="utf-8"))
     assert gradient_fit.fit([json.loads(line) for line in lines]) == shipped
