@@ -11,7 +11,7 @@ gains; a copy ships as ``experiments/data/fitted_value.json`` and is the value `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,14 @@ import numpy as np
 
 from knapsack_rl.experiments.contract import Options, Row
 from knapsack_rl.experiments.gradient_fit import GROUP_SIZES, fit, write_fit
-from knapsack_rl.experiments.gradient_value_text import figure, findings, paragraph
+from knapsack_rl.experiments.gradient_value_text import findings, paragraph
 from knapsack_rl.experiments.pieces import Piece, run_pieces, seeds_of
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.value import FloatArray, IntArray
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from knapsack_rl.experiments.gradient_groups import Directions
     from knapsack_rl.experiments.gradient_measure import ArithmeticModel, Pair
 
@@ -215,3 +217,14 @@ def stratified(rates: FloatArray, prompts: int, rng: np.random.Generator) -> Int
 def _short(number: Any) -> float:
     """Four significant digits: rows stay small."""
     return float(f"{float(number):.4g}")
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Gains against success rate, growth with N, and correlations.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from knapsack_rl.experiments.gradient_value_figure import draw
+
+    return draw(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from knapsack_rl.experiments.gradient_fit import GROUP_SIZES, Measured, explaine
 from knapsack_rl.experiments.intervals import RESAMPLES, SEED, ranks
 from knapsack_rl.value import FloatArray, information_gain, nonzero_gradient_probability
 from knapsack_rl.value_functions import VALUES
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TARGETS = {
     "norm": "gradient norm",
@@ -276,14 +273,3 @@ def _against_us(measured: Measured, values: Mapping[str, FloatArray], fitted: Ma
     negative = float((measured.by_target["population"][:, 2] < 0).mean())
     said.append(f"the gradient of {100 * negative:.0f} % of the prompts (N = 8) lowers the success rate of the others")
     return "Against us, or against the paper: " + "; ".join(said) + "."
-
-
-def figure(rows: Sequence[Row]) -> Figure:
-    """Gains against success rate, growth with N, and correlations.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from knapsack_rl.experiments.gradient_value_figure import draw
-
-    return draw(rows)

@@ -111,7 +111,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def batch_arguments(settings: TrainSettings) -> dict[str, int]:
+def batch_arguments(settings: TrainSettings) -> dict[str, Any]:
     """How a step's rollouts are cut into updates, processes and passes; fields of TRL's configuration.
 
     Raises:

@@ -180,6 +180,7 @@ def _find_start(folder: Path, *, resume: bool) -> Path | None:
 
 
 def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, stop: int | None) -> KnapsackGRPOConfig:
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing == "on"}
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         allocation="uniform" if settings.allocation == "uniform" else "knapsack",
@@ -210,7 +211,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         disable_tqdm=True,
         use_cpu=not accelerated(),
         bf16=in_bfloat16(settings),
-        **{_CHECKPOINTING: settings.gradient_checkpointing == "on"},
+        **checkpointing,
         **vllm_arguments(settings, stop),
     )
 

@@ -58,8 +58,8 @@ class TrainSettings:
     vllm_memory: float = _option(0.3, "share of the accelerator's memory that a colocated vLLM may take")
     dataset: str = _option(
         "arithmetic",
-        "arithmetic, running-sums, sums, countdown, gsm8k, math, dapo-math-17k, reasoning-gym:TASK, a JSONL/CSV/parquet "
-        "file, or a hub data set",
+        "arithmetic, running-sums, sums, countdown, gsm8k, math, dapo-math-17k, reasoning-gym:TASK, a "
+        "JSONL/CSV/parquet file, or a hub data set",
     )
     prompt_column: str = _option("prompt", "column of the prompt in a file or hub data set")
     answer_column: str = _option("answer", "column of the answer in a file or hub data set")
@@ -158,8 +158,8 @@ class TrainSettings:
             )
         if self.in_rounds and self.rollouts_per_pass:
             raise ValueError(
-                f"rollouts_per_pass must be 0 with allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: "
-                f"the rollouts of a step vary in number, got {self.rollouts_per_pass}"
+                f"rollouts_per_pass must be 0 with allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: the "
+                f"rollouts of a step vary in number, got {self.rollouts_per_pass}"
             )
 
     @property
