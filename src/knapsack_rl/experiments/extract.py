@@ -141,7 +141,7 @@ def _exact(settings: TrainSettings, run: Run, log: RunLog) -> dict[str, float | 
     ids, start = success_rates(settings, None)
     _, end = success_rates(settings, run.folder / MODEL_FOLDER)
     easy, hard = start >= SOLVED, start < UNSOLVED
-    place = {name: position for position, name in enumerate(ids)}
+    place: dict[str | int, int] = {name: position for position, name in enumerate(ids)}
     once = np.array(sorted(place[log.prompt_ids[prompt]] for prompt in solved_once(log.visits)), dtype=np.int64)
     return {
         "mean_start": _number(start.mean()),

@@ -61,7 +61,8 @@ equal.
 def figure(rows: Sequence[Row]) -> Figure:
     """Accuracy at the end against the setting, one dot per seed."""
     drawing, axes = figures.panels(2)
-    for ax, family, name in zip(axes, (WINDOWS, DISCOUNTS), ("window", "discount per visit"), strict=True):
+    families: tuple[Mapping[str, float], ...] = (WINDOWS, DISCOUNTS)
+    for ax, family, name in zip(axes, families, ("window", "discount per visit"), strict=True):
         for arm, setting in family.items():
             values = [100 * value for value in per_seed(rows, arm, final_accuracy).values()]
             ax.plot([setting] * len(values), values, "o", color="#0072B2", alpha=0.6)

@@ -158,8 +158,8 @@ class TrainSettings:
             )
         if self.in_rounds and self.rollouts_per_pass:
             raise ValueError(
-                f"rollouts_per_pass must be 0 with allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: the "
-                f"rollouts of a step vary in number, got {self.rollouts_per_pass}"
+                f"rollouts_per_pass must be 0 for allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: "
+                f"the rollouts of a step vary in number, got {self.rollouts_per_pass}"
             )
 
     @property
