@@ -9,10 +9,10 @@ from pathlib import Path
 
 FORMATS = ("html", "png", "svg", "json")
 EXAMPLES = """examples:
-  knapsack-rl report runs/knapsack-n8-seed0               write report.html into the run folder
-  knapsack-rl report runs/compare/*-seed*                 compare runs: comparison.html and a table
-  knapsack-rl report runs/knapsack-n8-seed0 --format png  each plot as a picture, in RUN/figures
-  knapsack-rl report runs/compare/*-seed* --format json   the figures for a program, on standard output
+  knapsack-rl report runs/knapsack-n8-seed0                write report.html into the run folder
+  knapsack-rl report runs/compare/*-seed*                  compare runs: comparison.html and a table
+  knapsack-rl report runs/knapsack-n8-seed0 --format png   each plot as a picture, in RUN/figures
+  knapsack-rl report runs/compare/*-seed* --format json    the figures for a program, on standard output
 """
 
 
