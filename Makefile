@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare test test-slow test-verl test-minimal package check format bench fuzz kill docs base-model clean
+.PHONY: help train compare evidence test test-slow test-verl test-minimal package check format bench fuzz kill docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,10 @@ train: $(INSTALLED)  ## train the shipped model with Knapsack RL and write its r
 
 compare: $(INSTALLED)  ## train uniform N, uniform 2N, the paper's rule and the knapsack over three seeds
 	$(BIN)/knapsack-rl compare
+
+evidence: $(INSTALLED)  ## run every experiment of the evidence page (hours; goes on where it stopped), write the page
+	$(BIN)/knapsack-rl experiment all --output docs/evidence
+	$(BIN)/knapsack-rl experiment page
 
 test: $(INSTALLED)  ## run the default test suite
 	$(BIN)/python -m pytest -m "not slow"

@@ -31,6 +31,7 @@ import numpy as np
 
 import knapsack_rl as kr
 from knapsack_rl import _selection
+from knapsack_rl.experiments.paper_solver import paper_dynamic_program
 from knapsack_rl.value import FloatArray, IntArray, marginal_values
 from knapsack_rl.value_functions import KNAPSACK
 
@@ -50,28 +51,6 @@ TARGETS = {
     "heap, own / allocate, 1000000 prompts": 1.0,
 }
 MOST_MEGABYTES, MOST_EXPONENT = 400.0, 1.1
-
-
-@numba.njit(cache=True)
-def paper_dynamic_program(values: FloatArray, budget: int, low: int, high: int) -> IntArray:
-    """Loop over prompts, budgets and rollouts, as the paper describes its solver: O(M B N_up)."""
-    prompts = values.shape[0]
-    best = np.full((prompts + 1, budget + 1), -np.inf)
-    choice = np.zeros((prompts + 1, budget + 1), np.int64)
-    best[0, 0] = 0.0
-    for i in range(1, prompts + 1):
-        for spent in range(budget + 1):
-            for n in range(low, min(high, spent) + 1):
-                candidate = best[i - 1, spent - n] + values[i - 1, n]
-                if candidate > best[i, spent]:
-                    best[i, spent] = candidate
-                    choice[i, spent] = n
-    counts = np.zeros(prompts, np.int64)
-    spent = budget
-    for i in range(prompts, 0, -1):
-        counts[i - 1] = choice[i, spent]
-        spent -= counts[i - 1]
-    return counts
 
 
 @numba.njit(cache=True)

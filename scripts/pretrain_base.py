@@ -14,156 +14,40 @@ Exit status: 0 if a checkpoint was written, 1 if no evaluated step met the targe
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import math
-import random
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from knapsack_rl.tasks.arithmetic import (
-    EOS_TOKEN,
     MAX_COMPLETION_TOKENS,
-    PAD_TOKEN,
     Problem,
     base_model_path,
     is_correct,
     make_splits,
 )
+from knapsack_rl.tasks.pretraining import (
+    EOS_ID,
+    PAD_ID,
+    SAMPLES,
+    Schedule,
+    Spectrum,
+    Target,
+    build_model,
+    build_tokenizer,
+    expected_spectrum,
+    train_until,
+)
 
-TOKENS = (PAD_TOKEN, EOS_TOKEN, *"0123456789+=")
-VOCABULARY = {token: index for index, token in enumerate(TOKENS)}
-PAD_ID, EOS_ID = VOCABULARY[PAD_TOKEN], VOCABULARY[EOS_TOKEN]
 MAX_POSITIONS = 32  # the longest prompt has 10 characters and the longest completion 6 tokens
-SAMPLES = 8  # per prompt: the spectrum is what a uniform budget of eight rollouts would see
-IGNORED = -100  # the label that the loss leaves out
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """How success is spread over prompts.
-
-    Attributes:
-        unsolved: Share of prompts without a success in ``SAMPLES`` samples.
-        solved: Share of prompts with successes only.
-        mean: Mean success rate of one sample at temperature 1.
-    """
-
-    unsolved: float
-    solved: float
-    mean: float
-
-
-@dataclass(frozen=True)
-class Target:
-    """The spectrum at which training stops: at least the shares, and the mean and ``unsolved`` in a range."""
-
-    unsolved: tuple[float, float]
-    solved: float
-    mean: tuple[float, float]
-
-    def met_by(self, spectrum: Spectrum) -> bool:
-        """Whether the spectrum fits."""
-        return (
-            self.unsolved[0] <= spectrum.unsolved <= self.unsolved[1]
-            and spectrum.solved >= self.solved
-            and self.mean[0] <= spectrum.mean <= self.mean[1]
-        )
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character; a character it does not know is an error."""
-    tokenizer = Tokenizer(WordLevel(VOCABULARY))
-    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD_TOKEN,
-        eos_token=EOS_TOKEN,
-        padding_side="left",
-        model_max_length=MAX_POSITIONS,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_model(width: int, layers: int) -> LlamaForCausalLM:
-    """A randomly initialised decoder with tied embeddings, from torch's global generator."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=width,
-            intermediate_size=8 * width // 3,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=MAX_POSITIONS,
-            tie_word_embeddings=True,
-            pad_token_id=PAD_ID,
-            bos_token_id=None,
-            eos_token_id=EOS_ID,
-        )
-    )
-    model.generation_config = GenerationConfig(
-        max_new_tokens=MAX_COMPLETION_TOKENS,
-        pad_token_id=PAD_ID,
-        bos_token_id=None,
-        eos_token_id=EOS_ID,
-    )
-    return model
-
-
-def answer_log_probs(model: LlamaForCausalLM, problems: Sequence[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every answer token given what precedes it.
-
-    Returns:
-        Two float tensors of shape (problems, tokens): log-probabilities, zero outside the answer, and the
-        mask, one on the answer's digits and its end-of-sequence token.
-    """
-    ids = [[VOCABULARY[token] for token in (*p.prompt, *p.answer, EOS_TOKEN)] for p in problems]
-    length = max(map(len, ids))
-    # Padding on the right: with causal attention it cannot influence the tokens before it.
-    tokens = torch.full((len(ids), length), PAD_ID)
-    labels = torch.full((len(ids), length), IGNORED)
-    for row, (problem, row_ids) in enumerate(zip(problems, ids, strict=True)):
-        tokens[row, : len(row_ids)] = torch.tensor(row_ids)
-        labels[row, len(problem.prompt) : len(row_ids)] = tokens[row, len(problem.prompt) : len(row_ids)]
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    losses = functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-    return -losses, (labels[:, 1:] != IGNORED).float()
-
-
-def expected_spectrum(model: LlamaForCausalLM, problems: Sequence[Problem]) -> tuple[Spectrum, torch.Tensor]:
-    """The spectrum expected of ``SAMPLES`` samples per prompt at temperature 1, without sampling.
-
-    Only one sequence of tokens is right, so that its probability is the success rate p of the prompt: the
-    shares without and with only successes are the means of ``(1 - p)^SAMPLES`` and ``p^SAMPLES``. That is
-    quicker than sampling, and its freedom from noise makes the step at which training stops well defined.
-
-    Returns:
-        The spectrum, and the success rates of shape (problems,).
-    """
-    with torch.inference_mode():
-        log_probs, _ = answer_log_probs(model, problems)
-        rates = log_probs.sum(dim=1).exp()
-    return Spectrum(
-        unsolved=((1 - rates) ** SAMPLES).mean().item(),
-        solved=(rates**SAMPLES).mean().item(),
-        mean=rates.mean().item(),
-    ), rates
 
 
 def successes(
@@ -247,53 +131,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train_until(
-    target: Target,
-    model: LlamaForCausalLM,
-    args: argparse.Namespace,
-) -> tuple[LlamaForCausalLM, int] | None:
-    """Train until the training prompts' spectrum meets the target.
-
-    What is evaluated and returned is a moving average of the weights: the weights themselves jump back and
-    forth across the target from one evaluation to the next, while the average crosses it smoothly.
-
-    Args:
-        target: Where to stop.
-        model: The model at its initialisation; changed in place.
-        args: The command line.
-
-    Returns:
-        The averaged model and the number of steps taken, or None if ``args.max_steps`` were not enough.
-    """
-    splits = make_splits()
-    rng = random.Random(args.seed)
-    average = copy.deepcopy(model).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    started = time.perf_counter()
-    print(f"{'step':>5} {'loss':>7} {'unsolved':>8} {'solved':>7} {'mean':>6} {'seconds':>8}")
-    for step in range(1, args.max_steps + 1):
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / args.warmup)
-        log_probs, mask = answer_log_probs(model, splits.pretrain.sample(args.batch, rng))
-        loss = -log_probs.sum() / mask.sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
-                averaged.lerp_(current, 1 - args.ema)
-        if step % args.eval_every == 0:
-            spectrum, _ = expected_spectrum(average, splits.train)
-            print(
-                f"{step:5d} {loss.item():7.4f} {spectrum.unsolved:8.3f} {spectrum.solved:7.3f}"
-                f" {spectrum.mean:6.3f} {time.perf_counter() - started:8.1f}",
-                flush=True,
-            )
-            if target.met_by(spectrum):
-                return average, step
-    return None
-
-
 def report(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, steps: int
 ) -> dict[str, Any]:
@@ -339,11 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    model = build_model(args.width, args.layers)
+    tokenizer = build_tokenizer(MAX_POSITIONS)
+    model = build_model(args.width, args.layers, MAX_POSITIONS, MAX_COMPLETION_TOKENS)
     print(f"{model.num_parameters():,} parameters")
     target = Target(unsolved=tuple(args.unsolved), solved=args.solved, mean=tuple(args.mean))
-    outcome = train_until(target, model, args)
+    schedule = Schedule(args.seed, args.batch, args.lr, args.warmup, args.ema, args.max_steps, args.eval_every)
+    splits = make_splits()
+    outcome = train_until(target, model, schedule, splits.pretrain, splits.train, lambda text: print(text, flush=True))
     if outcome is None:
         print(
             f"No evaluation within {args.max_steps} steps met {target}; nothing was written."

@@ -35,8 +35,9 @@ from knapsack_rl.training import evaluate
 from knapsack_rl.training.data import load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.noise import quiet_libraries
+from knapsack_rl.training.policies import make_allocator
 from knapsack_rl.training.run import train
-from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
+from knapsack_rl.training.settings import RIVALS, TrainSettings, read_yaml, settings_from
 from knapsack_rl.watch import WarningLog
 from strategies import no_deadline
 
@@ -75,9 +76,13 @@ OUT_OF_RANGE = {
     "train_prompts": [0, -1, 63],
     "held_out_prompts": [-1],
     "estimator": ["", "mean"],
-    "min_rollouts": [1, -1, 9],
+    "estimator_settings": ["window", "prior=1", "window=x"],
+    "value": ["", "gain"],
+    "min_rollouts": [-1, 9],
     "max_rollouts": [7, 0, -1],
     "weighting": ["token"],
+    "budget_unit": ["", "seconds"],
+    "replay": [-1],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
     "updates_per_step": [0, -1, 3, 1024],
     "loss_type": ["", "best"],
@@ -148,6 +153,17 @@ def test_budget_and_label():
     assert (found.budget, found.label) == (60, "paper-n6-seed3")
 
 
+def test_the_settings_of_the_estimator_reach_the_allocator():
+    found = make_allocator(TrainSettings(allocation="paper", estimator_settings=" window=4, minimum=2 "))
+    assert (found.estimator_name, found.estimator.settings()) == ("window", {"window": 4, "minimum": 2})
+    assert found.estimator.fallback
+    found = make_allocator(TrainSettings(allocation="paper-without-fallback", min_rollouts=1, value="variance"))
+    assert not found.estimator.fallback
+    assert (found.min_rollouts, found.value) == (1, "variance")
+    found = make_allocator(TrainSettings(estimator="empirical-bayes", estimator_settings="discount=1.0"))
+    assert found.estimator.discount == 1.0
+
+
 def test_settings_are_fixed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainSettings().steps = 3
@@ -173,7 +189,16 @@ def all_settings(draw):
         "train_prompts": st.integers(prompts, 10**6),
     }
     given = {"min_rollouts": low, "rollouts_per_prompt": middle, "max_rollouts": high, "prompts_per_step": prompts}
-    return TrainSettings(**given, **{name: draw(values) for name, values in free.items()})
+    drawn = {name: draw(values) for name, values in free.items()}
+    if drawn["allocation"] == "paper" or drawn["estimator"] in ("window", "beta"):
+        drawn["value"] = "knapsack"  # the others need a grid
+    if drawn["budget_unit"] == "tokens":
+        drawn["allocation"] = "knapsack"
+        if drawn["estimator"] == "window":  # its fallback counts rollouts
+            drawn["estimator"] = "beta"
+    if drawn["budget_unit"] == "tokens" or drawn["allocation"] in RIVALS:
+        drawn["updates_per_step"] = 1
+    return TrainSettings(**given, **drawn)
 
 
 @hypothesis.settings(no_deadline, max_examples=50)
@@ -496,7 +521,7 @@ def trained(tmp_path_factory):
     return run
 
 
-ALLOCATIONS = ("knapsack", "paper", "uniform")
+ALLOCATIONS = ("knapsack", "paper", "uniform")  # the others share the code of these
 
 
 @pytest.fixture(params=ALLOCATIONS)

@@ -796,7 +796,7 @@ def test_resuming_with_another_estimator_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"min_rollouts": 5}, "min_rollouts=5, num_generations=4"),
-        ({"min_rollouts": 1}, "min_rollouts=1"),
+        ({"min_rollouts": -1}, "min_rollouts=-1"),
         ({"max_rollouts": 3}, "max_rollouts=3"),
         ({"allocation": "greedy"}, "allocation must be one of .*'greedy'"),
         ({"weighting": "token"}, "weighting must be one of .*'token'"),

@@ -20,6 +20,8 @@ STATE_FILE = "knapsack_allocator.npz"
 """State of the allocator inside a checkpoint, written last: its presence marks a complete one."""
 QUEUE_FILE = "waiting_prompts.json"
 """Prompts that wait for their turn, inside a checkpoint of a run with a varying number of prompts per step."""
+GENERATED_FILE = "generated.json"
+"""Rollouts and tokens generated up to a checkpoint."""
 MODEL_FOLDER = "model"
 """The trained model; its presence marks a finished run."""
 

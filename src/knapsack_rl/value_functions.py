@@ -8,8 +8,11 @@ Every named value here is concave from one rollout on. By name: ``VALUES``; by h
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -171,6 +174,24 @@ def _information_gain(success_rates: FloatArray) -> FloatArray:
     return success_rates * (1.0 - success_rates) ** 2
 
 
+@cache
+def fitted_exponents() -> tuple[float, float]:
+    """Exponents of p and of 1-p in the gain that was fitted to measured gradients.
+
+    ``knapsack-rl experiment gradient-value`` writes them as ``gradient_value/fitted_value.json`` into the folder of its
+    runs; ``experiments/data/fitted_value.json`` in this package is a copy. See
+    :func:`knapsack_rl.experiments.gradient_fit.fit`.
+    """
+    text = (files("knapsack_rl.experiments") / "data" / "fitted_value.json").read_text(encoding="utf-8")
+    found = json.loads(text)
+    return float(found["success_exponent"]), float(found["failure_exponent"])
+
+
+def _fitted_gain(success_rates: FloatArray) -> FloatArray:
+    of_success, of_failure = fitted_exponents()
+    return success_rates**of_success * (1.0 - success_rates) ** of_failure
+
+
 KNAPSACK = MixedOutcomes(_information_gain)
 
 VALUES: dict[str, ValueFunction] = {
@@ -178,9 +199,12 @@ VALUES: dict[str, ValueFunction] = {
     "nonzero-gradient": MixedOutcomes(_no_gain),
     "variance": RewardVariance(),
     "signal-to-noise": SignalToNoise(),
+    "fitted": MixedOutcomes(_fitted_gain),
 }
 """``"knapsack"``: the paper's value. ``"nonzero-gradient"``: the probability of a non-zero gradient alone.
-``"variance"``: expected reward variance within the group. ``"signal-to-noise"``: see :class:`SignalToNoise`."""
+``"variance"``: expected reward variance within the group. ``"signal-to-noise"``: see :class:`SignalToNoise`.
+``"fitted"``: the paper's with another information gain, p^a (1-p)^b, fitted to measured gradients of the shipped
+arithmetic model: see :func:`fitted_exponents`."""
 
 ValueLike = str | ValueFunction | Callable[..., ArrayLike]
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,13 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from knapsack_rl.training.recorder import Display, Quiet
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.watch import Finding
-
-if TYPE_CHECKING:
-    from knapsack_rl.training.run import Display
-
-logger = logging.getLogger(__name__)
 
 PLAIN_EVERY_SECONDS = 10.0
 BAR = 24
@@ -39,23 +35,6 @@ def make_display(*, quiet: bool) -> Display:
     if quiet:
         return Quiet()
     return Panel() if sys.stdout.isatty() else PlainLines()
-
-
-class Quiet:
-    """Prints nothing; what goes wrong goes to the log."""
-
-    def start(self, settings: TrainSettings, first_step: int) -> None:
-        """Nothing to show."""
-
-    def row(self, row: dict[str, Any]) -> None:
-        """Nothing to show."""
-
-    def warn(self, finding: Finding) -> None:
-        """Log it."""
-        logger.warning("%s", finding)
-
-    def stop(self) -> None:
-        """Nothing is left open."""
 
 
 class Pace:

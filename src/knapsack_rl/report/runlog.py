@@ -23,6 +23,7 @@ from knapsack_rl.prompt_ids import check_prompt_ids
 from knapsack_rl.report.curves import ratio
 from knapsack_rl.runfiles import (
     ALLOCATION_LOG,
+    MODEL_FOLDER,
     SAMPLES_FILE,
     WARNINGS_FILE,
     by_step,
@@ -194,8 +195,12 @@ class RunLog:
 
     @property
     def finished(self) -> bool:
-        """Whether as many steps are recorded as planned (any step at all, if no plan is known)."""
-        return self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
+        """Whether as many steps are recorded as planned (any step at all, if no plan is known), or the model is there.
+
+        A rule that generates in rounds ends at a number of rollouts, before its last step.
+        """
+        recorded = self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
+        return recorded or (self.folder / MODEL_FOLDER).is_dir()
 
     # Per step
 

@@ -144,9 +144,9 @@ class PretrainSampler:
             raise ValueError(f"count must be at least 0, got {count}.")
         problems: list[Problem] = []
         for stratum in rng.choices(_STRATA, weights=self._weights, k=count):
-            key = stratum.key(_below(stratum.size, rng))
+            key = stratum.key(below(stratum.size, rng))
             while key in self._reserved:
-                key = stratum.key(_below(stratum.size, rng))
+                key = stratum.key(below(stratum.size, rng))
             problems.append(_problem(key, rng))
         return problems
 
@@ -199,8 +199,8 @@ def make_splits(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits
             " ask for fewer."
         )
     rng = random.Random(seed)  # noqa: S311 - reproducible data, not a secret
-    totals = _quotas(train + held_out, [stratum.weight for stratum in _STRATA], caps)
-    held_out_counts = _quotas(held_out, [float(total) for total in totals], totals)
+    totals = quotas(train + held_out, [stratum.weight for stratum in _STRATA], caps)
+    held_out_counts = quotas(held_out, [float(total) for total in totals], totals)
 
     train_problems: list[Problem] = []
     held_out_problems: list[Problem] = []
@@ -208,14 +208,14 @@ def make_splits(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits
         # A dict keeps the order of the draw, which a set would lose.
         indices: dict[int, None] = {}
         while len(indices) < total:
-            indices[_below(stratum.size, rng)] = None
+            indices[below(stratum.size, rng)] = None
         problems = [_problem(stratum.key(index), rng) for index in indices]
         held_out_problems += problems[:n_held_out]
         train_problems += problems[n_held_out:]
     return Splits(
         pretrain=PretrainSampler([*train_problems, *held_out_problems]),
-        train=_shuffled(train_problems, rng),
-        held_out=_shuffled(held_out_problems, rng),
+        train=shuffled(train_problems, rng),
+        held_out=shuffled(held_out_problems, rng),
     )
 
 
@@ -329,18 +329,18 @@ def _key_of(problem: Problem) -> _Key:
     return max(left, right), min(left, right)
 
 
-def _below(limit: int, rng: random.Random) -> int:
+def below(limit: int, rng: random.Random) -> int:
     """A uniform integer in ``range(limit)``, by the one method whose sequence Python guarantees."""
     return int(rng.random() * limit)
 
 
-def _shuffled(problems: list[Problem], rng: random.Random) -> tuple[Problem, ...]:
+def shuffled(problems: list[Problem], rng: random.Random) -> tuple[Problem, ...]:
     """The problems in random order."""
     order = sorted((rng.random(), i) for i in range(len(problems)))
     return tuple(problems[i] for _, i in order)
 
 
-def _quotas(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
+def quotas(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
     """Divide ``total`` by weight into integers that respect the caps and sum to ``total`` exactly.
 
     Where a share exceeds its cap it is cut and the rest is divided among the others; fractions are rounded

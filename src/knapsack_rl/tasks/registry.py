@@ -12,10 +12,12 @@ from knapsack_rl.tasks.files import columns_task
 from knapsack_rl.tasks.gsm8k import gsm8k_task
 from knapsack_rl.tasks.math_problems import math_task
 from knapsack_rl.tasks.reasoning_gym import reasoning_gym_task
+from knapsack_rl.tasks.running_sums import running_sums_task
 from knapsack_rl.tasks.sums import sums_task
 
 TASKS: dict[str, Callable[[DataRequest], TaskData]] = {
     "arithmetic": arithmetic_task,
+    "running-sums": running_sums_task,
     "sums": sums_task,
     "countdown": countdown_task,
     "gsm8k": gsm8k_task,
@@ -24,6 +26,9 @@ TASKS: dict[str, Callable[[DataRequest], TaskData]] = {
     "reasoning-gym": reasoning_gym_task,
 }
 """Tasks by the name in front of a colon; any other name is a file or a hub data set."""
+
+ONE_COMPLETION = ("arithmetic", "running-sums")
+"""Tasks of which every prompt has one right completion, so that its probability is the success rate."""
 
 
 def load_data(request: DataRequest) -> TaskData:

@@ -109,7 +109,8 @@ def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
 
     Args:
         runs: from :func:`plan`.
-        jobs: processes side by side, >= 1; each uses one torch thread.
+        jobs: processes side by side, each with one torch thread; 0 trains in this process, run after run and without
+            reports, which saves small runs the start of a process.
         progress: told of what happens.
 
     Returns:
@@ -121,6 +122,10 @@ def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
     for run in runs:
         _check_same_settings(run)
     waiting = [run for run in runs if not run.finished]
+    if not jobs:
+        for run in waiting:
+            _train_here(run, progress)
+        return [run for run in runs if not run.finished]
     running: dict[subprocess.Popen[bytes], Run] = {}
     try:
         while waiting or running:
@@ -145,17 +150,33 @@ def _check_same_settings(run: Run) -> None:
         raise ValueError(f"{run.folder} holds a run with other settings; choose another output folder")
 
 
-def _start(run: Run) -> subprocess.Popen[bytes]:
+def _resumes(run: Run) -> bool:
+    """Whether the run goes on from a checkpoint; if not, its folder is made ready for a start."""
     run.folder.mkdir(parents=True, exist_ok=True)
     refuse_if_owned(run.folder)
-    command = [sys.executable, "-m", "knapsack_rl", "train", "--quiet"]
     if complete_checkpoints(run.folder):
+        return True
+    # What a run left that was stopped before its first checkpoint is of no use.
+    for name in (METRICS_FILE, ALLOCATION_LOG, WARNINGS_FILE, SAMPLES_FILE):
+        (run.folder / name).unlink(missing_ok=True)
+    (run.folder / CONFIG_FILE).write_text(run.settings.to_yaml(), encoding="utf-8")
+    return False
+
+
+def _train_here(run: Run, progress: Progress) -> None:
+    from knapsack_rl.training.recorder import Quiet
+    from knapsack_rl.training.run import train
+
+    progress.started(run)
+    outcome = train(run.settings, run.folder, Quiet(), resume=_resumes(run), report=False)
+    progress.ended(run, 0 if outcome.finished else 130)
+
+
+def _start(run: Run) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "knapsack_rl", "train", "--quiet"]
+    if _resumes(run):
         command += ["--resume", str(run.folder)]
     else:
-        # What a run left that was stopped before its first checkpoint is of no use.
-        for name in (METRICS_FILE, ALLOCATION_LOG, WARNINGS_FILE, SAMPLES_FILE):
-            (run.folder / name).unlink(missing_ok=True)
-        (run.folder / CONFIG_FILE).write_text(run.settings.to_yaml(), encoding="utf-8")
         command += ["--config", str(run.folder / CONFIG_FILE), "--output", str(run.folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (run.folder / "log.txt").open("ab") as log:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from knapsack_rl.report import write_report
 from knapsack_rl.runfiles import (
     CONFIG_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
-    WARNINGS_FILE,
-    append_row,
     complete_checkpoints,
     steps_of,
 )
 from knapsack_rl.training.card import write_card
 from knapsack_rl.training.data import TaskData, for_tokenizer, load_task, stop_token
-from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.lock import own_folder, refuse_if_owned
 from knapsack_rl.training.models import (
     accelerated,
@@ -40,11 +34,13 @@ from knapsack_rl.training.models import (
     load_model,
     load_tokenizer,
     vllm_arguments,
-    world_size,
 )
+from knapsack_rl.training.policies import make_allocator, make_rounds
+from knapsack_rl.training.recorder import Display, Recorder, all_done
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
-from knapsack_rl.watch import Finding, WarningLog
+from knapsack_rl.trl.generated import Generated
+from knapsack_rl.trl.rounds import RoundsGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -57,26 +53,6 @@ if _CHECKPOINTING not in KnapsackGRPOConfig.__dataclass_fields__:
     _CHECKPOINTING = "gradient_checkpointing"
 
 
-class Display(Protocol):
-    """Where progress goes; every row is one line of ``metrics.jsonl``."""
-
-    def start(self, settings: TrainSettings, first_step: int) -> None:
-        """The run starts, or goes on, after ``first_step`` steps."""
-        ...
-
-    def row(self, row: dict[str, Any]) -> None:
-        """A step was trained or an evaluation made."""
-        ...
-
-    def warn(self, finding: Finding) -> None:
-        """Something goes wrong in the run; told once."""
-        ...
-
-    def stop(self) -> None:
-        """The run ended, however it did."""
-        ...
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended.
@@ -85,7 +61,7 @@ class Outcome:
         folder: the run folder.
         finished: whether all steps were trained; an interrupted run can be resumed.
         steps: steps trained so far.
-        report: the report page, None if matplotlib is missing.
+        report: the report page, None if none was asked for or matplotlib is missing.
     """
 
     folder: Path
@@ -94,7 +70,9 @@ class Outcome:
     report: Path | None
 
 
-def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bool = False) -> Outcome:
+def train(
+    settings: TrainSettings, folder: Path, display: Display, *, resume: bool = False, report: bool = True
+) -> Outcome:
     """Train as the settings say and write the run folder.
 
     SIGINT (Ctrl-C) finishes the step, saves a checkpoint and ends the run so that it can be resumed; a second one
@@ -106,6 +84,7 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
         folder: run folder; made if missing.
         display: where progress goes.
         resume: go on from the folder's newest complete checkpoint.
+        report: write the report page at the end.
 
     Raises:
         FileExistsError: the folder already holds a run and ``resume`` is not asked for.
@@ -116,7 +95,7 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
     if resume and not folder.is_dir():
         raise FileNotFoundError(f"there is no run folder {folder} to resume")
     if not is_main_process():
-        return _train(settings, folder, display, _find_start(folder, resume=True) if resume else None)
+        return _train(settings, folder, display, _find_start(folder, resume=True) if resume else None, report=False)
     refuse_if_owned(folder)
     _find_start(folder, resume=resume)  # a folder that is refused is left as it is
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,29 +103,42 @@ def train(settings: TrainSettings, folder: Path, display: Display, *, resume: bo
         checkpoint = _find_start(folder, resume=resume)  # again: another run may have come in between
         if checkpoint is None:
             (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-        return _train(settings, folder, display, checkpoint)
+        return _train(settings, folder, display, checkpoint, report=report)
 
 
-def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: Path | None) -> Outcome:
+def _train(
+    settings: TrainSettings, folder: Path, display: Display, checkpoint: Path | None, *, report: bool
+) -> Outcome:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings)
     # A run may have been stopped after its last checkpoint and before its end.
-    trained = checkpoint is not None and steps_of(checkpoint) >= settings.steps * settings.updates_per_step
+    trained = checkpoint is not None and all_done(
+        settings, steps_of(checkpoint) // settings.updates_per_step, Generated.load(checkpoint)
+    )
     tokenizer = load_tokenizer(settings)
     task = for_tokenizer(task, tokenizer, settings.chat)
     arguments = _trainer_arguments(settings, folder, task, stop_token(task, tokenizer))
-    recorder = _Recorder(settings, folder, task, tokenizer, display)
-    trainer = KnapsackGRPOTrainer(
+    recorder = Recorder(settings, folder, task, tokenizer, display)
+    allocator = make_allocator(settings)
+    kind: type[KnapsackGRPOTrainer] = KnapsackGRPOTrainer
+    rule: dict[str, Any] = {}
+    if settings.in_rounds:
+        ids = [row["prompt_id"] for row in task.train]
+        kind, rule = RoundsGRPOTrainer, {"rounds": make_rounds(settings, ids, allocator)}
+    trainer = kind(
         model=load_model(settings, task, tokenizer, checkpoint if trained else None),
         args=arguments,
         peft_config=None if trained else adapter(settings),
+        allocator=allocator,
+        **rule,
         reward_funcs=[task.reward],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer,
         callbacks=[recorder],
     )
     trainer.create_model_card = _no_card  # type: ignore[method-assign] # the folder's own is written at the end
+    recorder.trainer = trainer
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if trained and checkpoint is not None:
@@ -155,17 +147,17 @@ def _train(settings: TrainSettings, folder: Path, display: Display, checkpoint: 
     else:
         _run(trainer, recorder, display, checkpoint)
     steps = trainer.state.global_step // settings.updates_per_step
-    finished = steps >= settings.steps
+    finished = all_done(settings, steps, trainer.generated)
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
     if not is_main_process():
         return Outcome(folder, finished, steps, None)
     trainer.allocator.save(folder / "allocator.npz")
     _card(folder)
-    return Outcome(folder, finished, steps, _report(folder))
+    return Outcome(folder, finished, steps, _report(folder) if report else None)
 
 
-def _run(trainer: KnapsackGRPOTrainer, recorder: _Recorder, display: Display, checkpoint: Path | None) -> None:
+def _run(trainer: KnapsackGRPOTrainer, recorder: Recorder, display: Display, checkpoint: Path | None) -> None:
     with _graceful_interrupt(recorder):
         done = steps_of(checkpoint) // recorder.settings.updates_per_step if checkpoint else 0
         display.start(recorder.settings, done)
@@ -192,10 +184,10 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         allocation="uniform" if settings.allocation == "uniform" else "knapsack",
-        estimator="window" if settings.allocation == "paper" else settings.estimator,
         min_rollouts=settings.min_rollouts,
         max_rollouts=settings.max_rollouts,
         weighting=settings.weighting,
+        replay=settings.replay,
         log_allocations=True,
         log_samples=SAMPLED_PROMPTS,
         num_generations=settings.rollouts_per_prompt,
@@ -224,74 +216,8 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
     )
 
 
-class _Recorder(TrainerCallback):
-    """Writes ``metrics.jsonl``, evaluates on held-out prompts, and turns an interruption into a checkpoint."""
-
-    def __init__(self, settings: TrainSettings, folder: Path, task: TaskData, tokenizer: Any, display: Display) -> None:
-        self.interrupted = False
-        self.settings = settings
-        self._metrics = folder / METRICS_FILE
-        self._task = task
-        self._tokenizer = tokenizer
-        self._display = display
-        self._started = time.perf_counter()
-        self._warnings = WarningLog(folder / WARNINGS_FILE, display.warn)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self._evaluate(kwargs["model"], 0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step, updates = divmod(state.global_step, self.settings.updates_per_step)
-        due = self.settings.eval_every and step % self.settings.eval_every == 0
-        if not updates and (due or step == self.settings.steps):
-            self._evaluate(kwargs["model"], step)
-        self.interrupted = any(gather_object([self.interrupted]))  # all processes stop after the same step
-        self._stop_if_interrupted(state, control)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        # A step of several updates is one row, that of the update which generated.
-        step, updates = divmod(state.global_step - 1, self.settings.updates_per_step)
-        if logs and "loss" in logs and not updates:
-            self._write(step + 1, {name: number for name, number in logs.items() if isinstance(number, (int, float))})
-        if world_size() == 1:  # several processes agree at the end of a step only
-            self._stop_if_interrupted(state, control)
-
-    def _stop_if_interrupted(self, state: Any, control: Any) -> None:
-        # Only after a whole step: a checkpoint between its updates would generate the step again.
-        if self.interrupted and state.global_step and state.global_step % self.settings.updates_per_step == 0:
-            control.should_save = control.should_training_stop = True
-
-    def _evaluate(self, model: Any, step: int) -> None:
-        if not self._task.held_out:
-            return
-        accuracy = held_out_accuracy(
-            model,
-            self._tokenizer,
-            self._task.held_out,
-            self._task.reward,
-            samples=self.settings.eval_samples,
-            temperature=self.settings.temperature,
-            max_new_tokens=self._task.max_completion_tokens,
-        )
-        self._write(step, {"held_out/accuracy": accuracy.sampled, "held_out/greedy_accuracy": accuracy.greedy})
-
-    def _write(self, step: int, numbers: dict[str, float]) -> None:
-        if not is_main_process():
-            return
-        row: dict[str, Any] = {
-            "step": step,
-            "rollouts": step * self.settings.budget,
-            "seconds": round(time.perf_counter() - self._started, 3),
-        }
-        row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}
-        append_row(self._metrics, row)
-        self._display.row(row)
-        self._warnings.row(row)
-
-
 @contextmanager
-def _graceful_interrupt(recorder: _Recorder) -> Iterator[None]:
+def _graceful_interrupt(recorder: Recorder) -> Iterator[None]:
     """Let the first SIGINT end the run after its step; a second one interrupts at once."""
 
     def handle(number: int, frame: Any) -> None:

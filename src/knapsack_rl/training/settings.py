@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl import runfiles
-from knapsack_rl.estimator import ESTIMATORS
+from knapsack_rl.estimator import ESTIMATORS, make_estimator
+from knapsack_rl.tokens import BUDGET_UNITS, check_choices
+from knapsack_rl.value_functions import VALUES
 
-ALLOCATIONS = ("knapsack", "paper", "uniform")
+RIVALS = ("oversample", "skip", "sequential")
+"""Rules that generate in rounds, see :mod:`knapsack_rl.training.rivals`."""
+
+ALLOCATIONS = ("knapsack", "paper", "paper-without-fallback", "uniform", *RIVALS)
+
+WINDOW_ALLOCATIONS = ("paper", "paper-without-fallback")
+"""Those whose estimator is the paper's window, whatever ``estimator`` says."""
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -30,7 +39,7 @@ class TrainSettings:
     allocation: str = _option("knapsack", "how a step's rollouts are divided over its prompts", ALLOCATIONS)
     rollouts_per_prompt: int = _option(8, "mean rollouts per prompt; the budget of a step is this x prompts per step")
     prompts_per_step: int = _option(64, "prompts in a step")
-    steps: int = _option(400, "training steps")
+    steps: int = _option(400, "training steps; rules that generate in rounds stop at the same number of rollouts")
     seed: int = _option(0, "seed of data order, sampling and initialisation")
     model: str = _option(
         "arithmetic-base", "arithmetic-base (ships), smollm2-135m (needs no hub), or any Hugging Face folder or name"
@@ -49,8 +58,8 @@ class TrainSettings:
     vllm_memory: float = _option(0.3, "share of the accelerator's memory that a colocated vLLM may take")
     dataset: str = _option(
         "arithmetic",
-        "arithmetic, sums, countdown, gsm8k, math, dapo-math-17k, reasoning-gym:TASK, a JSONL/CSV/parquet file, or a "
-        "hub data set",
+        "arithmetic, running-sums, sums, countdown, gsm8k, math, dapo-math-17k, reasoning-gym:TASK, a "
+        "JSONL/CSV/parquet file, or a hub data set",
     )
     prompt_column: str = _option("prompt", "column of the prompt in a file or hub data set")
     answer_column: str = _option("answer", "column of the answer in a file or hub data set")
@@ -67,8 +76,14 @@ class TrainSettings:
     estimator: str = _option(
         "bayes-filter", "what is known of success rates, with --allocation knapsack", tuple(ESTIMATORS)
     )
-    min_rollouts: int = _option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
+    estimator_settings: str = _option("", "settings of the estimator, such as 'window=8,minimum=4'")
+    value: str = _option("knapsack", "what is maximised, with --allocation knapsack", tuple(VALUES))
+    min_rollouts: int = _option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped, one has no gradient")
     max_rollouts: int = _option(128, "most rollouts of a prompt")
+    budget_unit: str = _option(
+        "rollouts", "unit of a step's budget; tokens: what uniform allocation is expected to take", BUDGET_UNITS
+    )
+    replay: int = _option(0, "uses of a stored rare success of an unsolved prompt at most; 0 stores none")
     weighting: str = _option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
     learning_rate: float = _option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = _option(1, "optimizer updates on each step's rollouts")
@@ -97,7 +112,7 @@ class TrainSettings:
                 raise ValueError(f"{spec.name} must be one of {', '.join(choices)}, got {given!r}")
         at_least = {
             "rollouts_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "seed": 0, "train_prompts": 1,
-            "held_out_prompts": 0, "min_rollouts": 0, "updates_per_step": 1, "max_completion_tokens": 0,
+            "held_out_prompts": 0, "min_rollouts": 0, "replay": 0, "updates_per_step": 1, "max_completion_tokens": 0,
             "eval_every": 0, "eval_samples": 1, "save_every": 0, "threads": 0, "lora_rank": 0, "lora_alpha": 0,
             "rollouts_per_pass": 0,
         }  # fmt: skip
@@ -110,10 +125,6 @@ class TrainSettings:
         for name in ("clip_low", "clip_high", "kl_coefficient"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)}")
-        if self.min_rollouts == 1:
-            raise ValueError(
-                "min_rollouts must be 0 (prompts may be skipped) or >= 2 (one rollout has no gradient), got 1"
-            )
         if not self.min_rollouts <= self.rollouts_per_prompt <= self.max_rollouts:
             raise ValueError(
                 f"min_rollouts <= rollouts_per_prompt <= max_rollouts must hold, got {self.min_rollouts}, "
@@ -131,6 +142,56 @@ class TrainSettings:
             )
         if self.budget % self.updates_per_step:
             raise ValueError(f"the step's {self.budget} rollouts do not divide into {self.updates_per_step} updates")
+        try:
+            made = make_estimator(self.estimator_name, **self.estimator_options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"estimator_settings {self.estimator_settings!r}: {error}") from error
+        check_choices(made, self.budget_unit, self.value, self.min_rollouts)
+        if self.budget_unit == "tokens" and self.allocation != "knapsack":
+            raise ValueError(f"budget_unit 'tokens' needs allocation 'knapsack', got {self.allocation!r}")
+        if self.in_rounds and self.replay:
+            raise ValueError(f"replay does not go with allocation {self.allocation!r} in {self.budget_unit}")
+        if self.in_rounds and self.updates_per_step > 1:
+            raise ValueError(
+                f"updates_per_step must be 1 with allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: "
+                f"the rollouts of a step vary in number, got {self.updates_per_step}"
+            )
+        if self.in_rounds and self.rollouts_per_pass:
+            raise ValueError(
+                f"rollouts_per_pass must be 0 for allocation {self.allocation!r} and budget_unit {self.budget_unit!r}: "
+                f"the rollouts of a step vary in number, got {self.rollouts_per_pass}"
+            )
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the number of rollouts varies from step to step."""
+        return self.allocation in RIVALS or self.budget_unit == "tokens"
+
+    @property
+    def total_rollouts(self) -> int | None:
+        """Rollouts after which a run ends before its last step: rivals generate more in a step than the others."""
+        return self.steps * self.budget if self.allocation in RIVALS else None
+
+    @property
+    def estimator_name(self) -> str:
+        """Name of the estimator in use."""
+        return "window" if self.allocation in WINDOW_ALLOCATIONS else self.estimator
+
+    @property
+    def estimator_options(self) -> dict[str, Any]:
+        """Keyword arguments of the estimator in use.
+
+        Raises:
+            ValueError: ``estimator_settings`` is no list of ``name=value`` with numbers or ``true``, ``false``.
+        """
+        found: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in self.estimator_settings.split(","))):
+            name, _, text = part.partition("=")
+            try:
+                found[name.strip()] = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{part!r} must be name=value with a number, true or false as the value") from error
+        return found | ({"fallback": False} if self.allocation == "paper-without-fallback" else {})
 
     @property
     def budget(self) -> int:

@@ -13,7 +13,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import QUEUE_FILE, SAMPLES_FILE, STATE_FILE
+from knapsack_rl.runfiles import SAMPLES_FILE, STATE_FILE
 from knapsack_rl.samples import SampleStore
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class SaveAllocator(TrainerCallback):
             root = self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
             folder = Path(root) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             try:
-                if self._trainer.queue is not None:
-                    self._trainer.queue.save(folder / QUEUE_FILE)
+                self._trainer.save_progress(folder)
                 self._trainer.allocator.save(folder / STATE_FILE)
             except OSError as error:
                 # Going on would let the rotation of checkpoints remove the complete ones.

@@ -21,11 +21,11 @@ class KnapsackGRPOConfig(GRPOConfig):
         allocation: ``"knapsack"``, or ``"uniform"`` for stock GRPO with the same metrics.
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, or ``"window"`` for the paper's rule with
             its fallback.
-        min_rollouts: fewest rollouts of a prompt: 2 to num_generations, or 0 to let prompts be skipped until another
-            look is worth its rollouts.
+        min_rollouts: fewest rollouts of a prompt, up to num_generations. 0 lets prompts be skipped until another look
+            is worth its rollouts; with 1 a prompt may get a single rollout, which is observed but has no gradient.
         max_rollouts: most rollouts of a prompt, >= num_generations.
-        value: what is maximised, by name: ``"knapsack"`` (the paper's), ``"nonzero-gradient"``, ``"variance"`` or
-            ``"signal-to-noise"``; of the estimators those on a grid take another than the paper's.
+        value: what is maximised, by name: ``"knapsack"`` (the paper's), ``"nonzero-gradient"``, ``"variance"``,
+            ``"signal-to-noise"`` or ``"fitted"``; of the estimators those on a grid take another than the paper's.
         prompts_per_step: ``"fixed"``, or ``"varying"``: every step has the same rollouts, but prompts wait in a queue
             and as many are served as the rollouts pay for at one price for all steps, see
             :mod:`knapsack_rl.trl.queue`.
@@ -37,6 +37,8 @@ class KnapsackGRPOConfig(GRPOConfig):
             the rollout. Unlike the training reward it is neither weighted nor summed.
         reward_timeout: seconds that one call of a reward function may take, ``None`` for no limit. One that takes
             longer stops the run with an error that names the prompt.
+        replay: how often a rare success of an unsolved prompt is trained on again at most, see
+            :mod:`knapsack_rl.trl.replay`; 0 for never.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
         log_samples: prompts of which sample completions are kept in ``samples.jsonl`` in ``output_dir``, 0 for none:
             the first one, the newest success and the newest failure that the main process generated, each cut to
@@ -57,6 +59,7 @@ class KnapsackGRPOConfig(GRPOConfig):
     success_threshold: float = field(default=0.0, metadata={"help": "An outcome above it is a success."})
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that tells success."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
+    replay: int = field(default=0, metadata={"help": "Uses of a stored rare success at most; 0 for none."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
     log_samples: int = field(default=0, metadata={"help": "Prompts of which completions are kept in samples.jsonl."})
 
@@ -92,12 +95,13 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
             f"got {allocator.budget_unit!r}; budgets in tokens are for loops of your own"
         )
     low, high, mean = setting(args, "min_rollouts"), setting(args, "max_rollouts"), args.num_generations
-    if not (low == 0 or low >= 2) or not low <= mean <= high:
+    if not 0 <= low <= mean <= high:
         raise ValueError(
-            "min_rollouts must be 0 (prompts may be skipped) or at least 2 (a group of one has no gradient), and "
-            f"min_rollouts <= num_generations <= max_rollouts must hold, got "
+            "0 <= min_rollouts <= num_generations <= max_rollouts must hold, got "
             f"min_rollouts={low}, num_generations={mean}, max_rollouts={high}"
         )
+    if setting(args, "replay") < 0:
+        raise ValueError(f"replay must be >= 0, got {setting(args, 'replay')}")
     choices = {
         "allocation": ("knapsack", "uniform"),
         "prompts_per_step": ("fixed", "varying"),

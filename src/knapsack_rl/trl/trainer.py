@@ -42,8 +42,10 @@ from knapsack_rl.trl.checkpoints import (
 )
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
+from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.identity import check_ids, check_same_data, prompt_key, prompt_keys
 from knapsack_rl.trl.queue import PromptQueue
+from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
 from knapsack_rl.trl.rewards import watched
 from knapsack_rl.value import FloatArray, IntArray
 
@@ -119,6 +121,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._scored: _Scored | None = None
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
+        self.generated = Generated()
+        self.replay = SuccessBuffer(self._setting("replay")) if self._setting("replay") else None
         self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
@@ -144,6 +148,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
         if self._setting("reward_timeout") is not None and not can_interrupt():
             raise ValueError("reward_timeout needs signals: train in the main thread, and not on Windows")
+        if self._setting("replay") and (
+            self.accelerator.num_processes > 1 or self._aggregation != "sum_then_normalize"
+        ):
+            raise ValueError("replay needs one process and multi_objective_aggregation='sum_then_normalize'")
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise ValueError(
@@ -170,6 +178,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             completions=completions,
             answers=[row.get("answer") for row in inputs],
         )
+        if self._training:
+            self.generated.add(self._scored.lengths)
         return rewards_per_func
 
     @property
@@ -279,9 +289,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         matrix = np.where(infinite, np.nan, scored.matrix)
         weights = self.reward_weights.double().cpu().numpy()
         total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
-        if step.ragged or (infinite.any() and self._setting("allocation") == "knapsack"):
-            self._replace_advantages(step, matrix, total, weights, output)
         outcome = self._outcome(matrix)
+        trained, replayed = self._mix_in(step, outcome, total, output) if self.replay is not None else (total, False)
+        if step.ragged or replayed or (infinite.any() and self._setting("allocation") == "knapsack"):
+            self._replace_advantages(step, matrix, trained, weights, output)
         ids, lengths = [step.prompts[group] for group in step.group_R], scored.lengths
         self.allocator.attempt("observation", lambda: self.allocator.observe(ids, outcome, lengths))
 
@@ -355,6 +366,31 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             groups = group_outcomes(step.group_R, total)
             zero_std[-1] = float(1.0 - groups.effective[groups.group_of_rollout].mean())
 
+    def _mix_in(
+        self, step: _Step, outcome: FloatArray, total: FloatArray, output: dict[str, Any]
+    ) -> tuple[FloatArray, bool]:
+        """Training rewards with those of stored successes, which take the place of failures, and whether any does."""
+        assert self.replay is not None
+        known = step.allocation.success_rates
+        trained, figures = mix_in(
+            self.replay,
+            self,
+            step.prompts,
+            np.full(len(step.prompts), np.nan) if known is None else known,
+            step.group_R,
+            group_outcomes(step.group_R, outcome, self.allocator.success),
+            self._successes(outcome),
+            total,
+            output,
+        )
+        for name, number in figures.items():
+            self._metrics["train"][name].append(number)
+        return trained, bool(figures["replay/mixed_in"])
+
+    def _successes(self, outcome: FloatArray) -> IntArray:
+        """(R,) 1 for a success, 0 for a failure or an unscored rollout."""
+        return successes_of(outcome, self.allocator.success).astype(np.int64)
+
     def _outcome(self, matrix: FloatArray) -> FloatArray:
         """(R,) the reward that tells success: the named function's, or the first that scored the rollout."""
         name = self._setting("outcome_reward")
@@ -420,6 +456,14 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             next(iter(sampler), None)  # what it draws at the begin of an epoch
         return sampler
 
+    def save_progress(self, checkpoint: Path) -> None:
+        """Write what a resumed run must know beside the allocator's state; subclasses add theirs."""
+        self.generated.save(checkpoint)
+        if self.queue is not None:
+            self.queue.save(checkpoint / QUEUE_FILE)
+        if self.replay is not None:
+            self.replay.save(checkpoint / REPLAY_FILE)
+
     def restore_allocator(self, checkpoint: Path) -> None:
         """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
 
@@ -442,6 +486,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 )
         else:
             self._warn("no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known")
+        self.generated = Generated.load(checkpoint)
+        if self.replay is not None:
+            self.replay.load(checkpoint / REPLAY_FILE)
 
 
 def _check_internals() -> None:

@@ -1,0 +1,267 @@
+"""Rules of the field as :class:`~knapsack_rl.trl.rounds.Rounds`: oversample and drop, skip, sample until balanced.
+
+Each follows its source in what is sampled when; the rest (loss, learning rate, size of the training batch) is that
+of all other policies here. Nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.groups import GroupOutcomes
+from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.value import IntArray
+
+
+class Oversample:
+    """Draw batches of prompts until enough groups hold both outcomes; train on those alone.
+
+    A step ends after ``max_rounds`` batches or once the data set is used up, with what there is.
+
+    Args:
+        ids: prompts of the data set, distinct.
+        prompts: groups that a step trains on.
+        rollouts: rollouts per prompt.
+        seed: of the order in which prompts are drawn.
+        max_rounds: batches generated per step at most, verl's ``max_num_gen_batches``.
+
+    Source: dynamic sampling of DAPO (arXiv 2503.14476).
+    """
+
+    def __init__(
+        self, ids: Sequence[PromptId], prompts: int, rollouts: int, *, seed: int = 0, max_rounds: int = 10
+    ) -> None:
+        self.ids, self.prompts, self.rollouts, self.max_rounds = list(ids), prompts, rollouts, max_rounds
+        self._rng = np.random.default_rng(seed)
+        self._order: list[int] = []
+        self._at = 0
+
+    def start(self, prompts: list[PromptId]) -> None:
+        """Begin a step; prompts are drawn from an order of the rule's own, since a step takes more than the batch."""
+        self._effective: list[PromptId] = []
+        self._used: set[PromptId] = set()
+        self._rounds = 0
+
+    def request(self) -> Mapping[PromptId, int]:
+        """The next batch of prompts, N rollouts each."""
+        if len(self._effective) >= self.prompts or self._rounds >= self.max_rounds:
+            return {}
+        self._rounds += 1
+        return dict.fromkeys(self._draw(self._size()), self.rollouts)
+
+    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
+        """Note the groups that hold both outcomes."""
+        self._effective += [prompt for prompt, good in zip(prompts, outcomes.effective, strict=True) if good]
+
+    def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
+        """Rows of the first effective groups, as many as a step trains on; of the first groups if none is."""
+        wanted = set((self._effective or prompts)[: self.prompts])
+        return np.flatnonzero(np.array([prompt in wanted for prompt in prompts])[group_R]).astype(np.int64)
+
+    def _size(self) -> int:
+        return self.prompts
+
+    def _takes(self, prompt: PromptId) -> bool:
+        """Whether a prompt whose turn it is gets rollouts."""
+        return True
+
+    def _draw(self, size: int) -> list[PromptId]:
+        """The next prompts in order, none twice in a step; a second pass over the data set takes what was refused."""
+        found: list[PromptId] = []
+        for passed in range(2 * len(self.ids)):
+            if len(found) == size:
+                break
+            if self._at == len(self._order):
+                self._order, self._at = self._rng.permutation(len(self.ids)).tolist(), 0
+            prompt = self.ids[self._order[self._at]]
+            self._at += 1
+            if prompt not in self._used and (passed >= len(self.ids) or self._takes(prompt)):
+                found.append(prompt)
+                self._used.add(prompt)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands."""
+        return {"order": self._order, "at": self._at, "rng": self._rng.bit_generator.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the order."""
+        self._order, self._at = list(state["order"]), int(state["at"])
+        self._rng.bit_generator.state = state["rng"]
+
+
+class Skip(Oversample):
+    """Before generating, skip a prompt by how often its last visits in a row had no variance; then oversample.
+
+    A prompt with z such visits is taken with probability e^z; e is kept apart for prompts that were last all right
+    and all wrong, and moves by a hundredth a step so that a quarter of the groups has no variance, a third of them
+    easy. The second and later batches of a step are only as large as needed.
+
+    Args:
+        ids: as :class:`Oversample`.
+        prompts: as :class:`Oversample`.
+        rollouts: as :class:`Oversample`.
+        seed: as :class:`Oversample`.
+        max_rounds: as :class:`Oversample`.
+
+    Source: GRESO (arXiv 2506.02177).
+    """
+
+    TARGETS: ClassVar[dict[str, float]] = {"easy": 0.25 / 3, "hard": 0.5 / 3}
+    START, STEP, LEAST, MOST = 0.5, 0.01, 0.05, 0.95
+    SAFETY = 1.25
+
+    def __init__(
+        self, ids: Sequence[PromptId], prompts: int, rollouts: int, *, seed: int = 0, max_rounds: int = 10
+    ) -> None:
+        super().__init__(ids, prompts, rollouts, seed=seed, max_rounds=max_rounds)
+        self._explore = dict.fromkeys(self.TARGETS, self.START)
+        self._flat: dict[PromptId, tuple[str, int]] = {}
+        self._seen = {"easy": 0, "hard": 0, "all": 0}
+
+    def start(self, prompts: list[PromptId]) -> None:
+        """Move the probabilities by what the last step had, and begin."""
+        super().start(prompts)
+        if self._seen["all"]:
+            for kind, target in self.TARGETS.items():
+                sign = -1 if self._seen[kind] / self._seen["all"] >= target else 1
+                self._explore[kind] = min(max(self._explore[kind] + sign * self.STEP, self.LEAST), self.MOST)
+        self._seen = dict.fromkeys(self._seen, 0)
+
+    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
+        """Count visits in a row without variance."""
+        super().observe(prompts, outcomes)
+        for prompt, good, total, effective in zip(
+            prompts, outcomes.successes, outcomes.totals, outcomes.effective, strict=True
+        ):
+            self._seen["all"] += 1
+            if effective:
+                self._flat.pop(prompt, None)
+            else:
+                kind = "easy" if 0 < good == total else "hard"
+                self._seen[kind] += 1
+                self._flat[prompt] = (kind, self._flat.get(prompt, (kind, 0))[1] + 1)
+
+    def _size(self) -> int:
+        if self._rounds == 1:
+            return self.prompts
+        flat = self._seen["easy"] + self._seen["hard"]
+        share = min(flat / max(self._seen["all"], 1), self.MOST)
+        needed = self.SAFETY * (self.prompts - len(self._effective)) / (1.0 - share)
+        return min(self.prompts, math.ceil(needed))
+
+    def _takes(self, prompt: PromptId) -> bool:
+        kind, visits = self._flat.get(prompt, ("hard", 0))
+        return bool(self._rng.random() < self._explore[kind] ** visits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The order, the probabilities and the visits without variance."""
+        flat = [[prompt, kind, visits] for prompt, (kind, visits) in self._flat.items()]
+        return super().state_dict() | {"explore": self._explore, "flat": flat, "seen": self._seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore all of it."""
+        super().load_state_dict(state)
+        self._explore, self._seen = dict(state["explore"]), dict(state["seen"])
+        self._flat = {prompt: (kind, visits) for prompt, kind, visits in state["flat"]}
+
+
+class Sequential:
+    """Sample the prompts of a batch in rounds; one that holds N/2 outcomes of either kind stops.
+
+    After ``max_rounds`` rounds of N rollouts the rest stops too. Each group is cut down to N rows, as balanced as it
+    can be, so that a step trains on as many rows as under uniform allocation; advantages are those of the whole group.
+
+    Args:
+        rollouts: N.
+        max_rounds: rounds per step at most.
+
+    Source: Reinforce-Ada (arXiv 2510.04996), its balanced stopping rule.
+    """
+
+    def __init__(self, rollouts: int, *, max_rounds: int = 4) -> None:
+        self.rollouts, self.max_rounds = rollouts, max_rounds
+
+    def start(self, prompts: list[PromptId]) -> None:
+        """All prompts of the batch are open."""
+        self._counts = dict.fromkeys(prompts, (0, 0))
+        self._rounds = 0
+
+    def request(self) -> Mapping[PromptId, int]:
+        """N more rollouts for every prompt that is not balanced yet."""
+        if self._rounds >= self.max_rounds:
+            return {}
+        self._rounds += 1
+        half = self.rollouts // 2
+        return {prompt: self.rollouts for prompt, counts in self._counts.items() if min(counts) < half}
+
+    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
+        """Add up successes and failures."""
+        for prompt, good, total in zip(prompts, outcomes.successes.tolist(), outcomes.totals.tolist(), strict=True):
+            successes, failures = self._counts[prompt]
+            self._counts[prompt] = (successes + good, failures + total - good)
+
+    def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
+        """N rows of each group: up to N/2 of the rarer outcome, the rest of the other."""
+        kept: list[int] = []
+        for group in range(len(prompts)):
+            rows = np.flatnonzero(group_R == group)
+            good, bad = rows[success_R[rows] == 1], rows[success_R[rows] == 0]
+            half = self.rollouts // 2
+            most_good = min(good.size, max(half, self.rollouts - bad.size))
+            kept += [*good[:most_good], *bad[: self.rollouts - most_good]]
+        return np.sort(np.array(kept, dtype=np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing lasts longer than a step."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class Tokens:
+    """One round a step, by an allocator whose budget is in tokens: as many as uniform allocation is expected to take.
+
+    Until lengths are known the step is uniform.
+
+    Args:
+        allocator: with ``budget_unit="tokens"``; it observes what is generated.
+        rollouts: N of the uniform allocation whose tokens are the budget.
+    """
+
+    def __init__(self, allocator: KnapsackAllocator, rollouts: int) -> None:
+        self.allocator, self.rollouts = allocator, rollouts
+
+    def start(self, prompts: list[PromptId]) -> None:
+        """Allocate over the batch."""
+        if not len(self.allocator.tracker):
+            self._wanted: dict[PromptId, int] = dict.fromkeys(prompts, self.rollouts)
+            return
+        budget = self.rollouts * float(self.allocator.predicted_lengths(prompts).sum())
+        counts = self.allocator.allocate(prompts, budget).counts.tolist()
+        self._wanted = {prompt: count for prompt, count in zip(prompts, counts, strict=True) if count}
+
+    def request(self) -> Mapping[PromptId, int]:
+        """The allocation, once."""
+        wanted, self._wanted = self._wanted, {}
+        return wanted
+
+    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
+        """The allocator is told by the trainer."""
+
+    def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
+        """Everything."""
+        return np.arange(group_R.size, dtype=np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The allocator's state is saved apart."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""

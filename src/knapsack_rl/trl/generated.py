@@ -1,0 +1,38 @@
+"""What a run has generated: the cost by which policies are compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from knapsack_rl.runfiles import GENERATED_FILE
+from knapsack_rl.value import IntArray
+
+
+@dataclass
+class Generated:
+    """What a run has generated for training so far, over all processes.
+
+    Attributes:
+        rollouts: completions, also those that were not trained on.
+        tokens: their tokens, prompts left out.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+
+    def add(self, lengths: IntArray) -> None:
+        """Count completions of these lengths (R,)."""
+        self.rollouts += int(lengths.size)
+        self.tokens += int(lengths.sum())
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the numbers into a checkpoint."""
+        (checkpoint / GENERATED_FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Generated:
+        """Read the numbers of a checkpoint; zeros for one of the stock trainer."""
+        path = checkpoint / GENERATED_FILE
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()

@@ -1,0 +1,161 @@
+"""Generation in rounds: what is sampled next depends on what came out, and not all of it need be trained on.
+
+Rules that oversample, skip or stop early are written as a :class:`Rounds`; the trainer generates what it asks for,
+keeps account of every rollout, and trains on the rows that it keeps. Advantages are those of whole groups, so a row
+that is dropped has told its group's mean all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from knapsack_rl.groups import GroupOutcomes, group_outcomes
+from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.trl.batches import concatenate, select
+from knapsack_rl.trl.identity import prompt_key
+from knapsack_rl.trl.trainer import KnapsackGRPOTrainer, _Scored, _Step, _unpredicted
+from knapsack_rl.value import FloatArray, IntArray
+
+ROUNDS_FILE = "rounds.json"
+
+
+class Rounds(Protocol):
+    """A rule for what a step generates, round by round."""
+
+    def start(self, prompts: list[PromptId]) -> None:
+        """A step begins; the data loader drew these prompts."""
+        ...
+
+    def request(self) -> Mapping[PromptId, int]:
+        """Rollouts to generate next, by prompt, each >= 1; empty once the step has what it wants."""
+        ...
+
+    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
+        """What came of a round: groups in the order of the prompts."""
+        ...
+
+    def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
+        """Rows to train on, at least one.
+
+        Args:
+            prompts: (G,) of the step, in the order of their first round.
+            group_R: (R,) group of each row of all rounds.
+            success_R: (R,) 1 for a success, else 0.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values on which later steps depend."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        ...
+
+
+class RoundsGRPOTrainer(KnapsackGRPOTrainer):
+    """The trainer with a rule in place of the allocation; the allocator watches.
+
+    Args:
+        *args: as ``KnapsackGRPOTrainer``.
+        rounds: the rule.
+        **kwargs: as ``KnapsackGRPOTrainer``.
+
+    Raises:
+        ValueError: the run has several processes, or several updates share a generation: the number of rows varies. Or
+            prompts wait in a queue.
+    """
+
+    def __init__(self, *args: Any, rounds: Rounds, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        arguments: Any = self.args
+        if self.accelerator.num_processes > 1 or arguments.steps_per_generation > 1:
+            raise ValueError(
+                "generation in rounds needs one process and steps_per_generation=1, got "
+                f"{self.accelerator.num_processes} processes and {arguments.steps_per_generation}"
+            )
+        if self.queue is not None:
+            raise ValueError("generation in rounds chooses the prompts itself; prompts_per_step must be 'fixed'")
+        self.rounds = rounds
+        column = self._setting("prompt_id_column")
+        rows: Any = self.train_dataset
+        self._row_of = {prompt_key(row, column): row for row in rows}
+
+    def _check_run(self, allocator: Any) -> None:
+        super()._check_run(None)  # an allocator in tokens is fine here: rows may vary in number
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self._training:
+            return super()._generate_and_score_completions(inputs)
+        started, generating = time.perf_counter(), 0.0
+        size: Any = self.num_generations
+        drawn = [self._key_of_block(inputs[at : at + size]) for at in range(0, len(inputs), size)]
+        self.rounds.start(list(dict.fromkeys(drawn)))
+        ids: list[PromptId] = []
+        parts: list[dict[str, Any]] = []
+        scores: list[_Scored] = []
+        while wanted := self.rounds.request():
+            mine = [prompt for prompt, count in wanted.items() for _ in range(count)]
+            before = time.perf_counter()
+            output, scored = self._one_round([dict(self._row_of[prompt]) for prompt in mine])
+            generating += time.perf_counter() - before
+            ids, parts, scores = ids + mine, [*parts, output], [*scores, scored]
+            group_R = np.repeat(np.arange(len(wanted)), list(wanted.values()))
+            outcome = self._outcome(_finite(scored.matrix))
+            self.rounds.observe(list(wanted), group_outcomes(group_R, outcome, self.allocator.success))
+        merged = concatenate(parts, self._tokenizer.pad_token_id)
+        self._scored = _Scored(
+            matrix=np.concatenate([scored.matrix for scored in scores]),
+            lengths=np.concatenate([scored.lengths for scored in scores]),
+            prompts=[prompt for scored in scores for prompt in scored.prompts],
+            completions=[completion for scored in scores for completion in scored.completions],
+            answers=[answer for scored in scores for answer in scored.answers],
+        )
+        prompts = list(dict.fromkeys(ids))
+        place = {prompt: position for position, prompt in enumerate(prompts)}
+        group_R = np.array([place[prompt] for prompt in ids])
+        success_R = self._successes(self._outcome(_finite(self._scored.matrix)))
+        counts = np.bincount(group_R)
+        adopted = self.allocator.attempt("prediction", lambda: self.allocator.adopt(prompts, counts))
+        allocation = adopted or _unpredicted(counts)
+        seconds = time.perf_counter() - started - generating
+        self._finish_step(_Step(prompts, allocation, group_R, ragged=True, seconds=seconds), merged)
+        return select(merged, self.rounds.keep(prompts, group_R, success_R))
+
+    def _one_round(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], _Scored]:
+        """Generate and score one completion per row; TRL sees groups of one, its advantages are replaced later."""
+        size, self.num_generations = self.num_generations, 1
+        try:
+            output = GRPOTrainer._generate_and_score_completions(self, rows)
+        finally:
+            self.num_generations = size
+        scored, self._scored = self._scored, None
+        if scored is None or len(scored.lengths) != len(rows):
+            raise RuntimeError(f"expected rewards of {len(rows)} rows; a subclass may override _calculate_rewards")
+        return output, scored
+
+    def save_progress(self, checkpoint: Path) -> None:
+        """Write the rule's state beside the numbers of the trainer."""
+        super().save_progress(checkpoint)
+        (checkpoint / ROUNDS_FILE).write_text(json.dumps(self.rounds.state_dict()), encoding="utf-8")
+
+    def restore_allocator(self, checkpoint: Path) -> None:
+        """Restore the rule too.
+
+        Raises:
+            FileNotFoundError: the checkpoint is not one of this trainer.
+        """
+        super().restore_allocator(checkpoint)
+        self.rounds.load_state_dict(json.loads((checkpoint / ROUNDS_FILE).read_text(encoding="utf-8")))
+
+
+def _finite(matrix: FloatArray) -> FloatArray:
+    """Rewards with NaN for infinite ones, which count as unscored."""
+    return np.where(np.isinf(matrix), np.nan, matrix)
