@@ -31,8 +31,9 @@ evidence: $(INSTALLED)  ## run every experiment of the evidence page (hours; goe
 	$(BIN)/knapsack-rl experiment all --output docs/evidence
 	$(BIN)/knapsack-rl experiment page
 
+# No test of the default suite takes a minute; one that hangs tells where, and ends the run.
 test: $(INSTALLED)  ## run the default test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=15 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow

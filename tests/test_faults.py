@@ -178,6 +178,35 @@ def test_a_hanging_function_is_ended_and_attributed_to_its_prompt(hang) -> None:
     assert watched(tiny.has_digit_five, "quick", "prompt_id", 30.0)(**COLUMNS) == [0.0] * 3
 
 
+STRUCK_WITH_A_LOCK_TAKEN = """
+import faulthandler, signal, sys
+from knapsack_rl.trl.deadline import OutOfTime, deadline
+faulthandler.dump_traceback_later(60, exit=True)
+struck = 0
+def strike(frame, event, argument):
+    global struck
+    if event == "return" and frame.f_code.co_name == "__enter__" and frame.f_code.co_filename.endswith("threading.py"):
+        struck += 1
+        signal.raise_signal(signal.SIGVTALRM)  # as the clock may: between taking a lock and the block that gives it back
+    return strike
+try:
+    with deadline(0.05):
+        sys.settrace(strike)
+        while True:
+            pass
+except OutOfTime:
+    print(struck)
+"""
+
+
+def test_a_deadline_that_strikes_on_the_way_out_leaves_no_lock_taken() -> None:
+    """A handler that raised just after a lock was taken would leave it taken, and the run would wait for it for ever."""
+    command = [sys.executable, "-c", STRUCK_WITH_A_LOCK_TAKEN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 0
+
+
 def test_a_slow_batch_of_quick_completions_is_told_apart_from_a_hang() -> None:
     def slow(completions, **_):
         time.sleep(0.15 * len(completions))

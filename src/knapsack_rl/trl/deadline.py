@@ -41,22 +41,26 @@ def deadline(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    done = threading.Event()
-    late = False
+    # The handler may run between any two instructions of this thread. While it may raise, nothing here takes a lock: one
+    # taken just before it raised would never be given back. So a plain flag says whether it may, and the event that ends
+    # the watcher is touched only when it may not.
+    armed = late = False
     end = time.monotonic() + seconds
     caller = threading.get_ident()
+    over = threading.Event()
 
     def interrupt(number: int, frame: Any) -> None:
-        nonlocal late
-        if time.monotonic() < end or done.is_set():  # processor time of several threads runs faster than the clock
+        nonlocal late, end
+        if not armed or time.monotonic() < end:  # processor time of several threads runs faster than the clock
             return
         if late:
             logger.error("a call of at most %g s was told to end and still runs", seconds)
         late = True
+        end = time.monotonic() + seconds  # two clocks strike: the second stroke must not hit the way out
         raise OutOfTime
 
     def watch() -> None:
-        while not done.wait(seconds):
+        while not over.wait(seconds):
             signal.pthread_kill(caller, signal.SIGVTALRM)
 
     before = signal.signal(signal.SIGVTALRM, interrupt)
@@ -64,12 +68,14 @@ def deadline(seconds: float | None) -> Iterator[None]:
     watcher.start()
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, seconds)
     try:
+        armed = True
         try:
             yield
         finally:
-            done.set()
+            armed = False
     finally:
-        done.set()  # again: the signal may come just before the first
+        armed = False  # again: the signal may have come just before the first
+        over.set()
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
         watcher.join()
         signal.signal(signal.SIGVTALRM, before)
