@@ -25,6 +25,9 @@ GENERATED_FILE = "generated.json"
 MODEL_FOLDER = "model"
 """The trained model; its presence marks a finished run."""
 
+SHOWN_FOLDERS = 5
+"""Run folders that a message names."""
+
 PER_PROMPT = ("counts", "successes", "scored", "effective", "estimate", "predicted")
 """Lists of an allocation row that have one entry per prompt."""
 
@@ -33,6 +36,32 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run that can be resumed from, by ascending step."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).exists()]
     return sorted(complete, key=steps_of)
+
+
+def find_start(folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint that a run goes on from, or None for a new run.
+
+    Raises:
+        FileExistsError: the folder already holds a run and `resume` is not asked for.
+        FileNotFoundError: `resume` is asked for and there is no folder, or no complete checkpoint in it.
+    """
+    if resume:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no run folder {folder} to resume")
+        complete = complete_checkpoints(folder)
+        if not complete:
+            raise FileNotFoundError(
+                f"{folder} holds no complete checkpoint to resume from; the run ended before its first one (see "
+                "save_every), so start it again in another folder (--output), or delete this one"
+            )
+        return complete[-1]
+    if (folder / METRICS_FILE).exists():
+        resumable = complete_checkpoints(folder) and not (folder / MODEL_FOLDER).is_dir()
+        raise FileExistsError(
+            f"{folder} already holds a run; {f'resume it (--resume {folder}), ' if resumable else ''}delete it, or choose "
+            "another folder (--output)"
+        )
+    return None
 
 
 def steps_of(checkpoint: Path) -> int:
@@ -48,7 +77,10 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: If the file holds no mapping.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is not a run folder: it has no {path.name}")
+        inside = sorted(str(found.parent) for found in path.parent.glob(f"*/{path.name}"))
+        hint = f"; run folders in it: {', '.join(inside[:SHOWN_FOLDERS])}" if inside else ""
+        more = f" and {len(inside) - SHOWN_FOLDERS} more" if len(inside) > SHOWN_FOLDERS else ""
+        raise FileNotFoundError(f"{path.parent} is not a run folder: it has no {path.name}{hint}{more}")
     config = read_yaml(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}")
@@ -59,9 +91,13 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file; only plain values are made, never objects.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is no YAML.
     """
     import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))

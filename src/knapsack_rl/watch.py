@@ -196,7 +196,8 @@ def _collapse(watch: Watch) -> _Told:
             seen,
             f"{unsolved:.0%} of the groups are all wrong: the prompts are out of reach, or the verifier refuses right "
             "answers.",
-            "Read the sample completions first; then add easier prompts, or raise max_rollouts.",
+            "Read the sample completions first; then add easier prompts, or raise max_rollouts if the largest "
+            "allocation has reached it.",
         )
     return (
         seen,

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 from knapsack_rl import __version__
 from knapsack_rl.cli import allocate, compare, completion, experiment, replay, report, train, verl_args
+from knapsack_rl.cli.parser import CommandParser
 
 COMMANDS = (train, compare, report, allocate, replay, experiment, verl_args, completion)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``knapsack-rl`` with all its commands."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="knapsack-rl",
         description="Train language models with reinforcement learning, each step's rollouts allocated by a knapsack.",
         epilog="knapsack-rl COMMAND --help shows the options and examples of a command.",
@@ -34,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 2 bad input or a missing extra, 130 interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    parsed = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    if not arguments:
+        sys.stderr.write(parser.format_help())
+        return 2
+    parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
     except (ValueError, OSError, ImportError) as error:

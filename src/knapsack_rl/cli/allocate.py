@@ -92,8 +92,8 @@ def _from_rates(columns: Columns, parsed: argparse.Namespace) -> tuple[list[Prom
 def _from_rewards(columns: Columns, parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]:
     if parsed.fallback:
         raise ValueError("--fallback goes with success rates; for rewards use --estimator window, the paper's rule")
-    ids = identities(column(columns, parsed.id_column, parsed.file), parsed.id_column)
-    rewards = numbers(column(columns, parsed.reward_column, parsed.file), parsed.reward_column)
+    ids = identities(_column(columns, parsed.id_column, parsed.file, "--id-column"), parsed.id_column)
+    rewards = numbers(_column(columns, parsed.reward_column, parsed.file, "--reward-column"), parsed.reward_column)
     steps = np.zeros(len(ids))
     if parsed.step_column in columns:
         steps = numbers(columns[parsed.step_column], parsed.step_column)
@@ -108,6 +108,14 @@ def _from_rewards(columns: Columns, parsed: argparse.Namespace) -> tuple[list[Pr
         allocator.observe([ids[row] for row in rows], rewards[rows])
     prompts = list(dict.fromkeys(ids))
     return prompts, allocator.allocate(prompts, _budget(parsed, len(prompts)))
+
+
+def _column(columns: Columns, name: str, path: Path, flag: str) -> list[Any]:
+    """A column that a flag names."""
+    try:
+        return column(columns, name, path)
+    except ValueError as error:
+        raise ValueError(f"{error} (name another with {flag})") from error
 
 
 def _as_json(rows: list[dict[str, Any]], allocation: Allocation) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from knapsack_rl.cli.settings_flags import add_flags, settings_of
+from knapsack_rl.cli.settings_flags import SETTINGS_USAGE, add_flags, settings_of
 from knapsack_rl.training.compare import POLICIES, Run, execute, plan
 
 EXAMPLES = """examples:
@@ -21,6 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "compare",
+        usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs JOBS] [--output FOLDER] " + SETTINGS_USAGE,
         help="train several policies over several seeds and report them side by side",
         description="Train uniform N, uniform 2N, the paper's rule and the knapsack from the same start over several "
         "seeds, one torch thread each, and write one report. Finished runs in the output folder are kept.",
@@ -43,6 +44,9 @@ def run(parsed: argparse.Namespace) -> int:
         return 0
     if parsed.jobs < 1:
         raise ValueError(f"--jobs must be >= 1, got {parsed.jobs}")
+    from knapsack_rl.training.checks import check_inputs
+
+    check_inputs(settings)
     runs = plan(settings, parsed.policies, parsed.seeds, parsed.output)
     failed = execute(runs, jobs=parsed.jobs, progress=Lines())
     for bad in failed:

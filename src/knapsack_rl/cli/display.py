@@ -73,7 +73,9 @@ class Pace:
             return ""
         minutes, seconds = divmod(round(self.seconds * (self._settings.steps - self.step)), 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+        if hours:
+            return f"{hours} h {minutes:02d} min"
+        return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 class PlainLines:

@@ -10,6 +10,10 @@ from pathlib import Path
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
 
+SETTINGS_USAGE = "[--config FILE] [--print-config] [--SETTING VALUE ...]"
+"""In place of a usage that names every flag, which would hide the error below it."""
+
+
 def add_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
     """Add ``--config`` and one flag per setting; a flag not given leaves the setting to the file or its default."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags override it")

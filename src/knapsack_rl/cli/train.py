@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from knapsack_rl.cli.settings_flags import add_flags, settings_of
-from knapsack_rl.runfiles import CONFIG_FILE
-from knapsack_rl.training.settings import read_yaml, settings_from
+from knapsack_rl.cli.settings_flags import SETTINGS_USAGE, add_flags, settings_of
+from knapsack_rl.runfiles import CONFIG_FILE, find_start, read_config
+from knapsack_rl.training.lock import refuse_if_owned
+from knapsack_rl.training.processes import is_main_process
+from knapsack_rl.training.settings import settings_from
 
 EXAMPLES = """examples:
   knapsack-rl train                                       the shipped model on arithmetic, about ten minutes
@@ -27,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "train",
+        usage="%(prog)s [--output FOLDER | --resume FOLDER] [--quiet] " + SETTINGS_USAGE,
         help="train a language model and write a report",
         description="Train a causal language model with GRPO on verifiable prompts. Without arguments: the shipped "
         "model on generated arithmetic, its rollouts allocated by the knapsack. On several accelerators: torchrun "
@@ -44,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Train; exit status 0 when finished, 130 when interrupted."""
     if parsed.resume:
-        settings = settings_from(read_yaml(parsed.resume / CONFIG_FILE), str(parsed.resume / CONFIG_FILE))
+        settings = settings_from(read_config(parsed.resume / CONFIG_FILE), str(parsed.resume / CONFIG_FILE))
         folder = parsed.resume
         changed = [name for name, given in vars(parsed).items() if name.startswith("setting_") and given is not None]
         if changed or parsed.config or parsed.output:
@@ -57,9 +60,15 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.print_config:
         sys.stdout.write(settings.to_yaml())
         return 0
+    if is_main_process():
+        # What comes after this imports for many seconds; what was mistyped is told before.
+        from knapsack_rl.training.checks import check_inputs
+
+        check_inputs(settings)
+        refuse_if_owned(folder)
+        find_start(folder, resume=bool(parsed.resume))
 
     from knapsack_rl.cli.display import make_display
-    from knapsack_rl.training.models import is_main_process
     from knapsack_rl.training.noise import quiet_libraries
     from knapsack_rl.training.run import train
 

@@ -42,7 +42,8 @@ p { margin: .4rem 0; max-width: 48rem; }
 .tiles dt { font-size: .85rem; color: var(--soft); }
 .tiles dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tiles small { display: block; font-size: .8rem; font-weight: 400; line-height: 1.35; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.4rem; }
+.plots { display: grid; gap: 1.4rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, max(21rem, 50% - .7rem)), 1fr)); }
 figure { margin: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px; padding: .5rem; }

@@ -35,6 +35,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CLASS_COLOURS = (BLUE, SKY, YELLOW, ORANGE, VERMILION)
 
 
+PERCENT = (-2, 102)
+"""Limits of an axis of shares: a curve at 0 or 100 % does not hide under the frame."""
+LEAST_SPAN = 10.0
+"""Points that an axis of accuracies spans at least, so that no change is not drawn as a large one."""
+
+
 def trend_window(steps: int) -> int:
     """An odd smoothing window of about one twentieth of the steps, at least 1."""
     return 2 * (steps // 40) + 1
@@ -55,7 +61,7 @@ def effective_ratios(steps: ArrayLike, rollout_level: ArrayLike, prompt_level: A
         ax.plot(x, 100 * np.asarray(values), color=colour, linewidth=0.8, alpha=0.3)
         trend = moving_average(values, trend_window(x.size))
         ax.plot(x, 100 * trend, color=colour, linestyle=style, linewidth=1.8, label=label)
-    ax.set(xlabel="training step", ylabel="with a gradient (%)", ylim=(0, 100))
+    ax.set(xlabel="training step", ylabel="with a gradient (%)", ylim=PERCENT)
     _counting(ax.xaxis)
     _legend(ax)
     return _finish(ax, "Share of the work that carries a gradient")
@@ -89,6 +95,7 @@ def held_out_accuracy(
         )
         _legend(ax)
     ax.set(xlabel="rollouts generated", ylabel="held-out accuracy (%)")
+    _accuracies(ax)
     _counting(ax.xaxis)
     return _finish(ax, "Held-out accuracy")
 
@@ -304,6 +311,7 @@ def accuracy_by_policy(curves: Mapping[str, Curve], ax: Axes) -> Axes:
     """
     _bands(curves, ax)
     ax.set(xlabel="rollouts generated", ylabel="held-out accuracy (%)")
+    _accuracies(ax)
     _counting(ax.xaxis)
     return _finish(ax, "Held-out accuracy")
 
@@ -317,7 +325,7 @@ def ratios_by_policy(curves: Mapping[str, Curve], ax: Axes, *, level: str) -> Ax
         level: What is counted, "rollouts" or "prompts".
     """
     _bands(curves, ax)
-    ax.set(xlabel="training step", ylabel=f"{level} with a gradient (%)", ylim=(0, 100))
+    ax.set(xlabel="training step", ylabel=f"{level} with a gradient (%)", ylim=PERCENT)
     _counting(ax.xaxis)
     return _finish(ax, f"Share of the {level} that carry a gradient")
 
@@ -367,6 +375,16 @@ def _label(text: str) -> str:
 
 def _legend(ax: Axes) -> None:
     ax.legend(frameon=False, fontsize="small", handlelength=2.4)
+
+
+def _accuracies(ax: Axes) -> None:
+    """Widen and cut the vertical axis to what percentages can be."""
+    low, high = ax.get_ylim()
+    missing = max(LEAST_SPAN - (high - low), 0.0) / 2
+    low, high = low - missing, high + missing
+    # What one end has to give up at 0 or 100 % goes to the other.
+    low, high = low - max(high - PERCENT[1], 0.0), high + max(PERCENT[0] - low, 0.0)
+    ax.set_ylim(max(low, PERCENT[0]), min(high, PERCENT[1]))
 
 
 def _counting(axis: Axis, *, largest: int | None = None) -> None:

@@ -183,7 +183,7 @@ def split_rows(
         if len(train) < request.wanted:
             raise ValueError(
                 f"{request.dataset} holds {len(train)} rows, but train_prompts + held_out_prompts is {request.wanted}; "
-                "lower them"
+                f"lower them{_proposal(len(train))}"
             )
         return list(train[: request.train_prompts]), list(train[request.train_prompts : request.wanted])
     kept_out = list(held_out[: request.held_out_prompts])
@@ -196,6 +196,12 @@ def split_rows(
         if found < wanted:
             raise ValueError(f"{request.dataset} holds {found} rows for {name}, which is {wanted}; lower it")
     return kept, kept_out
+
+
+def _proposal(rows: int) -> str:
+    """A division of few rows, four fifths to train on."""
+    held_out = rows // 5
+    return f", for example --train-prompts {rows - held_out} --held-out-prompts {held_out}" if held_out else ""
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
@@ -224,7 +230,9 @@ def column(row: Row, name: str, where: str) -> Any:
     Raises:
         ValueError: there is none; the columns there are get named.
     """
-    if row.get(name) in (None, ""):
+    if name not in row:
+        raise ValueError(f"{where}: no column {name!r}; columns are {', '.join(row)}")
+    if row[name] in (None, ""):
         raise ValueError(f"{where}: no value in column {name!r}; columns are {', '.join(row)}")
     return row[name]
 

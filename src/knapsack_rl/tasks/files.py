@@ -45,11 +45,14 @@ def columns_task(request: DataRequest) -> TaskData:
 
 
 def _as_row(row: Row, position: int, request: DataRequest) -> Row:
-    where = f"{request.dataset}, row {position}"
-    try:
-        prompt, answer = (column(row, name, where) for name in (request.prompt_column, request.answer_column))
-    except ValueError as error:
-        raise ValueError(f"{error} (set prompt_column and answer_column)") from error
+    where = f"{request.dataset}, row {position + 1}"
+    found = []
+    for setting, name in (("prompt_column", request.prompt_column), ("answer_column", request.answer_column)):
+        try:
+            found.append(column(row, name, where))
+        except ValueError as error:
+            raise ValueError(f"{error} (name another with {setting}, --{setting.replace('_', '-')})") from error
+    prompt, answer = found
     if isinstance(prompt, list):
         refuse(request, "template")
     else:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.tasks.data import TaskData
+from knapsack_rl.training.checks import allowed_models, check_model
 from knapsack_rl.training.data import stop_token
+from knapsack_rl.training.processes import world_size
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.training.smollm2 import smollm2_folder
+
+logger = logging.getLogger(__name__)
 
 PRESETS = {"arithmetic-base": base_model_path, "smollm2-135m": smollm2_folder}
 """Models that need no hub; any other name is a Hugging Face folder or name."""
@@ -35,9 +40,22 @@ def load_tokenizer(settings: TrainSettings) -> Any:
 
     Raises:
         ImportError: a preset needs a package.
+        FileNotFoundError: a folder is not there, or holds no model.
         OSError: there is no such model, or a preset could not be fetched.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_name(settings.model), padding_side="left")
+    check_model(settings.model)
+    from_hub = settings.model not in PRESETS and not Path(settings.model).is_dir()
+    if from_hub and not isinstance(try_to_load_from_cache(settings.model, "config.json"), str):
+        logger.warning("there is no folder %s here: asking the hub for a model of this name", settings.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name(settings.model), padding_side="left")
+    except (OSError, ValueError) as error:
+        if settings.model in PRESETS:
+            raise
+        where = "neither a folder here nor to be had from the hub" if from_hub else "a folder without a tokenizer"
+        raise OSError(
+            f"the model {settings.model} is {where}: {' '.join(str(error).split())[:300]} ({allowed_models()})"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -99,16 +117,6 @@ def adapter(settings: TrainSettings) -> Any:
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         target_modules="all-linear",
     )
-
-
-def world_size() -> int:
-    """Processes that train together, from the launcher (torchrun, accelerate)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the run folder."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def batch_arguments(settings: TrainSettings) -> dict[str, Any]:

@@ -17,9 +17,8 @@ from transformers import PrinterCallback, ProgressCallback
 from knapsack_rl.report import write_report
 from knapsack_rl.runfiles import (
     CONFIG_FILE,
-    METRICS_FILE,
     MODEL_FOLDER,
-    complete_checkpoints,
+    find_start,
     steps_of,
 )
 from knapsack_rl.training.card import write_card
@@ -30,12 +29,12 @@ from knapsack_rl.training.models import (
     adapter,
     batch_arguments,
     in_bfloat16,
-    is_main_process,
     load_model,
     load_tokenizer,
     vllm_arguments,
 )
 from knapsack_rl.training.policies import make_allocator, make_rounds
+from knapsack_rl.training.processes import is_main_process
 from knapsack_rl.training.recorder import Display, Recorder, all_done
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
@@ -92,15 +91,13 @@ def train(
         FolderInUseError: another process writes the folder.
         OSError: a checkpoint could not be written; earlier ones are untouched.
     """
-    if resume and not folder.is_dir():
-        raise FileNotFoundError(f"there is no run folder {folder} to resume")
     if not is_main_process():
-        return _train(settings, folder, display, _find_start(folder, resume=True) if resume else None, report=False)
+        return _train(settings, folder, display, find_start(folder, resume=True) if resume else None, report=False)
     refuse_if_owned(folder)
-    _find_start(folder, resume=resume)  # a folder that is refused is left as it is
+    find_start(folder, resume=resume)  # a folder that is refused is left as it is
     folder.mkdir(parents=True, exist_ok=True)
     with own_folder(folder):
-        checkpoint = _find_start(folder, resume=resume)  # again: another run may have come in between
+        checkpoint = find_start(folder, resume=resume)  # again: another run may have come in between
         if checkpoint is None:
             (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
         return _train(settings, folder, display, checkpoint, report=report)
@@ -165,18 +162,6 @@ def _run(trainer: KnapsackGRPOTrainer, recorder: Recorder, display: Display, che
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             display.stop()
-
-
-def _find_start(folder: Path, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a new run."""
-    if resume:
-        complete = complete_checkpoints(folder)
-        if not complete:
-            raise FileNotFoundError(f"{folder} holds no complete checkpoint to resume from")
-        return complete[-1]
-    if (folder / METRICS_FILE).exists():
-        raise FileExistsError(f"{folder} already holds a run; resume it, delete it, or choose another folder")
-    return None
 
 
 def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, stop: int | None) -> KnapsackGRPOConfig:

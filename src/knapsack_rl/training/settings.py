@@ -24,6 +24,10 @@ WINDOW_ALLOCATIONS = ("paper", "paper-without-fallback")
 """Those whose estimator is the paper's window, whatever ``estimator`` says."""
 
 
+MODEL_PRESETS = ("arithmetic-base", "smollm2-135m")
+"""Models that need no hub; any other name is a Hugging Face folder or name."""
+
+
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
 
@@ -131,7 +135,9 @@ class TrainSettings:
                 f"{self.rollouts_per_prompt}, {self.max_rollouts}"
             )
         if self.prompts_per_step > self.train_prompts:
-            raise ValueError(f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}")
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}; lower it"
+            )
         if not 0.0 < self.vllm_memory <= 1.0:
             raise ValueError(f"vllm_memory must be in (0, 1], got {self.vllm_memory}")
         if self.lora_alpha and not self.lora_rank:
