@@ -6,6 +6,7 @@ shares, largest allocation. Over the run: budgets, transitions, what became of p
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -44,6 +45,7 @@ def extract(run: Run, arm: str) -> Row:
     return {
         "arm": arm,
         "seed": run.settings.seed,
+        "settings": dataclasses.asdict(run.settings),
         "steps": int(log.steps.size),
         "rollouts_per_prompt": run.settings.rollouts_per_prompt,
         "rollouts": int(log.rollouts.sum()),
