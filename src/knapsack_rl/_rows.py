@@ -4,8 +4,8 @@
 pickled into numba's cache and break that cache when it is renamed. Between the bounds asked about no row may rise;
 tables are checked (and smoothed) before, and rounding cannot let a geometric row rise: see ``_walk``.
 
-Who asks about many rows tells geometric ones from those of the table itself and passes numbers: to pass arrays to a call
-per prompt, inlined or not, would cost several times what the call does.
+Who asks about many rows tells geometric ones from those of the table itself and passes numbers: to pass arrays to a
+call per prompt, inlined or not, would cost several times what the call does.
 """
 
 from __future__ import annotations
