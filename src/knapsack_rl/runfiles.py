@@ -57,10 +57,8 @@ def find_start(folder: Path, *, resume: bool) -> Path | None:
         return complete[-1]
     if (folder / METRICS_FILE).exists():
         resumable = complete_checkpoints(folder) and not (folder / MODEL_FOLDER).is_dir()
-        raise FileExistsError(
-            f"{folder} already holds a run; {f'resume it (--resume {folder}), ' if resumable else ''}delete it, or choose "
-            "another folder (--output)"
-        )
+        way = f"resume it (--resume {folder}), " if resumable else ""
+        raise FileExistsError(f"{folder} already holds a run; {way}delete it, or choose another folder (--output)")
     return None
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
-
 SETTINGS_USAGE = "[--config FILE] [--print-config] [--SETTING VALUE ...]"
 """In place of a usage that names every flag, which would hide the error below it."""
 
