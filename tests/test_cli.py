@@ -18,6 +18,7 @@ from pyarrow import parquet
 import knapsack_rl as kr
 from knapsack_rl.cli import COMMANDS, build_parser, main
 from knapsack_rl.cli.display import Pace, Panel, PlainLines, Quiet, make_display
+from knapsack_rl.runfiles import STATE_FILE
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.watch import Finding
 from run_folders import write_run
@@ -122,9 +123,50 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"knapsack-rl {kr.__version__}\n"
 
 
-def test_no_command_and_an_unknown_one_are_refused(misused):
-    assert "required: COMMAND" in misused()
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == build_parser().format_help()
+
+
+def test_an_unknown_command_is_refused(misused):
     assert "invalid choice: 'alocate'" in misused("alocate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--promt-column", "question"), "--promt-column question (did you mean --prompt-column?)"),
+        (("train", "--rollouts-per-promt=4"), "--rollouts-per-promt=4 (did you mean --rollouts-per-prompt?)"),
+        (
+            ("train", "--learing-rate", "1e-4", "--sed", "3"),
+            "--learing-rate 1e-4 --sed 3 (did you mean --learning-rate, --seed?)",
+        ),
+        (("compare", "--policy", "uniform"), "--policy uniform (did you mean --policies?)"),
+        (("report", "run", "--formatt=png"), "--formatt=png (did you mean --format?)"),
+        (("train", "--xyzzy"), "--xyzzy (knapsack-rl train --help lists what there is)"),
+        (("train", "qa.jsonl"), "qa.jsonl (knapsack-rl train --help lists what there is)"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_what_was_probably_meant(misused, arguments, message):
+    command = arguments[0]
+    assert misused(*arguments) == f"knapsack-rl {command}: error: unrecognized arguments: {message}"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_usage_above_an_error_is_short(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--stepps", "3"])
+    usage, *_, error = capsys.readouterr().err.splitlines()
+    assert usage.startswith(f"usage: knapsack-rl {command} [")
+    assert "did you mean --steps?" in error
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    head = capsys.readouterr().out.split("\n\n")[0]
+    own = ["--output", "--config", "--print-config", "--SETTING"]
+    own += ["--resume", "--quiet"] if command == "train" else ["--policies", "--seeds", "--jobs"]
+    assert set(re.findall(r"--[\w-]+", head)) == set(own)
 
 
 def test_the_installed_script_allocates(tmp_path):
@@ -341,8 +383,13 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so(cli):
         ("success_rate\n0.5\n", ("--min-rollouts", "-1"), "min_rollouts"),
         ("success_rate\n0.5\n", ("--min-rollouts", "9", "--max-rollouts", "8"), "min_rollouts"),
         ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1: '' is no prompt id"),
-        ("prompt_id,score\na,1\n", (), "no column 'reward'; its columns are prompt_id, score"),
-        ("id,reward\na,1\n", (), "no column 'prompt_id'; its columns are id, reward"),
+        (
+            "prompt_id,score\na,1\n",
+            (),
+            "no column 'reward'; its columns are prompt_id, score (name another with --reward-column, or a column of "
+            "success rates, which 'success_rate' is not, with --rate-column)",
+        ),
+        ("id,reward\na,1\n", (), "no column 'prompt_id'; its columns are id, reward (name another with --id-column)"),
         ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is no number"),
         ("prompt_id,reward\na,inf\n", (), "reward"),
         ("prompt_id,step,reward\na,1,1\na,,1\n", (), "column 'step', row 2 is empty"),
@@ -498,7 +545,6 @@ def test_compare_has_no_flag_for_what_it_varies(misused, name):
 
 
 def test_resume_takes_no_other_settings(refused):
-    assert "config.yaml" in refused("train", "--resume", "missing")
     Path("run").mkdir()
     Path("run/config.yaml").write_text("steps: 9\nseed: 4\n")
     Path("mine.yaml").write_text("steps: 9\n")
@@ -511,6 +557,109 @@ def test_resume_prints_the_configuration_of_the_run(cli):
     Path("run/config.yaml").write_text("steps: 9\nseed: 4\n")
     printed, _ = cli("train", "--resume", "run", "--print-config")
     assert printed == TrainSettings(steps=9, seed=4).to_yaml()
+
+
+# -- What is told before the training libraries are loaded -------------------------------------------------------------
+
+
+@pytest.fixture
+def too_early(monkeypatch):
+    """Makes the module that trains, and what it imports for many seconds, unavailable."""
+    for name in ("knapsack_rl.training.run", "knapsack_rl.training.models", "torch", "transformers", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def write_questions():
+    rows = [{"question": f"{k}+1=", "answer": str(k + 1)} for k in range(40)]
+    Path("qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_model(path):
+    """A folder that looks like a model's."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+
+
+ENOUGH = ("--train-prompts", 32, "--held-out-prompts", 8, "--prompts-per-step", 16)
+
+
+@pytest.mark.usefixtures("too_early")
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "missing/"), "there is no model folder missing/; a model is arithmetic-base or smollm2-135m, a "),
+        (("--model", "./missing"), "there is no model folder ./missing; "),
+        (("--model", "a/b/missing"), "there is no model folder a/b/missing; "),
+        (("--model", "empty"), "empty holds no model: it has no config.json"),
+        (("--model", "run"), "run holds no model: it has no config.json; the run's model is in run/model"),
+        (("--dataset", "missing.jsonl"), "there is no file missing.jsonl"),
+        (
+            ("--dataset", "qa.jsonl", *ENOUGH),
+            "qa.jsonl, row 1: no column 'prompt'; columns are question, answer (name another with prompt_column, "
+            "--prompt-column)",
+        ),
+        (
+            ("--dataset", "qa.jsonl", "--prompt-column", "question", "--answer-column", "solution", *ENOUGH),
+            "qa.jsonl, row 1: no column 'solution'; columns are question, answer (name another with answer_column, "
+            "--answer-column)",
+        ),
+        (
+            ("--dataset", "qa.jsonl", "--prompt-column", "question"),
+            "qa.jsonl holds 40 rows, but train_prompts + held_out_prompts is 2560; lower them, for example "
+            "--train-prompts 32 --held-out-prompts 8",
+        ),
+    ],
+)
+def test_what_was_mistyped_is_told_before_the_slow_imports(refused, command, flags, message):
+    write_questions()
+    Path("empty").mkdir()
+    write_model(Path("run/model"))
+    assert refused(command, *flags).startswith(message)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("too_early")
+def test_a_model_folder_and_names_of_the_hub_pass_the_early_check(refused):
+    write_model(Path("mine"))
+    for name in ("mine", "./mine", "arithmetic-base", "smollm2-135m", "gpt2", "openai-community/gpt2"):
+        assert "halted; None in sys.modules" in refused("train", "--model", name)  # it got as far as the imports
+    Path("adapters").mkdir()
+    Path("adapters/adapter_config.json").write_text("{}")
+    assert "halted; None in sys.modules" in refused("train", "--model", "adapters")
+
+
+@pytest.mark.usefixtures("too_early")
+def test_a_folder_that_holds_a_run_is_refused_before_the_slow_imports(refused):
+    run = Path("runs/mine")
+    write_run(run, steps=3)
+    way = "delete it, or choose another folder (--output)"
+    assert refused("train", "--output", run) == f"runs/mine already holds a run; {way}"
+    (run / "checkpoint-2").mkdir()
+    (run / "checkpoint-2" / STATE_FILE).touch()
+    assert not (run / "model").exists()
+    assert refused("train", "--output", run) == (
+        f"runs/mine already holds a run; resume it (--resume runs/mine), {way}"
+    )
+    (run / "model").mkdir()  # finished: there is nothing to resume
+    assert refused("train", "--output", run) == f"runs/mine already holds a run; {way}"
+
+
+@pytest.mark.usefixtures("too_early")
+def test_what_cannot_be_resumed_is_refused_before_the_slow_imports(refused):
+    assert refused("train", "--resume", "missing") == "there is no run folder missing"
+    Path("runs").mkdir()
+    assert refused("train", "--resume", "runs") == "runs is not a run folder: it has no config.yaml"
+    for name in "gfedcba":
+        Path("runs", name).mkdir()
+        Path("runs", name, "config.yaml").write_text("steps: 9\n")
+    assert refused("train", "--resume", "runs") == (
+        "runs is not a run folder: it has no config.yaml; run folders in it: runs/a, runs/b, runs/c, runs/d, runs/e, "
+        "and 2 more"
+    )
+    assert refused("train", "--resume", "runs/a").startswith(
+        "runs/a holds no complete checkpoint to resume from; the run ended before its first one (see save_every)"
+    )
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -584,7 +733,8 @@ def test_where_the_page_of_a_run_goes(cli, refused, two_runs):
 def test_a_report_of_what_is_no_run_is_one_line(refused, two_runs):
     Path("empty").mkdir()
     assert "empty is not a run folder" in refused("report", "empty")
-    assert "missing is not a run folder" in refused("report", "missing")
+    assert refused("report", "missing") == "there is no run folder missing"
+    assert refused("report", "runs").startswith("runs is not a run folder: it has no config.yaml; run folders in it: ")
     assert "empty is not a run folder" in refused("report", *two_runs, "empty")
     assert "have the seed 0" in refused("report", "runs/uniform", "runs/uniform")
 
@@ -669,7 +819,7 @@ def test_log_lines_go_through_the_panel(capsys):
 
 
 def test_the_pace_leaves_out_the_first_step_and_counts_evaluations():
-    times = iter([0.0, 100.0, 104.0, 114.0])
+    times = iter([0.0, 100.0, 104.0, 114.0, 115.0])
     pace = Pace(TrainSettings(steps=1000, prompts_per_step=4, rollouts_per_prompt=5), clock=lambda: next(times))
     pace.row({"step": 1, "loss": 0.1})
     assert (pace.left, math.isnan(pace.rollouts_per_second)) == ("", True)
@@ -682,3 +832,5 @@ def test_the_pace_leaves_out_the_first_step_and_counts_evaluations():
     assert pace.rollouts_per_second == pytest.approx(20 / 90.4)
     pace.row({"step": 998, "loss": 0.1})
     assert pace.left == "2 min 45 s"  # 2 steps of 0.9 * 90.4 + 1 = 82.36 s
+    pace.row({"step": 1000, "loss": 0.1})
+    assert pace.left == "0 s"

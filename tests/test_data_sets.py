@@ -217,7 +217,7 @@ def test_what_is_no_file_or_folder_is_named(tmp_path):
 def test_a_missing_column_is_named_with_its_row(tmp_path):
     (tmp_path / "qa.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n{"question": "2?", "reply": "2"}\n')
     with pytest.raises(
-        ValueError, match=r"qa\.jsonl, row 1: no value in column 'answer'; columns are question, answer"
+        ValueError, match=r"qa\.jsonl, row 2: no value in column 'answer'; columns are question, answer"
     ):
         load("gsm8k", 1, 1, path=str(tmp_path / "qa.jsonl"))
 

@@ -139,6 +139,14 @@ def test_pages_of_runs_need_no_training_library():
     assert not below & of_part("trl") and not below & of_part("training") and not below & of_part("cli")
 
 
+@pytest.mark.parametrize("module", ["cli", "cli.train", "training.checks", "training.compare"])
+def test_commands_load_no_training_library(module):
+    """What is mistyped is told before these are loaded, which takes many seconds."""
+    below = reach(f"{NAME}.{module}", lazy=False)
+    assert not below & {"torch", "transformers", "datasets", "trl", "huggingface_hub", "matplotlib", "pyarrow"}
+    assert not below & (of_part("trl") | {f"{NAME}.training.run", f"{NAME}.training.models"})
+
+
 def test_every_module_is_on_the_map():
     text = (ROOT / "AGENTS.md").read_text(encoding="utf-8").split("## Direction of imports")[0]
     told = {name.rstrip("/") for name in re.findall(r"`([\w/]+)`", text)}

@@ -20,10 +20,11 @@ from knapsack_rl.cli import main
 from knapsack_rl.cli.display import Quiet
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training import models, smollm2
+from knapsack_rl.training.checks import is_path
 from knapsack_rl.training.data import for_tokenizer, load_task, stop_token
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.run import train
-from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
+from knapsack_rl.training.settings import MODEL_PRESETS, TrainSettings, read_yaml, settings_from
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -58,6 +59,62 @@ def chat_model(tmp_path):
     tokenizer.save_pretrained(folder)
     tiny.model().save_pretrained(folder)
     return str(folder)
+
+
+# -- What a model may be -----------------------------------------------------------------------------------------------
+
+
+def test_the_presets_that_are_told_are_those_there_are():
+    assert set(models.PRESETS) == set(MODEL_PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("gpt2", False),
+        ("openai-community/gpt2", False),
+        ("./gpt2", True),
+        ("../gpt2", True),
+        ("~/gpt2", True),
+        ("/gpt2", True),
+        ("gpt2/", True),
+        ("owner/gpt2/", True),
+        ("runs/knapsack/model", True),
+    ],
+)
+def test_paths_are_told_from_names_of_the_hub(name, path):
+    assert is_path(name) is path
+
+
+def test_a_name_that_the_hub_does_not_know_is_named_with_what_may_be_given(monkeypatch, caplog):
+    def offline(*_, **__):
+        raise OSError("We couldn't connect\n   to load the files")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", offline)
+    with pytest.raises(OSError, match="neither a folder here nor to be had from the hub") as told:
+        models.load_tokenizer(small(model="my-model"))
+    assert str(told.value).startswith(
+        "the model my-model is neither a folder here nor to be had from the hub: We could"
+    )
+    assert "connect to load the files (a model is arithmetic-base or smollm2-135m, a Hugging" in str(told.value)
+    assert caplog.messages == ["there is no folder my-model here: asking the hub for a model of this name"]
+
+
+def test_a_model_of_the_cache_is_not_told_to_be_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny.tokenizer())
+    assert models.load_tokenizer(small(model="owner/cached")).pad_token is not None
+    assert caplog.messages == []
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    folder = tmp_path / "bare"
+    tiny.model().save_pretrained(folder)
+    with pytest.raises(OSError, match=r"the model .*bare is a folder without a tokenizer: "):
+        models.load_tokenizer(small(model=str(folder)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no model: it has no config\.json"):
+        models.load_tokenizer(small(model=str(tmp_path / "empty")))
 
 
 # -- Chat --------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,13 @@ def test_a_page_without_samples_names_the_prompts(folder):
     assert "Prompts lost again" in page
 
 
+@pytest.mark.parametrize("dataset", ["arithmetic", "qa.jsonl"])
+def test_a_page_tells_that_answers_are_reversed_where_they_are(tmp_path, dataset):
+    write_run(tmp_path, steps=3, dataset=dataset)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("digits reversed") == (dataset == "arithmetic")
+
+
 def test_a_page_lists_the_warnings(folder):
     told = {"kind": "collapse", "seen": "Seen & done.", "cause": "The cause.", "remedy": "The remedy."}
     write_rows(folder / "warnings.jsonl", [{"step": 2} | told], tail='{"step": 3, "ki')

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from knapsack_rl.report import comparison_table, plots, write_comparison, write_report
+from knapsack_rl.report.curves import Curve
 from knapsack_rl.report.page import Plot, save_plots
 from knapsack_rl.report.runlog import RunLog
 from run_folders import write_rows, write_run
@@ -324,6 +325,28 @@ def test_plots_return_their_axes_and_draw_the_data(folder):
     assert plots.final_values({"a": [0.5, 0.7], "b": []}, ax, quantity="accuracy") is ax
     assert ax.lines[0].get_xdata() == pytest.approx([50, 70])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "limits"),
+    [
+        ([0.0, 0.0], (-2, 8)),  # no change is not drawn as a large one, and no percentage is below 0
+        ([1.0, 1.0], (92, 102)),
+        ([0.5, 0.5], (45, 55)),
+        ([0.0, 1.0], (-2, 102)),
+        ([0.2, 0.6], (18, 62)),  # as matplotlib has it
+    ],
+)
+def test_an_axis_of_accuracies_shows_what_percentages_can_be(accuracy, limits):
+    ax = plots.held_out_accuracy([0, 512], accuracy, Figure().add_subplot())
+    assert ax.get_ylim() == pytest.approx(limits)
+    curve = Curve(np.array([0.0, 512.0]), np.array(accuracy), np.array(accuracy), np.array(accuracy))
+    assert plots.accuracy_by_policy({"a": curve}, Figure().add_subplot()).get_ylim() == pytest.approx(limits)
+
+
+def test_a_share_of_all_or_none_does_not_hide_under_the_frame():
+    ax = plots.effective_ratios([1, 2], [0.0, 1.0], [0.0, 1.0], Figure().add_subplot())
+    assert ax.get_ylim() == (-2, 102)
 
 
 def test_wide_budgets_are_binned_without_loss():

@@ -71,13 +71,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a run's settings.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such file; run folders one level below are named.
         ValueError: If the file holds no mapping.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no run folder {path.parent}")
     if not path.is_file():
         inside = sorted(str(found.parent) for found in path.parent.glob(f"*/{path.name}"))
         hint = f"; run folders in it: {', '.join(inside[:SHOWN_FOLDERS])}" if inside else ""
-        more = f" and {len(inside) - SHOWN_FOLDERS} more" if len(inside) > SHOWN_FOLDERS else ""
+        more = f", and {len(inside) - SHOWN_FOLDERS} more" if len(inside) > SHOWN_FOLDERS else ""
         raise FileNotFoundError(f"{path.parent} is not a run folder: it has no {path.name}{hint}{more}")
     config = read_yaml(path)
     if not isinstance(config, dict):
@@ -96,7 +98,6 @@ def read_yaml(path: Path) -> Any:
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:

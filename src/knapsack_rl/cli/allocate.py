@@ -93,7 +93,8 @@ def _from_rewards(columns: Columns, parsed: argparse.Namespace) -> tuple[list[Pr
     if parsed.fallback:
         raise ValueError("--fallback goes with success rates; for rewards use --estimator window, the paper's rule")
     ids = identities(_column(columns, parsed.id_column, parsed.file, "--id-column"), parsed.id_column)
-    rewards = numbers(_column(columns, parsed.reward_column, parsed.file, "--reward-column"), parsed.reward_column)
+    flag = f"--reward-column, or a column of success rates, which {parsed.rate_column!r} is not, with --rate-column"
+    rewards = numbers(_column(columns, parsed.reward_column, parsed.file, flag), parsed.reward_column)
     steps = np.zeros(len(ids))
     if parsed.step_column in columns:
         steps = numbers(columns[parsed.step_column], parsed.step_column)

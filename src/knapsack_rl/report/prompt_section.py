@@ -14,6 +14,9 @@ from knapsack_rl.report.runlog import RunLog
 SHOWN = 6
 """Prompts in each list."""
 
+REVERSED = "The task arithmetic writes answers with their digits reversed: 12+30= has the answer 24."
+"""Without it a reader of right answers thinks them wrong."""
+
 
 @dataclass(frozen=True)
 class PromptHistory:
@@ -108,6 +111,8 @@ def prompt_section(run: RunLog) -> list[str]:
             parts.append(
                 f'<div class="prompts">{"".join(_card(one, run.samples.get(one.prompt_id)) for one in chosen)}</div>'
             )
+    if parts and run.config.get("dataset") == "arithmetic":
+        parts.insert(1, page.paragraph(REVERSED, "soft"))  # below the first heading
     if parts and len(run.samples) < len(run.prompt_ids):
         kept = (
             f"Completions were kept of {len(run.samples):,} of {len(run.prompt_ids):,} prompts, chosen by their ids "

@@ -157,10 +157,8 @@ def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str
     """
 
     def rows_of(split: str) -> list[Row]:
-        rows = read_rows(request, source, split)
-        return mixed(
-            distinct(as_row(row, f"{request.path or request.dataset}, row {at}") for at, row in enumerate(rows))
-        )
+        rows, place = read_rows(request, source, split), request.path or request.dataset
+        return mixed(distinct(as_row(row, f"{place}, row {at}") for at, row in enumerate(rows, start=1)))
 
     no_splits = Path(request.path).suffix in READABLE
     held_out = None
