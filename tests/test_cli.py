@@ -364,6 +364,40 @@ def test_a_log_with_other_names_bounds_and_threshold(cli):
     assert read_table(out)[2] == allocator.allocate(prompts, 50).counts.tolist()
 
 
+@pytest.mark.parametrize("path", ["run", "run/allocations.jsonl"])
+def test_a_run_folder_is_a_log_of_rewards(cli, refused, path):
+    visits = [
+        (prompt, visit["step"], good, size)
+        for visit in write_run(Path("run"), steps=5)
+        for prompt, good, size in zip(visit["prompt_ids"], visit["successes"], visit["scored"], strict=True)
+    ]
+    rows = [
+        {"prompt_id": prompt, "step": step, "reward": float(k < good)}
+        for prompt, step, good, size in visits
+        for k in range(size)
+    ]
+    allocator, prompts = fed_in_order(rows)
+    ids, _, counts = read_table(cli("allocate", path)[0])
+    assert ids == prompts
+    assert counts == allocator.allocate(prompts, 8 * len(prompts)).counts.tolist()
+    assert "give no options for them" in refused("allocate", path, "--reward-column", "score")
+    assert "--fallback goes with success rates" in refused("allocate", path, "--fallback")
+
+
+def test_completions_of_trl_are_a_log_of_rewards(cli):
+    rows = [row for row in reward_log() if row["reward"] is not None]
+    Path("completions").mkdir()
+    for step in sorted({row["step"] for row in rows}):
+        of_step = [row for row in rows if row["step"] == step]
+        table = {"step": [step] * len(of_step), "prompt": [row["prompt_id"] for row in of_step]}
+        scores = {"mine": [2 * row["reward"] + 1 for row in of_step]}  # 1 and 3
+        parquet.write_table(pa.table(table | scores), f"completions/completions_{step:05}.parquet")
+    allocator, prompts = fed_in_order(sorted(rows, key=lambda row: row["step"]))
+    ids, _, counts = read_table(cli("allocate", "completions", "--success-threshold", 2)[0])
+    assert ids == prompts
+    assert counts == allocator.allocate(prompts, 8 * len(prompts)).counts.tolist()
+
+
 def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so(cli):
     rows = reward_log()
     out, err = cli("allocate", write_table(rows, "csv"), "--budget", 6)

@@ -139,8 +139,8 @@ def read_reward_log(
     """Read whatever is at a path.
 
     Args:
-        path: a run folder, a folder of TRL's completions (or one that holds ``completions/``), a folder of verl's
-            dumps, or a CSV, JSONL or parquet file with a row per rollout.
+        path: a run folder or its allocation log, a folder of TRL's completions (or one that holds ``completions/``), a
+            folder of verl's dumps, or a CSV, JSONL or parquet file with a row per rollout.
         names: columns to read, where the usual ones are not meant.
         success: a reward above this is a success, or a function of the rewards; None means above 0.
 
@@ -150,6 +150,8 @@ def read_reward_log(
         ImportError: parquet needs pyarrow.
     """
     path, names = Path(path), names or ColumnNames()
+    if path.name == ALLOCATION_LOG:
+        path = path.parent
     if path.is_file():
         return _from_tables([(path, read_columns(path))], names, success, source=str(path))
     if not path.is_dir():

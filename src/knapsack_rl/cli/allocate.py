@@ -11,19 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knapsack_rl.allocation import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimator import ESTIMATORS
 from knapsack_rl.logs import Columns, column, identities, numbers, read_columns
 from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.reward_logs import ColumnNames, read_reward_log
+from knapsack_rl.runfiles import ALLOCATION_LOG
+from knapsack_rl.value import FloatArray
 
 DEFAULT_ROLLOUTS = 8
+ID_COLUMN, STEP_COLUMN, REWARD_COLUMN = "prompt_id", "step", "reward"
 
 EXAMPLES = """examples:
   knapsack-rl allocate rates.csv --budget 2048            columns prompt_id, success_rate (empty = unseen)
   knapsack-rl allocate rewards.jsonl                      columns prompt_id, reward and, if there, step
   knapsack-rl allocate rewards.parquet --reward-column score --success-threshold 0.5 --format json
+  knapsack-rl allocate runs/knapsack-n8-seed0             the prompts of a run, or a folder of TRL or verl
 """
 
 
@@ -33,11 +39,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "allocate",
         help="success rates or reward logs in, rollouts per prompt out",
         description="Allocate a rollout budget over the prompts of a file. A file with a column of success rates is "
-        "taken at its word; a file of rewards, one row per rollout, goes through an estimator, step by step.",
+        "taken at its word; a file of rewards, one row per rollout, goes through an estimator, step by step; so does a "
+        "run folder, or one of TRL's completions or verl's dumps.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSONL or parquet")
+    parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSONL or parquet; or a folder")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget", type=int, help="rollouts in all")
     budget.add_argument("--rollouts-per-prompt", type=int, help="mean rollouts per prompt (default: 8)")
@@ -46,10 +53,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--fallback", action="store_true", help="with success rates: the paper's fallback rule")
     parser.add_argument("--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="with rewards")
     parser.add_argument("--success-threshold", type=float, default=0.0, help="a reward above it is a success")
-    parser.add_argument("--id-column", default="prompt_id", metavar="NAME")
+    parser.add_argument("--id-column", default=ID_COLUMN, metavar="NAME")
     parser.add_argument("--rate-column", default="success_rate", metavar="NAME")
-    parser.add_argument("--reward-column", default="reward", metavar="NAME")
-    parser.add_argument("--step-column", default="step", metavar="NAME", help="orders the visits of a prompt")
+    parser.add_argument("--reward-column", default=REWARD_COLUMN, metavar="NAME")
+    parser.add_argument("--step-column", default=STEP_COLUMN, metavar="NAME", help="orders the visits of a prompt")
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="(default: csv)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="(default: standard output)")
     parser.set_defaults(run=run)
@@ -57,8 +64,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Print one line per prompt: id, estimated success rate, rollouts."""
-    columns = read_columns(parsed.file)
-    ids, allocation = _from_rates(columns, parsed) if parsed.rate_column in columns else _from_rewards(columns, parsed)
+    if parsed.file.is_dir() or parsed.file.name == ALLOCATION_LOG:
+        ids, allocation = _from_folder(parsed)
+    else:
+        columns = read_columns(parsed.file)
+        read = _from_rates if parsed.rate_column in columns else _from_rewards
+        ids, allocation = read(columns, parsed)
     rates = np.full(len(ids), np.nan) if allocation.success_rates is None else allocation.success_rates
     rows = [
         {"prompt_id": prompt_id, "success_rate": None if np.isnan(rate) else float(rate), "rollouts": int(count)}
@@ -90,8 +101,6 @@ def _from_rates(columns: Columns, parsed: argparse.Namespace) -> tuple[list[Prom
 
 
 def _from_rewards(columns: Columns, parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]:
-    if parsed.fallback:
-        raise ValueError("--fallback goes with success rates; for rewards use --estimator window, the paper's rule")
     ids = identities(_column(columns, parsed.id_column, parsed.file, "--id-column"), parsed.id_column)
     flag = f"--reward-column, or a column of success rates, which {parsed.rate_column!r} is not, with --rate-column"
     rewards = numbers(_column(columns, parsed.reward_column, parsed.file, flag), parsed.reward_column)
@@ -101,9 +110,29 @@ def _from_rewards(columns: Columns, parsed: argparse.Namespace) -> tuple[list[Pr
         if np.isnan(steps).any():
             row = int(np.flatnonzero(np.isnan(steps))[0]) + 1
             raise ValueError(f"column {parsed.step_column!r}, row {row} is empty; every row needs a step, or none")
-    allocator = KnapsackAllocator(
-        parsed.estimator, parsed.min_rollouts, parsed.max_rollouts, success=parsed.success_threshold
-    )
+    return _observed(ids, rewards, steps, parsed.success_threshold, parsed)
+
+
+def _from_folder(parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]:
+    names = {
+        "prompt": parsed.id_column if parsed.id_column != ID_COLUMN else None,
+        "step": parsed.step_column if parsed.step_column != STEP_COLUMN else None,
+        "reward": parsed.reward_column if parsed.reward_column != REWARD_COLUMN else None,
+    }
+    log = read_reward_log(parsed.file, ColumnNames(**names), parsed.success_threshold or None)
+    failures = log.totals - log.successes
+    ids = [log.prompt_ids[prompt] for prompt in np.repeat(log.prompt, log.totals).tolist()]
+    rewards = np.repeat(np.tile([1.0, 0.0], log.totals.size), np.stack([log.successes, failures], axis=1).ravel())
+    return _observed(ids, rewards, np.repeat(log.step, log.totals), 0.0, parsed)
+
+
+def _observed(
+    ids: list[PromptId], rewards: FloatArray, steps: NDArray[Any], success: float, parsed: argparse.Namespace
+) -> tuple[list[PromptId], Allocation]:
+    """The next allocation of an allocator that saw these rollouts, step by step."""
+    if parsed.fallback:
+        raise ValueError("--fallback goes with success rates; for rewards use --estimator window, the paper's rule")
+    allocator = KnapsackAllocator(parsed.estimator, parsed.min_rollouts, parsed.max_rollouts, success=success)
     for step in np.unique(steps):
         rows = np.flatnonzero(steps == step)
         allocator.observe([ids[row] for row in rows], rewards[rows])
