@@ -166,7 +166,7 @@ def test_math_takes_its_answer_from_the_solutions_last_box(tmp_path):
     boxed = [f"\\boxed{{{row['answer']}}}" for row in task.train]
     assert rewards(task, task.train, boxed) == [1.0] * 4
     (tmp_path / "math.jsonl").write_text('{"problem": "?", "solution": "nothing boxed"}\n')
-    with pytest.raises(ValueError, match=r"math\.jsonl, row 0: the solution has no \\boxed"):
+    with pytest.raises(ValueError, match=r"math\.jsonl, row 1: the solution has no \\boxed"):
         load("math", 1, 0, path=str(tmp_path / "math.jsonl"))
 
 

@@ -331,7 +331,7 @@ def test_plots_return_their_axes_and_draw_the_data(folder):
     ("accuracy", "limits"),
     [
         ([0.0, 0.0], (-2, 8)),  # no change is not drawn as a large one, and no percentage is below 0
-        ([1.0, 1.0], (92, 102)),
+        ([1.0, 1.0], (91, 102)),
         ([0.5, 0.5], (45, 55)),
         ([0.0, 1.0], (-2, 102)),
         ([0.2, 0.6], (18, 62)),  # as matplotlib has it

@@ -35,7 +35,7 @@ from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, base_model_path, make_split
 from knapsack_rl.training import evaluate
 from knapsack_rl.training.data import load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
-from knapsack_rl.training.noise import quiet_libraries
+from knapsack_rl.training.noise import quiet_about_tied_weights, quiet_libraries
 from knapsack_rl.training.policies import make_allocator
 from knapsack_rl.training.run import train
 from knapsack_rl.training.settings import RIVALS, TrainSettings, read_yaml, settings_from
@@ -814,3 +814,23 @@ def test_a_warning_of_the_hub_comes_once(caplog):
         hub.warning("told by a handler of its own")
         assert caplog.records == []
     assert hub.propagate is before
+
+
+def test_weights_that_are_saved_once_are_not_told_to_be_missing(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = torch.nn.ModuleDict({"embed": torch.nn.Linear(3, 3, bias=False), "head": torch.nn.Linear(3, 3, bias=False)})
+    trainer = logging.getLogger("transformers.trainer")
+
+    def told(names, text="There were missing keys in the checkpoint model loaded: "):
+        caplog.clear()
+        with quiet_about_tied_weights(model):
+            trainer.warning(f"{text}{names}.")
+        return len(caplog.messages)
+
+    assert told(["head.weight"]) == 1  # a weight of its own
+    model["head"].weight = model["embed"].weight
+    assert told(["head.weight"]) == 0
+    assert told(["head.weight", "other.weight"]) == 1
+    assert told(["head.weight"], "There were unexpected keys in the checkpoint model loaded: ") == 1
+    trainer.warning("There were missing keys in the checkpoint model loaded: ['head.weight'].")
+    assert len(caplog.messages) == 2  # only while the body runs

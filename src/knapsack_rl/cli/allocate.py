@@ -6,7 +6,10 @@ import argparse
 import csv
 import io
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +140,20 @@ def _observed(
         rows = np.flatnonzero(steps == step)
         allocator.observe([ids[row] for row in rows], rewards[rows])
     prompts = list(dict.fromkeys(ids))
-    return prompts, allocator.allocate(prompts, _budget(parsed, len(prompts)))
+    with _quiet("knapsack_rl.allocator"):  # what it warns of is the reason that is printed
+        return prompts, allocator.allocate(prompts, _budget(parsed, len(prompts)))
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A logger silent below errors while the body runs."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _column(columns: Columns, name: str, path: Path, flag: str) -> list[Any]:

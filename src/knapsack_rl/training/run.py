@@ -33,6 +33,7 @@ from knapsack_rl.training.models import (
     load_tokenizer,
     vllm_arguments,
 )
+from knapsack_rl.training.noise import quiet_about_tied_weights
 from knapsack_rl.training.policies import make_allocator, make_rounds
 from knapsack_rl.training.processes import is_main_process
 from knapsack_rl.training.recorder import Display, Recorder, all_done
@@ -159,7 +160,8 @@ def _run(trainer: KnapsackGRPOTrainer, recorder: Recorder, display: Display, che
         done = steps_of(checkpoint) // recorder.settings.updates_per_step if checkpoint else 0
         display.start(recorder.settings, done)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with quiet_about_tied_weights(trainer.model if checkpoint else None):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             display.stop()
 
