@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 import knapsack_rl as kr
-from knapsack_rl.allocation import allocate_expected, feasible_bounds
+from knapsack_rl.allocation import allocate_expected
+from knapsack_rl.degradation import feasible_bounds
 from knapsack_rl.value import marginal_values
 from strategies import Batch, batches, no_deadline, success_rates
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,6 +43,21 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
         if not isinstance(prompt_id, str) and abs(prompt_id) > LARGEST_ID:
             raise ValueError(f"{name}[{position}] is a number of more than 300 digits; give such an id as a string")
         ids[position] = prompt_id
+    return ids
+
+
+def check_batch(prompt_ids: Iterable[Any]) -> list[PromptId]:
+    """Return the ids of a batch: at least one, none twice.
+
+    Raises:
+        ValueError: there is none, or one repeats or is no id.
+    """
+    ids = check_prompt_ids(prompt_ids)
+    if not ids:
+        raise ValueError("prompt_ids is empty; a batch needs at least one prompt")
+    if len(set(ids)) < len(ids):
+        twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
+        raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
     return ids
 
 
