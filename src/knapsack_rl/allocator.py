@@ -37,7 +37,7 @@ from knapsack_rl.groups import (
 )
 from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.products import dot
-from knapsack_rl.prompt_ids import PromptId, check_batch, check_prompt_ids, stable_order
+from knapsack_rl.prompt_ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
 from knapsack_rl.tokens import (
@@ -304,8 +304,7 @@ class KnapsackAllocator(Guarded):
                 recorded then.
         """
         ids = check_prompt_ids(prompt_ids_per_rollout)
-        distinct = {prompt_id: k for k, prompt_id in enumerate(dict.fromkeys(ids))}
-        prompt_R = np.array([distinct[prompt_id] for prompt_id in ids], dtype=np.int64)
+        distinct, prompt_R = numbered(ids)
         groups = group_outcomes(prompt_R, rewards, self.success)
         rewards_R = np.asarray(rewards, dtype=np.float64)
         lengths_R = None if lengths is None else check_lengths(lengths, len(ids))
@@ -330,7 +329,7 @@ class KnapsackAllocator(Guarded):
                 evidence=self.attempt("learning", lambda: self._absorb(known, successes, totals)),
             )
             self._refit_when_due(len(visitors))
-        self._step.compare(list(distinct), groups, lost)
+        self._step.compare(distinct, groups, lost)
 
     def _absorb(self, known: Records, successes: IntArray, totals: IntArray) -> FloatArray:
         evidence = self.estimator.absorb(known, successes, totals)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.value import FloatArray
+from knapsack_rl.value import FloatArray, IntArray
 
 PromptId = str | int
 """A string or a whole number that names the same prompt in every epoch; ``7`` and ``"7"`` are different prompts."""
@@ -59,6 +59,12 @@ def check_batch(prompt_ids: Iterable[Any]) -> list[PromptId]:
         twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
         raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
     return ids
+
+
+def numbered(prompt_ids: Sequence[PromptId]) -> tuple[list[PromptId], IntArray]:
+    """The distinct ids in the order of their first row, and (R,) the place of each row's id among them."""
+    place = {prompt_id: k for k, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
+    return list(place), np.array([place[prompt_id] for prompt_id in prompt_ids], dtype=np.int64)
 
 
 def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
