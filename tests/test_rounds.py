@@ -11,12 +11,13 @@ import torch
 from transformers import PrinterCallback
 
 import tiny
-from knapsack_rl.groups import group_outcomes
+from knapsack_rl.allocation import Allocation
 from knapsack_rl.training.rivals import Oversample, Sequential
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 from knapsack_rl.trl.batches import concatenate, select
 from knapsack_rl.trl.replay import Success, SuccessBuffer, log_probs_now, mix_in
 from knapsack_rl.trl.rounds import RoundsGRPOTrainer
+from knapsack_rl.trl.step import Step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -212,8 +213,7 @@ def test_the_gradient_of_a_replayed_success_is_that_of_the_clipped_importance_we
         "advantages": torch.zeros(4, dtype=torch.float64),
         "num_items_in_batch": mask.sum(),
     }
-    group_R, success_R = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0])
-    rewards = success_R.astype(float)
+    group_R, rewards = np.array([0, 0, 1, 1]), np.array([0.0, 0.0, 1.0, 0.0])
     buffer = SuccessBuffer(5)
     stored = torch.tensor([9, 7, 8, 2, 1])
     with torch.no_grad():
@@ -221,14 +221,12 @@ def test_the_gradient_of_a_replayed_success_is_that_of_the_clipped_importance_we
     # Ratios 1.5 (clipped), 1.1, 0.6 (below the range, yet not clipped: the advantage is positive), 1.28+, 1.
     shift = torch.log(torch.tensor([1.5, 1.1, 0.6, 1.27, 1.0], dtype=torch.float64))
     buffer.entries["first"] = Success(stored.numpy(), (now - shift).numpy(), 1.0)
+    allocation = Allocation(np.array([2, 2]), 0.0, success_rates=np.array([0.02, 0.05]))
     total, figures = mix_in(
         buffer,
         trainer,
-        ["first", "second"],
-        np.array([0.02, 0.05]),
-        group_R,
-        group_outcomes(group_R, rewards, 0.0),
-        success_R,
+        Step(["first", "second"], allocation, group_R, ragged=False, seconds=0.0),
+        rewards,
         rewards,
         output,
     )

@@ -20,7 +20,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 import knapsack_rl.trl
-import knapsack_rl.trl.trainer as trainer_module
 import tiny
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimator import BetaEstimator
@@ -33,6 +32,7 @@ from knapsack_rl.trl import (
 )
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.identity import prompt_key
+from knapsack_rl.trl.internals import one_completion_per_row
 
 TOLERANCE = 3e-7
 
@@ -1078,19 +1078,16 @@ def test_vllm_is_asked_for_one_completion_per_row_in_training_only(tmp_path, mon
         assert batch["completions"] == [prompt[:3] for prompt in batch["prompts"]]
 
 
-def test_vllm_gets_every_other_argument_as_it_was(tmp_path):
-    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path)
-    calls = []
+def test_vllm_gets_every_other_argument_as_it_was():
+    calls, training = [], [True, True, False]
 
     def generate(prompts, images, num_generations, profiler=None):
         calls.append((prompts, images, num_generations, profiler))
         return "made"
 
-    wrapped = trainer_module._one_completion_per_row(generate, trainer)
-    trainer.model.train()
+    wrapped = one_completion_per_row(generate, lambda: training.pop(0))
     assert wrapped([[1]], None, 4, profiler="p") == "made"
     assert wrapped(prompts=[[2]], images=None, num_generations=4) == "made"
-    trainer.model.eval()
     assert wrapped([[3]], None, 4) == "made"
     assert calls == [([[1]], None, 1, "p"), ([[2]], None, 1, None), ([[3]], None, 4, None)]
 
