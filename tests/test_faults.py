@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import json
 import logging
 import os
@@ -36,13 +35,6 @@ from knapsack_rl.trl.identity import check_same_data
 from knapsack_rl.trl.rewards import RewardError, watched
 
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def trainer_of(folder, *rewards, data=None, allocator=None, **changes):

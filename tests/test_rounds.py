@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 
 import numpy as np
@@ -18,13 +17,6 @@ from knapsack_rl.trl.batches import concatenate, select
 from knapsack_rl.trl.replay import Success, SuccessBuffer, log_probs_now, mix_in
 from knapsack_rl.trl.rounds import RoundsGRPOTrainer
 from knapsack_rl.trl.step import Step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make(kind, folder, reward, *, prompts=24, extra=None, **changes):

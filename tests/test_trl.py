@@ -1,5 +1,4 @@
 import functools
-import gc
 import importlib.util
 import json
 import logging
@@ -35,14 +34,6 @@ from knapsack_rl.trl.identity import prompt_key
 from knapsack_rl.trl.internals import one_completion_per_row
 
 TOLERANCE = 3e-7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    # Each run ends with a garbage collection, which spends most of its time on the libraries' own objects.
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class WatchedTrainer(KnapsackGRPOTrainer):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
 from transformers import PrinterCallback
 
 import tiny
@@ -32,13 +30,6 @@ for estimator in ("bayes-filter", "empirical-bayes", "beta", "window"):
 print(digest.hexdigest())
 """
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_threads_of_the_libraries_change_nothing() -> None:
