@@ -14,7 +14,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
@@ -60,21 +59,9 @@ class WatchedTrainer(KnapsackGRPOTrainer):
         return output
 
 
-def trainer_of(cls, folder, *, rewards=(tiny.digit_sum,), data=None, model=None, extra=None, **changes):
-    """A trainer on the tiny model; settings that only the knapsack configuration has are left out for the stock one."""
-    config = KnapsackGRPOConfig
-    if cls is GRPOTrainer:
-        config, changes = GRPOConfig, {k: v for k, v in changes.items() if k in GRPOConfig.__dataclass_fields__}
-    trainer = cls(
-        model=tiny.model() if model is None else model,
-        reward_funcs=list(rewards),
-        args=config(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.dataset(96) if data is None else data,
-        processing_class=tiny.tokenizer(),
-        **(extra or {}),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def trainer_of(kind, folder, *, rewards=(tiny.digit_sum,), data=None, **settings):
+    """A trainer with a shaped reward and more prompts than it meets in a run."""
+    return tiny.trainer(kind, folder, *rewards, data=tiny.dataset(96) if data is None else data, **settings)
 
 
 def ragged_trainer(folder, *, rewards=(tiny.digit_sum,), prompts=24, extra=None, **changes):
@@ -169,8 +156,8 @@ def run_case(tmp_path_factory, saved_model):
         data = tiny.dataset(96, ids=settings.pop("ids", True))
         if settings.pop("iterable", False):
             data = data.to_iterable_dataset()
-        model = saved_model if settings.get("beta") else None
-        trainer = trainer_of(cls, tmp_path_factory.mktemp("run"), data=data, model=model, **settings, **allocation)
+        extra = {"model": saved_model} if settings.get("beta") else {}
+        trainer = trainer_of(cls, tmp_path_factory.mktemp("run"), data=data, extra=extra, **settings, **allocation)
         start = tiny.fingerprint(trainer.model)
         trainer.train()
         sizes = set(metric(trainer, "knapsack/budget_min") + metric(trainer, "knapsack/budget_max"))
