@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -59,6 +61,12 @@ def check_batch(prompt_ids: Iterable[Any]) -> list[PromptId]:
         twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
         raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
     return ids
+
+
+def hash_of(prompt: Any) -> str:
+    """An id for a prompt that has none, from its text or messages."""
+    text = json.dumps(prompt, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def numbered(prompt_ids: Sequence[PromptId]) -> tuple[list[PromptId], IntArray]:
