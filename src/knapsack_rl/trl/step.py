@@ -11,6 +11,7 @@ import numpy as np
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.groups import SuccessRule, group_outcomes, successes_of
 from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.runfiles import finite_or_none
 from knapsack_rl.samples import SampleStore
 from knapsack_rl.trl.identity import prompt_key
 from knapsack_rl.value import FloatArray, IntArray
@@ -59,8 +60,8 @@ class Step:
             "successes": per_prompt(groups.successes),
             "scored": per_prompt(groups.totals),
             "effective": per_prompt(groups.effective),
-            "estimate": _null_for_nan(self.allocation.success_rates),
-            "predicted": _null_for_nan(self.allocation.nonzero_gradient),
+            "estimate": _as_json(self.allocation.success_rates),
+            "predicted": _as_json(self.allocation.nonzero_gradient),
             "reason": self.allocation.reason,
             "seconds": self.seconds,
         }
@@ -175,5 +176,5 @@ def rows_by_prompt(keys: list[PromptId], rows: list[dict[str, Any]]) -> dict[Pro
     return found
 
 
-def _null_for_nan(numbers: FloatArray | None) -> list[float | None]:
-    return [] if numbers is None else [None if np.isnan(number) else float(number) for number in numbers]
+def _as_json(numbers: FloatArray | None) -> list[float | None]:
+    return [] if numbers is None else [finite_or_none(number) for number in numbers]
