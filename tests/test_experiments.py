@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,31 @@ def test_experiments_share_the_runs_of_an_arm(tmp_path):
     assert quick[0].folder != second[0].folder
 
 
+def test_runs_on_record_are_not_trained_again(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(pool, "execute", lambda runs, *, jobs, progress: trained.extend(runs) or [])
+    monkeypatch.setattr(pool, "extract", lambda run, arm: {"arm": arm, "seed": run.settings.seed, "new": True})
+    arms, options = ("uniform", "paper"), Options(seeds=2, runs=tmp_path / "runs", record=tmp_path / "record")
+    runs = pool.plan(arms, options)
+    rows = [
+        run_row("uniform", 0) | {"settings": asdict(runs[0].settings)},
+        run_row("paper", 0) | {"settings": asdict(runs[1].settings) | {"learning_rate": 0.5}},  # another run
+        run_row("uniform", 1) | {"settings": asdict(runs[2].settings), "quick": True},
+        run_row("paper", 1) | {"settings": asdict(runs[3].settings) | {"gone": 1}},  # of another release
+        run_row("paper", 1),  # made before rows held settings
+        {"seed": 0, "gap": 0.0},  # of an experiment without training
+    ]
+    options.record.mkdir()
+    (options.record / "weighting.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = []
+    found = pool.measure(arms, options, told.append)
+    assert trained == runs[1:]
+    assert told == ["uniform-seed0 was there"]
+    assert found[0] == rows[0]
+    assert all(row["new"] for row in found[1:])
+    assert pool.missing(runs, Options(runs=options.runs)) == runs
+
+
 # -- Findings on made-up rows ------------------------------------------------------------------------------------------
 
 
@@ -318,9 +344,7 @@ def quick_runs(tmp_path_factory):
     return tmp_path_factory.mktemp("quick")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "forgetting" else pytest.mark.slow) for name in TRAINED]
-)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_quick_run_trains_prints_and_writes(name, quick_runs, tmp_path, capsys):
     pytest.importorskip("trl")
     arguments = ["experiment", name, "--quick", "--seeds", "1", "--runs", str(quick_runs), "--output", str(tmp_path)]

@@ -185,9 +185,10 @@ faulthandler.dump_traceback_later(60, exit=True)
 struck = 0
 def strike(frame, event, argument):
     global struck
-    if event == "return" and frame.f_code.co_name == "__enter__" and frame.f_code.co_filename.endswith("threading.py"):
+    code = frame.f_code
+    if event == "return" and code.co_name == "__enter__" and code.co_filename.endswith("threading.py"):
         struck += 1
-        signal.raise_signal(signal.SIGVTALRM)  # as the clock may: between taking a lock and the block that gives it back
+        signal.raise_signal(signal.SIGVTALRM)  # as the clock may: a lock is taken, its block not yet entered
     return strike
 try:
     with deadline(0.05):
@@ -200,7 +201,7 @@ except OutOfTime:
 
 
 def test_a_deadline_that_strikes_on_the_way_out_leaves_no_lock_taken() -> None:
-    """A handler that raised just after a lock was taken would leave it taken, and the run would wait for it for ever."""
+    """A handler that raised just after a lock was taken would leave it taken, and the run would wait for ever."""
     command = [sys.executable, "-c", STRUCK_WITH_A_LOCK_TAKEN]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

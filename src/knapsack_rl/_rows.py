@@ -4,7 +4,8 @@
 pickled into numba's cache and break that cache when it is renamed. Between the bounds asked about no row may rise;
 tables are checked (and smoothed) before, and rounding cannot let a geometric row rise: see ``_walk``.
 
-The two functions inlined take arrays; passing those to a call per prompt would cost more than the call does.
+Who asks about many rows tells geometric ones from those of the table itself and passes numbers: to pass arrays to a
+call per prompt, inlined or not, would cost several times what the call does.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _walk(n, x, y, first, second, value, upper):  # pragma: no cover - compiled
 
 
 @njit(cache=True)
-def _collect(n, x, y, first, second, low, high, lower, upper, values, size):  # pragma: no cover - compiled
+def collect_of_sequence(n, x, y, first, second, low, high, lower, upper, values, size):  # pragma: no cover - compiled
     """Append the marginals strictly between low and high of a geometric row to values[:size]; return the new size."""
     by_first = by_second = 0.0
     if upper > BLOCK:
@@ -106,40 +107,32 @@ def _search(table, row, value, lower, upper):  # pragma: no cover - compiled
     return start
 
 
-@njit(inline="always")
-def begin(weight, i, lower):  # pragma: no cover - compiled
-    """Place (n, x, y) at which row i begins; x and y mean nothing to a row of the table."""
-    if weight.size and weight[i] >= 0.0:
-        return 1, weight[i], weight[i]
-    return lower, 0.0, 0.0
-
-
-@njit(inline="always")
-def counts_from(n, x, y, weight, first, second, table, i, value, lower, upper):  # pragma: no cover - compiled
-    """Rollouts of row i, within its bounds, whose marginal is (above, at least) ``value``; the place reached.
+@njit(cache=True, forceinline=True)
+def counts_of_sequence(n, x, y, first, second, value, lower, upper):  # pragma: no cover - compiled
+    """Rollouts of a geometric row, within its bounds, whose marginal is (above, at least) ``value``; the place reached.
 
     (n, x, y) is a place that the row reached for a larger value, or its beginning.
     """
-    if weight.size and weight[i] >= 0.0:
-        above, following, n, x, y = _walk(n, x, y, first[i], second[i], value, upper)
-        at_least = above
-        if following == value:
-            at_least = _walk(n, x, y, first[i], second[i], np.nextafter(value, -np.inf), upper)[0]
-        return max(above, lower), max(at_least, lower), n, x, y
-    row = int(-weight[i]) - 1 if weight.size else i
+    above, following, n, x, y = _walk(n, x, y, first, second, value, upper)
+    at_least = above
+    if following == value:
+        at_least = _walk(n, x, y, first, second, np.nextafter(value, -np.inf), upper)[0]
+    return max(above, lower), max(at_least, lower), n, x, y
+
+
+@njit(cache=True)
+def counts_of_table(table, row, n, value, upper):  # pragma: no cover - compiled
+    """The same for a row of the table, of which ``n`` rollouts, at least its lower bound, are above a larger value."""
     above = _search(table, row, value, n, upper)
     at_least = above
     if above < upper and table[row, above] == value:
         at_least = _search(table, row, np.nextafter(value, -np.inf), above, upper)
-    return above, at_least, above, x, y
+    return above, at_least
 
 
-@njit(inline="always")
-def collect(n, x, y, weight, first, second, table, i, low, high, lower, upper, values, size):  # pragma: no cover
-    """Append the marginals of row i strictly between low and high to values[:size]; return the new size."""
-    if weight.size and weight[i] >= 0.0:
-        return _collect(n, x, y, first[i], second[i], low, high, lower, upper, values, size)
-    row = int(-weight[i]) - 1 if weight.size else i
+@njit(cache=True)
+def collect_of_table(table, row, n, low, high, upper, values, size):  # pragma: no cover - compiled
+    """As :func:`collect_of_sequence` for a row of the table."""
     while n < upper and table[row, n] > low:
         if table[row, n] < high:
             values[size] = table[row, n]

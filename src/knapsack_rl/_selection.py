@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from knapsack_rl._rows import begin, collect, counts_from, marginal
+from knapsack_rl._rows import collect_of_sequence, collect_of_table, counts_of_sequence, counts_of_table, marginal
 
 STRIDE = 16  # of a sample of the prompts
 FIRST_LOOK = 16  # prompts that give the first guess
@@ -42,7 +42,11 @@ def beginnings(rows, lower, step):  # pragma: no cover - compiled
     size = (lower.size + step - 1) // step
     n, x, y = np.empty(size, np.int64), np.empty(size), np.empty(size)
     for k in range(size):
-        n[k], x[k], y[k] = begin(weight, k * step, lower[k * step])
+        i = k * step
+        if weight.size and weight[i] >= 0.0:
+            n[k], x[k], y[k] = 1, weight[i], weight[i]
+        else:
+            n[k], x[k], y[k] = lower[i], 0.0, 0.0
     return n, x, y
 
 
@@ -58,9 +62,14 @@ def count_rollouts(rows, cost, lower, upper, step, value, start, reached):  # pr
     cost_above = cost_at_least = above = at_least = 0.0
     for k in range(n.size):
         i = k * step
-        n_above, n_at_least, n[k], x[k], y[k] = counts_from(
-            start_n[k], start_x[k], start_y[k], weight, first, second, table, i, value, lower[i], upper[i]
-        )
+        if weight.size and weight[i] >= 0.0:
+            n_above, n_at_least, n[k], x[k], y[k] = counts_of_sequence(
+                start_n[k], start_x[k], start_y[k], first[i], second[i], value, lower[i], upper[i]
+            )
+        else:
+            row = int(-weight[i]) - 1 if weight.size else i
+            n_above, n_at_least = counts_of_table(table, row, start_n[k], value, upper[i])
+            n[k] = n_above
         above += n_above
         at_least += n_at_least
         if cost.size:
@@ -82,7 +91,13 @@ def _gather(rows, cost, lower, upper, step, low, high, start, capacity):  # prag
     for k in range(n.size):
         i = k * step
         before = size
-        size = collect(n[k], x[k], y[k], weight, first, second, table, i, low, high, lower[i], upper[i], values, size)
+        if weight.size and weight[i] >= 0.0:
+            size = collect_of_sequence(
+                n[k], x[k], y[k], first[i], second[i], low, high, lower[i], upper[i], values, size
+            )
+        else:
+            row = int(-weight[i]) - 1 if weight.size else i
+            size = collect_of_table(table, row, n[k], low, high, upper[i], values, size)
         if cost.size:
             weights[before:size] = cost[i]
     return values[:size], weights[:size]
@@ -240,9 +255,13 @@ def counts_around(rows, lower, upper, value, places):  # pragma: no cover - comp
     n, x, y = places
     above, at_least = np.empty_like(lower), np.empty_like(lower)
     for i in range(lower.size):
-        above[i], at_least[i], _, _, _ = counts_from(
-            n[i], x[i], y[i], weight, first, second, table, i, value, lower[i], upper[i]
-        )
+        if weight.size and weight[i] >= 0.0:
+            above[i], at_least[i], _, _, _ = counts_of_sequence(
+                n[i], x[i], y[i], first[i], second[i], value, lower[i], upper[i]
+            )
+        else:
+            row = int(-weight[i]) - 1 if weight.size else i
+            above[i], at_least[i] = counts_of_table(table, row, n[i], value, upper[i])
     return above, at_least
 
 

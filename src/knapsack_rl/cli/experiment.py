@@ -16,7 +16,7 @@ from knapsack_rl.experiments.trace import SPLITS
 
 EXAMPLES = """examples:
   knapsack-rl experiment fallback --quick                       a first look, under a minute; its figures mean nothing
-  knapsack-rl experiment fallback --output docs/evidence        five seeds, two processes side by side
+  knapsack-rl experiment fallback --output docs/evidence        five seeds; runs on record there are used again
   knapsack-rl experiment all --output docs/evidence             every experiment of the page; goes on where it stopped
   knapsack-rl experiment page                                   docs/evidence.md from docs/evidence/, without training
   knapsack-rl experiment estimation --split development         estimators on a recorded run; the half for choosing
@@ -44,7 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--runs", type=Path, default=Options.runs, metavar="DIR",
                         help="training runs; finished ones are used again (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR",
-                        help=f"rows and plots (default: runs/experiments; of page: {PAGE_FOLDER})")  # fmt: skip
+                        help="rows and plots; training runs whose rows are in it are not trained again "
+                        f"(default: runs/experiments; of page: {PAGE_FOLDER})")  # fmt: skip
     parser.add_argument(
         "--split", choices=SPLITS, default="report", help="of estimation: prompts of the recorded run (default: report)"
     )
@@ -65,7 +66,9 @@ def run(parsed: argparse.Namespace) -> int:
     parsed.output = parsed.output or Path("runs/experiments")
     if parsed.name == "estimation":
         return _estimation(parsed)
-    options = Options(seeds=parsed.seeds, quick=parsed.quick, workers=parsed.workers, runs=parsed.runs)
+    options = Options(
+        seeds=parsed.seeds, quick=parsed.quick, workers=parsed.workers, runs=parsed.runs, record=parsed.output
+    )
     try:
         if parsed.name == "all":
             runs = catalogue.shared_runs(options)

@@ -28,6 +28,7 @@ EXPERIMENTS: dict[str, str] = {
     "replay": "replay_training",
     "weighting": "weighting",
     "rivals": "rivals",
+    "real-model": "real_model",
 }
 """Name of the command and of the files to the module in this package, in the order of the page."""
 

@@ -28,12 +28,15 @@ class Options:
         quick: the same code on less of everything, well under a minute; for tests and a first look.
         workers: processes side by side, each with one torch thread.
         runs: folder of the training runs; finished runs in it are used again, half-done ones resumed.
+        record: folder of rows measured earlier; training runs on record there are not trained again. None for no such
+            folder.
     """
 
     seeds: int = 5
     quick: bool = False
     workers: int = 2
     runs: Path = Path("runs/experiments")
+    record: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ shares, largest allocation. Over the run: budgets, transitions, what became of p
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from knapsack_rl.experiments.contract import Row
 from knapsack_rl.experiments.exact import success_rates
 from knapsack_rl.report.runlog import FloatArray, RunLog, Visits
 from knapsack_rl.runfiles import MODEL_FOLDER
+from knapsack_rl.tasks.registry import ONE_COMPLETION
 from knapsack_rl.training.compare import Run
 from knapsack_rl.training.settings import TrainSettings
 
@@ -38,12 +40,14 @@ def extract(run: Run, arm: str) -> Row:
         arm: name of its policy.
 
     Returns:
-        JSON values; the keys are those of the parts below.
+        JSON values; the keys are those of the parts below. ``exact`` is None for a task on which success rates can only
+        be sampled.
     """
     log = RunLog.load(run.folder)
     return {
         "arm": arm,
         "seed": run.settings.seed,
+        "settings": dataclasses.asdict(run.settings),
         "steps": int(log.steps.size),
         "rollouts_per_prompt": run.settings.rollouts_per_prompt,
         "rollouts": int(log.rollouts.sum()),
@@ -51,7 +55,7 @@ def extract(run: Run, arm: str) -> Row:
         "series": _series(log),
         "budget": _budget(log),
         "classes": {"transitions": log.transitions.tolist(), "unsolved_share": _number(log.unsolved_share)},
-        "exact": _exact(run.settings, run, log),
+        "exact": _exact(run.settings, run, log) if run.settings.dataset in ONE_COMPLETION else None,
         "replay": {"mixed_in": float(log.metric("replay/mixed_in")[1].sum())},
     }
 

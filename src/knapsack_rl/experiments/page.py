@@ -28,7 +28,9 @@ if there is an effect in its direction but not surely of its size, and is undeci
 is a small model on one task: what holds here may fail elsewhere, and the reverse.
 
 **Again.** `knapsack-rl experiment NAME` runs one experiment, two processes side by side; `all` runs every one. Finished
-runs are used again and half-done ones resumed. `--quick` is the same code on next to nothing.
+runs are used again and half-done ones resumed. With `--output docs/evidence` the runs whose rows stand there are not
+trained again either, so that seeds can be added bit by bit; give another folder to measure everything anew. `--quick`
+is the same code on next to nothing.
 """
 
 

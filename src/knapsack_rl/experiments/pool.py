@@ -1,21 +1,23 @@
 """Training runs that the experiments share: an arm is a policy with its settings, a run is an arm with a seed.
 
-Experiments name the arms they need. What is finished in the pool's folder is used again, what is half done is resumed.
+Experiments name the arms they need. What is on record as a row is used again, what is finished in the pool's folder is,
+too, and what is half done is resumed.
 Every arm trains the shipped model on the same prompts with the same settings but for those named here; the learning
 rate was chosen once, for uniform allocation, on another seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from knapsack_rl.experiments.contract import Options, Row
 from knapsack_rl.experiments.extract import extract
 from knapsack_rl.training.compare import Run, execute
-from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.training.settings import TrainSettings, settings_from
 
 FULL = TrainSettings(threads=1)
 QUICK = TrainSettings(
@@ -133,7 +135,9 @@ def plan(arms: Sequence[str], options: Options, task: str = "", **changes: Any) 
 def measure(
     arms: Sequence[str], options: Options, done: Callable[[str], None], task: str = "", **changes: Any
 ) -> list[Row]:
-    """Train what is missing and return one row per run, see :func:`~knapsack_rl.experiments.extract.extract`.
+    """Train what is neither on record nor finished, and return one row per run.
+
+    See :func:`~knapsack_rl.experiments.extract.extract` for what is in a row.
 
     Args:
         arms: names of ``ARMS``.
@@ -148,11 +152,51 @@ def measure(
     """
     runs = plan(arms, options, task, **changes)
     train(runs, options, done)
-    return [extract(run, arm) for run, arm in zip(runs, [*arms] * len(seeds_of(options)), strict=True)]
+    known = Record.read(options.record)
+    return [
+        known.row_of(run, arm) or extract(run, arm)
+        for run, arm in zip(runs, [*arms] * len(seeds_of(options)), strict=True)
+    ]
+
+
+class Record:
+    """Rows measured earlier, found by the settings of their runs.
+
+    Args:
+        rows: of any experiments; those that come from no training run of the pool are passed over.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        # Settings that were added since a row was written have their default in it.
+        self._rows = [(settings_from(row["settings"], "a row"), row) for row in rows if _usable(row)]
+
+    @classmethod
+    def read(cls, folder: Path | None) -> Record:
+        """All rows in a folder's JSONL files; none without a folder."""
+        files = sorted(folder.glob("*.jsonl")) if folder else []
+        return cls(json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines())
+
+    def row_of(self, run: Run, arm: str | None = None) -> Row | None:
+        """The row of a run with the same settings, of the arm if one is named; None if there is none."""
+        for settings, row in self._rows:
+            if settings == run.settings and arm in (None, row["arm"]):
+                return row
+        return None
+
+
+def _usable(row: Row) -> bool:
+    known = {spec.name for spec in fields(TrainSettings)}
+    return {"arm", "settings"} <= set(row) and not row.get("quick") and set(row["settings"]) <= known
+
+
+def missing(runs: Sequence[Run], options: Options) -> list[Run]:
+    """Those that are neither on record nor finished."""
+    known = Record.read(options.record)
+    return [run for run in runs if not run.finished and not known.row_of(run)]
 
 
 def train(runs: Sequence[Run], options: Options, done: Callable[[str], None]) -> None:
-    """Train what is missing; quick runs in this process, one after the other, the others side by side.
+    """Train what is neither on record nor finished; quick runs in this process, the others side by side.
 
     Raises:
         UnfinishedRunsError: a run did not finish; what is finished is kept.
@@ -163,10 +207,11 @@ def train(runs: Sequence[Run], options: Options, done: Callable[[str], None]) ->
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+    waiting = missing(runs, options)
     for run in runs:
-        if run.finished:
+        if run not in waiting:
             done(f"{run.folder.name} was there")
-    failed = execute(runs, jobs=0 if options.quick else options.workers, progress=_Done(done))
+    failed = execute(waiting, jobs=0 if options.quick else options.workers, progress=_Done(done))
     if failed:
         raise UnfinishedRunsError(
             f"{len(failed)} of {len(runs)} runs did not finish; start the experiment again to go on, or see "

@@ -45,15 +45,17 @@ def pieces(options: Options) -> int:
 
 
 def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Make the base model if it is not there, and train the arms."""
-    model = base_model(options)
+    """Make the base model if a run needs it and it is not there, and train the arms."""
+    folder, fewer = pool.root_of(options) / f"{TASK}-base", _fewer(options)
+    changes: dict[str, Any] = {"dataset": TASK, "model": str(folder)} | ({} if options.quick else {"steps": STEPS})
+    if pool.missing(pool.plan(ARMS, fewer, f"{TASK}-", **changes), options):
+        make_base_model(folder, quick=options.quick)
     done("base model")
-    changes: dict[str, Any] = {} if options.quick else {"steps": STEPS}
-    return pool.measure(ARMS, _fewer(options), done, f"{TASK}-", dataset=TASK, model=str(model), **changes)
+    return pool.measure(ARMS, fewer, done, f"{TASK}-", **changes)
 
 
-def base_model(options: Options) -> Path:
-    """Folder of a base model for the task, pre-trained with seed 0 if it is not there.
+def make_base_model(folder: Path, *, quick: bool) -> None:
+    """Pre-train a base model for the task with seed 0, if it is not there.
 
     Raises:
         RuntimeError: pre-training did not reach the target.
@@ -63,11 +65,10 @@ def base_model(options: Options) -> Path:
     from knapsack_rl.tasks import running_sums
     from knapsack_rl.tasks.pretraining import Schedule, Target, build_model, build_tokenizer, train_until
 
-    folder = pool.root_of(options) / f"{TASK}-base"
     if (folder / "tokenizer_config.json").is_file():  # written last
-        return folder
+        return
     torch.manual_seed(0)
-    width, layers, lowest = (16, 1, 0.0) if options.quick else (96, 2, BASE_RATE)
+    width, layers, lowest = (16, 1, 0.0) if quick else (96, 2, BASE_RATE)
     model = build_model(width, layers, running_sums.MAX_POSITIONS, running_sums.MAX_COMPLETION_TOKENS)
     target = Target(unsolved=(0.0, 1.0), solved=0.0, mean=(lowest, 1.0))
     sums = running_sums.make_running_sums()
@@ -77,7 +78,6 @@ def base_model(options: Options) -> Path:
         raise RuntimeError(f"pre-training did not reach a mean success rate of {lowest}; it ended with {lines[-1]}")
     made[0].save_pretrained(folder)
     build_tokenizer(running_sums.MAX_POSITIONS).save_pretrained(folder)
-    return folder
 
 
 def accuracy_at(row: Row, tokens: float) -> float:

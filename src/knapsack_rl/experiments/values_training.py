@@ -33,7 +33,7 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
 def findings(rows: Sequence[Row]) -> list[Finding]:
     """Each value against the paper's, all with the Bayes filter."""
     found = []
-    for arm in VALUES:
+    for arm in (arm for arm in VALUES if arm in _trained(rows)):
         gain = compare(rows, arm, "knapsack", final_accuracy)
         way = compare(rows, arm, "knapsack", mean_accuracy)
         found.append(
@@ -54,12 +54,16 @@ chance of a non-zero gradient alone; the expected variance of the rewards; the s
 rollouts give; and the chance times a gain p^a (1 − p)^b that was fitted to measured gradients (the experiment
 `gradient-value`). The paper's value is the chance times p (1 − p)².
 
-{accuracy_table(rows, ARMS, "knapsack")}"""
+{accuracy_table(rows, _trained(rows), "knapsack")}"""
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Accuracy against rollouts."""
+    """Accuracy against rollouts of the arms that were trained: the fitted value comes after `gradient-value`."""
     drawing, (ax,) = figures.panels(1)
     drawing.set_size_inches(7, 4)
-    figures.accuracy(rows, ARMS, ax)
+    figures.accuracy(rows, _trained(rows), ax)
     return drawing
+
+
+def _trained(rows: Sequence[Row]) -> list[str]:
+    return [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]

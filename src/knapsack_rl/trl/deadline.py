@@ -41,9 +41,9 @@ def deadline(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    # The handler may run between any two instructions of this thread. While it may raise, nothing here takes a lock: one
-    # taken just before it raised would never be given back. So a plain flag says whether it may, and the event that ends
-    # the watcher is touched only when it may not.
+    # The handler may run between any two instructions of this thread. While it may raise, nothing here takes a lock:
+    # one taken just before it raised would never be given back. So a plain flag says whether it may, and the event that
+    # ends the watcher is touched only when it may not.
     armed = late = False
     end = time.monotonic() + seconds
     caller = threading.get_ident()
