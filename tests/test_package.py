@@ -47,7 +47,8 @@ def installed(built, tmp_path_factory):
     """The scripts folder of an environment that holds the wheel and what it asks for."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
-    call(folder / "bin" / "pip", "install", "--disable-pip-version-check", str(built[0]), cwd=folder)
+    # A PYTHONPATH that leads to the sources would have pip find the package installed already.
+    call(folder / "bin" / "pip", "install", "--disable-pip-version-check", str(built[0]), **clean(folder))
     return folder / "bin"
 
 
