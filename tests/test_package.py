@@ -181,11 +181,9 @@ def test_without_shtab_the_install_line_is_told(monkeypatch, capsys):
 
 def test_the_oldest_versions_are_those_that_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    declared = dict(
-        re.match(r"([\w-]+)>=([\d.]+)", line).groups()
-        for line in project["project"]["dependencies"]
-        + [line for name in ("plots", "data", "math", "completion") for line in project["project"]["optional-dependencies"][name]]
-    )
+    extras = project["project"]["optional-dependencies"]
+    lines = sum((extras[name] for name in ("plots", "data", "math", "completion")), project["project"]["dependencies"])
+    declared = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in lines)
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)\.\*", (ROOT / "constraints-minimal.txt").read_text(), re.MULTILINE))
     for name, oldest in declared.items():
         assert pinned[name] == oldest
