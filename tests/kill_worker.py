@@ -19,12 +19,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 import tiny
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.runfiles import complete_checkpoints
-from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOTrainer
 
 SAVE_EVERY = 2
 KNOWN = 16
@@ -70,16 +70,9 @@ def train(folder: Path, steps: int, pipe: int) -> None:
     """Train, or go on where a child was killed, and write the end of the run."""
     resume = bool(complete_checkpoints(folder))
     settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": SAVE_EVERY, "save_total_limit": 2}
-    trainer = Telling(
-        model=tiny.model(),
-        reward_funcs=[tiny.has_digit_five],
-        args=KnapsackGRPOConfig(**tiny.arguments(folder, log_allocations=True, **settings)),
-        train_dataset=tiny.dataset(24),
-        processing_class=tiny.tokenizer(),
-        allocator=KnapsackAllocator() if resume else informed(),  # what is known must come from the checkpoint
-        pipe=pipe,
-    )
-    trainer.remove_callback(PrinterCallback)
+    allocator = KnapsackAllocator() if resume else informed()  # what is known must come from the checkpoint
+    extra = {"allocator": allocator, "pipe": pipe}
+    trainer = tiny.trainer(Telling, folder, extra=extra, log_allocations=True, **settings)
     trainer.add_callback(TellUpdate(trainer))
     trainer.train(resume_from_checkpoint=True if resume else None)
     state = trainer.allocator.state_dict()

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 import knapsack_rl as kr
-from knapsack_rl.allocation import allocate_expected, feasible_bounds
+from knapsack_rl.allocation import allocate_expected
+from knapsack_rl.degradation import feasible_bounds
 from knapsack_rl.value import marginal_values
+from oracles import milp_optimum
 from strategies import Batch, batches, no_deadline, success_rates
 
 NAN = float("nan")
@@ -26,24 +27,6 @@ def value_table(rates, most: int) -> NDArray:
     table = (1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2
     table[:, 0] = 0.0
     return table
-
-
-def milp_optimum(values: NDArray, budget: int, lower, upper) -> float:
-    prompts, width = values.shape
-    counts = np.arange(width)
-    allowed = (counts >= np.reshape(lower, (-1, 1))) & (counts <= np.reshape(upper, (-1, 1)))
-    found = milp(
-        -1000 * values.ravel(),  # away from the solver's tolerances
-        integrality=np.ones(values.size),
-        bounds=Bounds(0, np.broadcast_to(allowed, values.shape).ravel().astype(float)),
-        constraints=[
-            LinearConstraint(np.kron(np.eye(prompts), np.ones(width)), 1, 1),
-            LinearConstraint(np.tile(counts, prompts)[None, :], budget, budget),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    assert found.success, found.message
-    return -float(found.fun) / 1000
 
 
 def total(values: NDArray, counts) -> float:

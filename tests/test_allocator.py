@@ -26,6 +26,7 @@ from knapsack_rl.allocation import allocate_expected
 from knapsack_rl.balance import predict_work
 from knapsack_rl.estimator import ESTIMATORS, BetaEstimator
 from knapsack_rl.prompt_ids import stable_order
+from oracles import assert_same_state
 from strategies import no_deadline
 
 NAN = float("nan")
@@ -43,13 +44,6 @@ def trained(estimator: str = "empirical-bayes", steps: int = 4, **settings) -> k
         rewards = (rng.random(prompts.size) < rates[prompts]).astype(float)
         allocator.observe([IDS[i] for i in prompts], rewards, rng.integers(10, 2000, prompts.size))
     return allocator
-
-
-def assert_same_state(one: dict, other: dict) -> None:
-    assert one["header"] == other["header"]
-    assert one["arrays"].keys() == other["arrays"].keys()
-    for name, array in one["arrays"].items():
-        np.testing.assert_array_equal(array, other["arrays"][name])
 
 
 def counts_of(allocator: kr.KnapsackAllocator, ids=(*IDS, "new"), budget: int = 70) -> list[int]:

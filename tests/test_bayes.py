@@ -20,6 +20,7 @@ from knapsack_rl import bayes
 from knapsack_rl.bayes import LARGEST_LOGIT, BayesFilterEstimator, EmpiricalBayesEstimator
 from knapsack_rl.tracker import Records
 from knapsack_rl.value import marginal_values
+from oracles import assert_same_state
 from strategies import no_deadline
 
 FLOOR = BayesFilterEstimator.FLOOR
@@ -648,13 +649,6 @@ def go_on(rng: np.random.Generator, *allocators: kr.KnapsackAllocator) -> list[l
         allocator.observe(prompts.tolist(), (noise < prompts / 39).astype(float), 10 + prompts)
         counts.append(found.counts.tolist())
     return counts
-
-
-def assert_same_state(one: dict, other: dict) -> None:
-    assert one["header"] == other["header"]
-    assert one["arrays"].keys() == other["arrays"].keys()
-    for name, array in one["arrays"].items():
-        np.testing.assert_array_equal(array, other["arrays"][name], err_msg=name)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,20 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 import knapsack_rl as kr
 from knapsack_rl import solver
 from knapsack_rl.costs import ROUNDING, check_costs, solve_with_costs
 from knapsack_rl.rows import Rows
 from knapsack_rl.value import marginal_values
+from oracles import milp_optimum, values_of
 from strategies import no_deadline, success_rates
 
 SEED = 1995
-
-
-def values_of(marginals: NDArray) -> NDArray:
-    return np.concatenate([np.zeros((len(marginals), 1)), np.cumsum(marginals, axis=1)], axis=1)
 
 
 def at(values: NDArray, counts) -> float:
@@ -34,25 +30,6 @@ def enumerated(values: NDArray, costs, budget: float, lower, upper) -> float:
     counts = np.array(list(itertools.product(*ranges)))
     affordable = counts @ np.asarray(costs, float) <= budget * (1 + ROUNDING)
     return float(values[np.arange(len(values)), counts[affordable]].sum(axis=1).max())
-
-
-def integer_programme(values: NDArray, costs, budget: float, lower, upper) -> float:
-    prompts, width = values.shape
-    counts = np.arange(width)
-    allowed = (counts >= np.reshape(lower, (-1, 1))) & (counts <= np.reshape(upper, (-1, 1)))
-    scale = np.abs(values).max()
-    found = milp(
-        -values.ravel() / scale,
-        integrality=np.ones(values.size),
-        bounds=Bounds(0, np.broadcast_to(allowed, values.shape).ravel().astype(float)),
-        constraints=[
-            LinearConstraint(np.kron(np.eye(prompts), np.ones(width)), 1, 1),
-            LinearConstraint((np.asarray(costs)[:, None] * counts).ravel()[None, :], -np.inf, budget),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    assert found.success, found.message
-    return -float(found.fun) * scale
 
 
 def lagrangian_bound(values: NDArray, costs, budget: float, lower, upper) -> float:
@@ -141,7 +118,7 @@ def test_medium_instances_match_integer_programming(case: int) -> None:
     prompts, width = int(rng.integers(5, 13)), int(rng.integers(5, 17))
     table, costs, budget, lower, upper = random_case(rng, prompts, width)
     values = values_of(table)
-    check(table, costs, budget, lower, upper, integer_programme(values, costs, budget, lower, upper), rel=1e-7)
+    check(table, costs, budget, lower, upper, milp_optimum(values, budget, lower, upper, costs=costs), rel=1e-7)
     assert solved(table, costs, budget, lower, upper)[1].optimal
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import json
 import logging
 import os
@@ -22,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback
 
 import knapsack_rl as kr
 import tiny
@@ -30,7 +28,7 @@ from knapsack_rl import statefile
 from knapsack_rl.estimator import BetaEstimator
 from knapsack_rl.training import lock
 from knapsack_rl.training.lock import FolderInUseError, own_folder, refuse_if_owned
-from knapsack_rl.trl import ALLOCATION_LOG, STATE_FILE, KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl import ALLOCATION_LOG, STATE_FILE, KnapsackGRPOTrainer
 from knapsack_rl.trl import trainer as trainer_module
 from knapsack_rl.trl.identity import check_same_data
 from knapsack_rl.trl.rewards import RewardError, watched
@@ -38,24 +36,8 @@ from knapsack_rl.trl.rewards import RewardError, watched
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def trainer_of(folder, *rewards, data=None, allocator=None, **changes):
-    trainer = KnapsackGRPOTrainer(
-        model=tiny.model(),
-        reward_funcs=list(rewards) or [tiny.has_digit_five],
-        args=KnapsackGRPOConfig(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.dataset(24) if data is None else data,
-        processing_class=tiny.tokenizer(),
-        allocator=allocator,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def trainer_of(folder, *rewards, **settings):
+    return tiny.trainer(KnapsackGRPOTrainer, folder, *rewards, **settings)
 
 
 def last_metric(trainer, name):
@@ -419,7 +401,7 @@ class WrongAllocator(kr.KnapsackAllocator):
 def test_training_goes_on_evenly_where_the_allocator_fails(answer: str, tmp_path, caplog) -> None:
     allocator = WrongAllocator("beta")
     allocator.answer = answer
-    trainer = trainer_of(tmp_path, allocator=allocator, log_allocations=True)
+    trainer = trainer_of(tmp_path, extra={"allocator": allocator}, log_allocations=True)
     trainer.train()
     assert trainer.state.global_step == 3
     assert last_metric(trainer, "knapsack/allocation_failures") == (6 if answer == "raise" else 3)
@@ -527,18 +509,7 @@ def test_data_sets_of_processes_are_compared(caplog) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["new", "clash"])
 def test_two_processes_with_different_data(kind: str, tmp_path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("other_data_worker.py")), str(tmp_path), kind],
-        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    first, second = tiny.on_two_processes("other_data_worker.py", tmp_path, kind)
     assert first == second
     if kind == "clash":  # nobody hangs: both processes say what is wrong
         assert "id 'p0' names different prompts on two processes" in first["error"]

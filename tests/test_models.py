@@ -1,7 +1,6 @@
 """Models of a run: presets, chat, precision, adapters, passes, vLLM's fields, several processes."""
 
 import dataclasses
-import gc
 import hashlib
 import json
 import os
@@ -403,10 +402,3 @@ def test_two_processes_write_one_run(tmp_path, launcher):
     allocations = [json.loads(line) for line in (folder / "allocations.jsonl").read_text().splitlines()]
     assert [sum(row["counts"]) for row in allocations] == [16, 16]
     assert AutoModelForCausalLM.from_pretrained(folder / "model").num_parameters() > 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    gc.freeze()  # each run ends with a garbage collection, which spends most of its time on the libraries' own objects
-    yield
-    gc.unfreeze()

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from transformers import PrinterCallback
 
 import tiny
-from knapsack_rl.groups import group_outcomes
+from knapsack_rl.allocation import Allocation
 from knapsack_rl.training.rivals import Oversample, Sequential
-from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl import KnapsackGRPOTrainer
 from knapsack_rl.trl.batches import concatenate, select
 from knapsack_rl.trl.replay import Success, SuccessBuffer, log_probs_now, mix_in
 from knapsack_rl.trl.rounds import RoundsGRPOTrainer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def make(kind, folder, reward, *, prompts=24, extra=None, **changes):
-    trainer = kind(
-        model=tiny.model(),
-        reward_funcs=[reward],
-        args=KnapsackGRPOConfig(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.dataset(prompts),
-        processing_class=tiny.tokenizer(),
-        **(extra or {}),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
+from knapsack_rl.trl.step import Step
 
 # -- Batches -----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +69,9 @@ class Watched(RoundsGRPOTrainer):
 def test_a_step_in_rounds_trains_on_what_the_rule_keeps(tmp_path):
     batches = []
     rule = Sequential(4, max_rounds=3)
-    trainer = make(Watched, tmp_path, tiny.recording(tiny.has_digit_five, batches), extra={"rounds": rule}, max_steps=2)
+    trainer = tiny.trainer(
+        Watched, tmp_path, tiny.recording(tiny.has_digit_five, batches), extra={"rounds": rule}, max_steps=2
+    )
     trainer.train()
     generated = sum(len(batch["rewards"]) for batch in batches)
     assert trainer.generated.rollouts == generated > 2 * 16
@@ -131,7 +111,7 @@ def test_a_step_in_rounds_trains_on_what_the_rule_keeps(tmp_path):
 def test_a_run_in_rounds_resumes_as_if_it_had_not_stopped(tmp_path):
     def run(folder, steps, resume=None):
         rule = Oversample([f"p{k}" for k in range(24)], 4, 4, seed=5, max_rounds=3)
-        trainer = make(RoundsGRPOTrainer, folder, tiny.has_digit_five, extra={"rounds": rule}, max_steps=steps,
+        trainer = tiny.trainer(RoundsGRPOTrainer, folder, tiny.has_digit_five, extra={"rounds": rule}, max_steps=steps,
                        lr_scheduler_type="constant", save_strategy="steps", save_steps=2)  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -146,7 +126,9 @@ def test_a_run_in_rounds_resumes_as_if_it_had_not_stopped(tmp_path):
 
 def test_rounds_refuse_several_updates_of_a_generation(tmp_path):
     with pytest.raises(ValueError, match="needs one process and steps_per_generation=1, got 1 processes and 2"):
-        make(RoundsGRPOTrainer, tmp_path, tiny.has_digit_five, extra={"rounds": Sequential(4)}, steps_per_generation=2)
+        tiny.trainer(
+            RoundsGRPOTrainer, tmp_path, tiny.has_digit_five, extra={"rounds": Sequential(4)}, steps_per_generation=2
+        )
 
 
 # -- Replay ------------------------------------------------------------------------------------------------------------
@@ -197,7 +179,7 @@ EPSILON_LOW, EPSILON_HIGH = 0.2, 0.28
 
 def test_the_gradient_of_a_replayed_success_is_that_of_the_clipped_importance_weighted_loss(tmp_path):
     """Against plain torch in float64: no code of TRL or of the trainer."""
-    trainer = make(KnapsackGRPOTrainer, tmp_path, tiny.has_digit_five, loss_type="dapo", epsilon=EPSILON_LOW,
+    trainer = tiny.trainer(KnapsackGRPOTrainer, tmp_path, tiny.has_digit_five, loss_type="dapo", epsilon=EPSILON_LOW,
                    epsilon_high=EPSILON_HIGH)  # fmt: skip
     trainer.model.double()
     prompt_ids = torch.tensor([[0, 5, 12], [0, 5, 12], [4, 5, 12], [4, 5, 12]])
@@ -212,8 +194,7 @@ def test_the_gradient_of_a_replayed_success_is_that_of_the_clipped_importance_we
         "advantages": torch.zeros(4, dtype=torch.float64),
         "num_items_in_batch": mask.sum(),
     }
-    group_R, success_R = np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0])
-    rewards = success_R.astype(float)
+    group_R, rewards = np.array([0, 0, 1, 1]), np.array([0.0, 0.0, 1.0, 0.0])
     buffer = SuccessBuffer(5)
     stored = torch.tensor([9, 7, 8, 2, 1])
     with torch.no_grad():
@@ -221,14 +202,12 @@ def test_the_gradient_of_a_replayed_success_is_that_of_the_clipped_importance_we
     # Ratios 1.5 (clipped), 1.1, 0.6 (below the range, yet not clipped: the advantage is positive), 1.28+, 1.
     shift = torch.log(torch.tensor([1.5, 1.1, 0.6, 1.27, 1.0], dtype=torch.float64))
     buffer.entries["first"] = Success(stored.numpy(), (now - shift).numpy(), 1.0)
+    allocation = Allocation(np.array([2, 2]), 0.0, success_rates=np.array([0.02, 0.05]))
     total, figures = mix_in(
         buffer,
         trainer,
-        ["first", "second"],
-        np.array([0.02, 0.05]),
-        group_R,
-        group_outcomes(group_R, rewards, 0.0),
-        success_R,
+        Step(["first", "second"], allocation, group_R, ragged=False, seconds=0.0),
+        rewards,
         rewards,
         output,
     )
@@ -291,11 +270,11 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
         seen.update(fresh)
         return [float(marked.get(prompt) == k) for k, prompt in enumerate(prompts)]
 
-    trainer = make(
+    trainer = tiny.trainer(
         KnapsackGRPOTrainer,
         tmp_path,
         first_time,
-        prompts=4,
+        data=tiny.dataset(4),
         allocation="uniform",
         estimator="window",
         replay=2,
@@ -315,7 +294,7 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
 
 
 def test_the_log_probabilities_of_now_agree_with_a_plain_forward_pass(tmp_path):
-    trainer = make(KnapsackGRPOTrainer, tmp_path, tiny.has_digit_five)
+    trainer = tiny.trainer(KnapsackGRPOTrainer, tmp_path, tiny.has_digit_five)
     batch = {
         "prompt_ids": torch.tensor([[0, 5], [4, 5]]),
         "prompt_mask": torch.tensor([[0, 1], [1, 1]]),

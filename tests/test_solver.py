@@ -9,18 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 import knapsack_rl as kr
 from knapsack_rl import solver
 from knapsack_rl.value import marginal_values
+from oracles import milp_optimum, values_of
 from strategies import Knapsack, arbitrary_tables, concave_tables, no_deadline
 
 SEED = 20250929
-
-
-def values_of(marginals: NDArray) -> NDArray:
-    return np.concatenate([np.zeros((len(marginals), 1)), np.cumsum(marginals, axis=1)], axis=1)
 
 
 def value_at(marginals: NDArray, counts) -> float:
@@ -52,24 +48,6 @@ def greedy_by_hand(instance: Knapsack, tier, priority) -> list[int]:
         best = min(free, key=lambda i: (-instance.marginals[i, counts[i]], tier[i], counts[i], priority[i], i))
         counts[best] += 1
     return counts
-
-
-def milp_optimum(marginals: NDArray, budget: int, lower, upper) -> float:
-    """Choose one count per prompt (binary variables), solved by HiGHS."""
-    prompts, width = marginals.shape[0], marginals.shape[1] + 1
-    counts = np.arange(width)
-    one_each = np.kron(np.eye(prompts), np.ones(width))
-    total = np.tile(counts, prompts)[None, :]
-    allowed = (counts >= np.reshape(lower, (-1, 1))) & (counts <= np.reshape(upper, (-1, 1)))
-    found = milp(
-        -values_of(marginals).ravel(),
-        integrality=np.ones(prompts * width),
-        bounds=Bounds(0, allowed.ravel().astype(float)),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(total, budget, budget)],
-        options={"mip_rel_gap": 0.0},
-    )
-    assert found.success, found.message
-    return -float(found.fun)
 
 
 def random_bounds(rng: np.random.Generator, prompts: int, width: int, least: int = 0) -> tuple[NDArray, NDArray]:
@@ -114,7 +92,7 @@ def test_medium_instances_match_integer_programming(case: int) -> None:
     lower, upper = random_bounds(rng, prompts, width)
     budget = int(rng.integers(lower.sum(), upper.sum() + 1))
     counts = solver.solve(table, budget, lower, upper)
-    optimum = milp_optimum(table, budget, lower, upper)
+    optimum = milp_optimum(values_of(table), budget, lower, upper)
     assert value_at(table, counts) == pytest.approx(optimum, rel=1e-7, abs=1e-7)
 
 

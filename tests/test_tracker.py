@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knapsack_rl.prompt_ids import check_prompt_ids, stable_order
+from knapsack_rl.prompt_ids import check_prompt_ids, numbered, stable_order
 from knapsack_rl.tracker import COLUMNS, RECENT, Tracker
 from strategies import no_deadline, visits
 
@@ -213,6 +213,17 @@ def test_seven_and_seven_are_different_prompts() -> None:
     assert tracker.prompt_ids == [7, "7"]
     first, second = stable_order([7, "7"])
     assert first != second
+
+
+@given(st.lists(st.one_of(st.integers(0, 3), st.sampled_from(["0", "1", "a"])), max_size=20))
+@no_deadline
+def test_rows_are_numbered_in_the_order_of_first_appearance(ids) -> None:
+    distinct, place_R = numbered(ids)
+    assert len(set(distinct)) == len(distinct)
+    assert place_R.dtype == np.int64 and place_R.shape == (len(ids),)
+    assert [distinct[place] for place in place_R] == ids
+    first_rows = [place_R.tolist().index(k) for k in range(len(distinct))]
+    assert first_rows == sorted(first_rows)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import gc
 import html
 import json
 import math
@@ -42,14 +41,6 @@ from knapsack_rl.watch import WarningLog
 from strategies import no_deadline
 
 FIELDS = dataclasses.fields(TrainSettings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    # Each run ends with a garbage collection, which spends most of its time on the libraries' own objects.
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

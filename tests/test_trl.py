@@ -1,5 +1,4 @@
 import functools
-import gc
 import importlib.util
 import json
 import logging
@@ -15,12 +14,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 import knapsack_rl.trl
-import knapsack_rl.trl.trainer as trainer_module
 import tiny
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimator import BetaEstimator
@@ -33,16 +30,10 @@ from knapsack_rl.trl import (
 )
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.identity import prompt_key
+from knapsack_rl.trl.internals import one_completion_per_row
+from oracles import assert_same_state
 
 TOLERANCE = 3e-7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    # Each run ends with a garbage collection, which spends most of its time on the libraries' own objects.
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class WatchedTrainer(KnapsackGRPOTrainer):
@@ -69,21 +60,9 @@ class WatchedTrainer(KnapsackGRPOTrainer):
         return output
 
 
-def trainer_of(cls, folder, *, rewards=(tiny.digit_sum,), data=None, model=None, extra=None, **changes):
-    """A trainer on the tiny model; settings that only the knapsack configuration has are left out for the stock one."""
-    config = KnapsackGRPOConfig
-    if cls is GRPOTrainer:
-        config, changes = GRPOConfig, {k: v for k, v in changes.items() if k in GRPOConfig.__dataclass_fields__}
-    trainer = cls(
-        model=tiny.model() if model is None else model,
-        reward_funcs=list(rewards),
-        args=config(**tiny.arguments(folder, **changes)),
-        train_dataset=tiny.dataset(96) if data is None else data,
-        processing_class=tiny.tokenizer(),
-        **(extra or {}),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def trainer_of(kind, folder, *, rewards=(tiny.digit_sum,), data=None, **settings):
+    """A trainer with a shaped reward and more prompts than it meets in a run."""
+    return tiny.trainer(kind, folder, *rewards, data=tiny.dataset(96) if data is None else data, **settings)
 
 
 def ragged_trainer(folder, *, rewards=(tiny.digit_sum,), prompts=24, extra=None, **changes):
@@ -178,8 +157,8 @@ def run_case(tmp_path_factory, saved_model):
         data = tiny.dataset(96, ids=settings.pop("ids", True))
         if settings.pop("iterable", False):
             data = data.to_iterable_dataset()
-        model = saved_model if settings.get("beta") else None
-        trainer = trainer_of(cls, tmp_path_factory.mktemp("run"), data=data, model=model, **settings, **allocation)
+        extra = {"model": saved_model} if settings.get("beta") else {}
+        trainer = trainer_of(cls, tmp_path_factory.mktemp("run"), data=data, extra=extra, **settings, **allocation)
         start = tiny.fingerprint(trainer.model)
         trainer.train()
         sizes = set(metric(trainer, "knapsack/budget_min") + metric(trainer, "knapsack/budget_max"))
@@ -581,17 +560,6 @@ def test_lengths_count_the_tokens_of_truncated_rollouts_too(tmp_path):
 # -- evaluation, metrics, log -----------------------------------------------------------------------------------------
 
 
-def arrays_of(allocator):
-    return allocator.state_dict()["arrays"]
-
-
-def assert_same_state(one, other):
-    assert one.state_dict()["header"] == other.state_dict()["header"]
-    assert arrays_of(one).keys() == arrays_of(other).keys()
-    for name, array in arrays_of(one).items():
-        np.testing.assert_array_equal(array, arrays_of(other)[name], err_msg=name)
-
-
 def test_evaluation_leaves_the_allocator_alone(tmp_path):
     batches = []
     trainer = trainer_of(
@@ -604,7 +572,7 @@ def test_evaluation_leaves_the_allocator_alone(tmp_path):
     )
     before = tiny.informed_allocator()
     found = trainer.evaluate()
-    assert_same_state(trainer.allocator, before)
+    assert_same_state(trainer.allocator.state_dict(), before.state_dict())
     assert trainer.allocator.metrics() == pytest.approx(before.metrics(), nan_ok=True)
     # Evaluation has its own group size and goes through the prompts evenly.
     assert Counter(prompt for batch in batches for prompt in batch["prompts"]) == dict.fromkeys(
@@ -735,7 +703,7 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(resume_by_name, prompt
     ]
     assert any(max(record["counts"]) > 4 for record in second_log)
     assert rest.state.global_step == 6
-    assert_same_state(whole.allocator, rest.allocator)
+    assert_same_state(whole.allocator.state_dict(), rest.allocator.state_dict())
     assert tiny.fingerprint(whole.model) == tiny.fingerprint(rest.model)
 
 
@@ -749,7 +717,7 @@ def test_a_checkpoint_holds_the_state_of_its_step(tmp_path):
         allocator.load_state_dict({"header": header, "arrays": arrays})
         seen.append(len(allocator.tracker))
     assert seen == [12, 24]
-    assert_same_state(allocator, trainer.allocator)
+    assert_same_state(allocator.state_dict(), trainer.allocator.state_dict())
 
 
 def test_the_default_allocator_resumes(tmp_path):
@@ -759,7 +727,7 @@ def test_the_default_allocator_resumes(tmp_path):
     whole, rest = make(), make()
     whole.train()
     rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_same_state(whole.allocator, rest.allocator)
+    assert_same_state(whole.allocator.state_dict(), rest.allocator.state_dict())
     assert len(rest.allocator.tracker) == 16
 
 
@@ -1078,19 +1046,16 @@ def test_vllm_is_asked_for_one_completion_per_row_in_training_only(tmp_path, mon
         assert batch["completions"] == [prompt[:3] for prompt in batch["prompts"]]
 
 
-def test_vllm_gets_every_other_argument_as_it_was(tmp_path):
-    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path)
-    calls = []
+def test_vllm_gets_every_other_argument_as_it_was():
+    calls, training = [], [True, True, False]
 
     def generate(prompts, images, num_generations, profiler=None):
         calls.append((prompts, images, num_generations, profiler))
         return "made"
 
-    wrapped = trainer_module._one_completion_per_row(generate, trainer)
-    trainer.model.train()
+    wrapped = one_completion_per_row(generate, lambda: training.pop(0))
     assert wrapped([[1]], None, 4, profiler="p") == "made"
     assert wrapped(prompts=[[2]], images=None, num_generations=4) == "made"
-    trainer.model.eval()
     assert wrapped([[3]], None, 4) == "made"
     assert calls == [([[1]], None, 1, "p"), ([[2]], None, 1, None), ([[3]], None, 4, None)]
 

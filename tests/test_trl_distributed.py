@@ -1,9 +1,4 @@
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,21 +11,8 @@ QUICK = ["default", "none rewards", "gdpo", "steps per generation"]
 
 
 def launch(folder, cases):
-    """Run the worker on two processes; return what each of them saw, by case."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(Path(__file__).with_name("trl_worker.py")), str(folder), *cases),
-        ],
-        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    """What each of two processes saw, by case."""
+    return tiny.on_two_processes("trl_worker.py", folder, *cases)
 
 
 @pytest.fixture(scope="module")

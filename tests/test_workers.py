@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
-from transformers import PrinterCallback
-
 import tiny
-from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOTrainer
 from knapsack_rl.trl import trainer as trainer_module
 
 RUN = """
@@ -34,13 +30,6 @@ print(digest.hexdigest())
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported_objects_are_not_collected():
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def test_threads_of_the_libraries_change_nothing() -> None:
     found = set()
     for threads in ("1", "3"):
@@ -52,16 +41,8 @@ def test_threads_of_the_libraries_change_nothing() -> None:
 
 
 def trainer_of(folder, **changes) -> KnapsackGRPOTrainer:
-    trainer = KnapsackGRPOTrainer(
-        model=tiny.model(),
-        reward_funcs=[tiny.has_digit_five],
-        args=KnapsackGRPOConfig(**tiny.arguments(folder, log_allocations=True, **changes)),
-        train_dataset=tiny.dataset(24),
-        processing_class=tiny.tokenizer(),
-        allocator=tiny.informed_allocator(),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    extra = {"allocator": tiny.informed_allocator()}
+    return tiny.trainer(KnapsackGRPOTrainer, folder, extra=extra, log_allocations=True, **changes)
 
 
 def test_workers_that_load_data_change_nothing(tmp_path) -> None:

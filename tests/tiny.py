@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +16,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
 
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimator import BetaEstimator
+from knapsack_rl.trl import KnapsackGRPOConfig
 
 torch.set_num_threads(1)
 
@@ -184,3 +190,52 @@ def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         "seed": 3,
     } | changes
+
+
+def trainer(
+    kind: type[GRPOTrainer],
+    folder: Path,
+    *rewards: Callable[..., Any],
+    data: Any = None,
+    extra: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """A silent trainer on the tiny model.
+
+    Args:
+        kind: its class; for the stock one, settings that only the knapsack configuration has are left out.
+        folder: of the run.
+        *rewards: functions, by default :func:`has_digit_five`.
+        data: by default 24 prompts.
+        extra: keyword arguments of the trainer, in place of its own.
+        **changes: to :func:`arguments`.
+    """
+    config: type[GRPOConfig] = KnapsackGRPOConfig
+    if kind is GRPOTrainer:
+        config, changes = GRPOConfig, {k: v for k, v in changes.items() if k in GRPOConfig.__dataclass_fields__}
+    made: dict[str, Any] = {
+        "model": model(),
+        "reward_funcs": list(rewards) or [has_digit_five],
+        "args": config(**arguments(folder, **changes)),
+        "train_dataset": dataset() if data is None else data,
+        "processing_class": tokenizer(),
+    }
+    found = kind(**(made | (extra or {})))
+    found.remove_callback(PrinterCallback)
+    return found
+
+
+def on_two_processes(worker: str, folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """Run a script of this folder under torchrun; return what each of the processes wrote to ``rank<n>.json``."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).with_name(worker)), str(folder), *flags],
+        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 import tiny
-from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOConfig, KnapsackGRPOTrainer
+from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOTrainer
 
 TWO_REWARDS = {"rewards": (tiny.digit_sum, tiny.length_reward), "reward_weights": [0.3, 1.7]}
 GDPO = TWO_REWARDS | {"multi_objective_aggregation": "normalize_then_sum"}
@@ -55,10 +54,6 @@ class WatchedTrainer(KnapsackGRPOTrainer):
 def train(trainer_class: type, case: str, folder: Path, *, ragged: bool = False, **changes: Any) -> dict[str, Any]:
     """Train one case and tell what this process saw."""
     settings = CASES[case] | changes
-    config = KnapsackGRPOConfig
-    if trainer_class is GRPOTrainer:
-        config = GRPOConfig
-        settings = {k: v for k, v in settings.items() if k not in ("weighting", "allocation")}
     rewards = list(settings.pop("rewards", (tiny.digit_sum,)))
     batches: list[dict[str, Any]] = []
     data = tiny.dataset(24)
@@ -69,15 +64,8 @@ def train(trainer_class: type, case: str, folder: Path, *, ragged: bool = False,
     if ragged:
         arguments |= {"log_allocations": True}
         extra["allocator"] = tiny.informed_allocator()
-    trainer = trainer_class(
-        model=tiny.model(),
-        reward_funcs=[tiny.recording(rewards[0], batches), *rewards[1:]],
-        args=config(**tiny.arguments(folder, **(arguments | settings))),
-        train_dataset=data,
-        processing_class=tiny.tokenizer(),
-        **extra,
-    )
-    trainer.remove_callback(PrinterCallback)
+    rewards[0] = tiny.recording(rewards[0], batches)
+    trainer = tiny.trainer(trainer_class, folder, *rewards, data=data, extra=extra, **(arguments | settings))
     start = tiny.fingerprint(trainer.model)
     trainer.train()
     seen: dict[str, Any] = {

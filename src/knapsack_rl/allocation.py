@@ -1,12 +1,12 @@
 """Allocation policy: from what is known of the prompts to rollouts per prompt.
 
-Two policies use the one solver. :func:`allocate` takes success rates as known (with the paper's fallback rule on
-request); :func:`allocate_expected` takes posterior-expected marginal values, for which no special rule is needed.
+Three policies use the one solver. :func:`allocate` takes success rates as known (with the paper's fallback rule on
+request); :func:`allocate_estimated` does so with estimates, inside a run that must not end; :func:`allocate_expected`
+takes posterior-expected marginal values, for which no special rule is needed.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl import solver
 from knapsack_rl.costs import Certificate, check_affordable, check_costs, solve_with_costs
+from knapsack_rl.degradation import affordable_minimum, feasible_bounds, joined
 from knapsack_rl.fallback import UNSEEN, by_class, paper_rule, spread
 from knapsack_rl.products import dot
 from knapsack_rl.rows import Rows
@@ -48,6 +49,12 @@ class Allocation:
     def expand(self) -> IntArray:
         """(budget,) int64 prompt index of each rollout; the rollouts of a prompt stand together."""
         return np.repeat(np.arange(self.counts.size), self.counts)
+
+
+def unpredicted(counts: IntArray, reason: str, *, degraded: bool = False) -> Allocation:
+    """An allocation of which nothing is expected: its value and predictions are NaN."""
+    unknown = np.full(counts.size, np.nan)
+    return Allocation(counts, float("nan"), reason, degraded, success_rates=unknown, nonzero_gradient=unknown.copy())
 
 
 def allocate(
@@ -194,10 +201,7 @@ def _optimum(
         counts = solver.greedy(rows, budget, lower, upper, kind, priority)
         if valued.all():
             return counts, ""
-        extra = counts - lower
-        extra[valued] = 0
-        left = int(extra.sum())
-        return counts, f"{left} rollouts that no prompt values went to {by_class(extra, kind)}" if left else ""
+        return counts, _gift(np.where(valued, 0, counts - lower), kind)
     note = "" if concave else "the values are not concave: solved by dynamic programming"
     spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
     counts = lower.copy()
@@ -206,10 +210,13 @@ def _optimum(
             rows.take(valued), spend, lower[valued], upper[valued], kind[valued], priority[valued], method
         )
     filled = spread(budget, counts, upper, kind, priority)
-    extra = filled - counts
+    return filled, joined(note, _gift(filled - counts, kind))
+
+
+def _gift(extra: IntArray, kind: IntArray) -> str:
+    """Who got what no prompt values, in words; "" if nobody did."""
     left = int(extra.sum())
-    gift = f"{left} rollouts that no prompt values went to {by_class(extra, kind)}" if left else ""
-    return filled, "; ".join(filter(None, (note, gift)))
+    return f"{left} rollouts that no prompt values went to {by_class(extra, kind)}" if left else ""
 
 
 def _priced(
@@ -236,6 +243,35 @@ def _valued(rows: Rows) -> NDArray[np.bool_]:
     return rows.weight != 0.0 if rows.table.size and rows.table[0, 1] > 0.0 else rows.weight > 0.0
 
 
+def allocate_estimated(
+    success_rates: FloatArray,
+    marginals: FloatArray,
+    budget: int,
+    min_rollouts: int,
+    max_rollouts: int,
+    *,
+    priority: ArrayLike,
+    value: ValueLike = "knapsack",
+    fallback: bool = True,
+) -> Allocation:
+    """Allocate by estimates that are taken for the truth; an infeasible batch degrades instead of raising.
+
+    Args:
+        success_rates: (M,) estimates, NaN for an unseen prompt.
+        marginals: (M, K >= 2) marginal values, for :func:`~knapsack_rl.degradation.feasible_bounds` alone.
+        budget: total rollouts, >= 0.
+        min_rollouts: N_low.
+        max_rollouts: N_up.
+        priority: (M,) who is served first in a degraded batch, lower first.
+        value: see :func:`allocate`.
+        fallback: see :func:`allocate`.
+    """
+    lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, priority)
+    found = allocate(success_rates, budget, lower, upper, value=value, fallback=fallback)
+    reason = joined(degradation, found.reason)
+    return Allocation(found.counts, found.expected_value, reason, degraded=bool(degradation))
+
+
 def allocate_expected(
     marginals: FloatArray,
     budget: float,
@@ -248,7 +284,7 @@ def allocate_expected(
     """Allocate by posterior-expected marginal values; an infeasible batch degrades instead of raising.
 
     A mixture of concave values is concave, so the greedy optimum stays exact (``docs/method.md``: expectation keeps
-    concavity). See :func:`feasible_bounds` for the order of degradation.
+    concavity). See :func:`~knapsack_rl.degradation.feasible_bounds` for the order of degradation.
 
     Args:
         marginals: (M, K >= 2) E[D(n)] per prompt; columns beyond K count as 0.
@@ -298,67 +334,5 @@ def _expected_with_costs(
         np.ascontiguousarray(priority, dtype=np.float64),
         np.full(prompts, np.nan),
     )
-    reason = "; ".join(filter(None, (degradation, found.reason)))
+    reason = joined(degradation, found.reason)
     return replace(found, reason=reason, degraded=bool(degradation), success_rates=None)
-
-
-def affordable_minimum(
-    budget: float, min_rollouts: int, costs: FloatArray, marginals: FloatArray, priority: ArrayLike
-) -> tuple[IntArray, str]:
-    """(M,) minima that a budget of costs pays for, and what had to give way ("" if nothing).
-
-    1. A budget that does not pay for N_low rollouts of every prompt lowers the minimum to what it does pay for.
-    2. If that is below two, pairs go to the prompts with the largest value of a pair per cost as far as the budget
-       goes, the others get none.
-    """
-    prompts = costs.size
-    lower = np.full(prompts, min_rollouts)
-    every = float(costs.sum())
-    if min_rollouts * every <= budget:
-        return lower, ""
-    shortage = f"a budget of {budget:g} does not pay for {min_rollouts} rollouts of {prompts} prompts"
-    lowered = int(budget // every)
-    if lowered >= 2:
-        lower[:] = lowered
-        return lower, f"{shortage}: min_rollouts lowered to {lowered}"
-    lower[:] = 0
-    left = budget
-    for i in np.lexsort((np.asarray(priority), -marginals[:, :2].sum(axis=1) / costs)):
-        if 2.0 * costs[i] <= left:
-            lower[i] = 2
-            left -= 2.0 * costs[i]
-    return lower, f"{shortage}: {int((lower > 0).sum())} prompts served, the others skipped"
-
-
-def feasible_bounds(
-    budget: int, min_rollouts: int, max_rollouts: int, marginals: FloatArray, priority: ArrayLike
-) -> tuple[IntArray, IntArray, str]:
-    """Bounds under which the budget can be met, and what had to give way ("" if nothing).
-
-    1. A budget below M N_low lowers the minimum to ``budget // M``.
-    2. If that is below two, a group could not hold both outcomes: the prompts with the largest value of a pair get
-       two rollouts each as far as the budget goes, the others none (an odd rollout makes one group three).
-    3. A budget above M N_up raises the maximum to ``ceil(budget / M)``.
-    """
-    prompts = marginals.shape[0]
-    lower, upper = np.full(prompts, min_rollouts), np.full(prompts, max_rollouts)
-    if prompts == 0 or prompts * min_rollouts <= budget <= prompts * max_rollouts:
-        return lower, upper, ""
-    if budget > prompts * max_rollouts:
-        raised = math.ceil(budget / prompts)
-        upper[:] = raised
-        excess = f"budget {budget} exceeds {prompts} prompts x {max_rollouts}"
-        return lower, upper, f"{excess}: max_rollouts raised to {raised}"
-    shortage = f"budget {budget} is below {prompts} prompts x {min_rollouts}"
-    lowered = budget // prompts
-    if lowered >= 2:
-        lower[:] = lowered
-        return lower, upper, f"{shortage}: min_rollouts lowered to {lowered}"
-    pairs = budget // 2
-    by_value = np.lexsort((np.asarray(priority), -marginals[:, :2].sum(axis=1)))
-    served = by_value[: max(pairs, min(budget, 1))]
-    lower[:], upper[:] = 0, 0
-    lower[served] = min(budget, 2)
-    upper[served[:1]] = 3 if pairs else budget
-    upper[served[1:]] = 2
-    return lower, upper, f"{shortage}: {served.size} prompts served, the others skipped"

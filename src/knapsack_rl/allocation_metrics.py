@@ -1,21 +1,82 @@
-"""Numbers about one allocation and what came of it, for a logger.
+"""Numbers about one step, for a logger: how its budget was spread, what was expected of it and what came of it.
 
 Source: paper, section 4, and this project's documentation of metrics.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 
 from knapsack_rl.allocation import Allocation
 from knapsack_rl.belief import Belief
+from knapsack_rl.groups import GroupOutcomes, summarise
+from knapsack_rl.prompt_ids import PromptId
 from knapsack_rl.tracker import Records
 from knapsack_rl.value import IntArray
 
 BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
 """Left edges of the budget histogram's bins; the last is open."""
+
+
+@dataclass
+class StepMetrics:
+    """Numbers of the newest step, and what is expected of the prompts whose outcomes are still out.
+
+    Attributes:
+        allocation: about the newest allocation.
+        outcomes: about the newest batch that was observed.
+        predicted: probability of a non-zero gradient, by prompt; NaN where nothing was predicted.
+    """
+
+    allocation: dict[str, float] = field(default_factory=dict)
+    outcomes: dict[str, float] = field(default_factory=dict)
+    predicted: dict[PromptId, float] = field(default_factory=dict)
+
+    def expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief) -> Allocation:
+        """A batch is allocated on this belief: return the allocation with what is predicted of it."""
+        found = replace(
+            allocation, success_rates=belief.mean, nonzero_gradient=belief.nonzero_gradient(allocation.counts)
+        )
+        self.allocation = allocation_metrics(found, belief)
+        return self.predict(ids, found)
+
+    def expect_nothing(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
+        """A batch is allocated without a belief."""
+        self.allocation = allocation_metrics(allocation)
+        return self.predict(ids, allocation)
+
+    def predict(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
+        """Keep the predictions of an allocation until :meth:`compare`."""
+        assert allocation.nonzero_gradient is not None
+        self.predicted.update(zip(ids, allocation.nonzero_gradient.tolist(), strict=True))
+        return allocation
+
+    def compare(self, ids: list[PromptId], groups: GroupOutcomes, lost: dict[str, float]) -> None:
+        """Outcomes are in: hold them against what was predicted.
+
+        Args:
+            ids: (G,) prompts of the groups.
+            groups: their outcomes.
+            lost: of :func:`lost_metrics`.
+        """
+        found = summarise(groups).as_dict()
+        seen = groups.totals > 0
+        found["outcome_per_prompt"] = float(groups.mean_reward[seen].mean()) if seen.any() else float("nan")
+        predicted = np.array([self.predicted.pop(prompt_id, np.nan) for prompt_id in ids])
+        told = seen & ~np.isnan(predicted)
+        if told.any():
+            realised = groups.effective[told]
+            found["predicted_nonzero_gradient"] = float(predicted[told].mean())
+            found["realised_nonzero_gradient"] = float(realised.mean())
+            found["brier_score"] = float(np.mean((predicted[told] - realised) ** 2))
+        self.outcomes = found | lost
+
+    def as_dict(self) -> dict[str, float]:
+        """All numbers of the step."""
+        return self.allocation | self.outcomes
 
 
 def allocation_metrics(allocation: Allocation, belief: Belief | None = None) -> dict[str, float]:

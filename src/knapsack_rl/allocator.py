@@ -5,40 +5,46 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl.allocation import Allocation, allocate, allocate_expected, feasible_bounds
-from knapsack_rl.allocation_metrics import allocation_metrics, lost_metrics
-from knapsack_rl.allocator_state import COUNTERS, STATE_FORMAT, STATE_VERSION, check_header, section
+from knapsack_rl.allocation import Allocation, allocate_estimated, allocate_expected, unpredicted
+from knapsack_rl.allocation_metrics import StepMetrics, lost_metrics
+from knapsack_rl.allocator_state import (
+    COUNTERS,
+    STATE_FORMAT,
+    STATE_VERSION,
+    arguments_of,
+    check_header,
+    check_same_estimator,
+    section,
+)
 from knapsack_rl.belief import Belief, Estimator
 from knapsack_rl.coverage import cover
+from knapsack_rl.degradation import evenly
 from knapsack_rl.estimator import make_estimator
 from knapsack_rl.groups import (
-    GroupOutcomes,
     SuccessRule,
     check_success_rule,
     difficulty_class,
     group_outcomes,
     successes_of,
-    summarise,
     transition_matrix,
 )
 from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.products import dot
-from knapsack_rl.prompt_ids import PromptId, check_prompt_ids, other_type, stable_order
+from knapsack_rl.prompt_ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order
 from knapsack_rl.solver import total_value
 from knapsack_rl.statefile import read_state, write_state
 from knapsack_rl.tokens import (
     BudgetUnit,
     allocate_tokens,
     check_choices,
+    check_lengths,
     check_tokens,
     expected_tokens,
     first_group,
@@ -54,9 +60,6 @@ logger = logging.getLogger(__name__)
 LARGEST_BUDGET = 2**24
 """Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
 
-LONGEST = 1e9
-"""Tokens of one rollout; squares of mistaken numbers would overflow what is kept of lengths."""
-
 EVENLY = "allocation failed: divided evenly"
 
 
@@ -67,7 +70,7 @@ class KnapsackAllocator(Guarded):
     ``observe(ids_per_rollout, rewards)``. Prompts are known by id, so an id must name the same prompt in every epoch.
 
     Inside a run nothing dies because of allocation: a batch whose bounds and budget contradict each other degrades in
-    the order of :func:`knapsack_rl.allocation.feasible_bounds`, is counted in the metrics and logged once. If the
+    the order of :func:`knapsack_rl.degradation.feasible_bounds`, is counted in the metrics and logged once. If the
     estimator or the solver raises, the batch is divided evenly, the failure is counted (``allocation_failures``) and
     logged once with its traceback. Arguments that make no sense raise ``ValueError``.
 
@@ -136,9 +139,7 @@ class KnapsackAllocator(Guarded):
         self._degraded_batches = 0
         self._unscored_rollouts = 0
         self._twins_told = False
-        self._predicted: dict[PromptId, float] = {}
-        self._allocation_metrics: dict[str, float] = {}
-        self._outcome_metrics: dict[str, float] = {}
+        self._step = StepMetrics()
 
     @one_at_a_time
     def allocate(self, prompt_ids: Iterable[PromptId], budget: float) -> Allocation:
@@ -153,20 +154,44 @@ class KnapsackAllocator(Guarded):
                 2^24 (of tokens: no finite number >= 0).
         """
         started = time.perf_counter()
-        ids = _check_batch(prompt_ids)
+        ids = check_batch(prompt_ids)
         if self.budget_unit == "tokens":
-            tokens = check_tokens(budget)
+            decide = partial(self._allocate_tokens, ids, check_tokens(budget))
             rollouts = len(ids) * first_group(self.min_rollouts, self.max_rollouts)  # only if allocation fails
-            allocate = partial(self._allocate_tokens, ids, tokens, started)
         else:
             rollouts = _check_budget(budget)
-            allocate = partial(self._allocate_rollouts, ids, rollouts, started)
+            decide = partial(self._allocate_rollouts, ids, rollouts)
         self._warn_of_twins(ids)
-        found = self.attempt("allocation", allocate)
-        if found is not None:
-            return found
-        counts = _evenly(ids, rollouts, self.min_rollouts)
-        return self._unpredicted(ids, Allocation(counts, float("nan"), EVENLY, degraded=True), started)
+        found = self.attempt("allocation", decide)
+        if found is None:
+            counts = evenly(rollouts, self.min_rollouts, stable_order(ids))
+            found = self._step.expect_nothing(ids, unpredicted(counts, EVENLY, degraded=True))
+        self._step.allocation["allocation_seconds"] = time.perf_counter() - started
+        return found
+
+    def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
+        low, high, order = self.min_rollouts, self.max_rollouts, stable_order(ids)
+        records = self.tracker.lookup(ids)
+        belief = self._believe(records, high)
+        if self.estimator.paper_rule:
+            fallback = getattr(self.estimator, "fallback", True)
+            found = allocate_estimated(
+                belief.mean, belief.marginals, budget, low, high, priority=order, value=self.value, fallback=fallback
+            )
+        elif low > 0 or budget > len(ids) * high:
+            found = allocate_expected(belief.marginals, budget, low, high, priority=order)
+        else:
+            found = cover(belief, records.age, budget, high, order)
+        return self._step.expect(ids, self._note_degradation(found), belief)
+
+    def _allocate_tokens(self, ids: list[PromptId], budget: float) -> Allocation:
+        belief = self._believe(self.tracker.lookup(ids), self.max_rollouts)
+        tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
+        found = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
+        found = self._step.expect(ids, self._note_degradation(found), belief)
+        if tokens is not None:
+            self._step.allocation["expected_tokens"] = dot(tokens, found.counts)
+        return found
 
     def _believe(self, records: Records, max_rollouts: int) -> Belief:
         belief = self.estimator.believe(records, max_rollouts)
@@ -174,34 +199,23 @@ class KnapsackAllocator(Guarded):
             raise ArithmeticError("the estimator gave marginal values that are not finite")
         return belief
 
-    def _allocate_rollouts(self, ids: list[PromptId], budget: int, started: float) -> Allocation:
-        records = self.tracker.lookup(ids)
-        belief = self._believe(records, self.max_rollouts)
-        if self.estimator.paper_rule:
-            allocation = self._by_paper_rule(ids, belief, budget)
-        elif self.min_rollouts > 0 or budget > len(ids) * self.max_rollouts:
-            allocation = allocate_expected(
-                belief.marginals, budget, self.min_rollouts, self.max_rollouts, priority=stable_order(ids)
-            )
-        else:
-            allocation = cover(belief, records.age, budget, self.max_rollouts, stable_order(ids))
-        return self._expect(ids, self._note_degradation(allocation), belief, started)
-
-    def _allocate_tokens(self, ids: list[PromptId], budget: float, started: float) -> Allocation:
-        belief = self._believe(self.tracker.lookup(ids), self.max_rollouts)
-        tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
-        allocation = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
-        found = self._expect(ids, self._note_degradation(allocation), belief, started)
-        if tokens is not None:
-            self._allocation_metrics["expected_tokens"] = dot(tokens, found.counts)
-        return found
-
     def _note_degradation(self, allocation: Allocation) -> Allocation:
         if allocation.degraded:
             if not self._degraded_batches:
                 logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
             self._degraded_batches += 1
         return allocation
+
+    def _warn_of_twins(self, ids: list[PromptId]) -> None:
+        """Tell once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
+        if not self._twins_told and (found := self.tracker.twin(ids)):
+            self._twins_told = True
+            new, known = found
+            logger.warning(
+                "prompt id %r is new, but %r is known: ids keep their type, so what was observed of %r does not "
+                "count for %r. Give every id the same type in every epoch (told once)",
+                *(new, known, known, new),
+            )
 
     @one_at_a_time
     def top_up(
@@ -230,49 +244,20 @@ class KnapsackAllocator(Guarded):
                 on more than whether outcomes are mixed.
         """
         started = time.perf_counter()
-        ids, left = _check_batch(prompt_ids), _check_budget(budget)
+        ids, left = check_batch(prompt_ids), _check_budget(budget)
         counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
         grid, cap, order = check_estimator(self.estimator), self.max_rollouts, stable_order(ids)
 
         def spend() -> Allocation:
             posterior = posterior_after(grid, self.tracker.lookup(ids), counts, successes)
-            found = self._note_degradation(top_up(grid, posterior, counts, successes, left, cap, order))
-            self._predicted.update(zip(ids, found.nonzero_gradient.tolist(), strict=True))  # type: ignore[union-attr]
-            return found
+            found = top_up(grid, posterior, counts, successes, left, cap, order)
+            return self._step.predict(ids, self._note_degradation(found))
 
-        found = self.attempt("top-up", spend) or self._without_prediction(
-            ids, Allocation(_evenly(ids, left, 1), float("nan"), EVENLY, degraded=True)
-        )
-        self._allocation_metrics["top_up_seconds"] = time.perf_counter() - started
+        found = self.attempt("top-up", spend)
+        if found is None:
+            found = self._step.predict(ids, unpredicted(evenly(left, 1, order), EVENLY, degraded=True))
+        self._step.allocation["top_up_seconds"] = time.perf_counter() - started
         return found
-
-    def _unpredicted(self, ids: list[PromptId], allocation: Allocation, started: float) -> Allocation:
-        self._allocation_metrics = allocation_metrics(allocation) | {
-            "allocation_seconds": time.perf_counter() - started
-        }
-        return self._without_prediction(ids, allocation)
-
-    def _without_prediction(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
-        """Note that nothing is expected of the batch."""
-        for prompt_id in ids:
-            self._predicted.pop(prompt_id, None)
-        unknown = np.full(len(ids), np.nan)
-        return replace(allocation, success_rates=unknown, nonzero_gradient=unknown.copy())
-
-    def _warn_of_twins(self, ids: list[PromptId]) -> None:
-        """Tell once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
-        if self._twins_told:
-            return
-        for new in np.flatnonzero(self.tracker.rows(ids) < 0):
-            prompt_id = ids[new]
-            if (twin := other_type(prompt_id)) in self.tracker:
-                self._twins_told = True
-                logger.warning(
-                    "prompt id %r is new, but %r is known: ids keep their type, so what was observed of %r does not "
-                    "count for %r. Give every id the same type in every epoch (told once)",
-                    *(prompt_id, twin, twin, prompt_id),
-                )
-                return
 
     @one_at_a_time
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
@@ -288,7 +273,7 @@ class KnapsackAllocator(Guarded):
             ValueError: ids repeat or have another type, or counts do not fit them.
         """
         started = time.perf_counter()
-        ids, given = _check_batch(prompt_ids), check_counts(counts)
+        ids, given = check_batch(prompt_ids), check_counts(counts)
         if given.shape != (len(ids),):
             raise ValueError(f"counts must hold one number per prompt ({len(ids)}), got shape {given.shape}")
         _check_budget(sum(given.tolist()))
@@ -297,35 +282,11 @@ class KnapsackAllocator(Guarded):
 
         def predict() -> Allocation:
             belief = self._believe(self.tracker.lookup(ids), max(int(given.max()), 1))
-            value = total_value(belief.marginals, given)
-            return self._expect(ids, Allocation(given, value, reason), belief, started)
+            return self._step.expect(ids, Allocation(given, total_value(belief.marginals, given), reason), belief)
 
-        found = self.attempt("prediction", predict)
-        return found or self._unpredicted(ids, Allocation(given, float("nan"), reason), started)
-
-    def _expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief, started: float) -> Allocation:
-        """Note what is expected of the batch; ``observe`` compares it with what happens."""
-        predicted = belief.nonzero_gradient(allocation.counts)
-        self._predicted.update(zip(ids, predicted.tolist(), strict=True))
-        self._allocation_metrics = allocation_metrics(allocation, belief) | {
-            "allocation_seconds": time.perf_counter() - started
-        }
-        return replace(allocation, success_rates=belief.mean, nonzero_gradient=predicted)
-
-    def _by_paper_rule(self, ids: list[PromptId], belief: Belief, budget: int) -> Allocation:
-        lower, upper, degradation = feasible_bounds(
-            budget, self.min_rollouts, self.max_rollouts, belief.marginals, stable_order(ids)
-        )
-        found = allocate(
-            belief.mean, budget, lower, upper, value=self.value, fallback=getattr(self.estimator, "fallback", True)
-        )
-        reason = "; ".join(filter(None, (degradation, found.reason)))
-        return Allocation(found.counts, found.expected_value, reason, degraded=bool(degradation))
-
-    @one_at_a_time
-    def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
-        """What is known of the given prompts: mean success rate, marginal values, predictions."""
-        return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
+        found = self.attempt("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))
+        self._step.allocation["allocation_seconds"] = time.perf_counter() - started
+        return found
 
     @one_at_a_time
     def observe(
@@ -343,34 +304,32 @@ class KnapsackAllocator(Guarded):
                 recorded then.
         """
         ids = check_prompt_ids(prompt_ids_per_rollout)
-        distinct = {prompt_id: k for k, prompt_id in enumerate(dict.fromkeys(ids))}
-        prompt_R = np.array([distinct[prompt_id] for prompt_id in ids], dtype=np.int64)
+        distinct, prompt_R = numbered(ids)
         groups = group_outcomes(prompt_R, rewards, self.success)
         rewards_R = np.asarray(rewards, dtype=np.float64)
-        lengths_R = None if lengths is None else _check_lengths(lengths, len(ids))
+        lengths_R = None if lengths is None else check_lengths(lengths, len(ids))
         if not ids:
             return
 
         scored = ~np.isnan(rewards_R)
         self._unscored_rollouts += int((~scored).sum())
         visited = groups.totals > 0
-        lost = {"solved_before": 0.0, "lost": float("nan")}
-        if visited.any():
-            index = np.cumsum(visited) - 1
-            visitors = [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen]
-            successes, totals = groups.successes[visited], groups.totals[visited]
-            known = self.tracker.lookup(visitors)
-            lost = lost_metrics(known, successes, totals)
+        visitors = [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen]
+        successes, totals = groups.successes[visited], groups.totals[visited]
+        known = self.tracker.lookup(visitors)
+        lost = lost_metrics(known, successes, totals)
+        if visitors:
+            visitor_of_group = np.cumsum(visited) - 1
             self.tracker.record(
                 visitors,
-                index[prompt_R[scored]],
+                visitor_of_group[prompt_R[scored]],
                 successes_of(rewards_R, self.success)[scored],
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
                 evidence=self.attempt("learning", lambda: self._absorb(known, successes, totals)),
             )
-            self._refit_when_due(int(visited.sum()))
-        self._outcome_metrics = self._outcomes(list(distinct), groups) | lost
+            self._refit_when_due(len(visitors))
+        self._step.compare(distinct, groups, lost)
 
     def _absorb(self, known: Records, successes: IntArray, totals: IntArray) -> FloatArray:
         evidence = self.estimator.absorb(known, successes, totals)
@@ -388,36 +347,23 @@ class KnapsackAllocator(Guarded):
             self.attempt("refitting", lambda: self.estimator.refit(self.tracker.records()))
             self._visits_since_refit, self._prompts_at_refit = 0, len(self.tracker)
 
-    def _outcomes(self, ids: list[PromptId], groups: GroupOutcomes) -> dict[str, float]:
-        statistics = summarise(groups)
-        found = statistics.as_dict()
-        seen = groups.totals > 0
-        found["outcome_per_prompt"] = float(groups.mean_reward[seen].mean()) if seen.any() else float("nan")
-        predicted = np.array([self._predicted.pop(prompt_id, np.nan) for prompt_id in ids])
-        told = seen & ~np.isnan(predicted)
-        if told.any():
-            realised = groups.effective[told]
-            found["predicted_nonzero_gradient"] = float(predicted[told].mean())
-            found["realised_nonzero_gradient"] = float(realised.mean())
-            found["brier_score"] = float(np.mean((predicted[told] - realised) ** 2))
-        return found
-
     @one_at_a_time
     def metrics(self) -> dict[str, float]:
         """Numbers of the newest ``allocate`` and ``observe``, and totals of the run, for a logger.
 
         Source: paper, section 4, and this project's documentation of metrics.
         """
-        return (
-            self._allocation_metrics
-            | self._outcome_metrics
-            | {
-                "prompts_seen": float(len(self.tracker)),
-                "degraded_batches": float(self._degraded_batches),
-                "unscored_rollouts": float(self._unscored_rollouts),
-                "allocation_failures": float(self._allocation_failures),
-            }
-        )
+        return self._step.as_dict() | {
+            "prompts_seen": float(len(self.tracker)),
+            "degraded_batches": float(self._degraded_batches),
+            "unscored_rollouts": float(self._unscored_rollouts),
+            "allocation_failures": float(self._allocation_failures),
+        }
+
+    @one_at_a_time
+    def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
+        """What is known of the given prompts: mean success rate, marginal values, predictions."""
+        return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
 
     @one_at_a_time
     def transition_matrix(self) -> IntArray:
@@ -472,22 +418,14 @@ class KnapsackAllocator(Guarded):
                 allocator is unchanged then.
         """
         header, arrays = check_header(state.get("header")), state.get("arrays")
-        given = (header["estimator"], header["settings"])
-        own = (self.estimator_name, self.estimator.settings())
-        if given[0] == own[0] is not None:
-            # An older version may not have known every setting: those have their defaults.
-            given = (given[0], make_estimator(given[0], **given[1]).settings())
-        if given != own:
-            raise ValueError(
-                f"the state belongs to estimator {given}, this allocator uses {own}; make it with the same"
-            )
+        check_same_estimator(header, self.estimator_name, self.estimator.settings())
         tracker = Tracker(self.estimator.evidence_size)
         tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
         self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
         for counter in COUNTERS:
             setattr(self, f"_{counter}", header[counter])
-        self._predicted, self._allocation_metrics, self._outcome_metrics = {}, {}, {}
+        self._step = StepMetrics()
 
     @one_at_a_time
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -520,38 +458,10 @@ class KnapsackAllocator(Guarded):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or foreign, or an argument it needs is missing.
         """
-        found, arrays = read_state(path)
-        header = check_header(found)
-        rule = header["success"] if success is None else success
-        if rule is None:
-            raise ValueError("the state was saved with a success function; pass it again as success=...")
-        maximised = header["value"] if value is None else value
-        if maximised is None:
-            raise ValueError("the state was saved with a value function of your own; pass it again as value=...")
-        name = header["estimator"] if estimator is None else estimator
-        if name is None:
-            raise ValueError("the state was saved with an estimator object; pass an equal one as estimator=...")
-        allocator = cls(
-            name,
-            header["min_rollouts"],
-            header["max_rollouts"],
-            success=rule,
-            budget_unit=header["budget_unit"],
-            value=maximised,
-            **(header["settings"] if estimator is None else {}),
-        )
+        header, arrays = read_state(path)
+        allocator = cls(**arguments_of(check_header(header), success=success, estimator=estimator, value=value))
         allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
         return allocator
-
-
-def _check_batch(prompt_ids: Iterable[PromptId]) -> list[PromptId]:
-    ids = check_prompt_ids(prompt_ids)
-    if not ids:
-        raise ValueError("prompt_ids is empty; a batch needs at least one prompt")
-    if len(set(ids)) < len(ids):
-        twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
-        raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
-    return ids
 
 
 def _check_budget(budget: float) -> int:
@@ -559,23 +469,3 @@ def _check_budget(budget: float) -> int:
     if number > LARGEST_BUDGET:
         raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts a step, got {budget}")
     return number
-
-
-def _evenly(ids: list[PromptId], budget: int, minimum: int) -> IntArray:
-    """Counts that are the same for all, or the minimum for as many as the budget serves; nothing here can fail."""
-    served = min(len(ids), budget // max(minimum, 1)) or 1
-    each, extra = divmod(budget, served)
-    counts = np.zeros(len(ids), np.int64)
-    first = np.argsort(stable_order(ids), kind="stable")[:served]
-    counts[first] = each
-    counts[first[:extra]] += 1
-    return counts
-
-
-def _check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
-    array = np.asarray(lengths, dtype=np.float64)
-    if array.shape != (rollouts,) or not ((array >= 0) & (array <= LONGEST)).all():
-        raise ValueError(
-            f"lengths must be {rollouts} numbers from 0 to {LONGEST:g}, one per rollout, got shape {array.shape}"
-        )
-    return array

@@ -1,4 +1,4 @@
-"""The header of an allocator's state: what it holds, by version, and its check before anything is changed."""
+"""The header of an allocator's state: what it holds, by version, its checks, and what an equal allocator is made of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from knapsack_rl.belief import Estimator
+from knapsack_rl.estimator import make_estimator
+from knapsack_rl.groups import SuccessRule
+from knapsack_rl.value_functions import ValueLike
 
 STATE_VERSION = 3
 """1: counts; 2: clock and evidence; 3: a checksum, lengths by outcome, unit and value, failures."""
@@ -43,6 +48,41 @@ def check_header(header: Any) -> Mapping[str, Any]:
         if name in COUNTERS and header[name] < 0:
             raise ValueError(f"{name!r} of the allocator state must be >= 0, got {header[name]}")
     return header
+
+
+def check_same_estimator(header: Mapping[str, Any], name: str | None, settings: dict[str, Any]) -> None:
+    """Refuse the state of another estimator than the one of this name and these settings.
+
+    Raises:
+        ValueError: it is another.
+    """
+    given, own = (header["estimator"], header["settings"]), (name, settings)
+    if given[0] == name is not None:
+        # An older version may not have known every setting: those have their defaults.
+        given = (name, make_estimator(name, **given[1]).settings())
+    if given != own:
+        raise ValueError(f"the state belongs to estimator {given}, this allocator uses {own}; make it with the same")
+
+
+def arguments_of(
+    header: Mapping[str, Any], *, success: SuccessRule | None, estimator: Estimator | None, value: ValueLike | None
+) -> dict[str, Any]:
+    """Arguments of an allocator that the state fits: those given, else the saved ones.
+
+    Raises:
+        ValueError: one was a function or an object, which no state holds, and is not given.
+    """
+    success = header["success"] if success is None else success
+    if success is None:
+        raise ValueError("the state was saved with a success function; pass it again as success=...")
+    value = header["value"] if value is None else value
+    if value is None:
+        raise ValueError("the state was saved with a value function of your own; pass it again as value=...")
+    name, settings = (header["estimator"], header["settings"]) if estimator is None else (estimator, {})
+    if name is None:
+        raise ValueError("the state was saved with an estimator object; pass an equal one as estimator=...")
+    kept = {key: header[key] for key in ("min_rollouts", "max_rollouts", "budget_unit")}
+    return {"estimator": name, "success": success, "value": value} | kept | settings
 
 
 def section(arrays: Any, prefix: str) -> dict[str, np.ndarray]:

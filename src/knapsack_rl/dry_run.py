@@ -19,6 +19,7 @@ from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.environments import Replay, Trace
 from knapsack_rl.report.curves import rollouts_to_reach
 from knapsack_rl.reward_logs import RewardLog
+from knapsack_rl.runfiles import finite_or_none
 from knapsack_rl.scoring import figures
 from knapsack_rl.simulate import PolicyMaker, allocated, known_rates, simulate, uniform
 from knapsack_rl.value import FloatArray, check_whole, value
@@ -149,13 +150,13 @@ class DryRun:
             "policies": [_json(row) for row in self.rows],
             "equal_value": {
                 policy: {
-                    "rollouts": _known(rollouts),
-                    "saved": _known(self.saved(policy)),
+                    "rollouts": finite_or_none(rollouts),
+                    "saved": finite_or_none(self.saved(policy)),
                     "at_least": self.at_least(policy),
                 }
                 for policy, rollouts in self.equal_value.items()
             },
-            "brier_score": _known(self.calibration.brier),
+            "brier_score": finite_or_none(self.calibration.brier),
         }
 
 
@@ -296,9 +297,5 @@ def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
     return float(np.mean([row[name] for row in rows]))
 
 
-def _known(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
 def _json(row: Row) -> dict[str, Any]:
-    return {name: _known(entry) if isinstance(entry, float) else entry for name, entry in vars(row).items()}
+    return {name: finite_or_none(entry) if isinstance(entry, float) else entry for name, entry in vars(row).items()}

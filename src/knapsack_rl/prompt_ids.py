@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from knapsack_rl.value import FloatArray
+from knapsack_rl.value import FloatArray, IntArray
 
 PromptId = str | int
 """A string or a whole number that names the same prompt in every epoch; ``7`` and ``"7"`` are different prompts."""
@@ -43,6 +46,33 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
             raise ValueError(f"{name}[{position}] is a number of more than 300 digits; give such an id as a string")
         ids[position] = prompt_id
     return ids
+
+
+def check_batch(prompt_ids: Iterable[Any]) -> list[PromptId]:
+    """Return the ids of a batch: at least one, none twice.
+
+    Raises:
+        ValueError: there is none, or one repeats or is no id.
+    """
+    ids = check_prompt_ids(prompt_ids)
+    if not ids:
+        raise ValueError("prompt_ids is empty; a batch needs at least one prompt")
+    if len(set(ids)) < len(ids):
+        twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
+        raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
+    return ids
+
+
+def hash_of(prompt: Any) -> str:
+    """An id for a prompt that has none, from its text or messages."""
+    text = json.dumps(prompt, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def numbered(prompt_ids: Sequence[PromptId]) -> tuple[list[PromptId], IntArray]:
+    """The distinct ids in the order of their first row, and (R,) the place of each row's id among them."""
+    place = {prompt_id: k for k, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
+    return list(place), np.array([place[prompt_id] for prompt_id in prompt_ids], dtype=np.int64)
 
 
 def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,11 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def finite_or_none(number: float) -> float | None:
+    """A number for JSON, which has neither NaN nor infinities."""
+    return float(number) if math.isfinite(number) else None
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

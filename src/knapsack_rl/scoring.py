@@ -11,6 +11,7 @@ import numpy as np
 
 from knapsack_rl.calibration import Calibration, calibrate
 from knapsack_rl.environments import Environment
+from knapsack_rl.runfiles import finite_or_none
 from knapsack_rl.simulate import PolicyMaker, Simulation, simulate
 
 FIRST_VISIT = 3
@@ -64,9 +65,11 @@ class Result:
         return {
             "environment": self.environment,
             "policy": self.policy,
-            "mean": {name: _known(self.mean(name)) for name in names},
-            "deviation": {name: _known(self.deviation(name)) for name in names},
-            "by_seed": {seed: {name: _known(x) for name, x in row.items()} for seed, row in self.by_seed.items()},
+            "mean": {name: finite_or_none(self.mean(name)) for name in names},
+            "deviation": {name: finite_or_none(self.deviation(name)) for name in names},
+            "by_seed": {
+                seed: {name: finite_or_none(x) for name, x in row.items()} for seed, row in self.by_seed.items()
+            },
             "reliability": {
                 "predicted": self.calibration.predicted.tolist(),
                 "realised": self.calibration.realised.tolist(),
@@ -222,7 +225,3 @@ def cell(figure: str, mean: float, deviation: float = math.nan) -> str:
 
 def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else math.nan
-
-
-def _known(number: float) -> float | None:
-    return number if math.isfinite(number) else None

@@ -11,19 +11,25 @@ prompt that never succeeded has the population's length of a success.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from knapsack_rl import balance
 from knapsack_rl.allocation import Allocation, allocate_expected
 from knapsack_rl.belief import Belief, Estimator
+from knapsack_rl.degradation import joined
 from knapsack_rl.tracker import Outcome, Records
 from knapsack_rl.value import FloatArray, IntArray
 from knapsack_rl.value_functions import ValueLike, make_value_function
 
 LEAST_TOKENS = 1.0
 """A cost must be positive: an empty answer counts as one token."""
+
+LONGEST = 1e9
+"""Tokens of one rollout; squares of mistaken numbers would overflow what is kept of lengths."""
 
 FIRST_GROUP = 2
 """Rollouts per prompt that a budget of tokens is taken to pay for while no length was ever observed."""
@@ -97,8 +103,7 @@ def allocate_tokens(
         tokens = np.full(len(belief.mean), max(budget, LEAST_TOKENS) / (len(belief.mean) * group))
         note = f"no length known: the budget is taken to pay for {group} rollouts per prompt"
     found = allocate_expected(belief.marginals, budget, min_rollouts, max_rollouts, priority=priority, costs=tokens)
-    reason = "; ".join(filter(None, (note, found.reason)))
-    return Allocation(found.counts, found.expected_value, reason, found.degraded, certificate=found.certificate)
+    return replace(found, reason=joined(note, found.reason))
 
 
 BudgetUnit = Literal["rollouts", "tokens"]
@@ -140,3 +145,17 @@ def check_tokens(budget: float) -> float:
     if not number or not 0.0 <= budget < math.inf:
         raise ValueError(f"budget must be a finite number of tokens >= 0, got {budget!r}")
     return float(budget)
+
+
+def check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
+    """Return the tokens of each rollout as (R,) float64.
+
+    Raises:
+        ValueError: there is not one per rollout, or one is no number from 0 to ``LONGEST``.
+    """
+    array = np.asarray(lengths, dtype=np.float64)
+    if array.shape != (rollouts,) or not ((array >= 0) & (array <= LONGEST)).all():
+        raise ValueError(
+            f"lengths must be {rollouts} numbers from 0 to {LONGEST:g}, one per rollout, got shape {array.shape}"
+        )
+    return array

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.prompt_ids import PromptId, other_type
 from knapsack_rl.tracker_state import columns_of
 from knapsack_rl.value import FloatArray, IntArray
 
@@ -153,6 +153,15 @@ class Tracker:
         """Row of each prompt, -1 for one never seen."""
         row_of = self._row_of
         return np.array([row_of.get(prompt_id, -1) for prompt_id in prompt_ids], dtype=np.int64)
+
+    def twin(self, prompt_ids: list[PromptId]) -> tuple[PromptId, PromptId] | None:
+        """The first id that is new but known under the other type, and that known one; None if there is none."""
+        for row in np.flatnonzero(self.rows(prompt_ids) < 0):
+            new = prompt_ids[row]
+            known = other_type(new)
+            if known is not None and known in self:
+                return new, known
+        return None
 
     def lookup(self, prompt_ids: Iterable[PromptId]) -> Records:
         """Records of the given prompts, in their order; zeros for a prompt never seen."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.prompt_ids import PromptId, hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +24,7 @@ def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
         return given
     if "image" in row or "images" in row:
         raise ValueError(f"prompts with images need an id: add a column {id_column!r} that names each prompt")
-    return _hash(row.get("prompt"))
-
-
-def _hash(prompt: Any) -> str:
-    text = json.dumps(prompt, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hash_of(row.get("prompt"))
 
 
 def prompt_keys(dataset: Any, id_column: str) -> set[PromptId]:
@@ -76,8 +69,8 @@ def check_same_data(dataset: Any, id_column: str, gather: Callable[[list[Any]], 
     """
     own: dict[PromptId, str] = {}
     if id_column in (dataset.column_names or []):
-        own = {i: _hash(p) for i, p in zip(dataset[id_column], dataset["prompt"], strict=True) if i is not None}
-    if len(set(gather([_hash(list(own.items()))]))) == 1:
+        own = {i: hash_of(p) for i, p in zip(dataset[id_column], dataset["prompt"], strict=True) if i is not None}
+    if len(set(gather([hash_of(list(own.items()))]))) == 1:
         return
     seen: dict[PromptId, str] = {}
     for names in gather([own]):

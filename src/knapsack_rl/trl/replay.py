@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from knapsack_rl.groups import GroupOutcomes
+from knapsack_rl.groups import group_outcomes, successes_of
 from knapsack_rl.prompt_ids import PromptId
 from knapsack_rl.statefile import read_state, write_state
 from knapsack_rl.trl.batches import pad_to
+from knapsack_rl.trl.step import Step
 from knapsack_rl.value import FloatArray, IntArray
 
 REPLAY_FILE = "replay.npz"
@@ -125,11 +126,8 @@ class SuccessBuffer:
 def mix_in(
     buffer: SuccessBuffer,
     trainer: Any,
-    prompts: list[PromptId],
-    estimates: FloatArray,
-    group_R: IntArray,
-    groups: GroupOutcomes,
-    success_R: IntArray,
+    step: Step,
+    outcome: FloatArray,
     total: FloatArray,
     output: dict[str, Any],
 ) -> tuple[FloatArray, dict[str, float]]:
@@ -137,27 +135,28 @@ def mix_in(
 
     Args:
         buffer: the stored successes.
-        trainer: a ``GRPOTrainer`` in one process, for the log-probabilities of the model as it is.
-        prompts: (G,) of the step.
-        estimates: (G,) success rates estimated before the step, NaN where unknown.
-        group_R: (R,) group of each row.
-        groups: outcomes of the groups in the order of their first row.
-        success_R: (R,) 1 for a success.
+        trainer: a ``KnapsackGRPOTrainer`` in one process, for its rule of success and for the log-probabilities of the
+            model as it is.
+        step: the prompts and their rows.
+        outcome: (R,) the reward that tells success.
         total: (R,) training rewards.
         output: TRL's batch of the same rows; completions, mask, old log-probabilities and number of tokens change.
 
     Returns:
         (R,) training rewards with those of the successes mixed in, and figures for the log.
     """
+    success = trainer.allocator.success
+    groups, solved_R = group_outcomes(step.group_R, outcome, success), successes_of(outcome, success)
+    estimates = step.allocation.success_rates
     stores: list[tuple[PromptId, int]] = []
     replaced: dict[int, Success] = {}
     for place, row in enumerate(groups.first_row):
-        group = group_R[row]
-        prompt, rows = prompts[group], np.flatnonzero(group_R == group)
+        group = step.group_R[row]
+        prompt, rows = step.prompts[group], np.flatnonzero(step.group_R == group)
         visit = (int(groups.successes[place]), int(groups.totals[place]))
-        what = buffer.review(prompt, *visit, float(estimates[group]))
+        what = buffer.review(prompt, *visit, math.nan if estimates is None else float(estimates[group]))
         if what == "store":
-            stores.append((prompt, int(rows[success_R[rows] == 1][0])))
+            stores.append((prompt, int(rows[solved_R[rows]][0])))
         elif what == "use" and rows.size > 1:
             replaced[int(rows[0])] = buffer.use(prompt)
     if stores:

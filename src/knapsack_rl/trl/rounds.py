@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from knapsack_rl.groups import GroupOutcomes, group_outcomes
-from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.groups import GroupOutcomes, group_outcomes, successes_of
+from knapsack_rl.prompt_ids import PromptId, numbered
 from knapsack_rl.trl.batches import concatenate, select
 from knapsack_rl.trl.identity import prompt_key
-from knapsack_rl.trl.trainer import KnapsackGRPOTrainer, _Scored, _Step, _unpredicted
-from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.trl.step import Scored, Step, keys_of_blocks
+from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
+from knapsack_rl.value import IntArray
 
 ROUNDS_FILE = "rounds.json"
 
@@ -96,11 +97,11 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
             return super()._generate_and_score_completions(inputs)
         started, generating = time.perf_counter(), 0.0
         size: Any = self.num_generations
-        drawn = [self._key_of_block(inputs[at : at + size]) for at in range(0, len(inputs), size)]
+        drawn = keys_of_blocks(inputs, size, self._setting("prompt_id_column"))
         self.rounds.start(list(dict.fromkeys(drawn)))
         ids: list[PromptId] = []
         parts: list[dict[str, Any]] = []
-        scores: list[_Scored] = []
+        scores: list[Scored] = []
         while wanted := self.rounds.request():
             mine = [prompt for prompt, count in wanted.items() for _ in range(count)]
             before = time.perf_counter()
@@ -108,28 +109,18 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
             generating += time.perf_counter() - before
             ids, parts, scores = ids + mine, [*parts, output], [*scores, scored]
             group_R = np.repeat(np.arange(len(wanted)), list(wanted.values()))
-            outcome = self._outcome(_finite(scored.matrix))
+            outcome = self._outcome(scored)
             self.rounds.observe(list(wanted), group_outcomes(group_R, outcome, self.allocator.success))
         merged = concatenate(parts, self._tokenizer.pad_token_id)
-        self._scored = _Scored(
-            matrix=np.concatenate([scored.matrix for scored in scores]),
-            lengths=np.concatenate([scored.lengths for scored in scores]),
-            prompts=[prompt for scored in scores for prompt in scored.prompts],
-            completions=[completion for scored in scores for completion in scored.completions],
-            answers=[answer for scored in scores for answer in scored.answers],
-        )
-        prompts = list(dict.fromkeys(ids))
-        place = {prompt: position for position, prompt in enumerate(prompts)}
-        group_R = np.array([place[prompt] for prompt in ids])
-        success_R = self._successes(self._outcome(_finite(self._scored.matrix)))
-        counts = np.bincount(group_R)
-        adopted = self.allocator.attempt("prediction", lambda: self.allocator.adopt(prompts, counts))
-        allocation = adopted or _unpredicted(counts)
+        self._scored = Scored.joined(scores)
+        prompts, group_R = numbered(ids)
+        success_R = successes_of(self._outcome(self._scored), self.allocator.success).astype(np.int64)
+        allocation = self._adopt(prompts, np.bincount(group_R))
         seconds = time.perf_counter() - started - generating
-        self._finish_step(_Step(prompts, allocation, group_R, ragged=True, seconds=seconds), merged)
+        self._finish_step(Step(prompts, allocation, group_R, ragged=True, seconds=seconds), merged)
         return select(merged, self.rounds.keep(prompts, group_R, success_R))
 
-    def _one_round(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], _Scored]:
+    def _one_round(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Scored]:
         """Generate and score one completion per row; TRL sees groups of one, its advantages are replaced later."""
         size, self.num_generations = self.num_generations, 1
         try:
@@ -154,8 +145,3 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         """
         super().restore_allocator(checkpoint)
         self.rounds.load_state_dict(json.loads((checkpoint / ROUNDS_FILE).read_text(encoding="utf-8")))
-
-
-def _finite(matrix: FloatArray) -> FloatArray:
-    """Rewards with NaN for infinite ones, which count as unscored."""
-    return np.where(np.isinf(matrix), np.nan, matrix)

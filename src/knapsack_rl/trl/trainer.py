@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +15,11 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from knapsack_rl.allocation import Allocation
+from knapsack_rl.allocation import Allocation, unpredicted
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import group_outcomes, successes_of
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import (
-    ALLOCATION_LOG,
-    QUEUE_FILE,
-    STATE_FILE,
-    append_row,
-    complete_checkpoints,
-)
+from knapsack_rl.groups import group_outcomes
+from knapsack_rl.prompt_ids import PromptId, numbered
+from knapsack_rl.runfiles import ALLOCATION_LOG, QUEUE_FILE, STATE_FILE, append_row, complete_checkpoints
 from knapsack_rl.samples import SampleStore
 from knapsack_rl.statefile import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
@@ -43,40 +33,15 @@ from knapsack_rl.trl.checkpoints import (
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.generated import Generated
-from knapsack_rl.trl.identity import check_ids, check_same_data, prompt_key, prompt_keys
+from knapsack_rl.trl.identity import check_ids, check_same_data, prompt_keys
+from knapsack_rl.trl.internals import check_internals, one_completion_per_row
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
 from knapsack_rl.trl.rewards import watched
+from knapsack_rl.trl.step import Scored, Step, keys_of_blocks, rows_by_prompt
 from knapsack_rl.value import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-@dataclass
-class _Step:
-    """One generation batch: which prompts, and which of their rollouts stand in which row of all processes."""
-
-    prompts: list[PromptId]
-    allocation: Allocation
-    group_R: IntArray  # noqa: N815 - the suffix tells the shape
-    ragged: bool
-    seconds: float
-
-
-@dataclass
-class _Scored:
-    """Rewards of one generation batch of all processes: (R, functions) with NaN for none, and (R,) lengths.
-
-    Prompts, completions and answers (of a column of that name) are those of this process.
-    """
-
-    matrix: FloatArray
-    lengths: IntArray
-    prompts: list[Any]
-    completions: list[Any]
-    answers: list[Any]
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -98,7 +63,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, *args: Any, allocator: KnapsackAllocator | None = None, **kwargs: Any) -> None:
-        _check_internals()
+        check_internals()
         super().__init__(*args, **kwargs)
         self._check_run(allocator)
         self.allocator = allocator or KnapsackAllocator(
@@ -118,7 +83,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         varying = self._setting("prompts_per_step") == "varying"
         size: Any = self.num_generations
         self.queue = PromptQueue(size) if varying else None
-        self._scored: _Scored | None = None
+        self._scored: Scored | None = None
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
         self.generated = Generated()
@@ -130,7 +95,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 check_same_data(self.train_dataset, self._setting("prompt_id_column"), gather_object)
         if getattr(self, "vllm_generation", None) is not None:
             served: Any = self.vllm_generation
-            served.generate = _one_completion_per_row(served.generate, self)
+            served.generate = one_completion_per_row(served.generate, lambda: self._training)
         warn_of_split_generations(self.args, self.num_iterations)
         self.add_callback(SaveAllocator(self))
         if self._setting("log_samples") and self.accelerator.is_main_process:
@@ -171,8 +136,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         # The completion mask would not do for lengths: TRL blanks the rows of truncated answers on request.
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
-        self._scored = _Scored(
-            matrix=rewards_per_func.detach().double().cpu().numpy(),  # gathered, in rank order
+        self._scored = Scored(
+            matrix=rewards_per_func.detach().double().cpu().numpy(),
             lengths=gather(lengths).cpu().numpy(),
             prompts=prompts,
             completions=completions,
@@ -196,37 +161,26 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     # -- before generation ------------------------------------------------------------------------------------------
 
-    def _allocate_step(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], _Step]:
+    def _allocate_step(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Step]:
         """Allocate over the prompts of all processes; return this process's rows and the step."""
         started = time.perf_counter()
         everything = gather_object(inputs)
         size: Any = self.num_generations
-        blocks = [everything[at : at + size] for at in range(0, len(everything), size)]
-        keys = [self._key_of_block(block) for block in blocks]
-        rows: dict[PromptId, dict[str, Any]] = {}
-        for key, block in zip(keys, blocks, strict=True):
-            if rows.setdefault(key, block[0]).get("prompt") != block[0].get("prompt"):
-                raise ValueError(f"id {key!r} names different prompts in one batch; make ids unique over all sources")
-        prompts = list(rows)
-        place = {key: position for position, key in enumerate(prompts)}
-        stock_R = np.repeat([place[key] for key in keys], size)
+        drawn = keys_of_blocks(everything, size, self._setting("prompt_id_column"))
+        rows = rows_by_prompt(drawn, everything[::size])
+        prompts, block_prompt = numbered(drawn)
+        stock_R = np.repeat(block_prompt, size)
         if self.queue is not None:
             self.queue.push(rows)
             rows = dict(self.queue.rows)
-        chosen = None
-        if self._setting("allocation") != "uniform":
-            # One process decides for all, so that no difference between machines can split a group.
-            chosen = _from_main_process(
-                self.allocator.attempt("allocation", lambda: self._choose(prompts, stock_R.size))
-            )
+        chosen = self._choose(prompts, stock_R.size)
         if chosen is None:  # uniform, or allocation failed: exactly the stock step
-            evenly = np.bincount(stock_R)
-            adopted = self.allocator.attempt("prediction", lambda: self.allocator.adopt(prompts, evenly))
-            allocation, ragged = adopted or _unpredicted(evenly), False
+            allocation, ragged = self._adopt(prompts, np.bincount(stock_R)), False
         else:
-            ragged = len(prompts) < len(keys) or chosen[0] != prompts or bool((chosen[1].counts != size).any())
-            if len(prompts) < len(keys):
+            repeated = len(prompts) < len(drawn)
+            if repeated:
                 self._warn("duplicates", "a batch holds the same prompt more than once; its rollouts form one group")
+            ragged = repeated or chosen[0] != prompts or bool((chosen[1].counts != size).any())
             prompts, allocation = chosen
         if self.queue is not None:
             self.queue.remove(prompts)
@@ -236,10 +190,19 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             mine = [dict(rows[prompts[group]]) for group in group_R[start : start + len(inputs)]]
         else:
             group_R, mine = stock_R, inputs  # exactly the stock step: same rows, same order
-        return mine, _Step(prompts, allocation, group_R, ragged, time.perf_counter() - started)
+        return mine, Step(prompts, allocation, group_R, ragged, time.perf_counter() - started)
 
-    def _choose(self, prompts: list[PromptId], budget: int) -> tuple[list[PromptId], Allocation]:
-        """The prompts of the step, those of the batch or as many as the queue serves, and their allocation."""
+    def _choose(self, prompts: list[PromptId], budget: int) -> tuple[list[PromptId], Allocation] | None:
+        """The prompts of the step and their allocation; None if it is uniform, or failed."""
+        if self._setting("allocation") == "uniform":
+            return None
+        decision = [self.allocator.attempt("allocation", lambda: self._serve(prompts, budget))]
+        # One process decides for all, so that no difference between machines can split a group.
+        broadcast_object_list(decision)
+        return decision[0]
+
+    def _serve(self, prompts: list[PromptId], budget: int) -> tuple[list[PromptId], Allocation]:
+        """The prompts of the batch, or as many as the queue serves, and their allocation."""
         if self.queue is None:
             return prompts, self._allocate(prompts, budget)
         return self.queue.serve(self.allocator, self._allocate, budget, len(prompts))
@@ -259,21 +222,14 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             )
         return allocation
 
-    def _key_of_block(self, block: list[dict[str, Any]]) -> PromptId:
-        first, column = block[0], self._setting("prompt_id_column")
-        key, prompt = prompt_key(first, column), first.get("prompt")
-        for row in block[1:]:
-            if row.get("prompt") != prompt or prompt_key(row, column) != key:
-                raise ValueError(
-                    f"rows of different prompts stand in one block of num_generations={self.num_generations} "
-                    f"(prompt {key!r}): the data loader broke a group. With an IterableDataset, make every process "
-                    "read whole groups"
-                )
-        return key
+    def _adopt(self, prompts: list[PromptId], counts: IntArray) -> Allocation:
+        """Counts that the allocator did not choose, with its predictions of them where it has any."""
+        adopted = self.allocator.attempt("prediction", lambda: self.allocator.adopt(prompts, counts))
+        return adopted or unpredicted(counts, "divided evenly")
 
     # -- after scoring ----------------------------------------------------------------------------------------------
 
-    def _finish_step(self, step: _Step, output: dict[str, Any]) -> None:
+    def _finish_step(self, step: Step, output: dict[str, Any]) -> None:
         """Replace advantages where groups are ragged, record outcomes, log."""
         scored, self._scored = self._scored, None
         expected = (step.group_R.size, len(self.reward_func_names))
@@ -283,66 +239,36 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 f"expected rewards of shape {expected}, got {got}; "
                 "a subclass may override _calculate_rewards without calling super()"
             )
-        infinite = np.isinf(scored.matrix)
-        if infinite.any():
+        infinite = bool(np.isinf(scored.matrix).any())
+        if infinite:
             self._warn("infinite", "a reward function returned an infinite value; the rollout counts as unscored")
-        matrix = np.where(infinite, np.nan, scored.matrix)
-        weights = self.reward_weights.double().cpu().numpy()
-        total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
-        outcome = self._outcome(matrix)
-        trained, replayed = self._mix_in(step, outcome, total, output) if self.replay is not None else (total, False)
-        if step.ragged or replayed or (infinite.any() and self._setting("allocation") == "knapsack"):
-            self._replace_advantages(step, matrix, trained, weights, output)
-        ids, lengths = [step.prompts[group] for group in step.group_R], scored.lengths
-        self.allocator.attempt("observation", lambda: self.allocator.observe(ids, outcome, lengths))
-
-        metrics = self._metrics["train"]
-        numbers = self.allocator.attempt("reporting", self.allocator.metrics) or {}
-        numbers |= {"allocation_seconds": step.seconds}
-        if self.queue is not None:
-            numbers["prompts_waiting"] = float(len(self.queue.rows))
-        for name, number in numbers.items():
-            metrics[f"knapsack/{name}"].append(number)
-        by_prompt = group_outcomes(step.group_R, total).mean_reward
-        by_prompt = by_prompt[~np.isnan(by_prompt)]
-        if self.accelerator.num_processes > 1:
-            work = lengths.reshape(self.accelerator.num_processes, -1).sum(axis=1)
-            metrics["knapsack/process_imbalance"].append(float(work.max() / max(work.mean(), 1)))
-        metrics["knapsack/reward_per_prompt"].append(float(by_prompt.mean()) if by_prompt.size else float("nan"))
+        outcome, total = self._outcome(scored), scored.total(self._weights)
+        trained, replayed = self._mix_in(step, outcome, total, output)
+        if step.ragged or replayed or (infinite and self._setting("allocation") == "knapsack"):
+            self._replace_advantages(step, scored, trained, output)
+        ids = step.ids()
+        self.allocator.attempt("observation", lambda: self.allocator.observe(ids, outcome, scored.lengths))
+        self._add_metrics(step, total, scored.lengths)
         if self._setting("log_allocations") and self.accelerator.is_main_process:
             self.allocator.attempt("logging", lambda: self._log_allocation(step, outcome))
-        self.allocator.attempt("sampling", lambda: self._keep_samples(ids, outcome, scored))
+        if (samples := self._samples) is not None:
+            rule, generation = self.allocator.success, self._generation
+            self.allocator.attempt("sampling", lambda: scored.add_to(samples, ids, outcome, rule, generation))
 
-    def _keep_samples(self, ids: list[PromptId], outcome: FloatArray, scored: _Scored) -> None:
-        if self._samples is None:
-            return
-        # The main process has the first rows.
-        verdicts = successes_of(outcome, self.allocator.success)
-        mine = zip(scored.prompts, scored.completions, scored.answers, strict=True)
-        for row, (prompt, completion, answer) in enumerate(mine):
-            if not np.isnan(outcome[row]):
-                self._samples.add(
-                    ids[row],
-                    prompt,
-                    completion,
-                    reward=float(outcome[row]),
-                    success=bool(verdicts[row]),
-                    step=self._generation,
-                    answer=answer,
-                )
+    @property
+    def _weights(self) -> FloatArray:
+        return self.reward_weights.double().cpu().numpy()
 
     @property
     def _aggregation(self) -> str:
         return getattr(self, "multi_objective_aggregation", "sum_then_normalize")  # TRL 1.9 has the one way only
 
-    def _replace_advantages(
-        self, step: _Step, matrix: FloatArray, total: FloatArray, weights: FloatArray, output: dict[str, Any]
-    ) -> None:
+    def _replace_advantages(self, step: Step, scored: Scored, total: FloatArray, output: dict[str, Any]) -> None:
         advantages = ragged_advantages(
             step.group_R,
-            matrix,
+            scored.finite,
             total,
-            weights,
+            self._weights,
             scale=self.scale_rewards,
             aggregation=self._aggregation,
             weighting=self._setting("weighting"),
@@ -367,59 +293,37 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             zero_std[-1] = float(1.0 - groups.effective[groups.group_of_rollout].mean())
 
     def _mix_in(
-        self, step: _Step, outcome: FloatArray, total: FloatArray, output: dict[str, Any]
+        self, step: Step, outcome: FloatArray, total: FloatArray, output: dict[str, Any]
     ) -> tuple[FloatArray, bool]:
         """Training rewards with those of stored successes, which take the place of failures, and whether any does."""
-        assert self.replay is not None
-        known = step.allocation.success_rates
-        trained, figures = mix_in(
-            self.replay,
-            self,
-            step.prompts,
-            np.full(len(step.prompts), np.nan) if known is None else known,
-            step.group_R,
-            group_outcomes(step.group_R, outcome, self.allocator.success),
-            self._successes(outcome),
-            total,
-            output,
-        )
+        if self.replay is None:
+            return total, False
+        trained, figures = mix_in(self.replay, self, step, outcome, total, output)
         for name, number in figures.items():
             self._metrics["train"][name].append(number)
         return trained, bool(figures["replay/mixed_in"])
 
-    def _successes(self, outcome: FloatArray) -> IntArray:
-        """(R,) 1 for a success, 0 for a failure or an unscored rollout."""
-        return successes_of(outcome, self.allocator.success).astype(np.int64)
-
-    def _outcome(self, matrix: FloatArray) -> FloatArray:
+    def _outcome(self, scored: Scored) -> FloatArray:
         """(R,) the reward that tells success: the named function's, or the first that scored the rollout."""
         name = self._setting("outcome_reward")
-        if name is not None:
-            return matrix[:, self.reward_func_names.index(name)]
-        scored = ~np.isnan(matrix)
-        return matrix[np.arange(matrix.shape[0]), scored.argmax(axis=1)]
+        return scored.outcome(None if name is None else self.reward_func_names.index(name))
 
-    def _log_allocation(self, step: _Step, outcome: FloatArray) -> None:
-        groups = group_outcomes(step.group_R, outcome, self.allocator.success)
-        place = step.group_R[groups.first_row]  # groups stand in order of first appearance, skipped prompts have none
+    def _add_metrics(self, step: Step, total: FloatArray, lengths: IntArray) -> None:
+        reported = self.allocator.attempt("reporting", self.allocator.metrics) or {}
+        numbers = reported | {"allocation_seconds": step.seconds}
+        if self.queue is not None:
+            numbers["prompts_waiting"] = float(len(self.queue.rows))
+        if self.accelerator.num_processes > 1:
+            work = lengths.reshape(self.accelerator.num_processes, -1).sum(axis=1)
+            numbers["process_imbalance"] = float(work.max() / max(work.mean(), 1))
+        by_prompt = group_outcomes(step.group_R, total).mean_reward
+        by_prompt = by_prompt[~np.isnan(by_prompt)]
+        numbers["reward_per_prompt"] = float(by_prompt.mean()) if by_prompt.size else float("nan")
+        for name, number in numbers.items():
+            self._metrics["train"][f"knapsack/{name}"].append(number)
 
-        def per_prompt(of_group: np.ndarray) -> list[Any]:
-            values = np.zeros(len(step.prompts), of_group.dtype)
-            values[place] = of_group
-            return values.tolist()
-
-        record = {
-            "step": self._generation,
-            "prompt_ids": step.prompts,
-            "counts": step.allocation.counts.tolist(),
-            "successes": per_prompt(groups.successes),
-            "scored": per_prompt(groups.totals),
-            "effective": per_prompt(groups.effective),
-            "estimate": _null_for_nan(step.allocation.success_rates),
-            "predicted": _null_for_nan(step.allocation.nonzero_gradient),
-            "reason": step.allocation.reason,
-            "seconds": step.seconds,
-        }
+    def _log_allocation(self, step: Step, outcome: FloatArray) -> None:
+        record = {"step": self._generation} | step.record(outcome, self.allocator.success)
         try:
             append_row(Path(str(self.args.output_dir)) / ALLOCATION_LOG, record)
         except OSError as error:
@@ -489,52 +393,3 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self.generated = Generated.load(checkpoint)
         if self.replay is not None:
             self.replay.load(checkpoint / REPLAY_FILE)
-
-
-def _check_internals() -> None:
-    """Compare the two methods that are wrapped with what they are expected to take.
-
-    Raises:
-        RuntimeError: this TRL release differs.
-    """
-    expected = {
-        "_generate_and_score_completions": ["self", "inputs"],
-        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-    }
-    for name, parameters in expected.items():
-        method = getattr(GRPOTrainer, name, None)
-        found = list(inspect.signature(method).parameters) if method else None
-        if found != parameters:
-            raise RuntimeError(
-                f"GRPOTrainer.{name} takes {found}, expected {parameters}: this TRL release is not supported; "
-                'install "trl>=1.9,<2" and the newest knapsack-rl'
-            )
-
-
-def _one_completion_per_row(generate: Callable[..., Any], trainer: KnapsackGRPOTrainer) -> Callable[..., Any]:
-    """Force n = 1: vLLM's server mode sends every G-th prompt with n = G, which ragged rows break."""
-
-    @wraps(generate)
-    def generate_rows(*args: Any, **kwargs: Any) -> Any:
-        if trainer._training:
-            bound = inspect.signature(generate).bind(*args, **kwargs)
-            bound.arguments["num_generations"] = 1
-            return generate(*bound.args, **bound.kwargs)
-        return generate(*args, **kwargs)
-
-    return generate_rows
-
-
-def _unpredicted(counts: IntArray) -> Allocation:
-    unknown = np.full(counts.size, np.nan)
-    return Allocation(counts, float("nan"), "divided evenly", success_rates=unknown, nonzero_gradient=unknown.copy())
-
-
-def _from_main_process(decision: T) -> T:
-    shared = [decision]
-    broadcast_object_list(shared)
-    return shared[0]
-
-
-def _null_for_nan(numbers: FloatArray | None) -> list[float | None]:
-    return [] if numbers is None else [None if np.isnan(number) else float(number) for number in numbers]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl.logs import read_columns
+from knapsack_rl.prompt_ids import hash_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +58,7 @@ def _hash(prompt: Any) -> str:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, (list, tuple)) and any(_not_text(part) for part in content):
             raise ValueError("a prompt with images or sounds cannot be hashed; " + ADVICE.format(key="index"))
-    text = json.dumps(prompt, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hash_of(prompt)
 
 
 def _not_text(part: Any) -> bool:

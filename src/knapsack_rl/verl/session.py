@@ -11,7 +11,7 @@ import numpy as np
 
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import group_outcomes
-from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.prompt_ids import PromptId, numbered
 from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row
 from knapsack_rl.statefile import read_state
 from knapsack_rl.value import FloatArray, IntArray
@@ -123,11 +123,8 @@ class Session:
         return {f"knapsack/{name}": number for name, number in numbers.items()}
 
     def _log(self, ids: Sequence[PromptId], outcomes: FloatArray, step: int) -> None:
-        distinct = list(dict.fromkeys(ids))
-        place = {prompt_id: k for k, prompt_id in enumerate(distinct)}
-        groups = group_outcomes(
-            np.array([place[prompt_id] for prompt_id in ids], dtype=np.int64), outcomes, self.allocator.success
-        )
+        distinct, prompt_R = numbered(ids)
+        groups = group_outcomes(prompt_R, outcomes, self.allocator.success)
         record = {
             "step": step,
             "prompt_ids": distinct,

@@ -1,0 +1,51 @@
+"""What the trainer needs of TRL's inside, beside the methods that it overrides."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+
+def check_internals() -> None:
+    """Compare the two methods that are wrapped with what they are expected to take.
+
+    Raises:
+        RuntimeError: this TRL release differs.
+    """
+    expected = {
+        "_generate_and_score_completions": ["self", "inputs"],
+        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    }
+    for name, parameters in expected.items():
+        method = getattr(GRPOTrainer, name, None)
+        found = list(inspect.signature(method).parameters) if method else None
+        if found != parameters:
+            raise RuntimeError(
+                f"GRPOTrainer.{name} takes {found}, expected {parameters}: this TRL release is not supported; "
+                'install "trl>=1.9,<2" and the newest knapsack-rl'
+            )
+
+
+def one_completion_per_row(generate: Callable[..., Any], training: Callable[[], bool]) -> Callable[..., Any]:
+    """A ``generate`` of TRL's vLLM with n = 1 while training.
+
+    vLLM's server mode sends every G-th prompt with n = G, which ragged rows break.
+
+    Args:
+        generate: takes ``num_generations`` among its arguments.
+        training: whether the rows are those of training.
+    """
+
+    @wraps(generate)
+    def generate_rows(*args: Any, **kwargs: Any) -> Any:
+        if training():
+            bound = inspect.signature(generate).bind(*args, **kwargs)
+            bound.arguments["num_generations"] = 1
+            return generate(*bound.args, **bound.kwargs)
+        return generate(*args, **kwargs)
+
+    return generate_rows
