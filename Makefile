@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 VERL_VENV ?= .venv-verl
 MINIMAL_VENV ?= .venv-minimal
+PYTHON_VENV ?= .venv-python
 # The CPU build where your package index offers one; set TORCH to what your accelerator wants.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare evidence test test-slow test-verl test-minimal package check format bench fuzz kill docs base-model clean
+.PHONY: help train compare evidence test test-slow test-verl test-minimal test-python package check format bench fuzz kill docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,15 +52,33 @@ $(VERL_VENV)/.installed: pyproject.toml
 
 test-minimal: $(MINIMAL_VENV)/.installed  ## test the library with the oldest versions it declares (own environment)
 	$(MINIMAL_VENV)/bin/python -m pytest -p no:cacheprovider $(CORE_TESTS)
+	$(MINIMAL_VENV)/bin/python -m pytest -p no:cacheprovider -m "not slow" -W ignore::DeprecationWarning $(EXTRAS_TESTS)
 
 # What needs neither torch nor TRL: their oldest versions are pinned by the extra and checked at construction.
 CORE_TESTS = tests/test_value.py tests/test_solver.py tests/test_costs.py tests/test_allocation.py tests/test_allocator.py \
 	tests/test_estimator.py tests/test_groups.py tests/test_balance.py tests/test_statefile.py tests/test_logs.py
+# Old releases use what newer ones of their own dependencies deprecate.
+EXTRAS_TESTS = tests/test_runlog.py tests/test_report.py tests/test_hostile_output.py tests/test_package.py
 
 $(MINIMAL_VENV)/.installed: pyproject.toml constraints-minimal.txt
 	$(PYTHON) -m venv $(MINIMAL_VENV)
 	$(MINIMAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
-	$(MINIMAL_VENV)/bin/python -m pip install --quiet --editable ".[plots,data]" pytest hypothesis scipy -c constraints-minimal.txt
+	$(MINIMAL_VENV)/bin/python -m pip install --quiet --editable ".[plots,data,math,completion]" pytest hypothesis scipy -c constraints-minimal.txt
+	touch $@
+
+test-python: $(PYTHON_VENV)/.made-with-$(subst /,_,$(PYTHON))  ## test all that needs no torch with PYTHON=python3.13 (own environment)
+	$(PYTHON_VENV)/bin/python -m pytest -p no:cacheprovider -m "not slow" $(filter-out $(TORCH_TESTS),$(wildcard tests/test_*.py))
+
+# Not every Python has a build of torch for every machine; the rest of the suite runs without one.
+TORCH_TESTS = $(addprefix tests/test_,$(addsuffix .py,compare data_sets display faults kill models queue rounds tasks training \
+	trl trl_distributed trl_watching verl_contract verl_real workers))
+
+# Another PYTHON clears the environment, and with it the mark of the one before. rich is what commands that need no
+# torch use of the extra trl.
+$(PYTHON_VENV)/.made-with-$(subst /,_,$(PYTHON)): pyproject.toml
+	$(PYTHON) -m venv --clear $(PYTHON_VENV)
+	$(PYTHON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(PYTHON_VENV)/bin/python -m pip install --quiet --editable ".[plots,data,math,completion]" rich --group test
 	touch $@
 
 package: $(INSTALLED)  ## build wheel and sdist, install the wheel into an empty environment and try it
@@ -101,4 +120,4 @@ base-model: $(INSTALLED)  ## pre-train the shipped base model again
 	$(BIN)/python scripts/pretrain_base.py
 
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) $(VERL_VENV) $(MINIMAL_VENV) build dist site *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VERL_VENV) $(MINIMAL_VENV) $(PYTHON_VENV) build dist site *.egg-info src/*.egg-info

@@ -6,8 +6,9 @@
     python benchmarks/bench_solver.py --write-baselines
 
 All get the same success rates and find the same optimum, which is checked. Rounds alternate between the methods, so
-that a drift of the machine hits all alike; medians of warm calls are printed, and ratios of the medians. Milliseconds
-depend on the machine: ``--check`` compares ratios with ``benchmarks/baselines.json``; growth and memory have limits.
+that a drift of the machine hits all alike; medians over rounds of warm calls are printed, and ratios of them.
+Milliseconds depend on the machine: ``--check`` compares ratios with ``benchmarks/baselines.json``; growth and memory
+have limits.
 
 The methods: ``allocate`` is the public function, with all its checks and its certificate; ``kernel`` is the compiled
 solver within it; ``heap`` pops the best rollout from a heap and is given a table of all marginals for free; ``heap,
@@ -42,6 +43,7 @@ DYNAMIC_PROGRAM_UP_TO = 1024
 TABLE_UP_TO = 100_000  # beyond, the heap computes its own marginals: a table would take a gigabyte and more
 ROLLOUTS_PER_ROUND = 20_000_000  # small sizes are repeated more often
 SECONDS_PER_METHOD = 2.0
+SECONDS_PER_TURN = 0.005
 BASELINES = Path(__file__).with_name("baselines.json")
 TARGETS = {
     "dynamic program / allocate, 256 prompts": 500.0,
@@ -148,11 +150,12 @@ def methods_at(prompts: int, seed: int) -> dict[str, Callable[[], IntArray]]:
     return found
 
 
-def seconds_of(method: Callable[[], IntArray]) -> float:
-    """Wall time of one call."""
+def seconds_of(method: Callable[[], IntArray], calls: int = 1) -> float:
+    """Wall time of a call, the mean of so many."""
     started = time.perf_counter()
-    method()
-    return time.perf_counter() - started
+    for _ in range(calls):
+        method()
+    return (time.perf_counter() - started) / calls
 
 
 def median_milliseconds(prompts: int, rounds: int, seed: int) -> dict[str, float]:
@@ -164,8 +167,9 @@ def median_milliseconds(prompts: int, rounds: int, seed: int) -> dict[str, float
             if sum(seconds[name]) > SECONDS_PER_METHOD:
                 continue  # slow, and its time hardly varies
             elapsed = seconds_of(method)
-            # The method before has swept the caches: what is short is timed on its second call.
-            seconds[name].append(seconds_of(method) if elapsed < 0.02 else elapsed)
+            # The method before has swept the caches and the timer is coarse: what is short is timed on further calls.
+            calls = int(SECONDS_PER_TURN / elapsed)
+            seconds[name].append(seconds_of(method, calls) if calls else elapsed)
     return {name: 1e3 * float(np.median(times)) for name, times in seconds.items()}
 
 

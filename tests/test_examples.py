@@ -11,6 +11,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from knapsack_rl import KnapsackAllocator
@@ -66,8 +67,14 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     text = "".join(output.get("text", "") for output in outputs)
-    uniform, knapsack = re.search(r"uniform: ([\d.]+) of the prompts .* knapsack, last visit: ([\d.]+)", text).groups()
-    assert float(knapsack) > float(uniform)
+    pattern = r"^(\w+): +a mixed group for ([\d.]+) of the prompts and ([\d.]+) of the rollouts$"
+    shares = {name: (float(one), float(two)) for name, one, two in re.findall(pattern, text, re.MULTILINE)}
+    rates = np.random.default_rng(0).beta(0.4, 0.8, size=64)
+    by_definition = np.mean(1 - rates**8 - (1 - rates) ** 8)
+    assert shares["uniform"] == pytest.approx((by_definition, by_definition), abs=6e-4)
+    prompts, rollouts = shares["knapsack"]
+    assert prompts > by_definition - 0.03  # what the text says: about as many prompts,
+    assert rollouts > by_definition + 0.1  # and far more rollouts
 
 
 def test_the_notebook_ships_without_outputs_and_its_code_compiles():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from knapsack_rl.cli import COMMANDS, main
+from run_folders import write_run
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("py.typed", "tasks/base_model/model.safetensors", "experiments/data/LICENSE")
@@ -47,7 +48,8 @@ def installed(built, tmp_path_factory):
     """The scripts folder of an environment that holds the wheel and what it asks for."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
-    call(folder / "bin" / "pip", "install", "--disable-pip-version-check", str(built[0]), cwd=folder)
+    # A PYTHONPATH that leads to the sources would have pip find the package installed already.
+    call(folder / "bin" / "pip", "install", "--disable-pip-version-check", str(built[0]), **clean(folder))
     return folder / "bin"
 
 
@@ -122,6 +124,16 @@ def test_the_library_allocates_and_trains_a_toy_without_torch(installed, tmp_pat
     call(installed / "python", "-c", program, **clean(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_report_needs_the_extra_for_plots_and_no_more(built, tmp_path):
+    write_run(tmp_path / "run", steps=4)
+    venv.create(tmp_path / "environment", with_pip=True)
+    scripts = tmp_path / "environment" / "bin"
+    call(scripts / "pip", "install", "--disable-pip-version-check", f"{built[0]}[plots]", **clean(tmp_path))
+    assert call(scripts / "knapsack-rl", "report", "run", **clean(tmp_path)) == "report: run/report.html\n"
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
 # -- Shell completion --------------------------------------------------------------------------------------------------
 
 
@@ -134,15 +146,31 @@ def test_a_completion_script_knows_commands_and_flags(shell, capsys):
         assert word in script
 
 
-def test_bash_completes_a_command(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("knapsack-rl all", {"allocate"}),
+        ("knapsack-rl allocate --rollouts-per", {"--rollouts-per-prompt"}),
+        ("knapsack-rl train --estimator ba", {"bayes-filter"}),
+        ("knapsack-rl completion ", {"bash", "zsh", "fish"}),
+    ],
+    ids=["command", "flag", "value", "argument"],
+)
+def test_bash_completes_commands_flags_and_values(line, offered, capsys, tmp_path):
     pytest.importorskip("shtab")
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash")
     main(["completion", "bash"])
     (tmp_path / "script").write_text(capsys.readouterr().out)
-    ask = "source ./script; COMP_WORDS=(knapsack-rl all); COMP_CWORD=1; _shtab_knapsack_rl; echo ${COMPREPLY[@]}"
-    assert call(bash, "-c", ask, cwd=tmp_path).split() == ["allocate"]
+    *before, last = line.split(" ")
+    # The function that bash would call is the one that the script registers for the command.
+    ask = (
+        "source ./script; set -- $(complete -p knapsack-rl); "
+        f"COMP_WORDS=({' '.join(before)} '{last}'); COMP_CWORD={len(before)}; "
+        '"${@: -2:1}"; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    assert set(call(bash, "-c", ask, cwd=tmp_path).split()) == offered
 
 
 def test_without_shtab_the_install_line_is_told(monkeypatch, capsys):
@@ -153,11 +181,9 @@ def test_without_shtab_the_install_line_is_told(monkeypatch, capsys):
 
 def test_the_oldest_versions_are_those_that_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    declared = dict(
-        re.match(r"([\w-]+)>=([\d.]+)", line).groups()
-        for line in project["project"]["dependencies"]
-        + [line for name in ("plots", "data") for line in project["project"]["optional-dependencies"][name]]
-    )
+    extras = project["project"]["optional-dependencies"]
+    lines = sum((extras[name] for name in ("plots", "data", "math", "completion")), project["project"]["dependencies"])
+    declared = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in lines)
     pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)\.\*", (ROOT / "constraints-minimal.txt").read_text(), re.MULTILINE))
     for name, oldest in declared.items():
         assert pinned[name] == oldest

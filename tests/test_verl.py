@@ -394,6 +394,15 @@ def test_a_failing_allocator_gives_uniform_groups_and_one_warning(tmp_path, worl
     assert caplog.text.count("allocating failed: division by zero; verl goes on without (told once)") == 1
 
 
+def test_a_failing_prediction_does_not_end_a_uniform_run(tmp_path, world, monkeypatch, caplog):
+    run = Run(tmp_path, world, allocation="uniform")
+    monkeypatch.setattr(run.manager.session.allocator, "adopt", lambda *_: 1 / 0)
+    for _ in range(2):
+        sizes, _ = run.train()
+        assert set(sizes.values()) == {4}
+    assert caplog.text.count("predicting failed: division by zero; verl goes on without (told once)") == 1
+
+
 def test_rewards_that_are_not_finite_count_as_unscored(tmp_path, world):
     run = Run(tmp_path, world)
     run.step = 1

@@ -34,5 +34,5 @@ def run(parsed: argparse.Namespace) -> int:
         raise ImportError(f'{error}. Shell completion needs: pip install "knapsack-rl[completion]"') from error
     from knapsack_rl.cli import build_parser
 
-    sys.stdout.write(shtab.complete(build_parser(), shell=parsed.shell))
+    sys.stdout.write(shtab.complete(build_parser(), shell=parsed.shell).rstrip() + "\n")
     return 0

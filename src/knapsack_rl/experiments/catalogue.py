@@ -92,7 +92,7 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path:
 
     path = folder / f"{name}.svg"
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
-        load(name).figure(rows).savefig(path, metadata={"Date": None})
+        load(name).figure(rows).savefig(path, dpi=200, metadata={"Date": None})
     return path
 
 

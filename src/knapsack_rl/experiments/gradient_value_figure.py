@@ -65,6 +65,7 @@ def _against_rate(measured: Measured, target: str, fitted: dict[str, float], ax:
             markersize=3,
             alpha=0.45,
             label=f"step {step}",
+            rasterized=True,  # some thousand points would make most of the file
         )
     p = np.linspace(0.0, 1.0, 201)
     mixed = 1.0 - p**8 - (1.0 - p) ** 8

@@ -73,7 +73,7 @@ def make_base_model(folder: Path, *, quick: bool) -> None:
     target = Target(unsolved=(0.0, 1.0), solved=0.0, mean=(lowest, 1.0))
     sums = running_sums.make_running_sums()
     lines: list[str] = []
-    made = train_until(target, model, Schedule(max_steps=8000), sums.pretrain, sums.train, lines.append)
+    made = train_until(target, model, Schedule(max_steps=8000, eval_every=25), sums.pretrain, sums.train, lines.append)
     if made is None:
         raise RuntimeError(f"pre-training did not reach a mean success rate of {lowest}; it ended with {lines[-1]}")
     made[0].save_pretrained(folder)

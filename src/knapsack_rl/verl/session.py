@@ -84,7 +84,7 @@ class Session:
             first.setdefault(prompt_id, row)
         rows, distinct = np.fromiter(first.values(), dtype=np.int64), list(first)
         if self.settings.allocation == "uniform":
-            self.allocator.adopt(distinct, counts[rows])
+            self._guarded("predicting", lambda: self.allocator.adopt(distinct, counts[rows]))
         else:
             found = self._guarded("allocating", lambda: self._allocate(distinct, mean))
             if found is None:
