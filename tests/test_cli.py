@@ -447,6 +447,9 @@ def test_a_missing_extra_is_one_line(refused, monkeypatch):
     write_table(reward_log(), "parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert refused("allocate", "rewards.parquet").endswith('pip install "knapsack-rl[data]"')
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    write_run(Path("run"), steps=1)
+    assert refused("report", "run").endswith('This command needs: pip install "knapsack-rl[plots]"')  # and not TRL
 
 
 def test_flags_that_contradict_or_are_no_numbers_are_refused(misused):

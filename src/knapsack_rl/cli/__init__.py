@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         hint = ""
         if isinstance(error, ImportError) and "pip install" not in str(error):
-            hint = '. This command needs: pip install "knapsack-rl[trl,plots]"'
+            hint = f'. This command needs: pip install "knapsack-rl[{getattr(parsed, "extras", "all")}]"'
         sys.stderr.write(f"knapsack-rl: {error}{hint}\n")
         return 2
     except KeyboardInterrupt:

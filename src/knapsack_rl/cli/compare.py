@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), metavar="FOLDER")
     add_flags(parser, without=("allocation", "seed", "threads"))
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extras="trl,plots")
 
 
 def run(parsed: argparse.Namespace) -> int:

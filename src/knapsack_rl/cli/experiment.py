@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--split", choices=SPLITS, default="report", help="of estimation: prompts of the recorded run (default: report)"
     )
     parser.add_argument("--quiet", action="store_true", help="print no progress")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extras="trl,experiments")
 
 
 def run(parsed: argparse.Namespace) -> int:

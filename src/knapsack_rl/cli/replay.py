@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--no-page", action="store_true", help="write no page (matplotlib is not needed then)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extras="plots")
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="page to write, or folder of the pictures (default: in the run folder; for several runs comparison.html "
         "or comparison-figures in this one)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extras="plots")
 
 
 def run(parsed: argparse.Namespace) -> int:

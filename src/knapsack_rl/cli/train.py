@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     add_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extras="trl,plots")
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from knapsack_rl.report.curves import Curve, mean_curve, moving_average, rollouts_to_reach, t_interval, tail_mean
 from knapsack_rl.report.runlog import RunLog
+from knapsack_rl.runfiles import finite_or_none
 
 SMOOTHING = 3
 """Evaluations averaged before a curve is searched for a target accuracy."""
@@ -194,9 +195,9 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
                 "effective_prompts": _mean(policy.per_seed(lambda run: _all_mean(run.effective_prompt_ratio)).values()),
                 "unsolved_share": _mean(policy.per_seed(lambda run: run.unsolved_share).values()),
                 "largest_allocation": max((int(run.max_budget.max()) for run in started), default=None),
-                "target_accuracy": _known(target),
-                "rollouts_to_target": _known(reached),
-                "rollouts_ratio": _known(reached / baseline_rollouts) if baseline_rollouts else None,
+                "target_accuracy": finite_or_none(target),
+                "rollouts_to_target": finite_or_none(reached),
+                "rollouts_ratio": finite_or_none(reached / baseline_rollouts) if baseline_rollouts else None,
             }
         )
     return rows
@@ -219,7 +220,3 @@ def _all_mean(values: NDArray[np.float64]) -> float:
 def _mean(values: Any) -> float | None:
     array = np.array(list(values), dtype=np.float64)
     return float(array.mean()) if array.size else None
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None

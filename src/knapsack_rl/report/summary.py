@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from knapsack_rl.groups import DIFFICULTY_CLASSES
 from knapsack_rl.report.curves import tail_mean
 from knapsack_rl.report.runlog import RunLog
+from knapsack_rl.runfiles import finite_or_none
 
 
 def run_summary(run: RunLog) -> dict[str, Any]:
@@ -38,18 +38,18 @@ def run_summary(run: RunLog) -> dict[str, Any]:
         "held_out": {"rollouts": rollouts.tolist(), "accuracy": accuracy.tolist()},
         "effective_rollouts": _ends(run.effective_rollout_ratio),
         "effective_prompts": _ends(run.effective_prompt_ratio),
-        "all_correct": _known(tail_mean(run.all_correct_share)),
-        "all_wrong": _known(tail_mean(run.all_wrong_share)),
+        "all_correct": finite_or_none(tail_mean(run.all_correct_share)),
+        "all_wrong": finite_or_none(tail_mean(run.all_wrong_share)),
         "largest_allocation": int(run.max_budget.max()) if run.steps.size else None,
-        "unsolved_share": _known(run.unsolved_share),
+        "unsolved_share": finite_or_none(run.unsolved_share),
         "classes": list(DIFFICULTY_CLASSES),
         "transitions": run.transitions.tolist(),
         "calibration": {
             "predicted": calibration.predicted.tolist(),
             "realised": calibration.realised.tolist(),
             "visits": calibration.visits.tolist(),
-            "brier": _known(calibration.brier),
-            "brier_of_average": _known(calibration.brier_constant),
+            "brier": finite_or_none(calibration.brier),
+            "brier_of_average": finite_or_none(calibration.brier_constant),
         },
         "reasons": dict(Counter(reason for reason in run.reasons if reason)),
         "warnings": [dict(told) for told in run.warnings],
@@ -57,8 +57,4 @@ def run_summary(run: RunLog) -> dict[str, Any]:
 
 
 def _ends(values: np.ndarray) -> dict[str, float | None]:
-    return {"first": _known(tail_mean(values[::-1])), "last": _known(tail_mean(values))}
-
-
-def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return {"first": finite_or_none(tail_mean(values[::-1])), "last": finite_or_none(tail_mean(values))}
