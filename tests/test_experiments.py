@@ -16,6 +16,7 @@ from knapsack_rl.cli import main
 from knapsack_rl.experiments import catalogue, page, pool, statistics
 from knapsack_rl.experiments.contract import Options
 from knapsack_rl.experiments.extract import never_solved, solved_once
+from knapsack_rl.report.comparison import accuracy_at_end
 from knapsack_rl.report.runlog import Visits
 from knapsack_rl.training.settings import TrainSettings
 
@@ -93,6 +94,9 @@ def test_a_target_never_reached_is_a_lower_bound():
 def test_the_accuracy_at_the_end_and_on_the_way():
     row = run_row("uniform", 0, accuracy=(0.0, 0.1, 0.4, 0.5, 0.6))
     assert statistics.final_accuracy(row) == pytest.approx(0.5)
+    assert accuracy_at_end([0.2, 0.6]) == 0.6  # the one before training does not count
+    assert accuracy_at_end([0.2]) == 0.2
+    assert math.isnan(accuracy_at_end([]))
     assert statistics.mean_accuracy(row) == pytest.approx((0.0 / 2 + 0.1 + 0.4 + 0.5 + 0.6 / 2) / 4)
     assert statistics.series_mean("all_wrong", 0.2)(row) == pytest.approx(0.2)
 

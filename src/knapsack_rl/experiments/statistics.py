@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.experiments.contract import Row, Verdict
-from knapsack_rl.report.comparison import SMOOTHING
+from knapsack_rl.report.comparison import SMOOTHING, accuracy_at_end
 from knapsack_rl.report.curves import moving_average, rollouts_to_reach, t_interval
-
-LAST_EVALUATIONS = 3
-"""Evaluations whose mean is the accuracy at the end of a run."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,8 @@ def summary(rows: Sequence[Row], arm: str, measure: Callable[[Row], float | None
 
 
 def final_accuracy(row: Row) -> float:
-    """Held-out accuracy at the end of a run: the mean of its last evaluations."""
-    return float(np.mean(row["evaluations"]["accuracy"][-LAST_EVALUATIONS:]))
+    """Held-out accuracy at the end of a run: the mean of its last three evaluations."""
+    return accuracy_at_end(row["evaluations"]["accuracy"])
 
 
 def mean_accuracy(row: Row) -> float:

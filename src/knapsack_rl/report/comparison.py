@@ -16,6 +16,8 @@ from knapsack_rl.runfiles import finite_or_none
 
 SMOOTHING = 3
 """Evaluations averaged before a curve is searched for a target accuracy."""
+LAST_EVALUATIONS = 3
+"""Evaluations whose mean is the accuracy at the end of a run."""
 
 # Settings that may vary between seeds of one policy, because they do not change what is learned.
 _INCIDENTAL = {"seed", "threads", "report_to", "save_every", "eval_every"}
@@ -92,10 +94,18 @@ def _size(policy: Policy) -> float:
     return value if isinstance(value, int | float) else math.inf
 
 
+def accuracy_at_end(accuracy: Sequence[float] | NDArray[np.float64]) -> float:
+    """Held-out accuracy at the end of a run: the mean of its last three evaluations, NaN without any.
+
+    A single evaluation of a run that still moves is noisy. The first, before training, counts only if it is alone.
+    """
+    last = np.asarray(accuracy[1:] if len(accuracy) > 1 else accuracy, dtype=np.float64)[-LAST_EVALUATIONS:]
+    return float(last.mean()) if last.size else math.nan
+
+
 def final_accuracy(run: RunLog) -> float:
-    """Held-out accuracy of the last evaluation, NaN if there is none."""
-    accuracy = run.held_out[1]
-    return float(accuracy[-1]) if accuracy.size else math.nan
+    """:func:`accuracy_at_end` of a run."""
+    return accuracy_at_end(run.held_out[1])
 
 
 def mean_accuracy(run: RunLog) -> float:
@@ -133,7 +143,7 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
         policy, baseline: Label, and whether this is the baseline.
         seeds, unfinished: Seeds of the runs, and how many of them have fewer steps than planned.
         rollouts: Rollouts generated per run.
-        accuracy, accuracy_interval, accuracy_by_seed: Held-out accuracy of the last evaluation.
+        accuracy, accuracy_interval, accuracy_by_seed: Held-out accuracy at the end: :func:`accuracy_at_end`.
         difference, difference_interval, difference_pairs: Final accuracy minus that of the baseline's run
             with the same seed, both finished, and the number of such pairs.
         mean_accuracy, mean_accuracy_interval: Held-out accuracy averaged over the rollouts of the run.

@@ -194,8 +194,9 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
     target = rows[0]["target_accuracy"]
     caption = (
         "Means over seeds; ± is the half-width of a 95 % t-interval of the mean. Differences are taken between runs "
-        "of the same seed. Success on training prompts (every prompt weighs the same) is the mean over the last 20 % "
-        "of the steps, gradient shares are over all steps. Unsolved: no success at the last visit."
+        "of the same seed. Accuracy at the end is the mean of the last three evaluations. Success on training prompts "
+        "(every prompt weighs the same) is the mean over the last 20 % of the steps, gradient shares are over all "
+        "steps. Unsolved: no success at the last visit."
     )
     if target is not None:
         caption += (
@@ -223,8 +224,9 @@ def comparison_plots(groups: Sequence[Policy]) -> list[page.Plot]:
         figures.append(
             page.Plot(
                 "final",
-                "The last evaluation of each run; the bar is the mean. Where the dots of two policies mingle, the "
-                "difference may be chance. Policies with a larger N have used more rollouts.",
+                "The mean of the last three evaluations of each run; the bar is the mean of the runs. Where the dots "
+                "of two policies mingle, the difference may be chance. Policies with a larger N have used more "
+                "rollouts.",
                 lambda ax: plots.final_values(finals, ax, quantity="held-out accuracy at the end"),
             )
         )
