@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.contract import Finding, Row
 from knapsack_rl.experiments.extract import CLASS_SERIES
 from knapsack_rl.experiments.statistics import markdown_table, per_seed, summary, told
 from knapsack_rl.groups import DIFFICULTY_CLASSES
@@ -34,16 +34,7 @@ CLASSES = {
     "above 0.95": (0.95, 1.0),
 }
 """Name of a class to the estimates in it: above the first, up to the second; the lowest holds 0 too."""
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def largest(row: Row) -> float:

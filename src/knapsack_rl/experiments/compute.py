@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row, Verdict
+from knapsack_rl.experiments.contract import Finding, Row, Verdict
 from knapsack_rl.experiments.statistics import (
     Estimate,
     compare,
@@ -26,16 +26,7 @@ QUESTION = "Does uniform allocation need about twice the rollouts for the same h
 
 ARMS = ("uniform", "uniform-2n", "uniform-3n", "paper", "knapsack")
 CLAIMED_FACTOR = 2.0
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def at_least(cost: Estimate, factor: float) -> Verdict:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row, Verdict
+from knapsack_rl.experiments.contract import Finding, Row, Verdict
 from knapsack_rl.experiments.extract import LOST, SOLVED
 from knapsack_rl.experiments.statistics import Estimate, compare, final_accuracy, markdown_table, summary, told
 
@@ -19,16 +19,7 @@ QUESTION = "Do solved prompts regress at min_rollouts 2, 1 and 0?"
 ARMS = ("uniform", "knapsack", "knapsack-min1", "knapsack-min0")
 TOLERATED = 0.02
 """A regression of solved prompts that would not matter: two points of their success rate."""
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def change(row: Row) -> float | None:

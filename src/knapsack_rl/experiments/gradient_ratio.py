@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.contract import Finding, Row
 from knapsack_rl.experiments.statistics import (
     compare,
     final_accuracy,
@@ -27,16 +27,7 @@ ARMS = ("uniform", "uniform-2n", "paper", "knapsack")
 CLAIMED_POINTS = 0.20
 LAST = 0.2
 """Share of a run that is its end."""
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ def label(arm: str) -> str:
 def seeds_of(options: Options) -> range:
     """Seeds that run."""
     return range(min(options.seeds, QUICK_SEEDS) if options.quick else options.seeds)
+
+
+def experiment(
+    arms: Sequence[str],
+) -> tuple[Callable[[Options], int], Callable[[Options, Callable[[str], None]], list[Row]]]:
+    """The functions ``pieces`` and ``measure`` of an experiment that trains these arms and nothing else."""
+    return partial(pieces, arms), partial(measure, arms)
 
 
 def pieces(arms: Sequence[str], options: Options) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.contract import Finding, Row
 from knapsack_rl.experiments.fallback_ablation import unsolved_left
 from knapsack_rl.experiments.statistics import compare, final_accuracy, judged, markdown_table, summary, told
 from knapsack_rl.experiments.tables import accuracy_table
@@ -19,16 +19,7 @@ QUESTION = "Does replaying rare successes of unsolved prompts leave fewer of the
 
 PAIRS = {"knapsack": "knapsack-replay", "uniform": "uniform-replay"}
 ARMS = ("uniform", "uniform-replay", "knapsack", "knapsack-replay")
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:

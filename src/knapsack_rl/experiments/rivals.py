@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.contract import Finding, Row
 from knapsack_rl.experiments.statistics import (
     compare,
     final_accuracy,
@@ -26,16 +26,7 @@ QUESTION = "Does the knapsack beat oversampling, skipping and sampling in rounds
 
 RIVALS = ("oversample", "skip", "sequential")
 ARMS = ("uniform", "paper", "knapsack", *RIVALS)
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:

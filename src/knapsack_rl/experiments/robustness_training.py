@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.contract import Finding, Row
 from knapsack_rl.experiments.statistics import compare, final_accuracy, judged, per_seed, told
 from knapsack_rl.experiments.tables import accuracy_table
 
@@ -19,16 +19,7 @@ QUESTION = "Does held-out accuracy depend on the window or the discount of the e
 WINDOWS = {"paper-window4": 4, "paper": 16, "paper-window64": 64}
 DISCOUNTS = {"bayes-discount05": 0.5, "empirical-bayes": 0.8, "bayes-discount1": 1.0}
 ARMS = ("uniform", *WINDOWS, *DISCOUNTS, "knapsack")
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:

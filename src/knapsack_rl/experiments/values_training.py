@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
-from knapsack_rl.experiments.contract import Finding, Options, Row
+from knapsack_rl.experiments.contract import Finding, Row
 from knapsack_rl.experiments.statistics import compare, final_accuracy, judged, mean_accuracy, told
 from knapsack_rl.experiments.tables import accuracy_table
 
@@ -18,16 +18,7 @@ QUESTION = "Do other values than the paper's first-order one lead to better mode
 
 VALUES = ("value-nonzero", "value-variance", "value-signal", "value-fitted")
 ARMS = ("uniform", "knapsack", *VALUES)
-
-
-def pieces(options: Options) -> int:
-    """One piece per run."""
-    return pool.pieces(ARMS, options)
-
-
-def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Train the arms."""
-    return pool.measure(ARMS, options, done)
+pieces, measure = pool.experiment(ARMS)
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
