@@ -29,7 +29,8 @@ def plain(text: str) -> str:
 
 
 def section() -> str:
-    return plain((ROOT / "README.md").read_text(encoding="utf-8")).split("## What it bought\n", 1)[1].split("\n## ", 1)[0]
+    text = plain((ROOT / "README.md").read_text(encoding="utf-8"))
+    return text.split("## What it bought\n", 1)[1].split("\n## ", 1)[0]
 
 
 def table() -> list[dict[str, str]]:
