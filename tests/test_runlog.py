@@ -205,8 +205,12 @@ def test_run_without_steps(tmp_path):
 
 
 def test_errors_name_file_and_cause(tmp_path, rows):
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(FileNotFoundError, match="there is no run folder .*elsewhere"):
+        RunLog.load(elsewhere)
+    elsewhere.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
-        RunLog.load(tmp_path / "elsewhere")
+        RunLog.load(elsewhere)
     rows[3]["counts"].pop()
     write_rows(tmp_path / "allocations.jsonl", rows)
     with pytest.raises(ValueError, match="step 4: counts has 15 entries for 16 prompt_ids"):
