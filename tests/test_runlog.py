@@ -206,7 +206,7 @@ def test_run_without_steps(tmp_path):
 
 def test_errors_name_file_and_cause(tmp_path, rows):
     elsewhere = tmp_path / "elsewhere"
-    with pytest.raises(FileNotFoundError, match="there is no run folder .*elsewhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no run folder .*elsewhere"):
         RunLog.load(elsewhere)
     elsewhere.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):

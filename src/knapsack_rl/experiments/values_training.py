@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from knapsack_rl.experiments import figures, pool
 from knapsack_rl.experiments.contract import Finding, Row
-from knapsack_rl.experiments.statistics import compare, final_accuracy, judged, mean_accuracy, told
+from knapsack_rl.experiments.fallback_ablation import to_unsolved
+from knapsack_rl.experiments.statistics import compare, final_accuracy, judged, mean_accuracy, summary, told
 from knapsack_rl.experiments.tables import accuracy_table
 
 if TYPE_CHECKING:
@@ -39,13 +40,16 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def paragraph(rows: Sequence[Row]) -> str:
-    """What the values are and what came of them."""
+    """What the values are, what came of them, and how they differ most: in what prompts without a success get."""
+    share = "; ".join(f"{pool.label(arm)}: {summary(rows, arm, to_unsolved).number()}" for arm in _trained(rows))
     return f"""The same posterior (Bayes filter), the same budget, another value of N rollouts at success rate p: the
 chance of a non-zero gradient alone; the expected variance of the rewards; the share of a noiseless gradient that N
 rollouts give; and the chance times a gain p^a (1 − p)^b that was fitted to measured gradients (the experiment
 `gradient-value`). The paper's value is the chance times p (1 − p)².
 
-{accuracy_table(rows, _trained(rows), "knapsack")}"""
+{accuracy_table(rows, _trained(rows), "knapsack")}
+
+Rollouts a visit to prompts without a success so far: {share}."""
 
 
 def figure(rows: Sequence[Row]) -> Figure:
