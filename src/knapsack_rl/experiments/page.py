@@ -23,9 +23,10 @@ of one- to four-digit numbers): 400 steps of 64 prompts, N = 8 rollouts per prom
 and 512 held-out ones, unless a section says otherwise. The learning rate was chosen once, for uniform allocation, on a
 seed that is not used here; nothing was chosen on the held-out prompts. Brackets after a figure of training runs are
 95 % t-intervals over seeds; differences are paired by seed. Costs count everything generated, also what a policy throws
-away. Accuracy at the end is the mean of the last three evaluations. A claim holds if its whole interval does, in part
-if there is an effect in its direction but not surely of its size, and is undecided if the interval leaves it open. It
-is a small model on one task: what holds here may fail elsewhere, and the reverse.
+away. Accuracy at the end is the mean of the last three evaluations. Five seeds were planned; where there is a sixth, it
+was added after the five had been seen, to narrow the intervals. A claim holds if its whole interval does, in part if
+there is an effect in its direction but not surely of its size, and is undecided if the interval leaves it open. It is a
+small model on one task: what holds here may fail elsewhere, and the reverse.
 
 **Again.** `knapsack-rl experiment NAME` runs one experiment, two processes side by side; `all` runs every one. Finished
 runs are used again and half-done ones resumed. With `--output docs/evidence` the runs whose rows stand there are not
