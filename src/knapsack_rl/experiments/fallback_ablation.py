@@ -16,6 +16,7 @@ TITLE = "The fallback for unsolved prompts"
 QUESTION = "Do unsolved prompts starve without the paper's fallback, and does a posterior do without one?"
 
 ARMS = ("uniform", "paper", "paper-without-fallback", "empirical-bayes", "knapsack")
+pieces, measure = pool.experiment(ARMS)
 
 
 def to_unsolved(row: Row) -> float | None:
@@ -26,9 +27,6 @@ def to_unsolved(row: Row) -> float | None:
 def unsolved_left(row: Row) -> float | None:
     """Share of the prompts unsolved at the start that still are, by exact success rates."""
     return row["exact"]["unsolved_left"]
-
-
-pieces, measure = pool.experiment(ARMS)
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:

@@ -105,6 +105,11 @@ def seeds_of(options: Options) -> range:
     return range(min(options.seeds, QUICK_SEEDS) if options.quick else options.seeds)
 
 
+def with_at_most(seeds: int, options: Options) -> Options:
+    """The options of an experiment that has fewer seeds than the others."""
+    return replace(options, seeds=min(options.seeds, seeds))
+
+
 def experiment(
     arms: Sequence[str],
 ) -> tuple[Callable[[Options], int], Callable[[Options, Callable[[str], None]], list[Row]]]:

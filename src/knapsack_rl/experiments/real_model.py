@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from knapsack_rl.experiments import figures, pool
+from knapsack_rl.experiments.budgets import largest
 from knapsack_rl.experiments.contract import Finding, Options, Row
 from knapsack_rl.experiments.statistics import (
     compare,
@@ -16,6 +16,7 @@ from knapsack_rl.experiments.statistics import (
     judged,
     markdown_table,
     mean_accuracy,
+    per_seed,
     series_mean,
     summary,
     told,
@@ -52,13 +53,13 @@ SETTINGS: dict[str, Any] = {
 
 def pieces(options: Options) -> int:
     """One piece per run."""
-    return pool.pieces(ARMS, _fewer(options))
+    return pool.pieces(ARMS, pool.with_at_most(SEEDS, options))
 
 
 def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
     """Train both arms; the quick version trains the small model that ships on its own task."""
     changes = {} if options.quick else SETTINGS
-    return pool.measure(ARMS, _fewer(options), done, f"{TASK}-", **changes)
+    return pool.measure(ARMS, pool.with_at_most(SEEDS, options), done, f"{TASK}-", **changes)
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
@@ -118,7 +119,7 @@ def paragraph(rows: Sequence[Row]) -> str:
                 summary(rows, arm, mean_accuracy).percent(),
                 summary(rows, arm, series_mean("rollout_ratio")).percent(),
                 summary(rows, arm, series_mean("prompt_ratio")).percent(),
-                f"{max(max(row['series']['largest']) for row in rows if row['arm'] == arm):.0f}",
+                f"{max(per_seed(rows, arm, largest).values()):.0f}",
             )
             for arm in ARMS
         ],
@@ -148,7 +149,3 @@ def figure(rows: Sequence[Row]) -> Figure:
     figures.accuracy(rows, ARMS, left)
     plots.ratios_by_policy(figures.by_arm(rows, ARMS, "step", "rollout_ratio"), right, level="rollouts")
     return drawing
-
-
-def _fewer(options: Options) -> Options:
-    return replace(options, seeds=min(options.seeds, SEEDS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +40,12 @@ BASE_RATE = 0.2
 
 def pieces(options: Options) -> int:
     """One piece per run, and one for the base model."""
-    return pool.pieces(ARMS, _fewer(options)) + 1
+    return pool.pieces(ARMS, pool.with_at_most(SEEDS, options)) + 1
 
 
 def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
     """Make the base model if a run needs it and it is not there, and train the arms."""
-    folder, fewer = pool.root_of(options) / f"{TASK}-base", _fewer(options)
+    folder, fewer = pool.root_of(options) / f"{TASK}-base", pool.with_at_most(SEEDS, options)
     changes: dict[str, Any] = {"dataset": TASK, "model": str(folder)} | ({} if options.quick else {"steps": STEPS})
     if pool.missing(pool.plan(ARMS, fewer, f"{TASK}-", **changes), options):
         make_base_model(folder, quick=options.quick)
@@ -144,7 +143,3 @@ def figure(rows: Sequence[Row]) -> Figure:
     drawing.set_size_inches(7, 4)
     figures.accuracy(rows, ARMS, ax, "tokens")
     return drawing
-
-
-def _fewer(options: Options) -> Options:
-    return replace(options, seeds=min(options.seeds, SEEDS))

@@ -25,7 +25,7 @@ pieces, measure = pool.experiment(ARMS)
 def findings(rows: Sequence[Row]) -> list[Finding]:
     """Each value against the paper's, all with the Bayes filter."""
     found = []
-    for arm in (arm for arm in VALUES if arm in _trained(rows)):
+    for arm in VALUES:
         gain = compare(rows, arm, "knapsack", final_accuracy)
         way = compare(rows, arm, "knapsack", mean_accuracy)
         found.append(
@@ -41,24 +41,20 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 def paragraph(rows: Sequence[Row]) -> str:
     """What the values are, what came of them, and how they differ most: in what prompts without a success get."""
-    share = "; ".join(f"{pool.label(arm)}: {summary(rows, arm, to_unsolved).number()}" for arm in _trained(rows))
+    share = "; ".join(f"{pool.label(arm)}: {summary(rows, arm, to_unsolved).number()}" for arm in ARMS)
     return f"""The same posterior (Bayes filter), the same budget, another value of N rollouts at success rate p: the
 chance of a non-zero gradient alone; the expected variance of the rewards; the share of a noiseless gradient that N
 rollouts give; and the chance times a gain p^a (1 − p)^b that was fitted to measured gradients (the experiment
 `gradient-value`). The paper's value is the chance times p (1 − p)².
 
-{accuracy_table(rows, _trained(rows), "knapsack")}
+{accuracy_table(rows, ARMS, "knapsack")}
 
 Rollouts a visit to prompts without a success so far: {share}."""
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """Accuracy against rollouts of the arms that were trained: the fitted value comes after `gradient-value`."""
+    """Accuracy against rollouts."""
     drawing, (ax,) = figures.panels(1)
     drawing.set_size_inches(7, 4)
-    figures.accuracy(rows, _trained(rows), ax)
+    figures.accuracy(rows, ARMS, ax)
     return drawing
-
-
-def _trained(rows: Sequence[Row]) -> list[str]:
-    return [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]

@@ -36,14 +36,18 @@ def check_model(model: str) -> None:
         FileNotFoundError: says what is there and what can be given.
     """
     path = Path(model)
-    if model in MODEL_PRESETS or any((path / name).is_file() for name in MODEL_FILES):
+    if model in MODEL_PRESETS or _holds_model(path):
         return
     if path.is_dir():
         inside = path / MODEL_FOLDER
-        hint = f"; the run's model is in {inside}" if any((inside / name).is_file() for name in MODEL_FILES) else ""
+        hint = f"; the run's model is in {inside}" if _holds_model(inside) else ""
         raise FileNotFoundError(f"{model} holds no model: it has no config.json{hint}")
     if is_path(model):
         raise FileNotFoundError(f"there is no model folder {model}; {allowed_models()}")
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def is_path(model: str) -> bool:

@@ -22,7 +22,7 @@ from knapsack_rl.training.smollm2 import smollm2_folder
 logger = logging.getLogger(__name__)
 
 PRESETS = {"arithmetic-base": base_model_path, "smollm2-135m": smollm2_folder}
-"""Models that need no hub; any other name is a Hugging Face folder or name."""
+"""Where those of ``MODEL_PRESETS`` are."""
 
 
 def model_name(model: str) -> str:
