@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from knapsack_rl import KnapsackAllocator
-from knapsack_rl.statefile import atomic_file
+from knapsack_rl.state import atomic_file
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from knapsack_rl.report import RunLog, plots
 from knapsack_rl.report.comparison import accuracy_curve, policies
-from knapsack_rl.report.curves import mean_curve, moving_average
+from knapsack_rl.runs.curves import mean_curve, moving_average
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

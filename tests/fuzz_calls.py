@@ -12,12 +12,13 @@ import numpy as np
 
 import knapsack_rl as kr
 from fuzz_input import ODD, altered, ids, number, numbers, text
-from knapsack_rl import balance, groups, prompt_ids
+from knapsack_rl import balance, groups
+from knapsack_rl import ids as prompt_ids
+from knapsack_rl.allocation.value import marginal_values
+from knapsack_rl.allocation.value_functions import VALUES
 from knapsack_rl.report import page
 from knapsack_rl.tasks import arithmetic, exact_match_reward, gsm8k
 from knapsack_rl.tasks.extraction import last_boxed, text_of
-from knapsack_rl.value import marginal_values
-from knapsack_rl.value_functions import VALUES
 
 Target = Callable[[random.Random, Path], None]
 ESTIMATORS = ("beta", "window", "empirical-bayes", "bayes-filter")

@@ -12,10 +12,12 @@ import numpy as np
 
 import knapsack_rl as kr
 from fuzz_input import mutated
-from knapsack_rl import logs, runfiles, statefile
+from knapsack_rl import state as statefile
 from knapsack_rl.cli import main as command
-from knapsack_rl.report.runlog import RunLog
-from knapsack_rl.reward_logs import read_reward_log
+from knapsack_rl.offline import tables as logs
+from knapsack_rl.offline.reward_logs import read_reward_log
+from knapsack_rl.runs import files as runfiles
+from knapsack_rl.runs.log import RunLog
 from knapsack_rl.training.settings import read_yaml, settings_from
 
 ROW = {"step": 1, "prompt_ids": ["a", 7], "counts": [3, 2], "successes": [1, 0], "scored": [3, 2], "seconds": 0.1}

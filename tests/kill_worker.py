@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 import tiny
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.runfiles import complete_checkpoints
+from knapsack_rl.runs.files import complete_checkpoints
 from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOTrainer
 
 SAVE_EVERY = 2

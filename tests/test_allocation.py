@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
-from knapsack_rl.allocation import allocate_expected
-from knapsack_rl.degradation import feasible_bounds
-from knapsack_rl.value import marginal_values
+from knapsack_rl.allocation.degradation import feasible_bounds
+from knapsack_rl.allocation.policies import allocate_expected
+from knapsack_rl.allocation.value import marginal_values
 from oracles import milp_optimum
 from strategies import Batch, batches, no_deadline, success_rates
 

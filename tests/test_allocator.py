@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
-from knapsack_rl import statefile
-from knapsack_rl.allocation import allocate_expected
+from knapsack_rl import state as statefile
+from knapsack_rl.allocation.policies import allocate_expected
 from knapsack_rl.balance import predict_work
-from knapsack_rl.estimator import ESTIMATORS, BetaEstimator
-from knapsack_rl.prompt_ids import stable_order
+from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator
+from knapsack_rl.ids import stable_order
 from oracles import assert_same_state
 from strategies import no_deadline
 
@@ -853,7 +853,7 @@ def test_importing_the_package_imports_numpy_alone() -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(("module", "examples"), [("value", 0), ("allocation", 1), ("allocator", 5)])
+@pytest.mark.parametrize(("module", "examples"), [("allocation.policies", 1), ("allocator", 5)])
 def test_examples_in_docstrings(module: str, examples: int) -> None:
     results = doctest.testmod(importlib.import_module(f"knapsack_rl.{module}"))
     assert results.failed == 0

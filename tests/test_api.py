@@ -18,8 +18,6 @@ PUBLIC = [
     "Certificate",
     "KnapsackAllocator",
     "allocate",
-    "allocate_graded",
-    "plan_epoch",
     "GroupStatistics",
     "group_advantages",
     "group_statistics",

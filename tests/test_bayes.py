@@ -16,10 +16,10 @@ from scipy.linalg import expm
 from scipy.stats import binom
 
 import knapsack_rl as kr
-from knapsack_rl import bayes
-from knapsack_rl.bayes import LARGEST_LOGIT, BayesFilterEstimator, EmpiricalBayesEstimator
-from knapsack_rl.tracker import Records
-from knapsack_rl.value import marginal_values
+from knapsack_rl.allocation.value import marginal_values
+from knapsack_rl.estimation import bayes
+from knapsack_rl.estimation.bayes import LARGEST_LOGIT, BayesFilterEstimator, EmpiricalBayesEstimator
+from knapsack_rl.estimation.tracker import Records
 from oracles import assert_same_state
 from strategies import no_deadline
 

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 import knapsack_rl as kr
 from knapsack_rl.cli import COMMANDS, build_parser, main
-from knapsack_rl.runfiles import STATE_FILE
+from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.training.settings import TrainSettings
 from run_folders import write_run
 

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import estimation
 from knapsack_rl.cli import main, progress
 from knapsack_rl.cli.progress import progress as make_progress
-from knapsack_rl.experiments import estimation
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
-from knapsack_rl import solver
-from knapsack_rl.costs import ROUNDING, check_costs, solve_with_costs
-from knapsack_rl.rows import Rows
-from knapsack_rl.value import marginal_values
+from knapsack_rl.allocation import solver
+from knapsack_rl.allocation.costs import ROUNDING, check_costs, solve_with_costs
+from knapsack_rl.allocation.rows import Rows
+from knapsack_rl.allocation.value import marginal_values
 from oracles import milp_optimum, values_of
 from strategies import no_deadline, success_rates
 
@@ -133,7 +133,7 @@ def test_the_certificate_is_no_weaker_than_the_continuous_relaxation(seed: int, 
 
 def test_a_search_given_up_leaves_a_valid_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """With hardly any states allowed greedy's counts stand, and the Lagrangian bound is what is certified."""
-    import knapsack_rl.costs as module
+    import knapsack_rl.allocation.costs as module
 
     rng = np.random.default_rng(SEED)
     open_gaps = 0

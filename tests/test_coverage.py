@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import knapsack_rl as kr
-from knapsack_rl.coverage import LONGEST_SKIP, price_of_rollout, serve_or_skip
-from knapsack_rl.value import marginal_values
+from knapsack_rl.allocation.coverage import LONGEST_SKIP, price_of_rollout, serve_or_skip
+from knapsack_rl.allocation.value import marginal_values
 
 CASES = 400
 

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from knapsack_rl.cli.display import Pace, Panel, PlainLines, Quiet, make_display
+from knapsack_rl.runs.watch import Finding
 from knapsack_rl.training.settings import TrainSettings
-from knapsack_rl.watch import Finding
 
 STEP = {
     **{"step": 3, "reward": 0.25, "knapsack/effective_gradient_ratio": 0.5, "knapsack/effective_prompt_ratio": 0.75},

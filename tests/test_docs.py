@@ -16,7 +16,7 @@ import pytest
 import knapsack_rl as kr
 from knapsack_rl.cli import build_parser, main
 from knapsack_rl.training.settings import TrainSettings
-from knapsack_rl.verl_launch import VerlSettings
+from knapsack_rl.verl.launch import VerlSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -9,12 +9,12 @@ import re
 import numpy as np
 import pytest
 
-from knapsack_rl import dry_run as module
-from knapsack_rl.dry_run import KNAPSACK, LIMIT, Settings, dry_run, simulations
-from knapsack_rl.environments import Synthetic, draw_rates
+from knapsack_rl.offline import dry_run as module
+from knapsack_rl.offline.dry_run import KNAPSACK, LIMIT, Settings, dry_run, simulations
+from knapsack_rl.offline.environments import Synthetic, draw_rates
+from knapsack_rl.offline.reward_logs import RewardLog
+from knapsack_rl.offline.simulate import simulate, uniform
 from knapsack_rl.report.dry_run_page import savings, summary, write_dry_run
-from knapsack_rl.reward_logs import RewardLog
-from knapsack_rl.simulate import simulate, uniform
 
 
 def make_log(rates, epochs=8, batch=16, rollouts=8, seed=0, graded=False, unscored=0.0):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from knapsack_rl.environments import MIXTURES, Replay, Synthetic, Trace, draw_rates, shuffled_batches
-from knapsack_rl.experiments.trace import SPLITS, load_trace
+from experiments.trace import SPLITS, load_trace
+from knapsack_rl.offline.environments import MIXTURES, Replay, Synthetic, Trace, draw_rates, shuffled_batches
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from scipy.special import betaln
 from scipy.stats import binom
 
 import knapsack_rl as kr
-from knapsack_rl.belief import Estimator
-from knapsack_rl.estimator import (
+from knapsack_rl.allocation.value import marginal_values
+from knapsack_rl.estimation.named import (
     ESTIMATORS,
     BayesFilterEstimator,
     BetaEstimator,
@@ -23,8 +23,8 @@ from knapsack_rl.estimator import (
     WindowEstimator,
     make_estimator,
 )
-from knapsack_rl.tracker import Records, Tracker
-from knapsack_rl.value import marginal_values
+from knapsack_rl.estimation.protocol import Estimator
+from knapsack_rl.estimation.tracker import Records, Tracker
 from strategies import no_deadline, visits
 
 

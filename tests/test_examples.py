@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from knapsack_rl import KnapsackAllocator
-from knapsack_rl.reward_logs import read_reward_log
+from knapsack_rl.offline.reward_logs import read_reward_log
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

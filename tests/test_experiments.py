@@ -12,12 +12,12 @@ import pytest
 from scipy import stats
 
 from evidence_rows import run_row
+from experiments import catalogue, page, pool, statistics
+from experiments.contract import Options
+from experiments.extract import never_solved, solved_once
 from knapsack_rl.cli import main
-from knapsack_rl.experiments import catalogue, page, pool, statistics
-from knapsack_rl.experiments.contract import Options
-from knapsack_rl.experiments.extract import never_solved, solved_once
 from knapsack_rl.report.comparison import accuracy_at_end
-from knapsack_rl.report.runlog import Visits
+from knapsack_rl.runs.log import Visits
 from knapsack_rl.training.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +131,7 @@ def test_prompts_seen_solved_twice_in_a_row():
 
 def test_exact_success_rates_of_the_base_model():
     pytest.importorskip("torch")
-    from knapsack_rl.experiments.exact import success_rates
+    from experiments.exact import success_rates
     from knapsack_rl.tasks import base_model_path
 
     ids, rates = success_rates(TrainSettings(), None)

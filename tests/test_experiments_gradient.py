@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from knapsack_rl.experiments import gradient_fit, intervals
-from knapsack_rl.experiments.contract import Options, Row
-from knapsack_rl.value import nonzero_gradient_probability
+from experiments import gradient_fit, intervals
+from experiments.contract import Options, Row
+from knapsack_rl.allocation.value import nonzero_gradient_probability
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from knapsack_rl.experiments import gradient_value  # noqa: E402
-from knapsack_rl.experiments.gradient_groups import Directions, PromptScores, advantages_of  # noqa: E402
-from knapsack_rl.experiments.gradient_measure import ArithmeticModel, Rollouts, policy_gradient  # noqa: E402
+from experiments import gradient_value  # noqa: E402
+from experiments.gradient_groups import Directions, PromptScores, advantages_of  # noqa: E402
+from experiments.gradient_measure import ArithmeticModel, Rollouts, policy_gradient  # noqa: E402
 from knapsack_rl.tasks import base_model_path  # noqa: E402
 
 torch.set_num_threads(1)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knapsack_rl.experiments import optimality, optimality_cases
-from knapsack_rl.experiments.contract import Options, Row
-from knapsack_rl.experiments.optimality_cases import CASE_VALUES, Case, draw_case
-from knapsack_rl.experiments.pieces import Piece, run_pieces, seeds_of
+from experiments import optimality, optimality_cases
+from experiments.contract import Options, Row
+from experiments.optimality_cases import CASE_VALUES, Case, draw_case
+from experiments.pieces import Piece, run_pieces, seeds_of
 
 TINY = optimality.Sizes(4, 3, 1, (8,), (8,), 8, 1, 64, 1)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knapsack_rl.environments import Synthetic
-from knapsack_rl.experiments import robustness
-from knapsack_rl.experiments.contract import Options, Row
-from knapsack_rl.experiments.robustness_text import (
+from experiments import robustness
+from experiments.contract import Options, Row
+from experiments.robustness_text import (
     DELAY,
     DISCOUNT,
     LOGITS,
@@ -21,8 +20,9 @@ from knapsack_rl.experiments.robustness_text import (
     WINDOW,
     curve,
 )
-from knapsack_rl.scoring import gain_captured
-from knapsack_rl.simulate import allocated, known_rates, simulate, uniform_counts
+from knapsack_rl.offline.environments import Synthetic
+from knapsack_rl.offline.scoring import gain_captured
+from knapsack_rl.offline.simulate import allocated, known_rates, simulate, uniform_counts
 
 PLACE = Synthetic("late-training", prompts=96, epochs=6, batch_size=32)
 

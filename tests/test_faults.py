@@ -24,8 +24,8 @@ from datasets import Dataset
 
 import knapsack_rl as kr
 import tiny
-from knapsack_rl import statefile
-from knapsack_rl.estimator import BetaEstimator
+from knapsack_rl import state as statefile
+from knapsack_rl.estimation.named import BetaEstimator
 from knapsack_rl.training import lock
 from knapsack_rl.training.lock import FolderInUseError, own_folder, refuse_if_owned
 from knapsack_rl.trl import ALLOCATION_LOG, STATE_FILE, KnapsackGRPOTrainer

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 import fuzz
 from fuzz_input import BytesDice
-from knapsack_rl import logs, runfiles, statefile
-from knapsack_rl.report.runlog import RunLog
-from knapsack_rl.reward_logs import read_reward_log
+from knapsack_rl import state as statefile
+from knapsack_rl.offline import tables as logs
+from knapsack_rl.offline.reward_logs import read_reward_log
+from knapsack_rl.runs import files as runfiles
+from knapsack_rl.runs.log import RunLog
 from knapsack_rl.training.settings import read_yaml
 from test_api import callables
 

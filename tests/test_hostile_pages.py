@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from knapsack_rl.calibration import calibrate
-from knapsack_rl.dry_run import Settings, dry_run
+from knapsack_rl.offline.dry_run import Settings, dry_run
+from knapsack_rl.offline.reward_logs import RewardLog
+from knapsack_rl.offline.scoring import HEADINGS, Result
 from knapsack_rl.report import page, write_comparison, write_report
 from knapsack_rl.report.dry_run_page import write_dry_run
 from knapsack_rl.report.experiment_page import write_experiment
-from knapsack_rl.reward_logs import RewardLog
-from knapsack_rl.samples import SampleStore
-from knapsack_rl.scoring import HEADINGS, Result
+from knapsack_rl.runs.calibration import calibrate
+from knapsack_rl.runs.samples import SampleStore
 from run_folders import write_rows, write_run
 
 RUN = "document.documentElement.setAttribute('data-run', 'yes')"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from knapsack_rl.runfiles import by_step
+from knapsack_rl.runs.files import by_step
 
 KNOWN = 16  # rollouts of each prompt before the run
 EPOCH = 6  # steps: 24 prompts, 4 at a time

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from knapsack_rl.logs import column, identities, numbers, read_columns
+from knapsack_rl.offline.tables import column, identities, numbers, read_columns
 from strategies import no_deadline
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8)

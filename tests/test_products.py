@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from knapsack_rl import products
+from knapsack_rl.estimation import products
 
 
 @pytest.mark.parametrize("rows", [0, 1, 79, 80, 81, 1000])

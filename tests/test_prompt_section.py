@@ -6,8 +6,8 @@ import pytest
 
 from knapsack_rl.report import write_report
 from knapsack_rl.report.prompt_section import best, histories, lost, worst
-from knapsack_rl.report.runlog import RunLog
-from knapsack_rl.samples import SampleStore
+from knapsack_rl.runs.log import RunLog
+from knapsack_rl.runs.samples import SampleStore
 from run_folders import write_rows, write_run
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knapsack_rl import KnapsackAllocator, allocate, plan_epoch, value
+from knapsack_rl.allocation.value import marginal_values
 from knapsack_rl.trl.queue import MOST_BATCHES, PromptQueue, rollouts_at
-from knapsack_rl.value import marginal_values
 from strategies import no_deadline
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from knapsack_rl.experiments import catalogue
-from knapsack_rl.experiments.budgets import largest
-from knapsack_rl.experiments.statistics import (
+from experiments import catalogue
+from experiments.budgets import largest
+from experiments.statistics import (
     Estimate,
     compare,
     final_accuracy,

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from knapsack_rl.report import comparison_table, plots, write_comparison, write_report
-from knapsack_rl.report.curves import Curve
 from knapsack_rl.report.page import Plot, save_plots
-from knapsack_rl.report.runlog import RunLog
+from knapsack_rl.runs.curves import Curve
+from knapsack_rl.runs.log import RunLog
 from run_folders import write_rows, write_run
 
 RUN_PLOTS = [

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from pyarrow import parquet
 
-from knapsack_rl.reward_logs import ColumnNames, RewardLog, read_reward_log
+from knapsack_rl.offline.reward_logs import ColumnNames, RewardLog, read_reward_log
 from run_folders import write_run
 from strategies import ragged_groups
 

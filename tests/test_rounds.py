@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from knapsack_rl.allocation import Allocation
+from knapsack_rl.allocation.policies import Allocation
 from knapsack_rl.training.rivals import Oversample, Sequential
 from knapsack_rl.trl import KnapsackGRPOTrainer
 from knapsack_rl.trl.batches import concatenate, select

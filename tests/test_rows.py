@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
-from knapsack_rl import solver
-from knapsack_rl.rows import Rows
-from knapsack_rl.value import marginal_values
-from knapsack_rl.value_functions import KNAPSACK
+from knapsack_rl.allocation import solver
+from knapsack_rl.allocation.rows import Rows
+from knapsack_rl.allocation.value import marginal_values
+from knapsack_rl.allocation.value_functions import KNAPSACK
 from strategies import Batch, batches, no_deadline
 
 SEED = 1965

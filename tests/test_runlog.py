@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from knapsack_rl.groups import DIFFICULTY_CLASSES
-from knapsack_rl.report.curves import mean_curve, moving_average, rollouts_to_reach, t_interval, t_quantile, tail_mean
-from knapsack_rl.report.runlog import RunLog
+from knapsack_rl.runs.curves import mean_curve, moving_average, rollouts_to_reach, t_interval, t_quantile, tail_mean
+from knapsack_rl.runs.log import RunLog
 from run_folders import write_rows, write_run
 
 

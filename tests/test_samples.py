@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from knapsack_rl.samples import SampleStore, read_samples
+from knapsack_rl.runs.samples import SampleStore, read_samples
 
 
 def add(store, prompt_id, text, *, success=False, step=1, prompt="q"):

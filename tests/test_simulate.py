@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import knapsack_rl as kr
-from knapsack_rl.environments import Replay, Synthetic, Trace
-from knapsack_rl.scoring import (
+from knapsack_rl.offline.environments import Replay, Synthetic, Trace
+from knapsack_rl.offline.scoring import (
     cell,
     compare,
     discovery,
@@ -20,7 +20,7 @@ from knapsack_rl.scoring import (
     gain_captured,
     markdown_tables,
 )
-from knapsack_rl.simulate import Simulation, allocated, known_rates, simulate, uniform, uniform_counts
+from knapsack_rl.offline.simulate import Simulation, allocated, known_rates, simulate, uniform, uniform_counts
 
 SMALL = Synthetic("late-training", prompts=48, epochs=6, batch_size=16)
 POLICIES = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
-from knapsack_rl import solver
-from knapsack_rl.value import marginal_values
+from knapsack_rl.allocation import solver
+from knapsack_rl.allocation.value import marginal_values
 from oracles import milp_optimum, values_of
 from strategies import Knapsack, arbitrary_tables, concave_tables, no_deadline
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from knapsack_rl import KnapsackAllocator
-from knapsack_rl.statefile import HEADER, atomic_file, read_state, write_state
+from knapsack_rl.state import HEADER, atomic_file, read_state, write_state
 
 HEAD = {"format": "test", "numbers": [1, 2.5, None]}
 ARRAYS = {

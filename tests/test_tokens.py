@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knapsack_rl import KnapsackAllocator, allocate
-from knapsack_rl.allocation import allocate_expected
-from knapsack_rl.estimator import WindowEstimator
-from knapsack_rl.tokens import expected_tokens
-from knapsack_rl.tracker import Tracker
-from knapsack_rl.value_functions import VALUES
+from knapsack_rl.allocation.policies import allocate_expected
+from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.estimation.named import WindowEstimator
+from knapsack_rl.estimation.tokens import expected_tokens
+from knapsack_rl.estimation.tracker import Tracker
 from strategies import no_deadline
 
 GRID_ESTIMATORS = ("bayes-filter", "empirical-bayes")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knapsack_rl.prompt_ids import check_prompt_ids, numbered, stable_order
-from knapsack_rl.tracker import COLUMNS, RECENT, Tracker
+from knapsack_rl.estimation.tracker import COLUMNS, RECENT, Tracker
+from knapsack_rl.ids import check_prompt_ids, numbered, stable_order
 from strategies import no_deadline, visits
 
 prompt_ids = st.one_of(st.integers(-(2**70), 2**70), st.text(max_size=6))
@@ -266,7 +266,7 @@ def test_one_string_is_no_batch_of_letters() -> None:
 
 def test_the_last_tie_break_is_the_same_in_every_process() -> None:
     ids = ["a", 7, "7", "é", -3]
-    code = f"from knapsack_rl.prompt_ids import stable_order; print(stable_order({ids!r}).tolist())"
+    code = f"from knapsack_rl.ids import stable_order; print(stable_order({ids!r}).tolist())"
     found = {
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}

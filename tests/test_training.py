@@ -31,7 +31,8 @@ import tiny
 from knapsack_rl.cli import main
 from knapsack_rl.cli.display import Quiet
 from knapsack_rl.report import RunLog
-from knapsack_rl.samples import read_samples
+from knapsack_rl.runs.samples import read_samples
+from knapsack_rl.runs.watch import WarningLog
 from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, base_model_path, make_splits
 from knapsack_rl.training import evaluate
 from knapsack_rl.training.data import load_task
@@ -40,7 +41,6 @@ from knapsack_rl.training.noise import quiet_about_tied_weights, quiet_libraries
 from knapsack_rl.training.policies import make_allocator
 from knapsack_rl.training.run import train
 from knapsack_rl.training.settings import RIVALS, TrainSettings, read_yaml, settings_from
-from knapsack_rl.watch import WarningLog
 from strategies import no_deadline
 
 FIELDS = dataclasses.fields(TrainSettings)
@@ -767,7 +767,7 @@ def test_an_unfinished_run_has_a_card_that_says_so(trained, tmp_path):
 
 @pytest.mark.usefixtures("plain_reports")
 def test_warnings_go_to_the_display_and_into_the_folder(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("knapsack_rl.watch.FEW_PROMPTS", 1.1)  # every share of prompts is below it
+    monkeypatch.setattr("knapsack_rl.runs.watch.FEW_PROMPTS", 1.1)  # every share of prompts is below it
     monkeypatch.setattr(WarningLog.__init__, "__kwdefaults__", {"window": 2})
 
     class Told(Watching):

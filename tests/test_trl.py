@@ -20,8 +20,8 @@ from trl.trainer import grpo_trainer
 import knapsack_rl.trl
 import tiny
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.estimator import BetaEstimator
-from knapsack_rl.statefile import read_state
+from knapsack_rl.estimation.named import BetaEstimator
+from knapsack_rl.state import read_state
 from knapsack_rl.trl import (
     ALLOCATION_LOG,
     STATE_FILE,

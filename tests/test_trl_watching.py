@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
-from knapsack_rl.runfiles import SAMPLES_FILE, WARNINGS_FILE, read_rows
-from knapsack_rl.samples import read_samples
+from knapsack_rl.runs.files import SAMPLES_FILE, WARNINGS_FILE, read_rows
+from knapsack_rl.runs.samples import read_samples
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer, WatchCallback
 from test_trl import observed, trainer_of
 

@@ -12,14 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import knapsack_rl as kr
-from knapsack_rl.value import (
-    check_counts,
-    check_success_rates,
-    check_whole,
-    expected_rollouts_until_mixed,
-    marginal_values,
-    rollouts_for_probability,
-)
+from knapsack_rl.allocation.checks import check_counts, check_success_rates, check_whole
+from knapsack_rl.allocation.value import expected_rollouts_until_mixed, marginal_values, rollouts_for_probability
 from strategies import no_deadline, success_rates
 
 

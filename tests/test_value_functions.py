@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import experiments
 import knapsack_rl as kr
-from knapsack_rl import experiments
-from knapsack_rl.value import marginal_values
-from knapsack_rl.value_functions import KNAPSACK, VALUES, ValueFunction, make_value_function, marginal_table
+from knapsack_rl.allocation.value import marginal_values
+from knapsack_rl.allocation.value_functions import KNAPSACK, VALUES, ValueFunction, make_value_function, marginal_table
 from strategies import Batch, batches, no_deadline, success_rates
 
 RATES = [Fraction(0), Fraction(1, 8), Fraction(1, 3), Fraction(1, 2), Fraction(9, 10), Fraction(1)]

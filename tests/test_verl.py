@@ -11,7 +11,7 @@ import pytest
 import verl_standins
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.cli import main
-from knapsack_rl.verl_launch import VerlSettings, check_config, overrides, parse_overrides, pick
+from knapsack_rl.verl.launch import VerlSettings, check_config, overrides, parse_overrides, pick
 from verl_harness import example
 from verl_standins import Batch
 
@@ -595,8 +595,8 @@ def test_the_example_script_keeps_one_row_of_each_prompt(tmp_path):
 def test_without_verl_the_import_says_what_to_install():
     code = (
         "import sys; sys.modules['verl'] = None\n"
-        "try:\n    import knapsack_rl.verl\nexcept ImportError as error:\n    print(error)\n"
-        "import knapsack_rl.verl_launch"
+        "try:\n    from knapsack_rl.verl import KnapsackCheckpoint\nexcept ImportError as error:\n    print(error)\n"
+        "import knapsack_rl.verl.launch"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 'pip install "knapsack-rl[verl]"' in done.stdout

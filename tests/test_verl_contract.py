@@ -34,8 +34,8 @@ from verl.utils.import_utils import load_class_from_fqn
 
 import knapsack_rl as kr
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.runfiles import STATE_FILE
-from knapsack_rl.verl_launch import MANAGER_KEY, VerlSettings, check_config, overrides, pick
+from knapsack_rl.runs.files import STATE_FILE
+from knapsack_rl.verl.launch import MANAGER_KEY, VerlSettings, check_config, overrides, pick
 from verl_harness import example, material
 from verl_harness.launch import launch_line
 

@@ -20,8 +20,8 @@ pytestmark = [
 
 if importlib.util.find_spec("verl") is not None:
     from knapsack_rl.allocator import KnapsackAllocator
-    from knapsack_rl.runfiles import STATE_FILE, by_step
-    from knapsack_rl.verl_launch import VerlSettings, overrides
+    from knapsack_rl.runs.files import STATE_FILE, by_step
+    from knapsack_rl.verl.launch import VerlSettings, overrides
     from verl_harness import launch
     from verl_harness.launch import MEAN, PROMPTS
 

@@ -8,8 +8,8 @@ import logging
 import numpy as np
 import pytest
 
-from knapsack_rl.runfiles import read_rows
-from knapsack_rl.watch import WINDOW, WarningLog, Watch, watch_rows
+from knapsack_rl.runs.files import read_rows
+from knapsack_rl.runs.watch import WINDOW, WarningLog, Watch, watch_rows
 
 KINDS = {"collapse", "bought", "stragglers", "oscillation", "miscalibration", "truncation"}
 

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer
 
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.estimator import BetaEstimator
+from knapsack_rl.estimation.named import BetaEstimator
 from knapsack_rl.trl import KnapsackGRPOConfig
 
 torch.set_num_threads(1)

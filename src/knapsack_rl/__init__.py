@@ -4,15 +4,13 @@ Importing this package imports numpy alone; training on TRL is in :mod:`knapsack
 :mod:`knapsack_rl.verl`.
 """
 
-from knapsack_rl.allocation import Allocation, allocate
+from knapsack_rl.allocation.costs import Certificate
+from knapsack_rl.allocation.policies import Allocation, allocate
+from knapsack_rl.allocation.value import information_gain, nonzero_gradient_probability, value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import Partition, RolloutQueue, partition
 from knapsack_rl.conformance import check_engine
-from knapsack_rl.costs import Certificate
-from knapsack_rl.epoch import plan_epoch
-from knapsack_rl.graded import allocate_graded
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
-from knapsack_rl.value import information_gain, nonzero_gradient_probability, value
 
 
 def __getattr__(name: str) -> str:
@@ -33,8 +31,6 @@ __all__ = [
     "Certificate",
     "KnapsackAllocator",
     "allocate",
-    "allocate_graded",
-    "plan_epoch",
     # ragged groups
     "GroupStatistics",
     "group_advantages",

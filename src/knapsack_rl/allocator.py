@@ -12,8 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl.allocation import Allocation, allocate_estimated, allocate_expected, unpredicted
-from knapsack_rl.allocation_metrics import StepMetrics, lost_metrics
+from knapsack_rl.allocation.belief import Belief
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_whole
+from knapsack_rl.allocation.coverage import cover
+from knapsack_rl.allocation.degradation import evenly
+from knapsack_rl.allocation.policies import Allocation, allocate_estimated, allocate_expected, unpredicted
+from knapsack_rl.allocation.solver import total_value
+from knapsack_rl.allocation.value_functions import ValueLike
 from knapsack_rl.allocator_state import (
     COUNTERS,
     STATE_FORMAT,
@@ -23,24 +28,10 @@ from knapsack_rl.allocator_state import (
     check_same_estimator,
     section,
 )
-from knapsack_rl.belief import Belief, Estimator
-from knapsack_rl.coverage import cover
-from knapsack_rl.degradation import evenly
-from knapsack_rl.estimator import make_estimator
-from knapsack_rl.groups import (
-    SuccessRule,
-    check_success_rule,
-    difficulty_class,
-    group_outcomes,
-    successes_of,
-    transition_matrix,
-)
-from knapsack_rl.guarded import Guarded, one_at_a_time
-from knapsack_rl.products import dot
-from knapsack_rl.prompt_ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order
-from knapsack_rl.solver import total_value
-from knapsack_rl.statefile import read_state, write_state
-from knapsack_rl.tokens import (
+from knapsack_rl.estimation.named import make_estimator
+from knapsack_rl.estimation.products import dot
+from knapsack_rl.estimation.protocol import Estimator
+from knapsack_rl.estimation.tokens import (
     BudgetUnit,
     allocate_tokens,
     check_choices,
@@ -50,10 +41,20 @@ from knapsack_rl.tokens import (
     first_group,
     shrunk_lengths,
 )
-from knapsack_rl.topup import check_estimator, check_outcomes, posterior_after, top_up
-from knapsack_rl.tracker import Records, Tracker
-from knapsack_rl.value import FloatArray, IntArray, check_counts, check_whole
-from knapsack_rl.value_functions import ValueLike
+from knapsack_rl.estimation.topup import check_estimator, check_outcomes, posterior_after, top_up
+from knapsack_rl.estimation.tracker import Records, Tracker
+from knapsack_rl.groups import (
+    SuccessRule,
+    check_success_rule,
+    difficulty_class,
+    group_outcomes,
+    successes_of,
+    transition_matrix,
+)
+from knapsack_rl.guarded import Guarded, one_at_a_time
+from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order
+from knapsack_rl.metrics import StepMetrics, lost_metrics
+from knapsack_rl.state import read_state, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class KnapsackAllocator(Guarded):
     ``observe(ids_per_rollout, rewards)``. Prompts are known by id, so an id must name the same prompt in every epoch.
 
     Inside a run nothing dies because of allocation: a batch whose bounds and budget contradict each other degrades in
-    the order of :func:`knapsack_rl.degradation.feasible_bounds`, is counted in the metrics and logged once. If the
+    the order of :mod:`knapsack_rl.allocation.degradation`, is counted in the metrics and logged once. If the
     estimator or the solver raises, the batch is divided evenly, the failure is counted (``allocation_failures``) and
     logged once with its traceback. Arguments that make no sense raise ``ValueError``.
 
@@ -79,15 +80,15 @@ class KnapsackAllocator(Guarded):
 
     Args:
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
-            fallback), or an object with the methods of :class:`knapsack_rl.belief.Estimator`.
+            fallback), or an object with the methods of :class:`knapsack_rl.estimation.protocol.Estimator`.
         min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another look is worth its rollouts, see
-            :mod:`knapsack_rl.coverage`; a group of one has no gradient.
+            :mod:`knapsack_rl.allocation.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
             outcome feeds the estimate; it may differ from the shaped reward that trains.
         budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in tokens, a rollout costs
-            what it is expected to (:func:`knapsack_rl.tokens.expected_tokens`), and the number of rollouts varies.
-        value: what is maximised: a name of :data:`knapsack_rl.value_functions.VALUES` or a function as for
+            what it is expected to (:mod:`knapsack_rl.estimation.tokens`), and the number of rollouts varies.
+        value: what is maximised: a name of :data:`knapsack_rl.allocation.value_functions.VALUES` or a function as for
             :func:`knapsack_rl.allocate`. Estimators on a grid take any, the window without its fallback too; a table
             per prompt is for :func:`knapsack_rl.allocate` alone.
         **estimator_settings: keyword arguments of the named estimator.
@@ -228,7 +229,7 @@ class KnapsackAllocator(Guarded):
 
         The sizes of groups then depend on their outcomes, which biases group statistics: E[successes / rollouts] > p
         for a group that stops after its first success, and its advantages inherit that. The grid posteriors are not
-        affected. See :mod:`knapsack_rl.topup`.
+        affected. See :mod:`knapsack_rl.estimation.topup`.
 
         Args:
             prompt_ids: M distinct ids.

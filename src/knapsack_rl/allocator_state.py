@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.belief import Estimator
-from knapsack_rl.estimator import make_estimator
+from knapsack_rl.allocation.value_functions import ValueLike
+from knapsack_rl.estimation.named import make_estimator
+from knapsack_rl.estimation.protocol import Estimator
 from knapsack_rl.groups import SuccessRule
-from knapsack_rl.value_functions import ValueLike
 
 STATE_VERSION = 3
 """1: counts; 2: clock and evidence; 3: a checksum, lengths by outcome, unit and value, failures."""

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.allocation.checks import FloatArray, IntArray
 
 AdvantageFunction = Callable[[IntArray, FloatArray], ArrayLike]
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from knapsack_rl.prompt_ids import check_prompt_ids
-from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.ids import check_prompt_ids
 
 Scale = Literal["group", "batch", "none"]
 Weighting = Literal["rollout", "prompt"]

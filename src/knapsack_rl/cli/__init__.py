@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from knapsack_rl import __version__
-from knapsack_rl.cli import allocate, compare, completion, experiment, replay, report, train, verl_args
+from knapsack_rl.cli import allocate, compare, completion, replay, report, train, verl_args
 from knapsack_rl.cli.parser import CommandParser
 
-COMMANDS = (train, compare, report, allocate, replay, experiment, verl_args, completion)
+COMMANDS = (train, compare, report, allocate, replay, verl_args, completion)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knapsack_rl.allocation import Allocation, allocate
+from knapsack_rl.allocation.checks import FloatArray
+from knapsack_rl.allocation.policies import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.estimator import ESTIMATORS
-from knapsack_rl.logs import Columns, column, identities, numbers, read_columns
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.reward_logs import ColumnNames, read_reward_log
-from knapsack_rl.runfiles import ALLOCATION_LOG
-from knapsack_rl.value import FloatArray
+from knapsack_rl.estimation.named import ESTIMATORS
+from knapsack_rl.ids import PromptId
+from knapsack_rl.offline.reward_logs import ColumnNames, read_reward_log
+from knapsack_rl.offline.tables import Columns, column, identities, numbers, read_columns
+from knapsack_rl.runs.files import ALLOCATION_LOG
 
 DEFAULT_ROLLOUTS = 8
 ID_COLUMN, STEP_COLUMN, REWARD_COLUMN = "prompt_id", "step", "reward"

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from knapsack_rl.runs.watch import Finding
 from knapsack_rl.training.recorder import Display, Quiet
 from knapsack_rl.training.settings import TrainSettings
-from knapsack_rl.watch import Finding
 
 PLAIN_EVERY_SECONDS = 10.0
 BAR = 24

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from knapsack_rl.cli.progress import progress
-from knapsack_rl.estimator import ESTIMATORS
+from knapsack_rl.estimation.named import ESTIMATORS
 
 EXAMPLES = """examples:
   knapsack-rl replay runs/uniform-n8-seed0                      a run folder of this package
@@ -49,9 +49,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Replay, print the table and write the page."""
-    from knapsack_rl.dry_run import Settings, dry_run, simulations
+    from knapsack_rl.offline.dry_run import Settings, dry_run, simulations
+    from knapsack_rl.offline.reward_logs import ColumnNames, read_reward_log
     from knapsack_rl.report.dry_run_page import summary, write_dry_run
-    from knapsack_rl.reward_logs import ColumnNames, read_reward_log
 
     names = ColumnNames(parsed.id_column, parsed.step_column, parsed.reward_column)
     log = read_reward_log(parsed.logs, names, parsed.success_threshold)

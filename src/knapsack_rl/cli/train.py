@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from knapsack_rl.cli.settings_flags import SETTINGS_USAGE, add_flags, settings_of
-from knapsack_rl.runfiles import CONFIG_FILE, find_start, read_config
+from knapsack_rl.runs.files import CONFIG_FILE, find_start, read_config
 from knapsack_rl.training.lock import refuse_if_owned
 from knapsack_rl.training.processes import is_main_process
 from knapsack_rl.training.settings import settings_from

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from knapsack_rl.verl_launch import SETTINGS_KEY, SWITCHES, VerlSettings, check_config, overrides, parse_overrides
+from knapsack_rl.verl.launch import SETTINGS_KEY, SWITCHES, VerlSettings, check_config, overrides, parse_overrides
 
 EXAMPLES = """examples:
   knapsack-rl verl-args                                   the overrides with the default settings

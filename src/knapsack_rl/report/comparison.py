@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knapsack_rl.report.curves import Curve, mean_curve, moving_average, rollouts_to_reach, t_interval, tail_mean
-from knapsack_rl.report.runlog import RunLog
-from knapsack_rl.runfiles import finite_or_none
+from knapsack_rl.runs.curves import Curve, mean_curve, moving_average, rollouts_to_reach, t_interval, tail_mean
+from knapsack_rl.runs.files import finite_or_none
+from knapsack_rl.runs.log import RunLog
 
 SMOOTHING = 3
 """Evaluations averaged before a curve is searched for a target accuracy."""

@@ -17,8 +17,8 @@ from knapsack_rl.report.comparison import (
     final_accuracy,
     policies,
 )
-from knapsack_rl.report.curves import Curve, mean_curve, moving_average
-from knapsack_rl.report.runlog import FloatArray, RunLog
+from knapsack_rl.runs.curves import Curve, mean_curve, moving_average
+from knapsack_rl.runs.log import FloatArray, RunLog
 
 _LEVELS = {
     "rollouts": "The effective gradient ratio (moving average, mean over seeds, band from lowest to highest). An "

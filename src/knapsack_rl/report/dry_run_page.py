@@ -6,7 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from knapsack_rl.dry_run import ASSUMPTION, KNAPSACK, LIMIT, DryRun, Row
+from knapsack_rl.offline.dry_run import ASSUMPTION, KNAPSACK, LIMIT, DryRun, Row
 from knapsack_rl.report import page, plots
 
 HEADER = (
@@ -90,7 +90,7 @@ def write_dry_run(result: DryRun, output: Path) -> Path:
     """Write the page.
 
     Args:
-        result: of :func:`knapsack_rl.dry_run.dry_run`.
+        result: of :func:`knapsack_rl.offline.dry_run.dry_run`.
         output: the file to write.
 
     Raises:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from knapsack_rl.offline.scoring import HEADINGS, Result, cell
 from knapsack_rl.report import page, plots
-from knapsack_rl.scoring import HEADINGS, Result, cell
 
 
 def write_experiment(results: Sequence[Result], output: Path, *, title: str, lead: str) -> Path:

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.groups import DIFFICULTY_CLASSES
-from knapsack_rl.report.curves import Curve, moving_average
+from knapsack_rl.runs.curves import Curve, moving_average
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-    from knapsack_rl.calibration import Calibration
-    from knapsack_rl.report.runlog import BudgetByEstimate
+    from knapsack_rl.runs.calibration import Calibration
+    from knapsack_rl.runs.log import BudgetByEstimate
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, BLACK = "#E69F00", "#56B4E9", "#F0E442", "#000000"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.report import page
-from knapsack_rl.report.runlog import RunLog
+from knapsack_rl.runs.log import RunLog
 
 SHOWN = 6
 """Prompts in each list."""

@@ -11,9 +11,9 @@ import numpy as np
 
 from knapsack_rl.groups import DIFFICULTY_CLASSES
 from knapsack_rl.report import page, plots
-from knapsack_rl.report.curves import tail_mean
 from knapsack_rl.report.prompt_section import prompt_section
-from knapsack_rl.report.runlog import RunLog
+from knapsack_rl.runs.curves import tail_mean
+from knapsack_rl.runs.log import RunLog
 
 SHOWN_PROMPTS = 10
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.groups import DIFFICULTY_CLASSES
-from knapsack_rl.report.curves import tail_mean
-from knapsack_rl.report.runlog import RunLog
-from knapsack_rl.runfiles import finite_or_none
+from knapsack_rl.runs.curves import tail_mean
+from knapsack_rl.runs.files import finite_or_none
+from knapsack_rl.runs.log import RunLog
 
 
 def run_summary(run: RunLog) -> dict[str, Any]:

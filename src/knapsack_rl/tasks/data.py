@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.logs import READABLE, read_columns
+from knapsack_rl.offline.tables import READABLE, read_columns
 
 Row = dict[str, Any]
 Reward = Callable[..., list[float]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from knapsack_rl.logs import READABLE
+from knapsack_rl.offline.tables import READABLE
 from knapsack_rl.tasks.data import DataRequest, Reward, Row, Source, TaskData, column, read_rows, refuse, split_rows
 from knapsack_rl.tasks.gsm8k import gsm8k_reward
 from knapsack_rl.tasks.matching import exact_match_reward

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl.report import RunLog
-from knapsack_rl.report.curves import tail_mean
-from knapsack_rl.runfiles import MODEL_FOLDER
+from knapsack_rl.runs.curves import tail_mean
+from knapsack_rl.runs.files import MODEL_FOLDER
 
 CARD_FILE = "README.md"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from knapsack_rl.logs import READABLE
-from knapsack_rl.runfiles import MODEL_FOLDER
+from knapsack_rl.offline.tables import READABLE
+from knapsack_rl.runs.files import MODEL_FOLDER
 from knapsack_rl.training.data import load_task
 from knapsack_rl.training.settings import MODEL_PRESETS, TrainSettings
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from knapsack_rl.runfiles import (
+from knapsack_rl.runs.files import (
     ALLOCATION_LOG,
     CONFIG_FILE,
     METRICS_FILE,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.prompt_ids import PromptId
+from knapsack_rl.ids import PromptId
 from knapsack_rl.training.rivals import Oversample, Sequential, Skip, Tokens
 from knapsack_rl.training.settings import TrainSettings
 

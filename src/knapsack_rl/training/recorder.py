@@ -11,14 +11,14 @@ from typing import Any, Protocol
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from knapsack_rl.runfiles import METRICS_FILE, WARNINGS_FILE, append_row
+from knapsack_rl.runs.files import METRICS_FILE, WARNINGS_FILE, append_row
+from knapsack_rl.runs.watch import Finding, WarningLog
 from knapsack_rl.tasks.data import TaskData
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.processes import is_main_process, world_size
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOTrainer
 from knapsack_rl.trl.generated import Generated
-from knapsack_rl.watch import Finding, WarningLog
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.value import IntArray
+from knapsack_rl.ids import PromptId
 
 
 class Oversample:

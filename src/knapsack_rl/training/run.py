@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from knapsack_rl.report import write_report
-from knapsack_rl.runfiles import (
+from knapsack_rl.runs.files import (
     CONFIG_FILE,
     MODEL_FOLDER,
     find_start,

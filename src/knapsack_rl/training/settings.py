@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl import runfiles
-from knapsack_rl.estimator import ESTIMATORS, make_estimator
-from knapsack_rl.tokens import BUDGET_UNITS, check_choices
-from knapsack_rl.value_functions import VALUES
+from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.estimation.named import ESTIMATORS, make_estimator
+from knapsack_rl.estimation.tokens import BUDGET_UNITS, check_choices
+from knapsack_rl.runs import files as runfiles
 
 RIVALS = ("oversample", "skip", "sequential")
 """Rules that generate in rounds, see :mod:`knapsack_rl.training.rivals`."""

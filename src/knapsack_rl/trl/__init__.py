@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError(f'{error}. knapsack_rl.trl needs: pip install "knapsack-rl[trl]"') from error
 
-from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE
+from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE
 from knapsack_rl.trl.config import KnapsackGRPOConfig
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
 from knapsack_rl.trl.watching import WatchCallback

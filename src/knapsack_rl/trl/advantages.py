@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.groups import STD_EPSILON, group_advantages, prompt_weights
-from knapsack_rl.value import FloatArray, IntArray
 
 
 def ragged_advantages(

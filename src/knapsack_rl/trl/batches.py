@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from knapsack_rl.value import IntArray
+from knapsack_rl.allocation.checks import IntArray
 
 PADDING = {"prompt_ids": "left", "prompt_mask": "left"}
 """Sides of the padding of TRL's tensors; those not named are padded on the right."""

@@ -12,9 +12,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import SAMPLES_FILE, STATE_FILE
-from knapsack_rl.samples import SampleStore
+from knapsack_rl.ids import PromptId
+from knapsack_rl.runs.files import SAMPLES_FILE, STATE_FILE
+from knapsack_rl.runs.samples import SampleStore
 
 if TYPE_CHECKING:
     from knapsack_rl.trl.trainer import KnapsackGRPOTrainer

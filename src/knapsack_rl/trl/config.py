@@ -7,10 +7,10 @@ from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from knapsack_rl.allocation.value_functions import VALUES
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.estimator import ESTIMATORS, make_estimator
-from knapsack_rl.tokens import check_choices
-from knapsack_rl.value_functions import VALUES
+from knapsack_rl.estimation.named import ESTIMATORS, make_estimator
+from knapsack_rl.estimation.tokens import check_choices
 
 
 @dataclass

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from knapsack_rl.runfiles import GENERATED_FILE
-from knapsack_rl.value import IntArray
+from knapsack_rl.allocation.checks import IntArray
+from knapsack_rl.runs.files import GENERATED_FILE
 
 
 @dataclass

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from knapsack_rl.prompt_ids import PromptId, hash_of
+from knapsack_rl.ids import PromptId, hash_of
 
 logger = logging.getLogger(__name__)
 

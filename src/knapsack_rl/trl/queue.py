@@ -3,7 +3,7 @@
 TRL makes the same number of rows in every step, so a batch can only get more of the budget if fewer prompts share it.
 Here the prompts of the data loader join a queue, and a step serves as many of them, in order, as its rollouts pay for
 at *one price for all steps*: the marginal value at which ``num_generations`` rollouts per prompt would end over all
-prompts known, the multiplier of :func:`knapsack_rl.plan_epoch`. Every step has exactly its rollouts, every prompt its
+prompts known. Every step has exactly its rollouts, every prompt its
 turn; a stretch of prompts without value passes quickly, one of valuable prompts gets more steps. The price gives way
 a little to keep the queue at its usual length, so that a step neither runs out of prompts nor leaves some behind.
 """
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.allocation import Allocation, allocate_expected
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.policies import Allocation, allocate_expected
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.ids import PromptId
 
 MOST_BATCHES = 3
 """The queue holds at most so many batches of the data loader: no prompt waits longer than about so many steps."""

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.groups import group_outcomes, successes_of
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.statefile import read_state, write_state
+from knapsack_rl.ids import PromptId
+from knapsack_rl.state import read_state, write_state
 from knapsack_rl.trl.batches import pad_to
 from knapsack_rl.trl.step import Step
-from knapsack_rl.value import FloatArray, IntArray
 
 REPLAY_FILE = "replay.npz"
 RARE = 1 / 8

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.groups import GroupOutcomes, group_outcomes, successes_of
-from knapsack_rl.prompt_ids import PromptId, numbered
+from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.trl.batches import concatenate, select
 from knapsack_rl.trl.identity import prompt_key
 from knapsack_rl.trl.step import Scored, Step, keys_of_blocks
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
-from knapsack_rl.value import IntArray
 
 ROUNDS_FILE = "rounds.json"
 

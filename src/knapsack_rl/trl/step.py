@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.allocation import Allocation
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.policies import Allocation
 from knapsack_rl.groups import SuccessRule, group_outcomes, successes_of
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.runfiles import finite_or_none
-from knapsack_rl.samples import SampleStore
+from knapsack_rl.ids import PromptId
+from knapsack_rl.runs.files import finite_or_none
+from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.trl.identity import prompt_key
-from knapsack_rl.value import FloatArray, IntArray
 
 
 @dataclass

@@ -15,13 +15,14 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from knapsack_rl.allocation import Allocation, unpredicted
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.policies import Allocation, unpredicted
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import group_outcomes
-from knapsack_rl.prompt_ids import PromptId, numbered
-from knapsack_rl.runfiles import ALLOCATION_LOG, QUEUE_FILE, STATE_FILE, append_row, complete_checkpoints
-from knapsack_rl.samples import SampleStore
-from knapsack_rl.statefile import read_state
+from knapsack_rl.ids import PromptId, numbered
+from knapsack_rl.runs.files import ALLOCATION_LOG, QUEUE_FILE, STATE_FILE, append_row, complete_checkpoints
+from knapsack_rl.runs.samples import SampleStore
+from knapsack_rl.state import read_state
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (
     SaveAllocator,
@@ -39,7 +40,6 @@ from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
 from knapsack_rl.trl.rewards import watched
 from knapsack_rl.trl.step import Scored, Step, keys_of_blocks, rows_by_prompt
-from knapsack_rl.value import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from knapsack_rl.runfiles import WARNINGS_FILE
-from knapsack_rl.watch import WINDOW, Finding, WarningLog
+from knapsack_rl.runs.files import WARNINGS_FILE
+from knapsack_rl.runs.watch import WINDOW, Finding, WarningLog
 
 
 class WatchCallback(TrainerCallback):

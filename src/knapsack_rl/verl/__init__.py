@@ -13,25 +13,38 @@ processes must know of a prompt, its id, travels with the prompt through verl's 
 ``knapsack-rl verl-args`` prints the overrides.
 """
 
-import logging
-import os
+from __future__ import annotations
 
-try:
-    import tensordict as _tensordict  # noqa: F401
-    import transfer_queue as _transfer_queue  # noqa: F401
-    import verl as _verl  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f'{error}. knapsack_rl.verl needs: pip install "knapsack-rl[verl]", in an environment without TRL, whose '
-        "transformers is too new for verl"
-    ) from error
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE
-from knapsack_rl.verl.checkpoint import KnapsackCheckpoint
-from knapsack_rl.verl.manager import KnapsackAgentLoopManager
-from knapsack_rl.verl.replay_buffer import KnapsackReplayBuffer
+from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE
 
-# As verl's own modules: what a run restores from is worth a line in its output.
-logging.getLogger(__name__).setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
+if TYPE_CHECKING:
+    from knapsack_rl.verl.checkpoint import KnapsackCheckpoint
+    from knapsack_rl.verl.manager import KnapsackAgentLoopManager
+    from knapsack_rl.verl.replay_buffer import KnapsackReplayBuffer
 
 __all__ = ["ALLOCATION_LOG", "STATE_FILE", "KnapsackAgentLoopManager", "KnapsackCheckpoint", "KnapsackReplayBuffer"]
+
+_HOME = {
+    "KnapsackAgentLoopManager": "manager",
+    "KnapsackCheckpoint": "checkpoint",
+    "KnapsackReplayBuffer": "replay_buffer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the classes when verl asks for them: a launch line is made and checked on machines without verl."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import tensordict as _tensordict  # noqa: F401
+        import transfer_queue as _transfer_queue  # noqa: F401
+        import verl as _verl  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'{error}. knapsack_rl.verl needs: pip install "knapsack-rl[verl]", in an environment without TRL, whose '
+            "transformers is too new for verl"
+        ) from error
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

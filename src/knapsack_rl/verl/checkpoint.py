@@ -9,9 +9,9 @@ from typing import Any
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-from knapsack_rl.runfiles import STATE_FILE
+from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.verl import session
-from knapsack_rl.verl_launch import pick
+from knapsack_rl.verl.launch import pick
 
 logger = logging.getLogger(__name__)
 

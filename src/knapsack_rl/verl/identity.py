@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.logs import read_columns
-from knapsack_rl.prompt_ids import hash_of
+from knapsack_rl.ids import hash_of
+from knapsack_rl.offline.tables import read_columns
 
 logger = logging.getLogger(__name__)
 

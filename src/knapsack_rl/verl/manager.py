@@ -12,12 +12,12 @@ from tensordict import TensorDict
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.utils import tensordict_utils
 
-from knapsack_rl.prompt_ids import PromptId
-from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.ids import PromptId
 from knapsack_rl.verl import session
 from knapsack_rl.verl.checkpoint import state_to_resume
 from knapsack_rl.verl.identity import prompt_ids
-from knapsack_rl.verl_launch import pick
+from knapsack_rl.verl.launch import pick
 
 logger = logging.getLogger(__name__)
 

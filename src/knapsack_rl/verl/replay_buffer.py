@@ -10,10 +10,10 @@ import numpy as np
 import transfer_queue
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from knapsack_rl.value import FloatArray
+from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.verl import session
+from knapsack_rl.verl.launch import VerlSettings
 from knapsack_rl.verl.manager import ID_FIELD
-from knapsack_rl.verl_launch import VerlSettings
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def KnapsackReplayBuffer(*, trainer_mode: str, **kwargs: Any) -> ReplayBuffer:  
     Args:
         trainer_mode: ``"sync"``, or one of verl's asynchronous modes.
         **kwargs: as verl's ``ReplayBuffer``; ``sampler_kwargs`` are the fields of
-            :class:`~knapsack_rl.verl_launch.VerlSettings`.
+            :class:`~knapsack_rl.verl.launch.VerlSettings`.
 
     Raises:
         ValueError: a setting is unknown or out of range, or the configuration cannot work.

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import group_outcomes
-from knapsack_rl.prompt_ids import PromptId, numbered
-from knapsack_rl.runfiles import ALLOCATION_LOG, STATE_FILE, append_row
-from knapsack_rl.statefile import read_state
-from knapsack_rl.value import FloatArray, IntArray
+from knapsack_rl.ids import PromptId, numbered
+from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, append_row
+from knapsack_rl.state import read_state
 from knapsack_rl.verl.identity import check_files
-from knapsack_rl.verl_launch import VerlSettings, check_config, pick
+from knapsack_rl.verl.launch import VerlSettings, check_config, pick
 
 logger = logging.getLogger(__name__)
+# As verl's own modules: what a run restores from is worth a line in its output.
+logging.getLogger("knapsack_rl.verl").setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 
 class Session:

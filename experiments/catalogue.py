@@ -1,0 +1,111 @@
+"""All experiments of the evidence page by name, their files, and the work of running one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from experiments.contract import Experiment, Options, Row
+
+if TYPE_CHECKING:
+    from knapsack_rl.training.compare import Run
+
+EXPERIMENTS: dict[str, str] = {
+    "gradient-ratio": "gradient_ratio",
+    "fallback": "fallback_ablation",
+    "compute": "compute",
+    "budgets": "budgets",
+    "forgetting": "forgetting",
+    "robustness": "robustness",
+    "robustness-training": "robustness_training",
+    "optimality": "optimality",
+    "gradient-value": "gradient_value",
+    "tokens": "tokens",
+    "values-training": "values_training",
+    "replay": "replay_training",
+    "weighting": "weighting",
+    "rivals": "rivals",
+    "real-model": "real_model",
+}
+"""Name of the command and of the files to the module in this package, in the order of the page."""
+
+
+def load(name: str) -> Experiment:
+    """The module of an experiment.
+
+    Raises:
+        ValueError: there is no such experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    return cast(Experiment, import_module(f"experiments.{EXPERIMENTS[name]}"))
+
+
+def shared_runs(options: Options) -> list[Run]:
+    """Training runs of all experiments on the shared task, none twice.
+
+    Trained before any experiment, they keep all workers busy; one experiment after the other leaves them idle while its
+    last run ends.
+    """
+    from experiments import pool
+
+    experiments = [load(name) for name in EXPERIMENTS]
+    arms = [arm for one in experiments if not hasattr(one, "TASK") for arm in getattr(one, "ARMS", ())]
+    return pool.plan(list(dict.fromkeys(arms)), options)
+
+
+def run(name: str, options: Options, done: Callable[[str], None]) -> list[Row]:
+    """Measure; rows of a quick run are marked, so that none gets onto the page.
+
+    Args:
+        name: of ``EXPERIMENTS``.
+        options: how much to measure.
+        done: called with a line of text after each piece of work.
+    """
+    rows = load(name).measure(options, done)
+    return [row | {"quick": True} for row in rows] if options.quick else rows
+
+
+def write(name: str, rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
+    """Write the rows as ``NAME.jsonl`` and the plot as ``NAME.svg``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    text = "".join(json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n" for row in rows)
+    data.write_text(text, encoding="utf-8")
+    return data, draw(name, rows, folder)
+
+
+def draw(name: str, rows: Sequence[Row], folder: Path) -> Path:
+    """Write the plot; the same rows give the same bytes with the same matplotlib.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib as mpl
+
+    path = folder / f"{name}.svg"
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
+        load(name).figure(rows).savefig(path, dpi=200, metadata={"Date": None})
+    return path
+
+
+def read(name: str, folder: Path) -> list[Row] | None:
+    """Rows that :func:`write` left, None if there are none.
+
+    Raises:
+        ValueError: the rows are those of a quick run.
+    """
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        return None
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if any(row.get("quick") for row in rows):
+        raise ValueError(f"{path} holds a quick run, whose figures mean nothing; run `knapsack-rl experiment {name}`")
+    return rows

@@ -1,0 +1,191 @@
+"""Gradients of single prompts and what a step along them gains, on the arithmetic model.
+
+The right answer of a prompt is one string, so the success rate is a number and not an estimate: the probability of the
+answer's tokens and the end of the sequence. (The verifier also ignores padding tokens that a model may sample, whose
+probability is left out.) Temperature 1 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knapsack_rl.allocation.checks import FloatArray
+from knapsack_rl.groups import group_advantages
+from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, is_correct
+
+Tokens = tuple[int, ...]
+Pair = tuple[Tokens, Tokens]
+"""A prompt and a completion."""
+GENERATED_ROWS = 4096
+GRADIENTS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Rollouts of one prompt.
+
+    Attributes:
+        prompt: its tokens.
+        completions: R completions, each up to and with the end of the sequence, if it was reached.
+        rewards: (R,) 1 for a right answer, 0 for a wrong one.
+    """
+
+    prompt: Tokens
+    completions: list[Tokens]
+    rewards: FloatArray
+
+    def take(self, rows: Sequence[int]) -> Rollouts:
+        """Some of the rollouts, as a group."""
+        return Rollouts(self.prompt, [self.completions[r] for r in rows], self.rewards[list(rows)])
+
+
+class ArithmeticModel:
+    """A model with its tokenizer, its parameters as one vector.
+
+    Args:
+        folder: of the model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
+        # Plain attention: of the fused one torch cannot compute many gradients at once.
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+        self.model: Any = loaded.eval()
+        self.parameters = list(self.model.parameters())
+        self.start = torch.nn.utils.parameters_to_vector(self.parameters).detach().clone()
+
+    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+        """Each prompt with its right completion.
+
+        Args:
+            rows: with ``prompt`` and ``answer``.
+        """
+        prompts = self.tokenizer([row["prompt"] for row in rows])["input_ids"]
+        answers = self.tokenizer([row["answer"] for row in rows])["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return [(tuple(prompt), (*answer, end)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def log_probabilities(self, pairs: Sequence[Pair]) -> Tensor:
+        """(R,) log-probability of each completion given its prompt; differentiable."""
+        ids, counted = self._padded(pairs)
+        return _summed(self.model(input_ids=ids[:, :-1], use_cache=False).logits, ids, counted)
+
+    def score_gradients(self, pairs: Sequence[Pair]) -> Tensor:
+        """(R, parameters) gradient of each completion's log-probability."""
+        named = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+        def log_probability(parameters: dict[str, Tensor], ids: Tensor, counted: Tensor) -> Tensor:
+            inputs = (ids[None, :-1],)
+            logits = torch.func.functional_call(self.model, parameters, inputs, {"use_cache": False}).logits
+            return _summed(logits, ids[None], counted[None])[0]
+
+        gradients = torch.func.vmap(torch.func.grad(log_probability), in_dims=(None, 0, 0))
+        found = []
+        for at in range(0, len(pairs), GRADIENTS_AT_ONCE):
+            ids, counted = self._padded(pairs[at : at + GRADIENTS_AT_ONCE])
+            by_name = gradients(named, ids, counted)
+            found.append(torch.cat([by_name[name].reshape(ids.shape[0], -1) for name in named], dim=1))
+        return torch.cat(found)
+
+    def _padded(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """(R, T) tokens, padded to the right, and which of them are of the completion."""
+        # What stands to the right of a token cannot reach it, so padding there needs no mask.
+        longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
+        ids = np.full((len(pairs), longest), self.tokenizer.pad_token_id)
+        counted = np.zeros((len(pairs), longest), dtype=bool)
+        for row, (prompt, completion) in enumerate(pairs):
+            length = len(prompt) + len(completion)
+            ids[row, :length] = prompt + completion
+            counted[row, len(prompt) : length] = True
+        return torch.from_numpy(ids), torch.from_numpy(counted)
+
+    def success_rates(self, pairs: Sequence[Pair]) -> FloatArray:
+        """(P,) probability of the right completion of each prompt."""
+        with torch.no_grad():
+            return np.exp(self.log_probabilities(pairs).double().numpy())
+
+    def gradient(self, objective: Tensor) -> Tensor:
+        """Gradient of a number, as one vector."""
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(objective, self.parameters)])
+
+    def move(self, step: Tensor | None) -> None:
+        """Set the parameters to those of the start plus a step; None for the start."""
+        place = self.start if step is None else self.start + step
+        torch.nn.utils.vector_to_parameters(place, self.parameters)
+
+    def sample(self, prompts: Sequence[Mapping[str, Any]], rollouts: int) -> list[Rollouts]:
+        """Sample completions of each prompt and verify them.
+
+        Args:
+            prompts: rows with ``prompt`` and ``answer``.
+            rollouts: R of each prompt.
+        """
+        repeated = [row["prompt"] for row in prompts for _ in range(rollouts)]
+        completions: list[Tokens] = []
+        for at in range(0, len(repeated), GENERATED_ROWS):
+            inputs = self.tokenizer(
+                repeated[at : at + GENERATED_ROWS], return_tensors="pt", padding=True, return_token_type_ids=False
+            )
+            with torch.no_grad():
+                output = self.model.generate(
+                    **inputs,
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=MAX_COMPLETION_TOKENS,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            completions += [self._ended(row) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+        found = []
+        tokens_P = [prompt for prompt, _ in self.pairs(prompts)]
+        for k, row in enumerate(prompts):
+            mine = completions[k * rollouts : (k + 1) * rollouts]
+            texts = self.tokenizer.batch_decode([list(tokens) for tokens in mine], skip_special_tokens=True)
+            rewards = np.array([float(is_correct(text, row["answer"])) for text in texts])
+            found.append(Rollouts(tokens_P[k], mine, rewards))
+        return found
+
+    def _ended(self, row: list[int]) -> Tokens:
+        end = self.tokenizer.eos_token_id
+        return tuple(row[: row.index(end) + 1] if end in row else row)
+
+
+def _summed(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+    """(R,) sum of log-probabilities of the counted tokens; logits are those of all tokens but the last."""
+    found = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    return torch.where(counted[:, 1:], found, 0.0).sum(dim=1)
+
+
+def policy_gradient(model: ArithmeticModel, groups: Sequence[Rollouts]) -> Tensor | None:
+    """GRPO's gradient: the mean over all rollouts of advantage times the gradient of the log-probability.
+
+    That of the first update on fresh rollouts, where the ratio is 1 and nothing is clipped; a sum over tokens, and an
+    ascent direction. Advantages are those of :func:`knapsack_rl.groups.group_advantages`.
+
+    Args:
+        model: at the parameters that made the rollouts.
+        groups: one for each prompt.
+
+    Returns:
+        A vector as long as the parameters; None where all advantages are 0, and with them the gradient.
+    """
+    group_R = np.repeat(np.arange(len(groups)), [len(group.completions) for group in groups])
+    advantages = group_advantages(group_R, np.concatenate([group.rewards for group in groups]))
+    if not advantages.any():
+        return None
+    pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
+    weights: dict[Pair, float] = {}
+    for pair, advantage in zip(pairs, advantages, strict=True):  # equal completions share one pass
+        weights[pair] = weights.get(pair, 0.0) + float(advantage) / len(pairs)
+    weight = torch.tensor(list(weights.values()), dtype=torch.float32)
+    return model.gradient(weight @ model.log_probabilities(list(weights)))

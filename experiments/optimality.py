@@ -1,0 +1,273 @@
+"""Is the solver optimal? Ours, the paper's dynamic program, enumeration and HiGHS on random knapsacks.
+
+And what does the paper's rule lose: a mean of recent rewards taken for the truth, with its fallback, against the
+optimum for the true success rates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.contract import Options, Row
+from experiments.optimality_cases import (
+    CASE_VALUES,
+    DECADES,
+    EXACT,
+    HIGHS,
+    MIXTURES,
+    OURS,
+    PAPER,
+    PRICED_VALUES,
+    RULES,
+    Case,
+    draw_case,
+    solve_by_enumeration,
+    solve_by_highs,
+    solve_by_paper,
+    solve_ours,
+)
+from experiments.optimality_text import figure, findings, paragraph
+from experiments.pieces import Piece, run_pieces, seeds_of
+from knapsack_rl.allocation.checks import IntArray
+from knapsack_rl.allocation.policies import allocate
+from knapsack_rl.allocation.value import value
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.offline.environments import draw_rates
+from knapsack_rl.offline.simulate import uniform_counts
+
+__all__ = ["QUESTION", "TITLE", "figure", "findings", "measure", "paragraph", "pieces"]
+
+TITLE = "Solver optimality"
+QUESTION = "Does the solver find the optimum, how fast, and what does the paper's rule leave on the table?"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured per seed."""
+
+    small: int = 500
+    small_priced: int = 300
+    medium: int = 16
+    timed: tuple[int, ...] = (16, 64, 256, 1024)
+    timed_priced: tuple[int, ...] = (64, 256, 1024)
+    highs_up_to: int = 64
+    repeats: int = 5
+    population: int = 2048
+    batches: int = 8
+
+    @classmethod
+    def of(cls, options: Options) -> Sizes:
+        """The full sizes, or the quick ones."""
+        return cls(20, 10, 1, (16, 64), (64,), 16, 2, 256, 1) if options.quick else cls()
+
+
+PARTS = ("small", "medium", "timed", "rules")
+
+
+def _pieces(options: Options) -> list[Piece]:
+    work = {"small": small_gaps, "medium": medium_gaps, "timed": timed, "rules": rules}
+    sizes = Sizes.of(options)
+    return [
+        Piece(f"{part}-seed{seed}{'-quick' * options.quick}", work[part], (seed, sizes))
+        for seed in seeds_of(options)
+        for part in PARTS
+    ]
+
+
+def pieces(options: Options) -> int:
+    """Pieces of work."""
+    return len(_pieces(options))
+
+
+def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
+    """Solve the random knapsacks.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    return run_pieces(_pieces(options), options.runs / "optimality", options.workers, done)
+
+
+class _Gaps:
+    """Gaps of one method over many instances, as a row."""
+
+    def __init__(self) -> None:
+        self.gaps: list[float] = []
+        self.infeasible = self.unsolved = self.certified = self.false_certificates = 0
+
+    def add(self, case: Case, counts: IntArray | None, best: float, scale: float) -> None:
+        if counts is None:
+            self.unsolved += 1
+        elif not case.feasible(counts):
+            self.infeasible += 1
+        else:
+            self.gaps.append((best - case.worth(counts)) / scale)
+
+    def row(self) -> dict[str, Any]:
+        gaps = np.array(self.gaps)
+        # Decade d holds gaps in (10^(d-1), 10^d]; what is at most EXACT is rounding and stands first.
+        place = np.where(gaps <= EXACT, 0, np.ceil(np.log10(np.maximum(gaps, EXACT))).astype(int) - DECADES[0])
+        return {
+            "instances": int(gaps.size) + self.infeasible + self.unsolved,
+            "optimal": int((gaps <= EXACT).sum()),
+            "infeasible": self.infeasible,
+            "unsolved": self.unsolved,
+            "largest_gap": float(gaps.max(initial=0.0)),
+            "histogram": np.bincount(np.clip(place, 0, len(DECADES) - 1), minlength=len(DECADES)).tolist(),
+            "certified": self.certified,
+            "false_certificates": self.false_certificates,
+        }
+
+
+def _compare(cases: Sequence[Case], *, enumerate_all: bool) -> dict[str, dict[str, Any]]:
+    """Rows by method; the yardstick is enumeration, or the best that any method found."""
+    gaps = {OURS: _Gaps()} | ({} if cases[0].costs is not None else {PAPER: _Gaps()})
+    if not enumerate_all:
+        gaps[HIGHS] = _Gaps()
+    for case in cases:
+        ours, certificate = solve_ours(case)
+        found: dict[str, IntArray | None] = {OURS: ours}
+        if PAPER in gaps:
+            found[PAPER] = solve_by_paper(case)
+        if HIGHS in gaps:
+            found[HIGHS] = solve_by_highs(case)
+        candidates = [solve_by_enumeration(case)] if enumerate_all else list(found.values())
+        best = max(case.worth(counts) for counts in candidates if counts is not None and case.feasible(counts))
+        scale = max(abs(best), float(np.abs(case.table).max()), 1e-300)
+        for method, counts in found.items():
+            gaps[method].add(case, counts, best, scale)
+        assert certificate is not None, "the knapsack's allocation has a certificate"
+        gaps[OURS].certified += certificate.optimal
+        gaps[OURS].false_certificates += best > certificate.upper_bound + EXACT * scale
+    return {method: tally.row() for method, tally in gaps.items()}
+
+
+def small_gaps(seed: int, sizes: Sizes) -> list[Row]:
+    """Small knapsacks against enumeration: one to four prompts, N_low 0 to 2, N_up up to 7."""
+    rows: list[Row] = []
+    for priced, names, instances in ((False, CASE_VALUES, sizes.small), (True, PRICED_VALUES, sizes.small_priced)):
+        for name in names:
+            rng = np.random.default_rng([seed, 0, priced, CASE_VALUES.index(name)])
+            cases = []
+            for _ in range(instances):
+                low = int(rng.integers(0, 3))
+                high = int(rng.integers(max(low, 1), 8))
+                cases.append(draw_case(rng, name, int(rng.integers(1, 5)), low, high, priced=priced))
+            rows += _gap_rows(seed, "small", name, cases, priced=priced)
+    return rows
+
+
+def medium_gaps(seed: int, sizes: Sizes) -> list[Row]:
+    """Medium knapsacks against HiGHS: 8 to 24 prompts, N_low 0 to 2, N_up 8 to 32."""
+    rows: list[Row] = []
+    for priced, names in ((False, CASE_VALUES), (True, PRICED_VALUES)):
+        for name in names:
+            rng = np.random.default_rng([seed, 1, priced, CASE_VALUES.index(name)])
+            cases = [
+                draw_case(
+                    rng,
+                    name,
+                    int(rng.integers(8, 25)),
+                    int(rng.integers(0, 3)),
+                    int(rng.integers(8, 33)),
+                    priced=priced,
+                )
+                for _ in range(sizes.medium)
+            ]
+            rows += _gap_rows(seed, "medium", name, cases, priced=priced)
+    return rows
+
+
+def _gap_rows(seed: int, size: str, name: str, cases: Sequence[Case], *, priced: bool) -> list[Row]:
+    about = {"part": "gaps", "seed": seed, "size": size, "costs": priced, "value": name}
+    tallies = _compare(cases, enumerate_all=size == "small")
+    return [about | {"method": method} | tally for method, tally in tallies.items()]
+
+
+def timed(seed: int, sizes: Sizes) -> list[Row]:
+    """Batches as in training: N = 8, N_low = 2, N_up = 128, the paper's value, late-training rates.
+
+    Every method's median time and its value relative to the best; with costs, the certified gap.
+    """
+    rows: list[Row] = []
+    rng = np.random.default_rng([seed, 2])
+    for prompts, priced in [(m, False) for m in sizes.timed] + [(m, True) for m in sizes.timed_priced]:
+        drawn = draw_case(rng, "knapsack", prompts, 2, 128, priced=priced)
+        rates = draw_rates("late-training", prompts, rng)
+        table = value(np.arange(129), rates[:, None])
+        budget = 8 * (prompts if drawn.costs is None else int(drawn.costs.sum()))
+        case = Case("knapsack", rates, table, budget, 2, 128, drawn.costs)
+        methods: dict[str, Callable[[], IntArray | None]] = {OURS: lambda case=case: solve_ours(case)[0]}  # type: ignore[misc]
+        if not priced:
+            methods[PAPER] = lambda case=case: solve_by_paper(case)  # type: ignore[misc]
+            if prompts <= sizes.highs_up_to:
+                methods[HIGHS] = lambda case=case: solve_by_highs(case)  # type: ignore[misc]
+        counts = {name: method() for name, method in methods.items()}  # and compiles
+        worth = {name: case.worth(n) for name, n in counts.items() if n is not None and case.feasible(n)}
+        certificate = solve_ours(case)[1]
+        assert certificate is not None, "the knapsack's allocation has a certificate"
+        for name, method in methods.items():
+            rows.append(
+                {
+                    "part": "time",
+                    "seed": seed,
+                    "prompts": prompts,
+                    "costs": priced,
+                    "method": name,
+                    "milliseconds": round(_milliseconds(method, sizes.repeats), 4),
+                    "gap": (max(worth.values()) - worth[name]) / max(worth.values()) if name in worth else None,
+                    "certified_gap": certificate.gap / certificate.upper_bound if name == OURS else None,
+                }
+            )
+    return rows
+
+
+def _milliseconds(method: Callable[[], object], repeats: int) -> float:
+    seconds: list[float] = []
+    while len(seconds) < repeats and (len(seconds) < 1 or sum(seconds) < 2.0):
+        started = time.perf_counter()
+        method()
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * float(np.median(seconds))
+
+
+def rules(seed: int, sizes: Sizes) -> list[Row]:
+    """Value that rules lose against the optimum for the true rates, after one visit of 16 rollouts to every prompt.
+
+    Rates stand still, so that all the loss is the rule's: of the noise in 16 rewards, and of what it makes of it.
+    """
+    rows: list[Row] = []
+    size = min(256, sizes.population)
+    for label, mixture in MIXTURES.items():
+        rng = np.random.default_rng([seed, 3, list(MIXTURES).index(label)])
+        rates = draw_rates(mixture, sizes.population, rng)
+        outcome_R = rng.random((sizes.population, 16)) < rates[:, None]
+        ids_R = np.repeat(np.arange(sizes.population), 16).tolist()
+        allocators = {
+            "paper: window and fallback": KnapsackAllocator("window"),
+            "window without fallback": KnapsackAllocator("window", fallback=False),
+            "empirical Bayes": KnapsackAllocator("empirical-bayes"),
+        }
+        for allocator in allocators.values():
+            allocator.observe(ids_R, outcome_R.ravel().astype(np.float64))
+        sums = dict.fromkeys(RULES, 0.0)
+        best = 0.0
+        for at in range(sizes.batches):
+            batch = np.arange(at * size, (at + 1) * size)
+            truth, budget = rates[batch], 8 * size
+            counts = {name: allocator.allocate(batch.tolist(), budget).counts for name, allocator in allocators.items()}
+            counts["uniform"] = uniform_counts(size, budget)
+            counts["fallback rule, true rates"] = allocate(truth, budget, fallback=True).counts
+            best += float(value(allocate(truth, budget).counts, truth).sum())
+            for name in RULES:
+                sums[name] += float(value(counts[name], truth).sum())
+        rows += [
+            {"part": "rules", "seed": seed, "mixture": label, "rule": name, "lost": round(1.0 - total / best, 6)}
+            for name, total in sums.items()
+        ]
+    return rows

@@ -1,0 +1,249 @@
+"""Training runs that the experiments share: an arm is a policy with its settings, a run is an arm with a seed.
+
+Experiments name the arms they need. What is on record as a row is used again, what is finished in the pool's folder is,
+too, and what is half done is resumed.
+Every arm trains the shipped model on the same prompts with the same settings but for those named here; the learning
+rate was chosen once, for uniform allocation, on another seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.contract import Options, Row
+from experiments.extract import extract
+from knapsack_rl.training.compare import Run, execute
+from knapsack_rl.training.settings import TrainSettings, settings_from
+
+FULL = TrainSettings(threads=1)
+QUICK = TrainSettings(
+    threads=1,
+    steps=4,
+    prompts_per_step=8,
+    rollouts_per_prompt=4,
+    max_rollouts=16,
+    train_prompts=24,
+    held_out_prompts=8,
+    eval_every=1,
+    eval_samples=1,
+    save_every=0,
+)
+QUICK_SEEDS = 2
+
+
+class UnfinishedRunsError(RuntimeError):
+    """Some training runs of an experiment did not finish; those that did are kept."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A policy of the comparisons.
+
+    Attributes:
+        label: its name in tables and plots.
+        settings: what it changes of the shared settings.
+        multiple: rollouts per prompt over those of the shared settings.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    multiple: int = 1
+
+    def of(self, shared: TrainSettings, seed: int) -> TrainSettings:
+        """Settings of one run."""
+        rollouts = shared.rollouts_per_prompt * self.multiple
+        bound = max(shared.max_rollouts, rollouts)
+        return replace(shared, rollouts_per_prompt=rollouts, max_rollouts=bound, seed=seed, **self.settings)
+
+
+ARMS: dict[str, Arm] = {
+    "uniform": Arm("uniform N", {"allocation": "uniform"}),
+    "uniform-2n": Arm("uniform 2N", {"allocation": "uniform"}, 2),
+    "uniform-3n": Arm("uniform 3N", {"allocation": "uniform"}, 3),
+    "paper": Arm("paper", {"allocation": "paper"}),
+    "paper-without-fallback": Arm("paper without fallback", {"allocation": "paper-without-fallback"}),
+    "empirical-bayes": Arm("empirical Bayes", {"estimator": "empirical-bayes"}),
+    "knapsack": Arm("Bayes filter", {}),
+    "knapsack-min1": Arm("Bayes filter, minimum 1", {"min_rollouts": 1}),
+    "knapsack-min0": Arm("Bayes filter, minimum 0", {"min_rollouts": 0}),
+    "knapsack-per-prompt": Arm("Bayes filter, weighed per prompt", {"weighting": "prompt"}),
+    "paper-per-prompt": Arm("paper, weighed per prompt", {"weighting": "prompt", "allocation": "paper"}),
+    "oversample": Arm("oversample and drop (DAPO)", {"allocation": "oversample"}),
+    "skip": Arm("skip and drop (GRESO)", {"allocation": "skip"}),
+    "sequential": Arm("sample until balanced (Reinforce-Ada)", {"allocation": "sequential"}),
+    "knapsack-tokens": Arm("Bayes filter, budget in tokens", {"budget_unit": "tokens"}),
+    "uniform-replay": Arm("uniform N, replay", {"allocation": "uniform", "replay": 8}),
+    "knapsack-replay": Arm("Bayes filter, replay", {"replay": 8}),
+    "paper-window4": Arm("paper, window 4", {"allocation": "paper", "estimator_settings": "window=4,minimum=4"}),
+    "paper-window64": Arm("paper, window 64", {"allocation": "paper", "estimator_settings": "window=64"}),
+    "bayes-discount05": Arm(
+        "empirical Bayes, discount 0.5", {"estimator": "empirical-bayes", "estimator_settings": "discount=0.5"}
+    ),
+    "bayes-discount1": Arm(
+        "empirical Bayes, discount 1", {"estimator": "empirical-bayes", "estimator_settings": "discount=1.0"}
+    ),
+    "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
+    "value-variance": Arm("Bayes filter, value: reward variance", {"value": "variance"}),
+    "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "signal-to-noise"}),
+    "value-fitted": Arm("Bayes filter, value: fitted to gradients", {"value": "fitted"}),
+}
+"""All arms by name, which is also that of their folders."""
+
+
+def label(arm: str) -> str:
+    """Name of an arm in tables and plots."""
+    return ARMS[arm].label
+
+
+def seeds_of(options: Options) -> range:
+    """Seeds that run."""
+    return range(min(options.seeds, QUICK_SEEDS) if options.quick else options.seeds)
+
+
+def with_at_most(seeds: int, options: Options) -> Options:
+    """The options of an experiment that has fewer seeds than the others."""
+    return replace(options, seeds=min(options.seeds, seeds))
+
+
+def experiment(
+    arms: Sequence[str],
+) -> tuple[Callable[[Options], int], Callable[[Options, Callable[[str], None]], list[Row]]]:
+    """The functions ``pieces`` and ``measure`` of an experiment that trains these arms and nothing else."""
+    return partial(pieces, arms), partial(measure, arms)
+
+
+def pieces(arms: Sequence[str], options: Options) -> int:
+    """Runs of these arms, those already finished included."""
+    return len(arms) * len(seeds_of(options))
+
+
+def root_of(options: Options) -> Path:
+    """Folder of the runs: those of quick experiments lie apart."""
+    return options.runs / "quick" if options.quick else options.runs
+
+
+def plan(arms: Sequence[str], options: Options, task: str = "", **changes: Any) -> list[Run]:
+    """The runs of these arms, seeds outermost, so that an interrupted experiment has whole seeds.
+
+    Args:
+        arms: names of ``ARMS``.
+        options: how much to measure.
+        task: first part of the folders' names, if the runs are on another task.
+        **changes: shared settings that differ on that task.
+    """
+    shared = replace(QUICK if options.quick else FULL, **changes)
+    folder = root_of(options)
+    return [
+        Run(ARMS[arm].of(shared, seed), folder / f"{task}{arm}-seed{seed}")
+        for seed in seeds_of(options)
+        for arm in arms
+    ]
+
+
+def measure(
+    arms: Sequence[str], options: Options, done: Callable[[str], None], task: str = "", **changes: Any
+) -> list[Row]:
+    """Train what is neither on record nor finished, and return one row per run.
+
+    See :func:`~experiments.extract.extract` for what is in a row.
+
+    Args:
+        arms: names of ``ARMS``.
+        options: how much to measure.
+        done: called with a line of text for each run.
+        task: as for :func:`plan`.
+        **changes: as for :func:`plan`.
+
+    Raises:
+        UnfinishedRunsError: a run did not finish; what is finished is kept.
+        ValueError: a folder holds a run with other settings.
+    """
+    runs = plan(arms, options, task, **changes)
+    train(runs, options, done)
+    known = Record.read(options.record)
+    return [
+        known.row_of(run, arm) or extract(run, arm)
+        for run, arm in zip(runs, [*arms] * len(seeds_of(options)), strict=True)
+    ]
+
+
+class Record:
+    """Rows measured earlier, found by the settings of their runs.
+
+    Args:
+        rows: of any experiments; those that come from no training run of the pool are passed over.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        # Settings that were added since a row was written have their default in it.
+        self._rows = [(settings_from(row["settings"], "a row"), row) for row in rows if _usable(row)]
+
+    @classmethod
+    def read(cls, folder: Path | None) -> Record:
+        """All rows in a folder's JSONL files; none without a folder."""
+        files = sorted(folder.glob("*.jsonl")) if folder else []
+        return cls(json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines())
+
+    def row_of(self, run: Run, arm: str | None = None) -> Row | None:
+        """The row of a run with the same settings, of the arm if one is named; None if there is none."""
+        for settings, row in self._rows:
+            if settings == run.settings and arm in (None, row["arm"]):
+                return row
+        return None
+
+
+def _usable(row: Row) -> bool:
+    known = {spec.name for spec in fields(TrainSettings)}
+    return {"arm", "settings"} <= set(row) and not row.get("quick") and set(row["settings"]) <= known
+
+
+def missing(runs: Sequence[Run], options: Options) -> list[Run]:
+    """Those that are neither on record nor finished."""
+    known = Record.read(options.record)
+    return [run for run in runs if not run.finished and not known.row_of(run)]
+
+
+def train(runs: Sequence[Run], options: Options, done: Callable[[str], None]) -> None:
+    """Train what is neither on record nor finished; quick runs in this process, the others side by side.
+
+    Raises:
+        UnfinishedRunsError: a run did not finish; what is finished is kept.
+        ValueError: a folder holds a run with other settings.
+    """
+    if options.quick:
+        # Progress of the experiment is told by ``done``; bars of single files would lie between.
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    waiting = missing(runs, options)
+    for run in runs:
+        if run not in waiting:
+            done(f"{run.folder.name} was there")
+    failed = execute(waiting, jobs=0 if options.quick else options.workers, progress=_Done(done))
+    if failed:
+        raise UnfinishedRunsError(
+            f"{len(failed)} of {len(runs)} runs did not finish; start the experiment again to go on, or see "
+            f"{failed[0].folder / 'log.txt'}"
+        )
+
+
+class _Done:
+    """Progress of a comparison as lines of an experiment."""
+
+    def __init__(self, done: Callable[[str], None]) -> None:
+        self._done = done
+
+    def started(self, run: Run) -> None:
+        """Nothing is done yet."""
+
+    def advanced(self, running: Sequence[Run]) -> None:
+        """Nothing is done yet."""
+
+    def ended(self, run: Run, status: int) -> None:
+        """Say how a run ended."""
+        self._done(f"{run.folder.name} {'finished' if run.finished else f'stopped (exit status {status})'}")

@@ -1,0 +1,65 @@
+"""Array types, and the checks of arguments that every part shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+IntArray = NDArray[np.int64]
+
+
+def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) -> FloatArray:
+    """Return success rates as float64, or say which entry is not a probability.
+
+    Args:
+        success_rates: any shape, entries in [0, 1].
+        allow_nan: let NaN pass; it stands for a prompt never seen.
+
+    Raises:
+        ValueError: an entry is outside [0, 1], or is NaN where NaN is not allowed, or is not a number.
+    """
+    try:
+        rates = np.asarray(success_rates, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"success_rates must be numbers in [0, 1], got {success_rates!r}") from error
+    valid = (rates >= 0.0) & (rates <= 1.0)
+    if allow_nan:
+        valid |= np.isnan(rates)
+    if not valid.all():
+        where = tuple(int(k) for k in np.argwhere(~valid)[0])
+        hint = "NaN marks an unseen prompt" if allow_nan else "NaN is allowed only in allocate, for unseen prompts"
+        raise ValueError(f"success_rates{list(where)} is {rates[where]!r}; allowed are numbers in [0, 1] ({hint})")
+    return rates
+
+
+def check_counts(counts: ArrayLike) -> IntArray:
+    """Return rollout counts as int64, or say which entry is not a whole number >= 0.
+
+    Raises:
+        ValueError: an entry is negative, fractional or not a number.
+    """
+    array = np.asarray(counts)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"counts must be whole numbers >= 0, got {counts!r}")
+    with np.errstate(invalid="ignore"):  # the cast of NaN is caught just below
+        whole = array.astype(np.int64)
+    if array.size and not ((whole == array) & (whole >= 0)).all():
+        first = array[~((whole == array) & (whole >= 0))].flat[0]
+        raise ValueError(f"counts must be whole numbers >= 0, got {first!r}")
+    return whole
+
+
+def check_whole(name: str, number: Any, *, minimum: int) -> int:
+    """Return a whole number as int, or say what is allowed.
+
+    Raises:
+        ValueError: ``number`` is no integer (bool counts as none) or is below ``minimum``.
+    """
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < minimum:
+        raise ValueError(f"{name} must be a whole number >= {minimum}, got {number!r}")
+    return int(number)

@@ -1,0 +1,131 @@
+"""Skipping prompts without losing sight of them: allocation with ``min_rollouts = 0``.
+
+Two rollouts for every prompt spend a quarter of the budget at a mean of eight, most of it on prompts that are solved.
+With a minimum of zero a prompt may be skipped. What is saved must not be lost in knowledge, so a skipped prompt is
+looked at again when looking is worth more than the rollouts it costs: the *value of information*. It grows by itself
+while the posterior of a prompt that is left alone spreads.
+
+A group of one has no gradient, so V is not concave at 0: a prompt is worth serving only with a whole *group*, the
+number of rollouts g at which V(g)/g is largest. Replacing the first g marginals by V(g)/g gives the concave envelope,
+on which the greedy is exact but for the one group that the budget cuts in two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knapsack_rl.allocation.belief import CHECK_ROLLOUTS, Belief
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.policies import Allocation, solver
+
+LONGEST_SKIP = 8.0
+"""Epochs after which a skipped prompt is looked at whatever the value of information: none starves for ever."""
+
+
+def cover(belief: Belief, age: FloatArray, budget: int, max_rollouts: int, priority: FloatArray) -> Allocation:
+    """Allocate with a minimum of zero: serve by value, then look again at skipped prompts where that is worth it.
+
+    Args:
+        belief: of the batch.
+        age: (M,) epochs since the last visit.
+        budget: rollouts, 0 to M max_rollouts.
+        max_rollouts: N_up.
+        priority: (M,) tie-break, lower first.
+    """
+    counts = serve_or_skip(belief.marginals, budget, max_rollouts, priority)
+    again = rechecks(belief, counts, age, budget)
+    left = budget - CHECK_ROLLOUTS * int(again.sum())
+    reason = ""
+    if again.any() and left <= int((~again).sum()) * max_rollouts:
+        counts = np.full(counts.size, CHECK_ROLLOUTS)
+        counts[~again] = serve_or_skip(belief.marginals[~again], left, max_rollouts, priority[~again])
+        reason = f"{int((counts == 0).sum())} prompts skipped, {int(again.sum())} others looked at again"
+    return Allocation(counts, solver.total_value(belief.marginals, counts), reason)
+
+
+def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priority: FloatArray) -> IntArray:
+    """Counts that are 0 or at least 2 and sum to the budget, best by the concave envelope.
+
+    The total value is within the value of one group of the optimum. Only a budget of one rollout, or
+    an odd one under a cap of two, makes a group of one.
+
+    Args:
+        marginals: (M, K >= 2) D[i, n], falling from n = 1 on, D[i, 0] = 0.
+        budget: rollouts, 0 to M max_rollouts.
+        max_rollouts: N_up, 2 to K.
+        priority: (M,) tie-break, lower first.
+    """
+    if marginals.shape[0] == 0:
+        return np.zeros(0, np.int64)
+    table = marginals[:, :max_rollouts]
+    rollouts = np.arange(1, max_rollouts + 1)
+    average = np.cumsum(table, axis=1) / rollouts
+    group = 2 + np.argmax(average[:, 1:], axis=1)
+    per_rollout = average[np.arange(group.size), group - 1]
+    envelope = np.where(rollouts <= group[:, None], per_rollout[:, None], table)
+    # Rounding aside the envelope falls; the solver wants it exactly so.
+    counts = solver.solve(np.minimum.accumulate(envelope, axis=1), budget, 0, max_rollouts, priority=priority)
+
+    cut = counts < group
+    counts[cut] = 0
+    left = budget - int(counts.sum())
+    for i in np.lexsort((priority, -per_rollout)):
+        if left >= 2 and counts[i] == 0:
+            counts[i] = min(left, group[i])
+            left -= counts[i]
+    if left > int((max_rollouts - counts[counts > 0]).sum()):
+        # One rollout and no group with room: the group that misses it least makes it a pair.
+        spare = np.flatnonzero(counts >= 3)
+        nobody = next(i for i in np.lexsort((priority, -per_rollout)) if counts[i] == 0)
+        if spare.size:
+            counts[spare[np.argmin(table[spare, counts[spare] - 1])]] -= 1
+        counts[nobody] = left + min(spare.size, 1)
+        left = 0
+    if left:  # less than a pair, or more than the caps of whole groups allow
+        served = counts > 0 if counts.any() else np.ones(counts.size, bool)
+        lower = np.where(served, counts, 0)
+        upper = np.where(served, max_rollouts, 0)
+        counts = solver.solve(table, budget, lower, upper, method="auto", priority=priority)
+    return counts
+
+
+def price_of_rollout(marginals: FloatArray, counts: IntArray) -> float:
+    """Value of the last rollout handed out: what a rollout must be worth to be spent; 0 if none was.
+
+    A pair counts with its mean.
+    """
+    served = np.flatnonzero(counts >= 2)
+    if not served.size:
+        return 0.0
+    last = counts[served] - 1
+    taken = marginals[served, last]
+    return float(np.where(last == 1, taken / 2.0, taken).min())
+
+
+def rechecks(belief: Belief, counts: IntArray, age: FloatArray, budget: int) -> NDArray[np.bool_]:
+    """Which skipped prompts get :data:`~knapsack_rl.allocation.belief.CHECK_ROLLOUTS` rollouts all the same.
+
+    A prompt is looked at again if the value of those rollouts and of what they tell exceeds their price, or if its last
+    visit lies :data:`LONGEST_SKIP` epochs back. If the budget is too small for all, those longest unseen come first.
+
+    Args:
+        belief: of the batch.
+        counts: (M,) the plan, 0 for a skipped prompt.
+        age: (M,) epochs since the last visit.
+        budget: of the batch.
+    """
+    chosen = np.zeros(counts.size, bool)
+    skipped = np.flatnonzero(counts == 0)
+    if not skipped.size:
+        return chosen
+    overdue = age[skipped] >= LONGEST_SKIP
+    worth = np.zeros(skipped.size, bool)
+    if belief.worth_of_check is not None:
+        price = price_of_rollout(belief.marginals, counts)
+        now = belief.marginals[skipped, :CHECK_ROLLOUTS].sum(axis=1)
+        worth = now + belief.worth_of_check(skipped, price) > CHECK_ROLLOUTS * price
+    wanted = skipped[overdue | worth]
+    affordable = budget // CHECK_ROLLOUTS
+    chosen[wanted[np.argsort(-age[wanted], kind="stable")][:affordable]] = True
+    return chosen

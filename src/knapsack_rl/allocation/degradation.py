@@ -1,0 +1,97 @@
+"""What gives way where the bounds of a batch and its budget contradict each other.
+
+A run never dies because of allocation: bounds are widened in the order stated here, and the reason is told.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+
+
+def feasible_bounds(
+    budget: int, min_rollouts: int, max_rollouts: int, marginals: FloatArray, priority: ArrayLike
+) -> tuple[IntArray, IntArray, str]:
+    """Bounds under which the budget can be met, and what had to give way ("" if nothing).
+
+    1. A budget below M N_low lowers the minimum to ``budget // M``.
+    2. If that is below two, a group could not hold both outcomes: the prompts with the largest value of a pair get
+       two rollouts each as far as the budget goes, the others none (an odd rollout makes one group three).
+    3. A budget above M N_up raises the maximum to ``ceil(budget / M)``.
+    """
+    prompts = marginals.shape[0]
+    lower, upper = np.full(prompts, min_rollouts), np.full(prompts, max_rollouts)
+    if prompts == 0 or prompts * min_rollouts <= budget <= prompts * max_rollouts:
+        return lower, upper, ""
+    if budget > prompts * max_rollouts:
+        raised = math.ceil(budget / prompts)
+        upper[:] = raised
+        excess = f"budget {budget} exceeds {prompts} prompts x {max_rollouts}"
+        return lower, upper, f"{excess}: max_rollouts raised to {raised}"
+    shortage = f"budget {budget} is below {prompts} prompts x {min_rollouts}"
+    lowered = budget // prompts
+    if lowered >= 2:
+        lower[:] = lowered
+        return lower, upper, f"{shortage}: min_rollouts lowered to {lowered}"
+    pairs = budget // 2
+    by_value = np.lexsort((np.asarray(priority), -marginals[:, :2].sum(axis=1)))
+    served = by_value[: max(pairs, min(budget, 1))]
+    lower[:], upper[:] = 0, 0
+    lower[served] = min(budget, 2)
+    upper[served[:1]] = 3 if pairs else budget
+    upper[served[1:]] = 2
+    return lower, upper, f"{shortage}: {served.size} prompts served, the others skipped"
+
+
+def affordable_minimum(
+    budget: float, min_rollouts: int, costs: FloatArray, marginals: FloatArray, priority: ArrayLike
+) -> tuple[IntArray, str]:
+    """(M,) minima that a budget of costs pays for, and what had to give way ("" if nothing).
+
+    1. A budget that does not pay for N_low rollouts of every prompt lowers the minimum to what it does pay for.
+    2. If that is below two, pairs go to the prompts with the largest value of a pair per cost as far as the budget
+       goes, the others get none.
+    """
+    prompts = costs.size
+    lower = np.full(prompts, min_rollouts)
+    every = float(costs.sum())
+    if min_rollouts * every <= budget:
+        return lower, ""
+    shortage = f"a budget of {budget:g} does not pay for {min_rollouts} rollouts of {prompts} prompts"
+    lowered = int(budget // every)
+    if lowered >= 2:
+        lower[:] = lowered
+        return lower, f"{shortage}: min_rollouts lowered to {lowered}"
+    lower[:] = 0
+    left = budget
+    for i in np.lexsort((np.asarray(priority), -marginals[:, :2].sum(axis=1) / costs)):
+        if 2.0 * costs[i] <= left:
+            lower[i] = 2
+            left -= 2.0 * costs[i]
+    return lower, f"{shortage}: {int((lower > 0).sum())} prompts served, the others skipped"
+
+
+def evenly(budget: int, min_rollouts: int, priority: FloatArray) -> IntArray:
+    """Counts that are the same for all, or the minimum for as many as the budget serves; nothing here can fail.
+
+    Args:
+        budget: rollouts.
+        min_rollouts: N_low.
+        priority: (M,) who is served first, lower first.
+    """
+    served = min(priority.size, budget // max(min_rollouts, 1)) or 1
+    each, extra = divmod(budget, served)
+    counts = np.zeros(priority.size, np.int64)
+    first = np.argsort(priority, kind="stable")[:served]
+    counts[first] = each
+    counts[first[:extra]] += 1
+    return counts
+
+
+def joined(*reasons: str) -> str:
+    """Those of the reasons that hold, in one line."""
+    return "; ".join(filter(None, reasons))

@@ -1,0 +1,1 @@
+"""Rewards in, what is known of each prompt out: records, estimators, expected lengths."""

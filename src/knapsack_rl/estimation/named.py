@@ -1,0 +1,191 @@
+"""From reward counts to what is known of each prompt's success rate.
+
+An estimator turns :class:`~knapsack_rl.estimation.tracker.Records` into a
+:class:`~knapsack_rl.allocation.belief.Belief`: a mean success rate and expected marginal values per prompt. To add one,
+write a class with the methods of :class:`~knapsack_rl.estimation.protocol.Estimator` and name it in ``ESTIMATORS``.
+Those on a grid of success rates are in :mod:`knapsack_rl.estimation.bayes`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from knapsack_rl.allocation.belief import Belief
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
+from knapsack_rl.allocation.value import nonzero_gradient_probability
+from knapsack_rl.allocation.value_functions import ValueLike, make_value_function, marginal_table
+from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator
+from knapsack_rl.estimation.protocol import CountsOnly, Estimator, check_discount
+from knapsack_rl.estimation.tracker import RECENT, Records
+
+_ANY_RATE = np.linspace(0.01, 0.99, 99)
+
+
+class WindowEstimator(CountsOnly):
+    """The paper's rule: a mean of recent rewards, taken for the truth.
+
+    If the newest visit gave at least ``window`` rewards, their mean; else the mean of the newest ``window`` rewards
+    across visits. Below ``minimum`` rewards in all the prompt counts as unseen and gets the uniform budget. Allocation
+    is by the paper's rule with its fallback.
+
+    Args:
+        window: rewards, 1 to 64.
+        minimum: rewards, >= 1.
+        fallback: whether the paper's fallback applies; without it the plain knapsack takes the means for the truth.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: the authors' status tracker (arXiv 2509.25849).
+    """
+
+    paper_rule: ClassVar[bool] = True
+    discount: float = 1.0
+
+    def __init__(self, window: int = 16, minimum: int = 8, fallback: bool = True) -> None:
+        self.window = check_whole("window", window, minimum=1)
+        self.minimum = check_whole("minimum", minimum, minimum=1)
+        if not isinstance(fallback, bool):
+            raise ValueError(f"fallback must be true or false, got {fallback!r}")
+        self.fallback = fallback
+        if window > RECENT:
+            raise ValueError(f"window must be at most {RECENT}, the outcomes kept per prompt, got {window}")
+        self.use_value("knapsack")
+
+    def use_value(self, value: ValueLike) -> None:
+        """Maximise another value from now on; only without the paper's fallback.
+
+        Raises:
+            ValueError: the value is unknown.
+        """
+        self.value = make_value_function(value)
+
+    def refit(self, population: Records) -> None:
+        """A window learns nothing from other prompts."""
+
+    def believe(self, records: Records, max_rollouts: int) -> Belief:
+        """Point estimates; NaN means too few rewards, and such a prompt is valued as if every rate were as likely."""
+        length = np.minimum(records.rollouts, self.window)
+        mask = np.uint64(2**self.window - 1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            windowed = np.bitwise_count(records.recent & mask) / length
+            newest = records.newest_successes / records.newest_total
+        mean = np.where(records.newest_total >= self.window, newest, windowed)
+        mean = np.where(records.rollouts >= self.minimum, mean, np.nan)
+        known = np.where(np.isnan(mean), 0.5, mean)
+
+        def nonzero_gradient(counts: IntArray) -> FloatArray:
+            return np.where(np.isnan(mean), np.nan, nonzero_gradient_probability(counts, known))
+
+        marginals = marginal_table(self.value, known, max_rollouts)
+        marginals[np.isnan(mean)] = marginal_table(self.value, _ANY_RATE, max_rollouts).mean(axis=0)
+        return Belief(mean, marginals, nonzero_gradient)
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of an equal estimator."""
+        settings = {"window": self.window, "minimum": self.minimum}
+        # Named only when off, so that states saved before it existed still belong to an equal estimator.
+        return settings if self.fallback else settings | {"fallback": False}
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Nothing is learned."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Nothing to restore."""
+
+
+class BetaEstimator(CountsOnly):
+    """A discounted Beta posterior per prompt, with expected values in closed form.
+
+    With p ~ Beta(a, b): E[D(N)] = [B(a+N+1, b+3) + B(a+2, b+N+2)] / B(a, b), B the Beta function, and
+    P(non-zero gradient | N) = 1 - [B(a+N, b) + B(a, b+N)] / B(a, b).
+
+    Args:
+        prior_successes: pseudo-count a of the prior, > 0.
+        prior_failures: pseudo-count b of the prior, > 0.
+        discount: see :class:`~knapsack_rl.estimation.protocol.Estimator`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    paper_rule: ClassVar[bool] = False
+
+    def __init__(self, prior_successes: float = 0.5, prior_failures: float = 0.5, discount: float = 0.8) -> None:
+        for name, number in (("prior_successes", prior_successes), ("prior_failures", prior_failures)):
+            if not 0.0 < number < np.inf:
+                raise ValueError(f"{name} must be a positive number, got {number!r}")
+        self.prior_successes, self.prior_failures = float(prior_successes), float(prior_failures)
+        self.discount = check_discount(discount)
+
+    def refit(self, population: Records) -> None:
+        """The prior is given, not learned."""
+
+    def believe(self, records: Records, max_rollouts: int) -> Belief:
+        """Posterior mean and closed-form expectations."""
+        a, b = self.prior_successes + records.successes, self.prior_failures + records.failures
+        n = np.arange(1, max_rollouts)
+        total = a + b
+        # E[p^2 (1-p)^3] starts both series; each step multiplies by a ratio of Beta functions.
+        start = a * (a + 1) * b * (b + 1) * (b + 2)
+        start = start / (total * (total + 1) * (total + 2) * (total + 3) * (total + 4))
+        table = np.zeros((a.size, max_rollouts))
+        if max_rollouts > 1:
+            falling = total[:, None] + n[:-1] + 4
+            by_p = np.cumprod((a[:, None] + n[:-1] + 1) / falling, axis=1)
+            by_q = np.cumprod((b[:, None] + n[:-1] + 2) / falling, axis=1)
+            table[:, 1] = 2 * start
+            table[:, 2:] = start[:, None] * (by_p + by_q)
+
+        def nonzero_gradient(counts: IntArray) -> FloatArray:
+            steps = np.arange(max(int(counts.max(initial=0)), 1))
+            ratio_p = np.cumprod((a[:, None] + steps) / (total[:, None] + steps), axis=1)
+            ratio_q = np.cumprod((b[:, None] + steps) / (total[:, None] + steps), axis=1)
+            at = np.maximum(counts - 1, 0)[:, None]
+            same = np.take_along_axis(ratio_p, at, 1)[:, 0] + np.take_along_axis(ratio_q, at, 1)[:, 0]
+            return np.where(counts >= 2, 1.0 - same, 0.0)
+
+        return Belief(a / total, table, nonzero_gradient)
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of an equal estimator."""
+        return {
+            "prior_successes": self.prior_successes,
+            "prior_failures": self.prior_failures,
+            "discount": self.discount,
+        }
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Nothing is learned."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Nothing to restore."""
+
+
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    "window": WindowEstimator,
+    "beta": BetaEstimator,
+    "empirical-bayes": EmpiricalBayesEstimator,
+    "bayes-filter": BayesFilterEstimator,
+}
+
+
+def make_estimator(name: str, **settings: Any) -> Estimator:
+    """Estimator by name.
+
+    Raises:
+        ValueError: the name is unknown or a setting is out of range.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
+    allowed = inspect.signature(ESTIMATORS[name]).parameters
+    unknown = sorted(set(settings) - set(allowed))
+    if unknown:
+        raise ValueError(f"estimator {name!r} has no setting {', '.join(unknown)}; it has {', '.join(allowed)}")
+    return ESTIMATORS[name](**settings)

@@ -1,0 +1,46 @@
+"""Matrix products that do not depend on the number of threads.
+
+A BLAS library splits large products over its threads, and where it splits decides how sums are rounded; a last bit that
+differs can turn a tie. So products are made in blocks of rows that are too small to be split: OpenBLAS, which numpy's
+wheels bring, takes one thread below 2^18 multiplications (matrix by matrix) and 9216 entries (matrix by vector).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knapsack_rl.allocation.checks import FloatArray
+
+MATRIX_WORK = 2**18
+VECTOR_WORK = 9000
+
+
+def product(a: NDArray[Any], b: NDArray[Any]) -> FloatArray:
+    """``a @ b`` for a matrix a, and a matrix or vector b."""
+    work = a.shape[1] if b.ndim == 1 else a.shape[1] * b.shape[1]
+    out = np.empty((a.shape[0], *b.shape[1:]))
+    for rows in _blocks(a.shape[0], (VECTOR_WORK if b.ndim == 1 else MATRIX_WORK) // max(work, 1)):
+        np.matmul(a[rows], b, out=out[rows])
+    return out
+
+
+def product_of_columns(a: NDArray[Any], x: NDArray[Any]) -> FloatArray:
+    """``a.T @ x`` for a matrix a and a vector x."""
+    total = np.zeros(a.shape[1])
+    for rows in _blocks(a.shape[0], VECTOR_WORK // max(a.shape[1], 1)):
+        total += a[rows].T @ x[rows]
+    return total
+
+
+def dot(x: NDArray[Any], y: NDArray[Any]) -> float:
+    """``x @ y`` for vectors, summed by numpy, which takes one thread and keeps errors small."""
+    return float((x * y).sum())
+
+
+def _blocks(size: int, rows: int) -> Iterator[slice]:
+    rows = max(rows, 1)
+    return (slice(start, start + rows) for start in range(0, size, rows))

@@ -1,0 +1,263 @@
+"""What has been observed of every prompt: the one place where state lives.
+
+State is a set of columns, one row per prompt, keyed by a stable id. History is bounded, so memory and files are
+linear in the number of prompts, however long the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.estimation.tracker_state import columns_of
+from knapsack_rl.ids import PromptId, other_type
+
+RECENT = 64
+"""Newest outcomes kept per prompt, one bit each."""
+
+Outcome = Literal["success", "failure"]
+MOMENTS = ("count", "sum", "squares")
+"""What is kept of lengths, for successes and failures apart: failures run longer."""
+
+
+@dataclass
+class Records:
+    """Columns of observations, one entry per prompt. All zero for a prompt never seen.
+
+    Attributes:
+        successes: discounted number of successes.
+        failures: discounted number of failures.
+        rollouts: rollouts scored in all, undiscounted.
+        visits: batches in which the prompt was scored.
+        recent: newest outcomes as bits, the newest lowest, 1 for a success; ``min(rollouts, RECENT)`` are valid.
+        newest_successes: successes of the newest visit.
+        newest_total: rollouts of the newest visit.
+        first_successes: successes of the first visit.
+        first_total: rollouts of the first visit.
+        success_length_count: discounted number of successes of known length.
+        success_length_sum: discounted sum of their lengths, in tokens.
+        success_length_squares: discounted sum of their squared lengths.
+        failure_length_count: discounted number of failures of known length.
+        failure_length_sum: discounted sum of their lengths, in tokens.
+        failure_length_squares: discounted sum of their squared lengths.
+        last_visit: the tracker's clock (prompt visits of all prompts so far) after the newest visit.
+        evidence: (P, E) what the estimator keeps of past visits beside the counts; E may be 0.
+        age: time since the newest visit in epochs, that is in visits per known prompt. Derived, not stored.
+    """
+
+    successes: FloatArray
+    failures: FloatArray
+    rollouts: IntArray
+    visits: IntArray
+    recent: NDArray[np.uint64]
+    newest_successes: IntArray
+    newest_total: IntArray
+    first_successes: IntArray
+    first_total: IntArray
+    success_length_count: FloatArray
+    success_length_sum: FloatArray
+    success_length_squares: FloatArray
+    failure_length_count: FloatArray
+    failure_length_sum: FloatArray
+    failure_length_squares: FloatArray
+    last_visit: IntArray
+    evidence: NDArray[np.float32]
+    age: FloatArray
+
+    @classmethod
+    def empty(cls, size: int, evidence_size: int = 0) -> Records:
+        """Records of ``size`` prompts never seen."""
+        columns: dict[str, Any] = {column: np.zeros(size, dtype) for column, dtype in COLUMNS.items()}
+        return cls(**columns, evidence=np.zeros((size, evidence_size), np.float32), age=np.zeros(size))
+
+    def take(self, rows: IntArray) -> Records:
+        """The records of the given rows; row -1 stands for a prompt never seen."""
+        if not len(self):
+            return Records.empty(rows.size, self.evidence.shape[1])
+        taken = {column: getattr(self, column)[rows] for column in (*COLUMNS, "evidence", "age")}
+        unseen = rows < 0
+        if unseen.any():
+            for values in taken.values():
+                values[unseen] = 0
+        return Records(**taken)
+
+    def lengths_of(self, outcome: Outcome) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(count, sum, sum of squares) of the lengths of rollouts that ended so."""
+        return tuple(getattr(self, f"{outcome}_length_{moment}") for moment in MOMENTS)
+
+    @property
+    def length_count(self) -> FloatArray:
+        """Discounted number of rollouts of known length, whatever their outcome."""
+        return self.success_length_count + self.failure_length_count
+
+    @property
+    def length_sum(self) -> FloatArray:
+        """Discounted sum of all lengths."""
+        return self.success_length_sum + self.failure_length_sum
+
+    @property
+    def length_squares(self) -> FloatArray:
+        """Discounted sum of all squared lengths."""
+        return self.success_length_squares + self.failure_length_squares
+
+    def __len__(self) -> int:
+        return self.successes.size
+
+
+_TYPES = {"FloatArray": np.float64, "IntArray": np.int64, "NDArray[np.uint64]": np.uint64}
+COLUMNS: dict[str, Any] = {
+    column.name: _TYPES[str(column.type)] for column in fields(Records) if column.name not in ("evidence", "age")
+}
+"""The stored columns of one number per prompt, with their types."""
+
+
+class Tracker:
+    """Per-prompt records keyed by a stable id (``str`` or ``int``; ``7`` and ``"7"`` are different prompts).
+
+    Args:
+        evidence_size: numbers per prompt that the estimator keeps, see the protocol ``Estimator``.
+    """
+
+    def __init__(self, evidence_size: int = 0) -> None:
+        self._row_of: dict[PromptId, int] = {}
+        self._records = Records.empty(0, evidence_size)
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def __contains__(self, prompt_id: object) -> bool:
+        return prompt_id in self._row_of
+
+    @property
+    def prompt_ids(self) -> list[PromptId]:
+        """Ids of all prompts seen, in order of first observation, which is the order of :meth:`records`."""
+        return list(self._row_of)
+
+    def records(self) -> Records:
+        """The records of all prompts seen; views, not to be written to."""
+        size = len(self)
+        columns = {column: getattr(self._records, column)[:size] for column in (*COLUMNS, "evidence")}
+        return Records(**columns, age=self._age(columns["last_visit"]))
+
+    def _age(self, last_visit: IntArray) -> FloatArray:
+        return (self._clock - last_visit) / max(len(self), 1)
+
+    def rows(self, prompt_ids: Iterable[PromptId]) -> IntArray:
+        """Row of each prompt, -1 for one never seen."""
+        row_of = self._row_of
+        return np.array([row_of.get(prompt_id, -1) for prompt_id in prompt_ids], dtype=np.int64)
+
+    def twin(self, prompt_ids: list[PromptId]) -> tuple[PromptId, PromptId] | None:
+        """The first id that is new but known under the other type, and that known one; None if there is none."""
+        for row in np.flatnonzero(self.rows(prompt_ids) < 0):
+            new = prompt_ids[row]
+            known = other_type(new)
+            if known is not None and known in self:
+                return new, known
+        return None
+
+    def lookup(self, prompt_ids: Iterable[PromptId]) -> Records:
+        """Records of the given prompts, in their order; zeros for a prompt never seen."""
+        rows = self.rows(prompt_ids)
+        found = self._records.take(rows)
+        found.age = np.where(rows >= 0, self._age(found.last_visit), 0.0)
+        return found
+
+    def record(
+        self,
+        prompt_ids: Sequence[PromptId],
+        prompt_of_rollout: IntArray,
+        successes: NDArray[np.bool_],
+        lengths: FloatArray | None = None,
+        *,
+        discount: float = 1.0,
+        evidence: FloatArray | None = None,
+    ) -> None:
+        """Record one visit of each prompt.
+
+        Args:
+            prompt_ids: the P distinct prompts visited.
+            prompt_of_rollout: (R,) index into ``prompt_ids``, in the order in which rollouts were scored.
+            successes: (R,) whether each rollout succeeded.
+            lengths: (R,) tokens of each rollout, if known.
+            discount: what older counts of these prompts are multiplied by, in (0, 1]: the policy has moved since.
+            evidence: (P, E) the estimator's new evidence of these prompts.
+        """
+        rows_P = self._rows_or_new(prompt_ids)
+        size = len(prompt_ids)
+        store = self._records
+        total = np.bincount(prompt_of_rollout, minlength=size)
+        good = np.bincount(prompt_of_rollout[successes], minlength=size)
+
+        for column, amount in (("successes", good), ("failures", total - good)):
+            counts = getattr(store, column)
+            counts[rows_P] = counts[rows_P] * discount + amount
+        first = store.visits[rows_P] == 0
+        store.first_successes[rows_P[first]], store.first_total[rows_P[first]] = good[first], total[first]
+        store.newest_successes[rows_P], store.newest_total[rows_P] = good, total
+        store.rollouts[rows_P] += total
+        store.visits[rows_P] += 1
+        self._clock += size
+        store.last_visit[rows_P] = self._clock
+        if evidence is not None:
+            store.evidence[rows_P] = evidence
+        store.recent[rows_P] = _shift_in(store.recent[rows_P], prompt_of_rollout, successes, total)
+        if lengths is not None:
+            for outcome, chosen in (("success", successes), ("failure", ~successes)):
+                of, tokens = prompt_of_rollout[chosen], lengths[chosen]
+                for moment, weights in zip(MOMENTS, (np.ones_like(tokens), tokens, tokens**2), strict=True):
+                    sums = getattr(store, f"{outcome}_length_{moment}")
+                    sums[rows_P] = sums[rows_P] * discount + np.bincount(of, weights=weights, minlength=size)
+
+    def _rows_or_new(self, prompt_ids: Sequence[PromptId]) -> IntArray:
+        row_of = self._row_of
+        for prompt_id in prompt_ids:
+            row_of.setdefault(prompt_id, len(row_of))
+        capacity = len(self._records)
+        if len(row_of) > capacity:
+            grown = np.full(max(2 * capacity, len(row_of)), -1, dtype=np.int64)
+            grown[:capacity] = np.arange(capacity)
+            self._records = self._records.take(grown)
+        return self.rows(prompt_ids)
+
+    def state_dict(self, *, copy: bool = True) -> dict[str, np.ndarray]:
+        """Columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types.
+
+        Without ``copy`` the arrays are the tracker's own and change with it.
+        """
+        ids = np.frombuffer(json.dumps(self.prompt_ids).encode(), dtype=np.uint8)
+        records = self.records()
+        columns = {column: getattr(records, column) for column in (*COLUMNS, "evidence")}
+        return {"prompt_ids": ids} | {name: array.copy() if copy else array for name, array in columns.items()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray], *, copy: bool = True) -> None:
+        """Replace everything by a saved state; without ``copy`` its arrays become the tracker's own.
+
+        Raises:
+            ValueError: a column is missing, has the wrong length or type, or ids repeat.
+        """
+        row_of, columns = columns_of(state, COLUMNS, self._records.evidence.shape[1], copy=copy)
+        self._row_of, self._clock = row_of, int(columns["visits"].sum())
+        self._records = Records(**columns, age=np.zeros(len(row_of)))
+
+
+def _shift_in(
+    recent: NDArray[np.uint64], prompt_of_rollout: IntArray, successes: NDArray[np.bool_], total: IntArray
+) -> NDArray[np.uint64]:
+    """Push the outcomes of a visit into the bits of each prompt, the newest into the lowest bit."""
+    order = np.argsort(prompt_of_rollout, kind="stable")
+    ends = np.cumsum(total)
+    age = np.repeat(ends, total) - 1 - np.arange(order.size)  # 0 for the newest rollout of its prompt
+    kept = (age < RECENT) & successes[order]
+    bits = np.zeros(total.size, np.uint64)
+    np.bitwise_or.at(bits, prompt_of_rollout[order][kept], np.uint64(1) << age[kept].astype(np.uint64))
+    # numpy leaves a shift by the full width undefined: those prompts have no older bit left.
+    shift = np.minimum(total, RECENT - 1).astype(np.uint64)
+    return np.where(total >= RECENT, np.uint64(0), recent << shift) | bits

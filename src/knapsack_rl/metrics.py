@@ -1,0 +1,117 @@
+"""Numbers about one step, for a logger: how its budget was spread, what was expected of it and what came of it.
+
+Source: paper, section 4, and this project's documentation of metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+
+from knapsack_rl.allocation.belief import Belief
+from knapsack_rl.allocation.checks import IntArray
+from knapsack_rl.allocation.policies import Allocation
+from knapsack_rl.estimation.tracker import Records
+from knapsack_rl.groups import GroupOutcomes, summarise
+from knapsack_rl.ids import PromptId
+
+BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
+"""Left edges of the budget histogram's bins; the last is open."""
+
+
+@dataclass
+class StepMetrics:
+    """Numbers of the newest step, and what is expected of the prompts whose outcomes are still out.
+
+    Attributes:
+        allocation: about the newest allocation.
+        outcomes: about the newest batch that was observed.
+        predicted: probability of a non-zero gradient, by prompt; NaN where nothing was predicted.
+    """
+
+    allocation: dict[str, float] = field(default_factory=dict)
+    outcomes: dict[str, float] = field(default_factory=dict)
+    predicted: dict[PromptId, float] = field(default_factory=dict)
+
+    def expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief) -> Allocation:
+        """A batch is allocated on this belief: return the allocation with what is predicted of it."""
+        found = replace(
+            allocation, success_rates=belief.mean, nonzero_gradient=belief.nonzero_gradient(allocation.counts)
+        )
+        self.allocation = allocation_metrics(found, belief)
+        return self.predict(ids, found)
+
+    def expect_nothing(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
+        """A batch is allocated without a belief."""
+        self.allocation = allocation_metrics(allocation)
+        return self.predict(ids, allocation)
+
+    def predict(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
+        """Keep the predictions of an allocation until :meth:`compare`."""
+        assert allocation.nonzero_gradient is not None
+        self.predicted.update(zip(ids, allocation.nonzero_gradient.tolist(), strict=True))
+        return allocation
+
+    def compare(self, ids: list[PromptId], groups: GroupOutcomes, lost: dict[str, float]) -> None:
+        """Outcomes are in: hold them against what was predicted.
+
+        Args:
+            ids: (G,) prompts of the groups.
+            groups: their outcomes.
+            lost: of :func:`lost_metrics`.
+        """
+        found = summarise(groups).as_dict()
+        seen = groups.totals > 0
+        found["outcome_per_prompt"] = float(groups.mean_reward[seen].mean()) if seen.any() else float("nan")
+        predicted = np.array([self.predicted.pop(prompt_id, np.nan) for prompt_id in ids])
+        told = seen & ~np.isnan(predicted)
+        if told.any():
+            realised = groups.effective[told]
+            found["predicted_nonzero_gradient"] = float(predicted[told].mean())
+            found["realised_nonzero_gradient"] = float(realised.mean())
+            found["brier_score"] = float(np.mean((predicted[told] - realised) ** 2))
+        self.outcomes = found | lost
+
+    def as_dict(self) -> dict[str, float]:
+        """All numbers of the step."""
+        return self.allocation | self.outcomes
+
+
+def allocation_metrics(allocation: Allocation, belief: Belief | None = None) -> dict[str, float]:
+    """How a budget was spread; and, where it is known what was believed of the prompts, over which of them."""
+    counts = allocation.counts
+    spread = {"budget": float(counts.sum()), "budget_min": float(counts.min()), "budget_max": float(counts.max())}
+    if belief is None:
+        return spread
+    unseen = np.isnan(belief.mean)
+    found = spread | {
+        "expected_value": allocation.expected_value,
+        "estimated_success_rate": float(belief.mean[~unseen].mean()) if not unseen.all() else float("nan"),
+        "fallback": float(allocation.reason.startswith("fallback") or "; fallback" in allocation.reason),
+    }
+    given = max(int(counts.sum()), 1)
+    with np.errstate(invalid="ignore"):
+        hard, easy = belief.mean < 0.2, belief.mean > 0.8
+    for name, members in (("unseen", unseen), ("hard", hard), ("medium", ~(unseen | hard | easy)), ("easy", easy)):
+        found[f"budget_to/{name}"] = float(counts[members].sum() / given)
+    bins = np.searchsorted(BUDGET_BINS, counts, side="right") - 1
+    shares = np.bincount(bins, minlength=len(BUDGET_BINS)) / counts.size
+    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(BUDGET_BINS)]
+    names.append(f"{BUDGET_BINS[-1]}+")
+    return found | {f"budget_share/{name}": float(share) for name, share in zip(names, shares, strict=True)}
+
+
+def lost_metrics(known: Records, successes: IntArray, totals: IntArray) -> dict[str, float]:
+    """How many prompts had only successes at their last visit, and what share of them now fails more often than not.
+
+    Args:
+        known: (M,) what was recorded of the visited prompts before this visit.
+        successes: (M,) successes of this visit.
+        totals: (M,) scored rollouts of this visit.
+    """
+    solved = (known.newest_total > 0) & (known.newest_successes == known.newest_total)
+    lost = 2 * successes < totals
+    share = float(lost[solved].mean()) if solved.any() else float("nan")
+    return {"solved_before": float(solved.sum()), "lost": share}

@@ -1,0 +1,1 @@
+"""Without any engine: environments, simulation, dry runs on the reward logs of earlier runs."""

@@ -1,0 +1,302 @@
+"""Prompts whose true success rates are known: synthetic ones that may learn, and a recorded run replayed.
+
+An :class:`Environment` starts an :class:`Episode` from a seed; the seed fixes the rates, the batches and every random
+move, so policies that are compared meet the same prompts in the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_whole
+
+BoolArray = NDArray[np.bool_]
+
+MIXTURES = {
+    "late-training": "0.38*beta(30,1) + 0.22*beta(1,30) + 0.40*uniform",
+    "bimodal": "0.5*beta(30,1) + 0.5*beta(1,30)",
+    "hard": "0.5*beta(1,30) + 0.2*point(0) + 0.3*uniform",
+}
+"""Named distributions of success rates: late in uniform training, the two ends alone, a data set that is too hard."""
+
+_TERM = re.compile(
+    r"(?:(?P<weight>[\d.]+)\*)?(?:(?P<uniform>uniform)|beta\((?P<beta>[^()]*)\)|point\((?P<point>[^()]*)\))"
+)
+
+
+class Episode(Protocol):
+    """One run of an environment."""
+
+    batches: Sequence[IntArray]
+    """Prompt indices of each step, distinct within a step."""
+
+    def rates(self, prompts: IntArray) -> FloatArray:
+        """(M,) true success rates of these prompts now."""
+        ...
+
+    def train(self, prompts: IntArray, effective: BoolArray) -> None:
+        """Go on by one step: these prompts were visited, and these groups held both outcomes."""
+        ...
+
+
+class Environment(Protocol):
+    """Starts episodes."""
+
+    def start(self, seed: int) -> Episode:
+        """The episode of a seed."""
+        ...
+
+
+def draw_rates(mixture: str, prompts: int, rng: np.random.Generator) -> FloatArray:
+    """Success rates drawn from a named mixture.
+
+    Args:
+        mixture: a name of ``MIXTURES``, or terms such as ``"uniform"``, ``"beta(2,5)"``, ``"point(0)"``, each with a
+            weight if there are several: ``"0.3*point(0) + 0.7*uniform"``. Weights sum to 1.
+        prompts: how many, >= 1.
+        rng: source of randomness.
+
+    Returns:
+        (prompts,) rates in [0, 1].
+
+    Raises:
+        ValueError: the text is no mixture, or a number in it is out of range.
+    """
+    size = check_whole("prompts", prompts, minimum=1)
+    terms = _parse(mixture)
+    which = rng.choice(len(terms), size=size, p=[weight for weight, _ in terms])
+    drawn = np.stack(
+        [rng.beta(*shape, size=size) if len(shape) == 2 else np.full(size, shape[0]) for _, shape in terms]
+    )
+    return drawn[which, np.arange(size)]
+
+
+def _parse(mixture: str) -> list[tuple[float, tuple[float, ...]]]:
+    """(weight, parameters) of each term: two parameters for a Beta distribution, one for a point."""
+    text = MIXTURES.get(mixture, mixture).replace(" ", "")
+    allowed = f"{', '.join(MIXTURES)}, or terms uniform, beta(a,b), point(p) such as '0.3*point(0) + 0.7*uniform'"
+    terms: list[tuple[float, tuple[float, ...]]] = []
+    for part in text.split("+"):
+        match = _TERM.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{mixture!r} is no mixture of success rates: {part!r} is not understood; write {allowed}")
+        try:
+            weight = float(match["weight"] or 1.0)
+            shape = tuple(float(number) for number in (match["beta"] or match["point"] or "1,1").split(","))
+        except ValueError as error:
+            raise ValueError(f"{mixture!r} is no mixture of success rates: {error}; write {allowed}") from error
+        if match["beta"] is not None and (len(shape) != 2 or not all(0 < number < np.inf for number in shape)):
+            raise ValueError(f"{part!r} needs two numbers above 0, as in beta(1,30)")
+        if match["point"] is not None and (len(shape) != 1 or not 0 <= shape[0] <= 1):
+            raise ValueError(f"{part!r} needs one number in [0, 1], as in point(0)")
+        terms.append((weight, shape))
+    total = sum(weight for weight, _ in terms)
+    if abs(total - 1.0) > 1e-6:
+        raise ValueError(f"the weights of {mixture!r} sum to {total:g}, they must sum to 1")
+    return [(weight / total, shape) for weight, shape in terms]
+
+
+def shuffled_batches(prompts: int, epochs: int, batch_size: int, rng: np.random.Generator) -> list[IntArray]:
+    """Every prompt once an epoch, in a new order each time; the last batch of an epoch may be smaller."""
+    check_whole("epochs", epochs, minimum=1)
+    check_whole("batch_size", batch_size, minimum=1)
+    cuts = np.arange(batch_size, prompts, batch_size)
+    return [batch for _ in range(epochs) for batch in np.split(rng.permutation(prompts), cuts)]
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Prompts drawn from a mixture; static, or learning.
+
+    In logits, a visited prompt moves by ``gain`` if its group was effective (held both outcomes), by a normal step of
+    standard deviation ``walk`` whatever happened, and all prompts move by ``drift`` in the course of an epoch. Rates
+    of exactly 0 and 1 stay. With all three at 0 the rates are static.
+
+    Attributes:
+        mixture: see :func:`draw_rates`.
+        prompts: number of prompts.
+        epochs: visits of each prompt.
+        batch_size: prompts a step.
+        gain: logits per effective group.
+        drift: logits per epoch.
+        walk: logits per visit, >= 0.
+    """
+
+    mixture: str = "late-training"
+    prompts: int = 4096
+    epochs: int = 50
+    batch_size: int = 128
+    gain: float = 0.0
+    drift: float = 0.0
+    walk: float = 0.0
+
+    def start(self, seed: int) -> SyntheticEpisode:
+        """The episode of a seed."""
+        if not (np.isfinite([self.gain, self.drift]).all() and 0 <= self.walk < np.inf):
+            raise ValueError(f"gain, drift and walk must be finite, walk >= 0, got {self.gain, self.drift, self.walk}")
+        return SyntheticEpisode(self, seed)
+
+
+class SyntheticEpisode:
+    """One run of a :class:`Synthetic` environment."""
+
+    def __init__(self, environment: Synthetic, seed: int) -> None:
+        order, start, self._steps = (np.random.default_rng([seed, stream]) for stream in range(3))
+        self._environment = environment
+        self.batches: Sequence[IntArray] = shuffled_batches(
+            environment.prompts, environment.epochs, environment.batch_size, order
+        )
+        rates = draw_rates(environment.mixture, environment.prompts, start)
+        with np.errstate(divide="ignore"):
+            self._logits = np.log(rates) - np.log1p(-rates)  # infinite, and so for ever, at 0 and 1
+        self._drift = 0.0
+
+    def rates(self, prompts: IntArray) -> FloatArray:
+        """(M,) true success rates of these prompts now."""
+        with np.errstate(over="ignore"):
+            return 1.0 / (1.0 + np.exp(-(self._logits[prompts] + self._drift)))
+
+    def train(self, prompts: IntArray, effective: BoolArray) -> None:
+        """Move what learns."""
+        environment = self._environment
+        self._drift += environment.drift * prompts.size / environment.prompts
+        # Drawn whatever the policy did, so that the walk is the same for all policies.
+        step = environment.walk * self._steps.standard_normal(prompts.size)
+        self._logits[prompts] += environment.gain * effective + step
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Recorded outcomes of prompts, visit by visit.
+
+    Attributes:
+        prompt: (V,) prompt of each visit, ascending from 0 without gaps; a prompt's visits stand in order of time.
+        successes: (V,) successes of the visit.
+        totals: (V,) rollouts of the visit, >= 1.
+    """
+
+    prompt: IntArray
+    successes: IntArray
+    totals: IntArray
+
+    def __post_init__(self) -> None:
+        if not self.prompt.shape == self.successes.shape == self.totals.shape or self.prompt.ndim != 1:
+            raise ValueError("prompt, successes and totals must be one-dimensional and equally long")
+        if not self.prompt.size:
+            raise ValueError("the trace holds no visit")
+        gaps = np.diff(self.prompt, prepend=-1)
+        if not np.isin(gaps, (0, 1)).all() or self.prompt[0] != 0:
+            raise ValueError("prompt must ascend from 0 without gaps")
+        check_counts(self.successes)
+        if (self.totals < 1).any() or (self.successes > self.totals).any():
+            raise ValueError("every visit needs at least one rollout, and no more successes than rollouts")
+
+    @classmethod
+    def from_visits(cls, prompt: ArrayLike, successes: ArrayLike, totals: ArrayLike) -> Trace:
+        """A trace from visits in order of time; prompts may be mixed and are numbered 0, 1, ... as they are."""
+        at, good, total = (np.asarray(column, dtype=np.int64) for column in (prompt, successes, totals))
+        order = np.argsort(at, kind="stable")
+        return cls(at[order], good[order], total[order])
+
+    @cached_property
+    def visits(self) -> IntArray:
+        """(P,) visits of each prompt."""
+        return np.bincount(self.prompt)
+
+    @cached_property
+    def starts(self) -> IntArray:
+        """(P,) index of each prompt's first visit."""
+        return np.cumsum(self.visits) - self.visits
+
+    def __len__(self) -> int:
+        return self.visits.size
+
+    def take(self, prompts: IntArray) -> Trace:
+        """The trace of some prompts, renumbered in the order given."""
+        rows = np.concatenate([np.arange(self.starts[i], self.starts[i] + self.visits[i]) for i in prompts])
+        renumbered = np.repeat(np.arange(prompts.size), self.visits[prompts])
+        return Trace(renumbered, self.successes[rows], self.totals[rows])
+
+    def smooth(self, bandwidth: float) -> FloatArray:
+        """Success rate of each visit, smoothed over the prompt's own visits with a Gaussian kernel.
+
+        p(t) = sum_v K(t - v) successes(v) / sum_v K(t - v) totals(v), K(d) = exp(-d^2 / (2 bandwidth^2)).
+
+        Args:
+            bandwidth: standard deviation of the kernel in visits, > 0.
+
+        Returns:
+            (V,) rates in [0, 1].
+
+        Raises:
+            ValueError: the bandwidth is not above 0.
+        """
+        if not 0.0 < bandwidth < np.inf:
+            raise ValueError(f"bandwidth must be a number of visits above 0, got {bandwidth!r}")
+        rates = np.empty(self.prompt.size)
+        for length in np.unique(self.visits):  # prompts with equally many visits share one kernel matrix
+            distance = np.subtract.outer(np.arange(length), np.arange(length)) / bandwidth
+            kernel = np.exp(-0.5 * distance**2)
+            rows = self.starts[self.visits == length][:, None] + np.arange(length)
+            rates[rows] = (self.successes[rows] @ kernel) / (self.totals[rows] @ kernel)
+        return np.minimum(rates, 1.0)  # a ratio of rounded sums may exceed 1 in its last digit
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A recorded run whose smoothed success rates are taken for the truth; they do not react to the policy.
+
+    At its k-th visit a prompt has the smoothed rate of its k-th recorded visit; the last one holds from then on.
+
+    Attributes:
+        trace: what was recorded.
+        bandwidth: see :meth:`Trace.smooth`.
+        batches: prompt indices of each step; None shuffles all prompts into batches anew, by the seed.
+        batch_size: prompts a step, if shuffled.
+        epochs: visits of each prompt, if shuffled; None takes the most that were recorded of a prompt.
+    """
+
+    trace: Trace
+    bandwidth: float = 2.5
+    batches: Sequence[IntArray] | None = None
+    batch_size: int = 128
+    epochs: int | None = None
+
+    @cached_property
+    def smoothed(self) -> FloatArray:
+        """(V,) rates of the trace's visits."""
+        return self.trace.smooth(self.bandwidth)
+
+    def start(self, seed: int) -> ReplayEpisode:
+        """The episode of a seed."""
+        batches = self.batches
+        if batches is None:
+            epochs = int(self.trace.visits.max()) if self.epochs is None else self.epochs
+            rng = np.random.default_rng([seed, 0])
+            batches = shuffled_batches(len(self.trace), epochs, self.batch_size, rng)
+        return ReplayEpisode(self.trace, self.smoothed, batches)
+
+
+class ReplayEpisode:
+    """One run of a :class:`Replay` environment."""
+
+    def __init__(self, trace: Trace, smoothed: FloatArray, batches: Sequence[IntArray]) -> None:
+        self.batches = batches
+        self._trace, self._smoothed = trace, smoothed
+        self._visited = np.zeros(len(trace), dtype=np.int64)
+
+    def rates(self, prompts: IntArray) -> FloatArray:
+        """(M,) smoothed rates at the visits that come next."""
+        trace = self._trace
+        return self._smoothed[trace.starts[prompts] + np.minimum(self._visited[prompts], trace.visits[prompts] - 1)]
+
+    def train(self, prompts: IntArray, effective: BoolArray) -> None:
+        """Go on to the next visit of these prompts; nothing else moves."""
+        self._visited[prompts] += 1

@@ -1,0 +1,275 @@
+"""Policies at work in an environment whose true success rates are known.
+
+:func:`simulate` runs one policy over one episode and keeps every visit. A policy sees ids, budgets and rewards, as in
+training; only :class:`KnownRates` is told the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
+from knapsack_rl.allocation.policies import allocate
+from knapsack_rl.allocation.value import nonzero_gradient_probability, value
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.estimation.named import Estimator
+from knapsack_rl.offline.environments import BoolArray, Environment, Episode
+
+OUTCOMES = 3
+"""Stream of random numbers that decides on rewards; environments use the ones below."""
+
+
+class Policy(Protocol):
+    """What decides on rollouts per prompt."""
+
+    def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
+        """Counts (M,), and the predicted probability (M,) of a non-zero gradient, NaN where nothing is predicted."""
+        ...
+
+    def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
+        """The prompt and the outcome of each rollout."""
+        ...
+
+
+PolicyMaker = Callable[[Episode], Policy]
+"""Makes a fresh policy for an episode."""
+
+
+def uniform_counts(prompts: int, budget: int) -> IntArray:
+    """(M,) equal counts that sum to the budget; the first prompts get what cannot be divided."""
+    counts = np.full(prompts, budget // prompts)
+    counts[: budget % prompts] += 1
+    return counts
+
+
+class Uniform:
+    """The same number of rollouts for every prompt.
+
+    Args:
+        factor: multiple of the budget to spend, >= 1; 2 is what doubling the compute would buy.
+    """
+
+    def __init__(self, factor: int = 1) -> None:
+        self.factor = check_whole("factor", factor, minimum=1)
+
+    def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
+        """Equal counts; nothing is predicted."""
+        return uniform_counts(prompts.size, self.factor * budget), np.full(prompts.size, np.nan)
+
+    def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
+        """Nothing is learned."""
+
+
+class KnownRates:
+    """The optimum when the true success rates are known: the upper end of what allocation can buy.
+
+    Args:
+        episode: told what nobody else is told.
+        min_rollouts: N_low, >= 0; lowered where the budget of a step requires it.
+        max_rollouts: N_up; raised where the budget of a step requires it.
+    """
+
+    def __init__(self, episode: Episode, min_rollouts: int = 2, max_rollouts: int = 128) -> None:
+        self.episode, self.min_rollouts, self.max_rollouts = episode, min_rollouts, max_rollouts
+
+    def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
+        """The exact optimum of the true values, and the true probabilities."""
+        rates = self.episode.rates(prompts)
+        share = budget // prompts.size
+        # Below two a group could not hold both outcomes, so some prompts are better skipped.
+        lower = self.min_rollouts if share >= self.min_rollouts else share if share >= 2 else 0
+        upper = max(self.max_rollouts, -(-budget // prompts.size))
+        counts = allocate(rates, budget, lower, upper).counts
+        return counts, nonzero_gradient_probability(counts, rates)
+
+    def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
+        """There is nothing left to learn."""
+
+
+class Allocated:
+    """A :class:`~knapsack_rl.allocator.KnapsackAllocator` as a policy."""
+
+    def __init__(self, allocator: KnapsackAllocator) -> None:
+        self.allocator = allocator
+
+    def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
+        """What the allocator says."""
+        found = self.allocator.allocate(prompts.tolist(), budget)
+        assert found.nonzero_gradient is not None, "the stateful allocator always predicts"
+        return found.counts, found.nonzero_gradient
+
+    def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
+        """Pass the outcomes on."""
+        self.allocator.observe(prompts_R.tolist(), successes_R.astype(np.float64))
+
+
+class Watching(Allocated):
+    """Uniform allocation watched by an allocator, whose predictions can be compared on the same data as another's."""
+
+    def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
+        """Equal counts, and what the allocator expects of them."""
+        found = self.allocator.adopt(prompts.tolist(), uniform_counts(prompts.size, budget))
+        assert found.nonzero_gradient is not None, "the stateful allocator always predicts"
+        return found.counts, found.nonzero_gradient
+
+
+def uniform(factor: int = 1) -> PolicyMaker:
+    """Makes :class:`Uniform`."""
+    return lambda _: Uniform(factor)
+
+
+def known_rates(min_rollouts: int = 2, max_rollouts: int = 128) -> PolicyMaker:
+    """Makes :class:`KnownRates`."""
+    return lambda episode: KnownRates(episode, min_rollouts, max_rollouts)
+
+
+def allocated(
+    estimator: str | Callable[[], Estimator] = "bayes-filter",
+    min_rollouts: int = 2,
+    max_rollouts: int = 128,
+    **settings: Any,
+) -> PolicyMaker:
+    """Makes an allocator of its own for every episode.
+
+    Args:
+        estimator: a name of ``ESTIMATORS``, or a function that makes an estimator.
+        min_rollouts: N_low.
+        max_rollouts: N_up.
+        **settings: keyword arguments of the named estimator.
+    """
+
+    def make(_: Episode) -> Policy:
+        chosen = estimator if isinstance(estimator, str) else estimator()
+        return Allocated(KnapsackAllocator(chosen, min_rollouts, max_rollouts, **settings))
+
+    return make
+
+
+def watching(estimator: str, **settings: Any) -> PolicyMaker:
+    """Makes :class:`Watching` with an allocator of its own for every episode."""
+    return lambda _: Watching(KnapsackAllocator(estimator, **settings))
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """Every visit of one policy over one episode; arrays over visits have length V and ascend by step.
+
+    Attributes:
+        step: (V,) step of the visit.
+        prompt: (V,) prompt.
+        visit: (V,) how often the prompt was visited before.
+        rates: (V,) true success rate.
+        counts: (V,) rollouts given.
+        predicted: (V,) predicted probability of a non-zero gradient, NaN where none was made.
+        successes: (V,) successful rollouts.
+        uniform: (V,) what equal counts of the step's budget would have given.
+        best: (V,) what the optimum for the true rates and the step's budget would have given.
+    """
+
+    step: IntArray
+    prompt: IntArray
+    visit: IntArray
+    rates: FloatArray
+    counts: IntArray
+    predicted: FloatArray
+    successes: IntArray
+    uniform: IntArray
+    best: IntArray
+
+    @cached_property
+    def effective(self) -> BoolArray:
+        """(V,) whether the group held both outcomes."""
+        return (self.successes > 0) & (self.successes < self.counts)
+
+    @cached_property
+    def values(self) -> FloatArray:
+        """(V,) true value V(N, p) of the counts given."""
+        return value(self.counts, self.rates)
+
+    @cached_property
+    def values_if_uniform(self) -> FloatArray:
+        """(V,) true value of equal counts."""
+        return value(self.uniform, self.rates)
+
+    @cached_property
+    def values_if_known(self) -> FloatArray:
+        """(V,) true value of the optimum for the true rates."""
+        return value(self.best, self.rates)
+
+
+def simulate(
+    environment: Environment,
+    make_policy: PolicyMaker,
+    seed: int,
+    budget: int | Sequence[int] = 8,
+    *,
+    min_rollouts: int = 2,
+    max_rollouts: int = 128,
+    advanced: Callable[[int, int], None] | None = None,
+) -> Simulation:
+    """Run a policy over the episode of a seed.
+
+    Each step: the policy allocates, every rollout succeeds with its prompt's true rate, the policy observes, the
+    environment trains. Beside the policy's counts it keeps those of equal allocation and of known rates for the same
+    step, so policies can be placed between the two even where rates depend on what the policy did before.
+
+    Args:
+        environment: where rates and batches come from.
+        make_policy: see :func:`uniform`, :func:`known_rates`, :func:`allocated`.
+        seed: fixes the episode and the rewards.
+        budget: rollouts per prompt, or one budget for each step.
+        min_rollouts: N_low of the optimum to compare with.
+        max_rollouts: N_up of the optimum to compare with.
+        advanced: called with (steps done, steps in all) after each step.
+
+    Raises:
+        ValueError: there is not one budget for each step, or a budget is no whole number >= 0.
+    """
+    episode = environment.start(seed)
+    batches = episode.batches
+    budgets = [budget * batch.size for batch in batches] if isinstance(budget, (int, np.integer)) else list(budget)
+    if len(budgets) != len(batches):
+        raise ValueError(f"there are {len(batches)} steps and {len(budgets)} budgets; give one for each step")
+    policy, optimum = make_policy(episode), KnownRates(episode, min_rollouts, max_rollouts)
+    columns: list[tuple[NDArray[Any], ...]] = []
+    for step, (prompts, rollouts) in enumerate(zip(batches, budgets, strict=True)):
+        rollouts = check_whole(f"budget of step {step}", rollouts, minimum=0)  # noqa: PLW2901 - the same number, checked
+        rates = episode.rates(prompts)
+        counts, predicted = policy.allocate(prompts, rollouts)
+        best, _ = optimum.allocate(prompts, rollouts)
+        row_R = np.repeat(np.arange(prompts.size), counts)
+        # A generator for each step, so that a policy that draws less does not shift what others meet later.
+        success_R = np.random.default_rng([seed, OUTCOMES, step]).random(row_R.size) < rates[row_R]
+        successes = np.bincount(row_R[success_R], minlength=prompts.size)
+        policy.observe(prompts[row_R], success_R)
+        episode.train(prompts, (successes > 0) & (successes < counts))
+        columns.append((prompts, rates, counts, predicted, successes, uniform_counts(prompts.size, rollouts), best))
+        if advanced is not None:
+            advanced(step + 1, len(batches))
+    prompt, rates, counts, predicted, successes, equal, best = (np.concatenate(c) for c in zip(*columns, strict=True))
+    return Simulation(
+        step=np.repeat(np.arange(len(batches)), [batch.size for batch in batches]),
+        prompt=prompt,
+        visit=_occurrence(prompt),
+        rates=rates,
+        counts=counts,
+        predicted=predicted,
+        successes=successes,
+        uniform=equal,
+        best=best,
+    )
+
+
+def _occurrence(prompt: IntArray) -> IntArray:
+    """(V,) how often the same prompt stands earlier in the array."""
+    order = np.argsort(prompt, kind="stable")
+    sizes = np.bincount(prompt)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(prompt.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank

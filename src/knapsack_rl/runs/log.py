@@ -1,0 +1,352 @@
+"""A run folder as arrays: what was allocated, what came of it, and the measures of the method.
+
+`RunLog.load` reads the three files that training writes (`config.yaml`, `metrics.jsonl`,
+`allocations.jsonl`). A *visit* is one prompt in one step; arrays over all visits have length V, arrays over
+recorded steps have length T. Nothing here needs a training library, so a log can be studied anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from knapsack_rl.runs.calibration import Calibration, calibrate
+from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
+from knapsack_rl.ids import check_prompt_ids
+from knapsack_rl.runs.curves import ratio
+from knapsack_rl.runs.files import (
+    ALLOCATION_LOG,
+    MODEL_FOLDER,
+    SAMPLES_FILE,
+    WARNINGS_FILE,
+    by_step,
+    check_allocation,
+    read_config,
+    read_rows,
+)
+from knapsack_rl.runs.samples import read_samples
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+
+BoolArray = NDArray[np.bool_]
+WARNING_TEXTS = ("kind", "seen", "cause", "remedy")
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """One entry per prompt and step, ordered by step (all arrays have length V).
+
+    Attributes:
+        step: Index into `RunLog.steps`.
+        prompt: Index into `RunLog.prompt_ids`.
+        counts: Rollouts given.
+        successes: Rollouts that succeeded.
+        scored: Rollouts with a valid reward.
+        effective: Whether the group's rewards varied, so that it carried a gradient.
+        estimate: Success rate estimated before the step, NaN for an unseen prompt.
+        predicted: Predicted probability of a non-zero gradient, NaN if none was logged.
+    """
+
+    step: IntArray
+    prompt: IntArray
+    counts: IntArray
+    successes: IntArray
+    scored: IntArray
+    effective: BoolArray
+    estimate: FloatArray
+    predicted: FloatArray
+
+    @cached_property
+    def difficulty(self) -> IntArray:
+        """Index into `DIFFICULTY_CLASSES` by the rate observed in the visit, -1 where nothing was scored."""
+        return difficulty_class(self.successes, self.scored)
+
+
+@dataclass(frozen=True, eq=False)
+class BudgetByEstimate:
+    """Rollouts per visit, grouped by the success rate estimated before it.
+
+    Estimates of exactly 0 and exactly 1 are groups of their own, because allocation rules treat unsolved
+    and solved prompts apart; in between lie ten bins of width 0.1. Unseen prompts come last with a NaN
+    estimate. Only groups with visits are listed.
+
+    Attributes:
+        estimate: Mean estimate of the group.
+        mean: Mean rollouts.
+        low: 10 % quantile of the rollouts.
+        high: 90 % quantile of the rollouts.
+        visits: Number of visits.
+    """
+
+    estimate: FloatArray
+    mean: FloatArray
+    low: FloatArray
+    high: FloatArray
+    visits: IntArray
+
+
+def read_visits(path: Path) -> tuple[list[dict[str, Any]], tuple[str | int, ...], Visits]:
+    """Rows of an allocation log by step, distinct prompt ids in the order of their first visit, and all visits.
+
+    Raises:
+        ValueError: If the file's content does not follow the schema.
+    """
+    rows = by_step(read_rows(path))
+    for row in rows:
+        check_allocation(row, path)
+    index: dict[str | int, int] = {}
+    names = check_prompt_ids([name for row in rows for name in row["prompt_ids"]], f"{path}: prompt_ids")
+    prompt = [index.setdefault(name, len(index)) for name in names]
+    sizes = [len(row["prompt_ids"]) for row in rows]
+
+    def column(key: str, dtype: Any) -> Any:
+        try:
+            return np.array([value for row in rows for value in row[key]], dtype=dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: {key} must hold numbers: {error}") from error
+
+    visits = Visits(
+        step=np.repeat(np.arange(len(rows), dtype=np.int64), sizes),
+        prompt=np.array(prompt, dtype=np.int64),
+        counts=column("counts", np.int64),
+        successes=column("successes", np.int64),
+        scored=column("scored", np.int64),
+        effective=column("effective", np.bool_),
+        estimate=column("estimate", np.float64),  # null becomes NaN
+        predicted=column("predicted", np.float64),
+    )
+    return rows, tuple(index), visits
+
+
+@dataclass(frozen=True, eq=False)
+class RunLog:
+    """The log of one training run and the measures derived from it.
+
+    Attributes:
+        folder: The run folder.
+        config: The run's settings.
+        prompt_ids: Distinct prompts in the order of their first visit.
+        steps: Recorded training steps, ascending (T).
+        reasons: What the allocator said about each step (T).
+        seconds: Time that each allocation took (T), NaN if not logged.
+        visits: The per-visit arrays.
+        metrics: Logged metrics, one mapping per step, ascending, nulls left out.
+        warnings: What the run was warned of, in order; each has `step`, `kind`, `seen`, `cause` and `remedy`.
+        samples: Sample completions by prompt id, as `SampleStore` keeps them.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    prompt_ids: tuple[str | int, ...]
+    steps: IntArray
+    reasons: tuple[str, ...]
+    seconds: FloatArray
+    visits: Visits
+    metrics: tuple[Mapping[str, Any], ...]
+    warnings: tuple[Mapping[str, Any], ...] = ()
+    samples: Mapping[str | int, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunLog:
+        """Read a run folder; the log files may be missing or end in a torn line.
+
+        Where a step was logged more than once (after a resume), the later entry counts.
+
+        Args:
+            folder: A folder that holds `config.yaml`.
+
+        Raises:
+            FileNotFoundError: If there is no `config.yaml`.
+            ValueError: If a file's content does not follow the schema.
+        """
+        folder = Path(folder)
+        config = read_config(folder / "config.yaml")
+        rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
+        metrics = by_step(read_rows(folder / "metrics.jsonl"))
+        told = read_rows(folder / WARNINGS_FILE)
+        return cls(
+            folder=folder,
+            config=config,
+            prompt_ids=prompt_ids,
+            steps=np.array([row["step"] for row in rows], dtype=np.int64),
+            reasons=tuple(str(row.get("reason") or "") for row in rows),
+            seconds=np.array([row.get("seconds") for row in rows], dtype=np.float64),
+            visits=visits,
+            metrics=tuple({key: value for key, value in row.items() if value is not None} for row in metrics),
+            warnings=tuple(
+                {key: str(row.get(key, "")) for key in WARNING_TEXTS} | {"step": row["step"]} for row in told
+            ),
+            samples={row["prompt_id"]: row for row in read_samples(folder / SAMPLES_FILE)},
+        )
+
+    # State of the run
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Steps the configuration asks for, None if it does not say."""
+        steps = self.config.get("steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether as many steps are recorded as planned (any step at all, if no plan is known), or the model is there.
+
+        A rule that generates in rounds ends at a number of rollouts, before its last step.
+        """
+        recorded = self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
+        return recorded or (self.folder / MODEL_FOLDER).is_dir()
+
+    # Per step
+
+    def _sum(self, values: ArrayLike) -> FloatArray:
+        """Sum a per-visit array within each step."""
+        weights = np.asarray(values, dtype=np.float64)
+        return np.bincount(self.visits.step, weights=weights, minlength=self.steps.size).astype(np.float64)
+
+    @cached_property
+    def rollouts(self) -> IntArray:
+        """Rollouts generated in each step."""
+        return self._sum(self.visits.counts).astype(np.int64)
+
+    @cached_property
+    def cumulative_rollouts(self) -> IntArray:
+        """Rollouts generated up to and including each step."""
+        return np.cumsum(self.rollouts)
+
+    @cached_property
+    def effective_rollout_ratio(self) -> FloatArray:
+        """Rollouts in groups with a gradient over all rollouts (the effective gradient ratio)."""
+        return ratio(self._sum(self.visits.counts * self.visits.effective), self.rollouts)
+
+    @cached_property
+    def effective_prompt_ratio(self) -> FloatArray:
+        """Groups with a gradient over all groups."""
+        return ratio(self._sum(self.visits.effective), self._sum(self.visits.counts > 0))
+
+    @cached_property
+    def training_success(self) -> FloatArray:
+        """Mean over the scored prompts of a step of their share of successes: every prompt weighs the same."""
+        visits = self.visits
+        rates = ratio(visits.successes, visits.scored)
+        return ratio(self._sum(np.nan_to_num(rates)), self._sum(visits.scored > 0))
+
+    @cached_property
+    def covered_success(self) -> IntArray:
+        """Prompts with at least one success in each step."""
+        return self._sum(self.visits.successes > 0).astype(np.int64)
+
+    @cached_property
+    def covered_failure(self) -> IntArray:
+        """Prompts with at least one scored failure in each step."""
+        return self._sum(self.visits.successes < self.visits.scored).astype(np.int64)
+
+    @cached_property
+    def difficulty_shares(self) -> FloatArray:
+        """Share of each difficulty class among the step's scored groups, shape (T, 5)."""
+        shares = [self._sum(self.visits.difficulty == index) for index in range(len(DIFFICULTY_CLASSES))]
+        return ratio(np.stack(shares, axis=1), self._sum(self.visits.scored > 0)[:, None])
+
+    @cached_property
+    def all_correct_share(self) -> FloatArray:
+        """Share of scored groups without a failure."""
+        return self.difficulty_shares[:, DIFFICULTY_CLASSES.index("extremely easy")]
+
+    @cached_property
+    def all_wrong_share(self) -> FloatArray:
+        """Share of scored groups without a success."""
+        return self.difficulty_shares[:, DIFFICULTY_CLASSES.index("extremely hard")]
+
+    @cached_property
+    def min_budget(self) -> IntArray:
+        """Fewest rollouts given to a prompt of the step (0 for a step without prompts)."""
+        most = np.iinfo(np.int64).max
+        lowest = np.full(self.steps.size, most)
+        np.minimum.at(lowest, self.visits.step, self.visits.counts)
+        return np.where(lowest == most, 0, lowest)
+
+    @cached_property
+    def max_budget(self) -> IntArray:
+        """Most rollouts given to a prompt of the step (0 for a step without prompts)."""
+        highest = np.zeros(self.steps.size, dtype=np.int64)
+        np.maximum.at(highest, self.visits.step, self.visits.counts)
+        return highest
+
+    # Logged metrics
+
+    def metric(self, name: str) -> tuple[IntArray, FloatArray]:
+        """Steps and values of a logged metric, only where it is a finite number."""
+        rows = [row for row in self.metrics if _is_number(row.get(name))]
+        steps = np.array([row["step"] for row in rows], dtype=np.int64)
+        return steps, np.array([row[name] for row in rows], dtype=np.float64)
+
+    @cached_property
+    def held_out(self) -> tuple[IntArray, FloatArray]:
+        """The held-out curve: rollouts generated before each evaluation, and the mean success there."""
+        return self.against_rollouts("held_out/accuracy")
+
+    def against_rollouts(self, name: str) -> tuple[IntArray, FloatArray]:
+        """Rollouts generated so far and values of a logged metric, only where both are finite numbers."""
+        rows = [row for row in self.metrics if _is_number(row.get(name)) and _is_number(row.get("rollouts"))]
+        rollouts = np.array([row["rollouts"] for row in rows], dtype=np.int64)
+        return rollouts, np.array([row[name] for row in rows], dtype=np.float64)
+
+    # Over the whole run
+
+    @cached_property
+    def first_and_last(self) -> tuple[IntArray, IntArray]:
+        """Visit indices of each seen prompt's first and last scored visit, in the order of prompts."""
+        scored = np.flatnonzero(self.visits.scored > 0)
+        prompts = self.visits.prompt[scored]
+        _, first = np.unique(prompts, return_index=True)
+        _, last = np.unique(prompts[::-1], return_index=True)
+        return scored[first], scored[prompts.size - 1 - last]
+
+    @cached_property
+    def transitions(self) -> IntArray:
+        """Prompts by class of their first (row) and last (column) scored visit, shape (5, 5).
+
+        Prompts with a single scored visit are left out: they have not had the time to move.
+        """
+        first, last = self.first_and_last
+        again = first != last
+        return transition_matrix(self.visits.difficulty[first[again]], self.visits.difficulty[last[again]])
+
+    @cached_property
+    def unsolved_share(self) -> float:
+        """Share of scored prompts whose last scored visit had no success, NaN if none was scored."""
+        _, last = self.first_and_last
+        return float(np.mean(self.visits.successes[last] == 0)) if last.size else math.nan
+
+    @cached_property
+    def budget_by_estimate(self) -> BudgetByEstimate:
+        """Rollouts per visit grouped by the estimated success rate."""
+        estimate, counts = self.visits.estimate, self.visits.counts
+        inner = 1 + np.clip(np.floor(np.nan_to_num(estimate) * 10), 0, 9)
+        group = np.select([np.isnan(estimate), estimate <= 0, estimate >= 1], [12.0, 0.0, 11.0], default=inner)
+        members = [group == value for value in np.unique(group)]
+        return BudgetByEstimate(
+            estimate=np.array([estimate[chosen].mean() for chosen in members]),
+            mean=np.array([counts[chosen].mean() for chosen in members]),
+            low=np.array([np.quantile(counts[chosen], 0.1) for chosen in members]),
+            high=np.array([np.quantile(counts[chosen], 0.9) for chosen in members]),
+            visits=np.array([chosen.sum() for chosen in members], dtype=np.int64),
+        )
+
+    def calibration(self, bins: int = 10) -> Calibration:
+        """Compare predicted with realised non-zero gradients.
+
+        Args:
+            bins: Number of bins of equal width over [0, 1].
+        """
+        given = self.visits.counts > 0
+        return calibrate(self.visits.predicted[given], self.visits.effective[given], bins)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

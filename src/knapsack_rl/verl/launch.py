@@ -1,0 +1,278 @@
+"""Launching verl with the plug-in: its settings, the overrides that switch it on, and what is checked beforehand.
+
+Nothing here imports verl, so that a launch line can be made and checked on any machine. A configuration is a nested
+mapping: verl's own (OmegaConf) or plain dictionaries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from knapsack_rl.estimation.named import ESTIMATORS
+
+MANAGER_KEY = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
+SAMPLER_PATH_KEY = "trainer.v1.sampler.custom_sampler.path"
+SAMPLER_NAME_KEY = "trainer.v1.sampler.custom_sampler.name"
+CALLBACK_KEY = "trainer.checkpoint_callback_class"
+SETTINGS_KEY = "trainer.v1.sampler.sampler_kwargs"
+
+SWITCHES = {
+    MANAGER_KEY: "knapsack_rl.verl.KnapsackAgentLoopManager",
+    SAMPLER_PATH_KEY: "pkg://knapsack_rl.verl",
+    SAMPLER_NAME_KEY: "KnapsackReplayBuffer",
+    CALLBACK_KEY: "knapsack_rl.verl.KnapsackCheckpoint",
+}
+"""The overrides that switch the plug-in on."""
+
+ADDED = (MANAGER_KEY,)
+"""Keys that verl's YAML may not list, so that Hydra wants ++ in front; those of SETTINGS_KEY too."""
+
+UNGROUPED = ("gae", "remax", "reinforce_plus_plus")
+"""verl's advantage estimators without groups: their gradient is not zero where all rewards of a prompt are equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerlSettings:
+    """How to allocate: the keys below ``trainer.v1.sampler.sampler_kwargs``.
+
+    Attributes:
+        allocation: ``"knapsack"``, or ``"uniform"`` for stock verl with the same metrics.
+        estimator: name of an estimator of success rates; ``"window"`` is the paper's rule with its fallback.
+        min_rollouts: fewest rollouts of a prompt: 2 to rollout.n, or 0 to let prompts be skipped.
+        max_rollouts: most rollouts of a prompt, >= rollout.n.
+        prompt_id: what names a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt
+            itself), or another key of extra_info, which is put behind data_source too.
+        outcome: ``"reward"``, or the name of a value that the reward function returns beside its score (``acc``).
+        success_threshold: an outcome above it is a success.
+        log_allocations: append each batch's allocation and outcome to allocations.jsonl in trainer.default_local_dir.
+        poll_interval: seconds between looks of the replay buffer at finished groups; verl's own is 2.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    allocation: str = "knapsack"
+    estimator: str = "bayes-filter"
+    min_rollouts: int = 2
+    max_rollouts: int = 128
+    prompt_id: str = "index"
+    outcome: str = "reward"
+    success_threshold: float = 0.0
+    log_allocations: bool = False
+    poll_interval: float = 2.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            given, kind = getattr(self, field.name), type(field.default)
+            allowed = (int, float) if kind is float else kind
+            if not isinstance(given, allowed) or (isinstance(given, bool) and kind is not bool):
+                raise ValueError(f"{field.name} must be {kind.__name__}, got {given!r}")
+        for name, choices in (("allocation", ("knapsack", "uniform")), ("estimator", tuple(ESTIMATORS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        low, high = self.min_rollouts, self.max_rollouts
+        if not (low == 0 or low >= 2) or high < max(low, 2):
+            raise ValueError(
+                "min_rollouts must be 0 (prompts may be skipped) or at least 2 (verl gives a group of one its raw "
+                f"reward as advantage), and max_rollouts at least max(min_rollouts, 2); got {low} and {high}"
+            )
+        if not math.isfinite(self.success_threshold):
+            raise ValueError(f"success_threshold must be finite, got {self.success_threshold!r}")
+        if not 0 < self.poll_interval < math.inf:
+            raise ValueError(f"poll_interval must be seconds above 0, got {self.poll_interval!r}")
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any] | None) -> VerlSettings:
+        """Settings from the sampler's keyword arguments; a key that does not exist is refused.
+
+        Raises:
+            ValueError: a key is unknown or a value out of range.
+        """
+        values = {str(name): value for name, value in (given or {}).items()}
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+                raise ValueError(f"{SETTINGS_KEY} has no setting {name!r}{hint}")
+        return cls(**values)
+
+
+def overrides(settings: VerlSettings) -> list[str]:
+    """The overrides that switch the plug-in on with these settings; defaults are left out."""
+    lines = [f"{'++' if key in ADDED else ''}{key}={value}" for key, value in SWITCHES.items()]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            lines.append(f"++{SETTINGS_KEY}.{field.name}={value}")
+    return lines
+
+
+def parse_overrides(given: Iterable[str]) -> dict[str, Any]:
+    """Hydra overrides ``key=value`` as nested dictionaries, as far as the checks need them.
+
+    Raises:
+        ValueError: an argument is no override.
+    """
+    config: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        path = key.lstrip("+").split(".")
+        if not equals or not all(path):
+            raise ValueError(f"{text!r} is no override of verl; write key=value, as on the command line of verl")
+        inner = config
+        for part in path[:-1]:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{text!r} contradicts an override before it: {part!r} is a value already")
+        inner[path[-1]] = _value_of(value)
+    return config
+
+
+def _value_of(text: str) -> Any:
+    plain = text.strip().strip("'\"")
+    named = {"true": True, "false": False, "null": None}
+    if plain.lower() in named:
+        return named[plain.lower()]
+    for kind in (int, float):
+        try:
+            return kind(plain)
+        except ValueError:
+            continue
+    return plain
+
+
+def pick(config: Any, path: str, default: Any = None) -> Any:
+    """The value at a dotted path, or the default where a part of the path is missing or null."""
+    for part in path.split("."):
+        if not isinstance(config, Mapping) and not hasattr(config, "get"):
+            return default
+        config = config.get(part)
+        if config is None:
+            return default
+    return config
+
+
+def check_config(config: Any, settings: VerlSettings, *, switched_on: bool = True) -> None:
+    """Refuse a configuration that cannot work, before a worker starts.
+
+    Args:
+        config: verl's configuration, or the part of it that is known; what is missing has verl's default.
+        settings: of the plug-in.
+        switched_on: also check that the overrides of the plug-in are all there.
+
+    Raises:
+        ValueError: one line for each problem, with what is allowed and the fix.
+    """
+    problems = [*_group_problems(config, settings), *_feature_problems(config), *_size_problems(config)]
+    if switched_on:
+        problems += _switch_problems(config)
+    if problems:
+        raise ValueError(
+            "\n".join(
+                [f"Knapsack RL cannot run with this configuration of verl ({len(problems)}):"]
+                + [f"  - {problem}" for problem in problems]
+            )
+        )
+
+
+def _group_problems(config: Any, settings: VerlSettings) -> list[str]:
+    mean = pick(config, "actor_rollout_ref.rollout.n", 1)
+    low, high = max(settings.min_rollouts, 2), settings.max_rollouts
+    if not isinstance(mean, int) or not low <= mean <= high:
+        return [
+            f"actor_rollout_ref.rollout.n is {mean}, the mean number of rollouts per prompt; it must lie between "
+            f"{low} and max_rollouts={high}: change it, or ++{SETTINGS_KEY}.max_rollouts"
+        ]
+    return []
+
+
+def _feature_problems(config: Any) -> list[str]:
+    found = []
+    estimator = str(pick(config, "algorithm.adv_estimator", "gae"))
+    if estimator in UNGROUPED:
+        found.append(
+            f"algorithm.adv_estimator={estimator} does not compare the rollouts of a prompt, so there is nothing to "
+            "allocate; use grpo or another estimator with groups"
+        )
+    if not pick(config, "trainer.use_v1", True):
+        found.append("trainer.use_v1=False is the legacy trainer, which has no such extension points; set it to True")
+    if pick(config, "algorithm.filter_groups.enable", False):
+        found.append(
+            "algorithm.filter_groups.enable=True: verl does not pass the filter to a custom sampler, so it would "
+            "silently be off; set it to False"
+        )
+    if pick(config, "trainer.v1.sampler.sync_refill_failed_groups", False):
+        found.append(
+            "trainer.v1.sampler.sync_refill_failed_groups=True: verl does not pass it to a custom sampler; "
+            "set it to False"
+        )
+    model = "reward.reward_model"
+    if pick(config, f"{model}.enable", False) and not pick(config, f"{model}.enable_resource_pool", False):
+        found.append(
+            f"{model}.enable=True on the training GPUs scores after the batch is sampled, too late to be observed; "
+            f"set {model}.enable_resource_pool=True or use a reward function"
+        )
+    return found
+
+
+def _size_problems(config: Any) -> list[str]:
+    prompts, mean = pick(config, "data.train_batch_size", 1024), pick(config, "actor_rollout_ref.rollout.n", 1)
+    mode = pick(config, "trainer.v1.trainer_mode", "sync")
+    syncs = pick(config, f"trainer.v1.{mode}.parameter_sync_step", 4 if mode == "separate_async" else 1)
+    mini = pick(config, "actor_rollout_ref.actor.ppo_mini_batch_size", 256)
+    numbers = {"data.train_batch_size": prompts, "ppo_mini_batch_size": mini, "parameter_sync_step": syncs}
+    bad = [f"{name} must be a whole number above 0, got {n!r}" for name, n in numbers.items() if not _positive(n)]
+    if bad or not _positive(mean):
+        return bad
+    if prompts % syncs:
+        return [f"data.train_batch_size={prompts} must be a multiple of parameter_sync_step={syncs}"]
+    gpus, per_replica = _world(config)
+    if gpus % per_replica:
+        return [
+            f"trainer.nnodes x trainer.n_gpus_per_node = {gpus} GPUs cannot be divided into model replicas of "
+            f"{per_replica} (tensor x pipeline x context or Ulysses sequence parallel sizes)"
+        ]
+    multiple = math.lcm(gpus // per_replica, mini * mean)
+    rows = prompts // syncs * mean
+    if rows % multiple:
+        return [
+            f"an update has {rows} rollouts (train_batch_size x rollout.n / parameter_sync_step), which verl would "
+            f"pad to a multiple of {multiple}, the lcm of {gpus // per_replica} data-parallel ranks and "
+            f"ppo_mini_batch_size x rollout.n = {mini * mean}; choose sizes that divide"
+        ]
+    return []
+
+
+def _world(config: Any) -> tuple[int, int]:
+    """(GPUs that train, GPUs that hold one replica of the model)."""
+    gpus = pick(config, "trainer.nnodes", 1) * pick(config, "trainer.n_gpus_per_node", 8)
+    actor = pick(config, "actor_rollout_ref.actor", {})
+    if pick(actor, "strategy", "fsdp") == "megatron":
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        return gpus, math.prod(pick(actor, f"megatron.{size}", 1) for size in sizes)
+    old, new = "ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"
+    return gpus, max(pick(actor, old, 1), pick(actor, new, 1))
+
+
+def _positive(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+
+
+def _switch_problems(config: Any) -> list[str]:
+    found = []
+    for key, value in SWITCHES.items():
+        if key == CALLBACK_KEY:
+            # A callback of the user's own may save the state itself, see KnapsackCheckpoint.
+            missing = pick(config, "trainer.save_freq", -1) > 0 and pick(config, key) is None
+            why = "without it a resumed run knows nothing of its prompts"
+        else:
+            missing, why = pick(config, key) is None, "the plug-in is on in part only"
+        if missing:
+            found.append(f"{key} is not set: {why}; add {'++' if key in ADDED else ''}{key}={value}")
+    return found
