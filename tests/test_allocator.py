@@ -679,7 +679,7 @@ def test_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     state = newer(trained().state_dict())
     statefile.write_state(path, state["header"], state["arrays"])
     old = path.read_bytes()
-    with pytest.raises(ValueError, match="version 99.*reads version 4"):
+    with pytest.raises(ValueError, match=r"version 99.*reads version 4"):
         kr.KnapsackAllocator.load(path)
     assert path.read_bytes() == old
 

@@ -410,9 +410,7 @@ class KnapsackAllocator(Guarded):
         header, arrays = _check_header(state.get("header")), state.get("arrays")
         given, own = (header["estimator"], header["settings"]), (self.estimator_name, self.estimator.settings())
         if given != own:
-            raise ValueError(
-                f"the state belongs to estimator {given}, this allocator uses {own}; make it with the same"
-            )
+            raise ValueError(f"the state belongs to estimator {given}, this allocator uses {own}; use the same one")
         if not isinstance(arrays, Mapping):
             raise ValueError(f"the arrays of the allocator state must be a mapping, got {type(arrays).__name__}")
         tracker = Tracker(self.estimator.evidence_size)
@@ -467,7 +465,7 @@ class KnapsackAllocator(Guarded):
         """
         header, arrays = read_state(path)
         _check_header(header)
-        chosen = {
+        chosen: dict[str, tuple[Any, str]] = {
             "success": (header["success"] if success is None else success, "a success function"),
             "value": (header["value"] if value is None and header["value"] in VALUES else value, "another value"),
             "estimator": (header["estimator"] if estimator is None else estimator, "an estimator object"),
@@ -492,7 +490,7 @@ def _check_budget(budget: float) -> int:
 COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
 """Counters of the allocator that its state holds."""
 
-_HEADER: dict[str, type | tuple[type, ...]] = {
+_HEADER: dict[str, Any] = {
     "estimator": (str, NoneType),
     "settings": dict,
     "min_rollouts": int,
