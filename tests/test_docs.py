@@ -253,7 +253,7 @@ def test_metrics_are_documented():
     allocator.allocate(["a", "b"], 8)
     allocator.observe(["a"] * 4 + ["b"] * 4, [0, 1] * 4)
     documented = set(re.findall(r"^\| `knapsack/([^`]+)`", prose(ROOT / "docs" / "metrics.md"), re.MULTILINE))
-    assert documented == set(allocator.metrics()) | {"reward_per_prompt", "process_imbalance"}
+    assert documented == set(allocator.metrics()) | {"reward_per_prompt", "process_imbalance", "failures/KIND"}
 
 
 def test_trainer_fields_and_allocation_log_are_documented():
