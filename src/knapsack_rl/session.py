@@ -298,7 +298,8 @@ class Session:
         if ((counts > 0) & (counts < self.smallest_group)).any():
             raise ArithmeticError(f"the allocator gave a group of fewer than {self.smallest_group} rollouts: {counts}")
         if self.allocator.budget_unit == "tokens" and counts.sum() % multiple:
-            found = self.adopt(distinct, rounded(counts, multiple, self.allocator.min_rollouts))
+            marginals = self.allocator.belief(distinct).marginals
+            found = self.adopt(distinct, rounded(counts, multiple, self.allocator.min_rollouts, marginals))
         return found
 
     def adopt(self, ids: list[PromptId], counts: IntArray) -> Allocation:
@@ -415,22 +416,26 @@ class Session:
         return bool(self.allocator.tracker.records().length_count.any())
 
 
-def rounded(counts: IntArray, multiple: int, min_rollouts: int) -> IntArray:
-    """(M,) counts whose sum is a multiple: the largest groups give up rollouts, or the smallest get some.
+def rounded(counts: IntArray, multiple: int, min_rollouts: int, marginals: FloatArray) -> IntArray:
+    """(M,) counts whose sum is a multiple: the rollouts of least value go, or the most valuable ones are added.
 
     Args:
         counts: (M,) rollouts per prompt.
         multiple: >= 1.
         min_rollouts: no served group is made smaller than this, or than two.
+        marginals: (M, K) value of each further rollout; beyond the last column it is 0.
     """
-    result = counts.copy()
+    result, rows = counts.copy(), np.arange(counts.size)
+    padded = np.pad(marginals, ((0, 0), (0, 1)))
     surplus = int(counts.sum()) % multiple
-    spare = int(np.maximum(counts - max(min_rollouts, 2), 0).sum())
-    take = 0 < surplus <= spare
-    for _ in range(surplus if take else (multiple - surplus) % multiple):
-        if take:
-            result[np.argmax(result)] -= 1
-        else:
-            served = np.flatnonzero(result > 0) if result.any() else np.arange(result.size)
-            result[served[np.argmin(result[served])]] += 1
+    least = np.minimum(counts, max(min_rollouts, 2))
+    if 0 < surplus <= int((counts - least).sum()):
+        for _ in range(surplus):
+            last = padded[rows, np.clip(result - 1, 0, marginals.shape[1])]
+            result[np.argmin(np.where(result > least, last, np.inf))] -= 1
+    else:
+        served = result > 0 if result.any() else np.ones(result.size, bool)
+        for _ in range(-int(counts.sum()) % multiple):
+            following = padded[rows, np.minimum(result, marginals.shape[1])]
+            result[np.argmax(np.where(served, following, -np.inf))] += 1
     return result

@@ -17,12 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.groups import DIFFICULTY_CLASSES, transition_matrix
 from knapsack_rl.runs.allocations import Visits, read_visits
 from knapsack_rl.runs.calibration import Calibration, calibrate
-from knapsack_rl.groups import DIFFICULTY_CLASSES, transition_matrix
 from knapsack_rl.runs.curves import ratio
 from knapsack_rl.runs.files import (
     ALLOCATION_LOG,
+    CONFIG_FILE,
+    METRICS_FILE,
     MODEL_FOLDER,
     SAMPLES_FILE,
     WARNINGS_FILE,
@@ -31,7 +34,6 @@ from knapsack_rl.runs.files import (
     read_rows,
 )
 from knapsack_rl.runs.samples import read_samples
-from knapsack_rl.allocation.checks import FloatArray, IntArray
 
 WARNING_TEXTS = ("kind", "seen", "cause", "remedy")
 
@@ -94,16 +96,20 @@ class RunLog:
         Where a step was logged more than once (after a resume), the later entry counts.
 
         Args:
-            folder: A folder that holds `config.yaml`.
+            folder: A folder that holds `config.yaml` or an allocation log, or the allocation log itself.
 
         Raises:
-            FileNotFoundError: If there is no `config.yaml`.
+            FileNotFoundError: If there is neither.
             ValueError: If a file's content does not follow the schema.
         """
         folder = Path(folder)
-        config = read_config(folder / "config.yaml")
+        if folder.name == ALLOCATION_LOG:
+            folder = folder.parent
+        # A run of verl or of a script on TRL has no configuration of ours.
+        bare = (folder / ALLOCATION_LOG).is_file() and not (folder / CONFIG_FILE).is_file()
+        config = {} if bare else read_config(folder / CONFIG_FILE)
         rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
-        metrics = by_step(read_rows(folder / "metrics.jsonl"))
+        metrics = by_step(read_rows(folder / METRICS_FILE))
         told = read_rows(folder / WARNINGS_FILE)
         return cls(
             folder=folder,
