@@ -47,6 +47,9 @@ LARGEST_BUDGET = 2**24
 STATE_FORMAT = "knapsack-rl allocator"
 STATE_VERSION = 4
 
+ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
+"""Kinds of failures that are about allocation itself, not about logs and samples."""
+
 EVENLY = "allocation failed: divided evenly"
 
 
@@ -353,7 +356,7 @@ class KnapsackAllocator(Guarded):
                 "prompts_seen": float(len(self.tracker)),
                 "degraded_batches": float(self._degraded_batches),
                 "unscored_rollouts": float(self._unscored_rollouts),
-                "allocation_failures": float(self.failures["allocation"] + self.failures["top-up"]),
+                "allocation_failures": float(sum(self.failures[kind] for kind in ALLOCATION_FAILURES)),
             }
             | {f"failures/{kind}": float(times) for kind, times in self.failures.items()}
         )
