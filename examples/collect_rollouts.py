@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl import KnapsackAllocator
-from knapsack_rl.tasks import gsm8k_reward
+from knapsack_rl.tasks import number_reward
 
 
 def complete(url: str, model: str, prompt: str, count: int, options: argparse.Namespace) -> list[tuple[str, int]]:
@@ -80,7 +80,7 @@ def collect(options: argparse.Namespace) -> KnapsackAllocator:
             rows = []
             for key, future in zip(ids, asked, strict=True):
                 answers = future.result()
-                rewards = gsm8k_reward([text for text, _ in answers], [prompts[key]["answer"]] * len(answers))
+                rewards = number_reward([text for text, _ in answers], [prompts[key]["answer"]] * len(answers))
                 rows += [
                     {"step": number, "prompt_id": key, "completion": text, "reward": reward, "tokens": tokens}
                     for (text, tokens), reward in zip(answers, rewards, strict=True)

@@ -18,10 +18,13 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from knapsack_rl.tasks.data import DataRequest, TaskData, refuse
+from knapsack_rl.tasks.data import FILE_SETTINGS, DataRequest, TaskData, refuse, shuffled
+from knapsack_rl.tasks.generated import Problem, below, draw_distinct, quotas, to_rows
+from knapsack_rl.tasks.verifier import accuracy_reward
 
 EOS_TOKEN = "<eos>"  # noqa: S105 - the name of a vocabulary entry, not a secret
 PAD_TOKEN = "<pad>"  # noqa: S105
@@ -29,32 +32,11 @@ PAD_TOKEN = "<pad>"  # noqa: S105
 MAX_COMPLETION_TOKENS = 6
 """Tokens of the longest right completion: five digits (9999 + 9999) and the end-of-sequence token."""
 
-# No right completion is longer than this even when every token is spelt out, so that a longer text is
-# refused before any work is done on it.
-_MAX_COMPLETION_CHARS = 64
-
 # A problem's identity: the larger and the smaller operand.
 _Key: TypeAlias = tuple[int, int]
 
 MAX_DIGITS = 4
 """Digits of the longest operand."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One prompt with its exact answer.
-
-    Attributes:
-        prompt: The expression up to and with the equals sign, for example ``"123+4567="``.
-        answer: The decimal digits of the value, least significant first, without the end-of-sequence token.
-        prompt_id: The expression without the equals sign; unique within a split and stable between runs.
-        digits: Decimal digits of the larger operand, at least 1.
-    """
-
-    prompt: str
-    answer: str
-    prompt_id: str
-    digits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,86 +187,15 @@ def make_splits(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits
     train_problems: list[Problem] = []
     held_out_problems: list[Problem] = []
     for stratum, total, n_held_out in zip(_STRATA, totals, held_out_counts, strict=True):
-        # A dict keeps the order of the draw, which a set would lose.
-        indices: dict[int, None] = {}
-        while len(indices) < total:
-            indices[below(stratum.size, rng)] = None
+        indices = draw_distinct(total, rng, partial(below, stratum.size))
         problems = [_problem(stratum.key(index), rng) for index in indices]
         held_out_problems += problems[:n_held_out]
         train_problems += problems[n_held_out:]
     return Splits(
         pretrain=PretrainSampler([*train_problems, *held_out_problems]),
-        train=shuffled(train_problems, rng),
-        held_out=shuffled(held_out_problems, rng),
+        train=tuple(shuffled(train_problems, rng)),
+        held_out=tuple(shuffled(held_out_problems, rng)),
     )
-
-
-def to_rows(problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Problems as rows for ``datasets.Dataset.from_list``.
-
-    Args:
-        problems: Any number of problems.
-
-    Returns:
-        One dictionary per problem, in order, with the keys ``prompt``, ``answer``, ``prompt_id``,
-        ``digits`` (an integer).
-    """
-    return [
-        {
-            "prompt": problem.prompt,
-            "answer": problem.answer,
-            "prompt_id": problem.prompt_id,
-            "digits": problem.digits,
-        }
-        for problem in problems
-    ]
-
-
-def is_correct(completion: str, answer: str) -> bool:
-    """Whether a completion is exactly the answer.
-
-    White space (ASCII) around the completion and one end-of-sequence token at its end do not count;
-    everything else does, leading zeros and other scripts' digits included. The text is compared and never
-    evaluated, and one that is too long to be right is refused by its length alone.
-
-    Args:
-        completion: What the model wrote, of any length.
-        answer: The reversed digits of the value, as in ``Problem.answer``.
-
-    Returns:
-        True if the completion is right.
-
-    Raises:
-        ValueError: If ``answer`` is not a string of ASCII digits, since then no completion could be right.
-    """
-    if not (answer.isascii() and answer.isdigit()):
-        raise ValueError(f"answer must be one or more ASCII digits, got {answer!r}; pass Problem.answer.")
-    if len(completion) > _MAX_COMPLETION_CHARS:
-        return False
-    white = " \t\r\n"
-    return completion.strip(white).removesuffix(EOS_TOKEN).rstrip(white) == answer
-
-
-def accuracy_reward(completions: Sequence[str], answer: Sequence[str], **kwargs: Any) -> list[float]:
-    """Exact-match reward in the form that TRL's trainers call.
-
-    Args:
-        completions: R completions, plain text.
-        answer: The R answers, from the data set's ``answer`` column.
-        **kwargs: The data set's other columns and what else TRL passes to every reward function; unused.
-
-    Returns:
-        R rewards, 1.0 where the completion is right and 0.0 elsewhere.
-
-    Raises:
-        ValueError: If the two sequences differ in length, or an answer is not a string of digits.
-    """
-    if len(completions) != len(answer):
-        raise ValueError(
-            f"completions and answer must have the same length, got {len(completions)} and {len(answer)};"
-            " repeat the answer of a prompt once per completion."
-        )
-    return [float(is_correct(text, right)) for text, right in zip(completions, answer, strict=True)]
 
 
 def arithmetic_task(request: DataRequest) -> TaskData:
@@ -293,7 +204,7 @@ def arithmetic_task(request: DataRequest) -> TaskData:
     Raises:
         ValueError: a setting of files was given, or more problems are asked for than there are.
     """
-    refuse(request, "path", "config", "split", "verifier", "template", "prompt_column", "answer_column")
+    refuse(request, *FILE_SETTINGS, "template")
     splits = make_splits(train=request.train_prompts, held_out=max(request.held_out_prompts, 1))
     return TaskData(
         train=to_rows(splits.train),
@@ -327,41 +238,3 @@ def _key_of(problem: Problem) -> _Key:
     """The identity of a problem, whatever the order of its operands."""
     left, right = map(int, problem.prompt_id.split("+"))
     return max(left, right), min(left, right)
-
-
-def below(limit: int, rng: random.Random) -> int:
-    """A uniform integer in ``range(limit)``, by the one method whose sequence Python guarantees."""
-    return int(rng.random() * limit)
-
-
-def shuffled(problems: list[Problem], rng: random.Random) -> tuple[Problem, ...]:
-    """The problems in random order."""
-    order = sorted((rng.random(), i) for i in range(len(problems)))
-    return tuple(problems[i] for _, i in order)
-
-
-def quotas(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
-    """Divide ``total`` by weight into integers that respect the caps and sum to ``total`` exactly.
-
-    Where a share exceeds its cap it is cut and the rest is divided among the others; fractions are rounded
-    by largest remainder. Needs ``total <= sum(caps)``.
-    """
-    shares = [0.0] * len(weights)
-    free = list(range(len(weights)))
-    left = float(total)
-    while free:
-        scale = left / sum(weights[i] for i in free)
-        over = [i for i in free if weights[i] * scale > caps[i]]
-        if not over:
-            for i in free:
-                shares[i] = weights[i] * scale
-            break
-        for i in over:
-            shares[i] = float(caps[i])
-            left -= caps[i]
-        free = [i for i in free if i not in over]
-    counts = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts

@@ -21,7 +21,8 @@ from tokenizers.pre_tokenizers import Split
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from knapsack_rl.tasks.arithmetic import EOS_TOKEN, PAD_TOKEN, Problem
+from knapsack_rl.tasks.arithmetic import EOS_TOKEN, PAD_TOKEN
+from knapsack_rl.tasks.generated import Problem
 
 TOKENS = (PAD_TOKEN, EOS_TOKEN, *"0123456789+=")
 VOCABULARY = {token: index for index, token in enumerate(TOKENS)}

@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
-from knapsack_rl.tasks.arithmetic import Problem, below, quotas, shuffled, to_rows
-from knapsack_rl.tasks.data import DataRequest, TaskData, refuse
-from knapsack_rl.tasks.matching import exact_match_reward
+from knapsack_rl.tasks.data import FILE_SETTINGS, DataRequest, TaskData, refuse, shuffled
+from knapsack_rl.tasks.generated import Problem, below, draw_distinct, quotas, to_rows
+from knapsack_rl.tasks.verifier import accuracy_reward
 
 FEWEST, MOST = 2, 7
 """Digits of a sum."""
@@ -91,13 +92,14 @@ def make_running_sums(seed: int = 0, train: int = 2048, held_out: int = 512) -> 
     training: list[Problem] = []
     evaluation: list[Problem] = []
     for size, total, kept in zip(sizes, totals, for_evaluation, strict=True):
-        drawn: dict[str, Problem] = {}
-        while len(drawn) < total:
-            problem = _draw(size, rng)
-            drawn.setdefault(problem.prompt, problem)
-        evaluation += list(drawn.values())[:kept]
-        training += list(drawn.values())[kept:]
-    return RunningSums(RunningSumSampler([*training, *evaluation]), shuffled(training, rng), shuffled(evaluation, rng))
+        drawn = draw_distinct(total, rng, partial(_draw, size))
+        evaluation += drawn[:kept]
+        training += drawn[kept:]
+    return RunningSums(
+        pretrain=RunningSumSampler([*training, *evaluation]),
+        train=tuple(shuffled(training, rng)),
+        held_out=tuple(shuffled(evaluation, rng)),
+    )
 
 
 def running_sums_task(request: DataRequest) -> TaskData:
@@ -106,12 +108,12 @@ def running_sums_task(request: DataRequest) -> TaskData:
     Raises:
         ValueError: a setting of files was given, or more problems are asked for than there are.
     """
-    refuse(request, "path", "config", "split", "verifier", "template", "prompt_column", "answer_column")
+    refuse(request, *FILE_SETTINGS, "template")
     sums = make_running_sums(train=request.train_prompts, held_out=max(request.held_out_prompts, 1))
     return TaskData(
         train=to_rows(sums.train),
         held_out=to_rows(sums.held_out[: request.held_out_prompts]),
-        reward=exact_match_reward,
+        reward=accuracy_reward,
         max_completion_tokens=MAX_COMPLETION_TOKENS,
     )
 
