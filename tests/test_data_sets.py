@@ -105,9 +105,7 @@ def test_without_math_verify_a_data_set_that_needs_it_names_the_install_line(tmp
 def test_an_answer_that_nothing_can_match_is_named_with_its_row(tmp_path):
     (tmp_path / "qa.jsonl").write_text('{"prompt": "1?", "answer": "7"}\n{"prompt": "2?", "answer": "none"}\n')
     assert load(str(tmp_path / "qa.jsonl"), 2, 0).train[1]["answer"] == "none"
-    with pytest.raises(
-        ValueError, match=r"qa\.jsonl, row 2: gold must hold a number of 1 to 512 characters, got 'none'"
-    ):
+    with pytest.raises(ValueError, match=r"qa\.jsonl, row 2: gold must hold a number of .*, got 'none'"):
         load(str(tmp_path / "qa.jsonl"), 2, 0, verifier="number")
 
 

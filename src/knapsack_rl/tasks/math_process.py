@@ -160,7 +160,11 @@ def require_math() -> None:
         raise ImportError("comparing formulas needs a system that can fork processes, such as Linux or macOS")
 
 
-@functools.cache
 def shared_process() -> MathProcess:
-    """The one worker of this process, with the default limits."""
+    """The one worker of the calling process, with the default limits; a process that was forked gets another."""
+    return _process_of(os.getpid())
+
+
+@functools.cache
+def _process_of(pid: int) -> MathProcess:
     return MathProcess()

@@ -10,8 +10,8 @@ number   the line after the last ``####``, else the last   the same, after remov
          box, else the last number in the text             (``50%`` is 50: GSM8K asks for "what percent")
 ======== ================================================= ======================================================
 
-A gold answer is read the same way. One for ``number`` that has neither a mark nor a box, and more than a single number
-in it, is taken whole, so that ``3 1/2`` is three and a half.
+A gold answer is read the same way. One for ``number`` without a mark or a box that is more than a number, but does not
+start with a word, is taken whole: ``3 1/2`` is three and a half, and ``18 m^2`` is not 2.
 
 Model output is hostile input: it is searched and compared, never evaluated. The search is linear in the length of the
 text. A completion of more than 100,000 characters, or an answer of more than 512, is wrong without being parsed. Two
@@ -160,8 +160,9 @@ def _boxed_or_last_line(text: str) -> str:
 
 def _number_in(text: str, gold: bool = False) -> str:
     """The answer for ``"number"``; "" where there is none."""
-    _, mark, marked = text.rpartition(MARK)
-    found = marked.lstrip().partition("\n")[0] if mark else text
+    _, mark, found = text.rpartition(MARK)
+    if mark:
+        found = found.lstrip().partition("\n")[0]
     boxed = last_boxed(found)
     found = _BOLD.sub(r"\1", _plain(found if boxed is None else boxed))
     found = _CURRENCY_OR_PERCENT.sub("", found).strip()
@@ -171,7 +172,7 @@ def _number_in(text: str, gold: bool = False) -> str:
     if mark or boxed is not None:
         return _without_words(found)
     numbers = _NUMBER.findall(found)
-    if gold and (len(numbers) > 1 or any(sign in found for sign in _OPERATORS)):
+    if gold and not found[0].isalpha() and (len(numbers) > 1 or any(sign in found for sign in _OPERATORS)):
         return found
     return numbers[-1].rstrip(",").rstrip(".")
 
