@@ -12,11 +12,10 @@ from knapsack_rl.tasks.arithmetic import (
     MAX_COMPLETION_TOKENS,
     PAD_TOKEN,
     PretrainSampler,
-    Splits,
     base_model_path,
     make_splits,
 )
-from knapsack_rl.tasks.generated import Problem, to_rows
+from knapsack_rl.tasks.generated import Problem, Splits, to_rows
 from knapsack_rl.tasks.verifier import accuracy_reward, is_correct, math_reward, number_reward
 
 __all__ = [

@@ -22,9 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from knapsack_rl.tasks.data import FILE_SETTINGS, DataRequest, TaskData, refuse, shuffled
-from knapsack_rl.tasks.generated import Problem, below, draw_distinct, quotas, to_rows
-from knapsack_rl.tasks.verifier import accuracy_reward
+from knapsack_rl.tasks.data import DataRequest, TaskData
+from knapsack_rl.tasks.generated import Problem, Splits, below, draw_distinct, draw_splits, splits_task
 
 EOS_TOKEN = "<eos>"  # noqa: S105 - the name of a vocabulary entry, not a secret
 PAD_TOKEN = "<pad>"  # noqa: S105
@@ -92,10 +91,10 @@ class PretrainSampler:
     Strata are drawn with their weights and problems uniformly within a stratum, with replacement.
 
     Args:
-        reserved: Problems that are never drawn. Each stratum must keep one that is not reserved.
+        reserved: problems that are never drawn.
 
     Raises:
-        ValueError: If a stratum is reserved completely, since drawing from it could not end.
+        ValueError: a stratum is reserved completely, so that drawing from it could not end.
     """
 
     def __init__(self, reserved: Sequence[Problem]) -> None:
@@ -105,25 +104,18 @@ class PretrainSampler:
             taken = sum((len(str(a)), len(str(b))) == (stratum.large, stratum.small) for a, b in self._reserved)
             if taken >= stratum.size:
                 raise ValueError(
-                    f"All {stratum.size} problems with {stratum.large} and {stratum.small} digits are reserved, so"
-                    f" none is left for pre-training; reserve at most {stratum.size - 1}."
+                    f"all {stratum.size} problems with {stratum.large} and {stratum.small} digits are reserved, so "
+                    f"none is left for pre-training; reserve at most {stratum.size - 1}"
                 )
 
     def sample(self, count: int, rng: random.Random) -> list[Problem]:
-        """Draw problems.
-
-        Args:
-            count: Number of problems, at least 0.
-            rng: Source of randomness; the same state gives the same problems.
-
-        Returns:
-            ``count`` problems, possibly with repetitions.
+        """Draw ``count`` >= 0 problems, possibly with repetitions; the same state of ``rng`` gives the same problems.
 
         Raises:
-            ValueError: If ``count`` is negative.
+            ValueError: ``count`` is negative.
         """
         if count < 0:
-            raise ValueError(f"count must be at least 0, got {count}.")
+            raise ValueError(f"count must be at least 0, got {count}")
         problems: list[Problem] = []
         for stratum in rng.choices(_STRATA, weights=self._weights, k=count):
             key = stratum.key(below(stratum.size, rng))
@@ -133,85 +125,33 @@ class PretrainSampler:
         return problems
 
 
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """Three pairwise disjoint sets of problems.
-
-    Attributes:
-        pretrain: Draws from every problem that is in neither of the other two.
-        train: The prompts of the reinforcement learning run.
-        held_out: The prompts on which the run is evaluated; the same shares of the strata as ``train``.
-    """
-
-    pretrain: PretrainSampler
-    train: tuple[Problem, ...]
-    held_out: tuple[Problem, ...]
-
-
 def make_splits(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits:
     """Draw disjoint sets of problems for pre-training, training and evaluation.
 
-    Problems are drawn without replacement. A stratum gets its weight's share of ``train + held_out``, but
-    never more than half of its problems: of the 55 sums of two one-digit numbers at most 27 are reserved and
-    28 stay for pre-training. What a small stratum cannot give goes to the others by weight. Each stratum is
-    then divided between the two sets in the ratio ``train : held_out``, up to rounding.
-
-    The draw depends on nothing but the arguments. It uses only ``random.Random.random``, whose sequence for
-    a seed does not change between Python versions, because the shipped base model must not have seen the
-    held-out problems of seed 0.
+    At most half of a stratum is reserved, see :func:`knapsack_rl.tasks.generated.draw_splits`: of the 55 sums of two
+    one-digit numbers at most 27 are, and 28 stay for pre-training. The draw depends on nothing but the arguments.
 
     Args:
-        seed: Any integer; the same seed gives the same problems in the same order.
-        train: Number of training problems, at least 1.
-        held_out: Number of held-out problems, at least 1.
-
-    Returns:
-        The splits, with ``train`` and ``held_out`` in random order.
+        seed: any integer; the same seed gives the same problems in the same order.
+        train: number of training problems, at least 1.
+        held_out: number of held-out problems, at least 1.
 
     Raises:
-        ValueError: If a size is below 1, or both together exceed half of all problems.
+        ValueError: a size is below 1, or both together exceed half of all problems.
     """
-    for name, size in (("train", train), ("held_out", held_out)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-    caps = [stratum.size // 2 for stratum in _STRATA]
-    if train + held_out > sum(caps):
-        raise ValueError(
-            f"train + held_out must be at most {sum(caps)} (half of all problems), got {train} + {held_out};"
-            " ask for fewer."
-        )
-    rng = random.Random(seed)  # noqa: S311 - reproducible data, not a secret
-    totals = quotas(train + held_out, [stratum.weight for stratum in _STRATA], caps)
-    held_out_counts = quotas(held_out, [float(total) for total in totals], totals)
 
-    train_problems: list[Problem] = []
-    held_out_problems: list[Problem] = []
-    for stratum, total, n_held_out in zip(_STRATA, totals, held_out_counts, strict=True):
-        indices = draw_distinct(total, rng, partial(below, stratum.size))
-        problems = [_problem(stratum.key(index), rng) for index in indices]
-        held_out_problems += problems[:n_held_out]
-        train_problems += problems[n_held_out:]
-    return Splits(
-        pretrain=PretrainSampler([*train_problems, *held_out_problems]),
-        train=tuple(shuffled(train_problems, rng)),
-        held_out=tuple(shuffled(held_out_problems, rng)),
-    )
+    def draw(index: int, count: int, rng: random.Random) -> list[Problem]:
+        stratum = _STRATA[index]
+        return [_problem(stratum.key(k), rng) for k in draw_distinct(count, rng, partial(below, stratum.size))]
+
+    weights, sizes = [stratum.weight for stratum in _STRATA], [stratum.size for stratum in _STRATA]
+    training, evaluation = draw_splits(seed, train, held_out, weights, sizes, draw)
+    return Splits(PretrainSampler([*training, *evaluation]), training, evaluation)
 
 
 def arithmetic_task(request: DataRequest) -> TaskData:
-    """The generated additions; the split is part of the task, so every seed of a run has the same prompts.
-
-    Raises:
-        ValueError: a setting of files was given, or more problems are asked for than there are.
-    """
-    refuse(request, *FILE_SETTINGS, "template")
-    splits = make_splits(train=request.train_prompts, held_out=max(request.held_out_prompts, 1))
-    return TaskData(
-        train=to_rows(splits.train),
-        held_out=to_rows(splits.held_out[: request.held_out_prompts]),
-        reward=accuracy_reward,
-        max_completion_tokens=MAX_COMPLETION_TOKENS,
-    )
+    """The generated additions; errors are those of :func:`knapsack_rl.tasks.generated.splits_task`."""
+    return splits_task(request, make_splits, MAX_COMPLETION_TOKENS)
 
 
 def base_model_path() -> Path:

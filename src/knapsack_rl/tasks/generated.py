@@ -1,4 +1,8 @@
-"""The parts that generated data sets share: problems, and draws that are the same for every Python version and run."""
+"""Code that generated data sets share: problems, splits, and draws that are the same in every run and Python version.
+
+All draws use only ``random.Random.random``, whose sequence for a seed does not change between Python versions: the
+shipped base model must not have seen the held-out problems of seed 0.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from knapsack_rl.tasks.data import DataRequest, Row
+from knapsack_rl.tasks.data import FILE_SETTINGS, DataRequest, Row, TaskData, refuse, shuffled
+from knapsack_rl.tasks.verifier import accuracy_reward
 
 T = TypeVar("T")
 
@@ -33,6 +38,88 @@ class Problem:
 def to_rows(problems: Sequence[Problem]) -> list[Row]:
     """Problems as rows for ``datasets.Dataset.from_list``: one dictionary of the fields per problem, in order."""
     return [asdict(problem) for problem in problems]
+
+
+class Sampler(Protocol):
+    """Draws problems for pre-training, none that is reserved for training or evaluation."""
+
+    def sample(self, count: int, rng: random.Random) -> list[Problem]:
+        """Draw problems, possibly with repetitions; the same state of ``rng`` gives the same problems."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Three pairwise disjoint sets of problems.
+
+    Attributes:
+        pretrain: draws from every problem that is in neither of the other two.
+        train: prompts of the reinforcement learning run, in random order.
+        held_out: prompts on which the run is evaluated, in random order.
+    """
+
+    pretrain: Sampler
+    train: tuple[Problem, ...]
+    held_out: tuple[Problem, ...]
+
+
+def draw_splits(
+    seed: int,
+    train: int,
+    held_out: int,
+    weights: Sequence[float],
+    sizes: Sequence[int],
+    draw: Callable[[int, int, random.Random], list[Problem]],
+) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+    """Draw disjoint training and held-out problems from S strata of difficulty.
+
+    A stratum gets its weight's share of ``train + held_out``, but never more than half of its problems, so that enough
+    remain for pre-training. What a small stratum cannot give goes to the others by weight. Each stratum is then divided
+    in the ratio ``train : held_out``, up to rounding.
+
+    Args:
+        seed: any integer.
+        train: number of training problems, at least 1.
+        held_out: number of held-out problems, at least 1.
+        weights: S relative shares, > 0.
+        sizes: S numbers of problems.
+        draw: (stratum, count, rng) to that many different problems.
+
+    Raises:
+        ValueError: a number is below 1, or both together exceed half of all problems.
+    """
+    caps = [size // 2 for size in sizes]
+    if train < 1 or held_out < 1 or train + held_out > sum(caps):
+        raise ValueError(
+            f"train and held_out must be at least 1 and at most {sum(caps)} together (half of all problems), got "
+            f"{train} and {held_out}; ask for fewer"
+        )
+    rng = random.Random(seed)  # noqa: S311 - reproducible data, not a secret
+    totals = quotas(train + held_out, weights, caps)
+    held_out_counts = quotas(held_out, [float(total) for total in totals], totals)
+    training: list[Problem] = []
+    evaluation: list[Problem] = []
+    for stratum, (total, kept) in enumerate(zip(totals, held_out_counts, strict=True)):
+        problems = draw(stratum, total, rng)
+        evaluation += problems[:kept]
+        training += problems[kept:]
+    return tuple(shuffled(training, rng)), tuple(shuffled(evaluation, rng))
+
+
+def splits_task(request: DataRequest, make: Callable[..., Splits], max_completion_tokens: int) -> TaskData:
+    """A task of the splits of seed 0, so that every seed of a run trains and is evaluated on the same prompts.
+
+    Raises:
+        ValueError: a setting of files was given, or more problems are asked for than there are.
+    """
+    refuse(request, *FILE_SETTINGS, "template")
+    splits = make(train=request.train_prompts, held_out=max(request.held_out_prompts, 1))
+    return TaskData(
+        train=to_rows(splits.train),
+        held_out=to_rows(splits.held_out[: request.held_out_prompts]),
+        reward=accuracy_reward,
+        max_completion_tokens=max_completion_tokens,
+    )
 
 
 def below(limit: int, rng: random.Random) -> int:
