@@ -8,6 +8,7 @@ Works with any server that speaks /chat/completions (vLLM, SGLang, llama.cpp, a 
 of a prompt is the request's n; with --single-requests, for servers that ignore n, it is the number of requests. The
 rollouts, one JSON line each with prompt_id, completion, reward and step, can go to a trainer or to
 `knapsack-rl replay`; what was learned of success rates is kept beside them and used again.
+Answers are compared as numbers; the extra `math` is needed where they are more than plain ones.
 The key, where the endpoint wants one, is read from the environment variable OPENAI_API_KEY.
 """
 

@@ -26,7 +26,7 @@ SAMPLES = Path(__file__).parent / "data"
 
 
 @pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path, monkeypatch):
+def _separate_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -79,7 +79,7 @@ def test_the_right_answer_of_a_task_is_right(name):
     wrap = {"math": "So it is \\boxed{%s}."}.get(name, "%s")
     completions = [wrap % row["answer"] for row in task.train]
     assert rewards(task, task.train, completions) == [1.0] * 6
-    if name != "math":  # formulas that differ are compared in a process of their own, see test_verifiers_by_name
+    if name != "math":  # formulas that differ are compared in a worker process, see test_verifiers_by_name
         assert rewards(task, task.train, [text + "1" for text in completions]) == [0.0] * 6
 
 
@@ -234,7 +234,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
         load("somebody/questions")
 
 
-def test_what_is_no_file_or_folder_is_named(tmp_path):
+def test_a_missing_file_or_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*nowhere"):
         load("gsm8k", path=str(tmp_path / "nowhere"))
 
@@ -375,7 +375,7 @@ def test_arithmetic_agrees_with_python(text):
     assert arithmetic_value(text) == (expected if len(text) <= MAX_EXPRESSION else None)
 
 
-def test_what_is_no_arithmetic_has_no_value():
+def test_malformed_arithmetic_has_no_value():
     texts = [*("", "1+", "()", "(1", "1)", "2**3", "2//3", "1 2", "a", "__import__('os')", "1e3", "0x10", "1_000"),
              *("٣+1", "1.5+1", "5!", "+3", "1/0", "1/(2-2)", "(" * 5000 + "1" + ")" * 5000, "-" * 5000 + "1"),
              "9" * 5000]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a model writes is compared and never run; every answer takes bounded time and memory."""
+"""Model output is compared and never run; every answer takes bounded time and memory."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_rewards_in_the_form_that_trainers_call() -> None:
             reward(["1", "2"], ["1"])
 
 
-def test_what_is_no_text_is_the_empty_text() -> None:
+def test_a_completion_without_text_is_the_empty_text() -> None:
     for odd in (None, [], [None], [{}], [{"content": None}], [{"content": [1]}], ["a"], 7):
         assert text_of(odd) == "", odd
 
@@ -314,7 +314,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_a_hang_is_killed_and_the_next_answer_is_judged() -> None:
-    """Stopped processes stand for work that listens to nothing; a killed one must come back at once."""
+    """Stopped processes play the part of work that ignores signals; a killed one must come back at once."""
     pytest.importorskip("math_verify")
     with MathProcess(seconds=2.0) as one:
         assert one.equal("x+x", "2x")

@@ -39,7 +39,7 @@ MAX_ANSWER = 512
 """Characters of an answer; a longer one is wrong without being parsed."""
 
 MARK = "####"
-"""What GSM8K writes before the final number."""
+"""GSM8K's mark before the final number."""
 
 WHITE = " \t\r\n\f\v"
 
@@ -73,7 +73,7 @@ def is_correct(completion: str, gold: str, verifier: Verifier = "math") -> bool:
         completion: what the model wrote, of any length and content; never evaluated.
         gold: the right answer, or a solution that contains it as a completion would.
         verifier: what counts as the answer and as equal, see the module. ``"math"`` and ``"number"`` take at most
-            0.8 s and 2 GiB per comparison, in a worker process; a comparison that needs more is wrong.
+            0.8 s of wall-clock time and 2 GiB per comparison, in a worker process; an answer that needs more is wrong.
 
     Raises:
         ValueError: there is no such verifier, or the gold answer can never be matched.
