@@ -35,7 +35,7 @@ from experiments.paper_solver import paper_dynamic_program
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.policies import _selection
 from knapsack_rl.allocation.value import marginal_values
-from knapsack_rl.allocation.value_functions import KNAPSACK
+from knapsack_rl.allocation.value import KNAPSACK
 
 MIN_ROLLOUTS, MAX_ROLLOUTS = 2, 128
 SIZES = (64, 256, 1024, 10_000, 100_000, 1_000_000)

@@ -15,7 +15,7 @@ from fuzz_input import ODD, altered, ids, number, numbers, text
 from knapsack_rl import balance, groups
 from knapsack_rl import ids as prompt_ids
 from knapsack_rl.allocation.value import marginal_values
-from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.allocation.value import VALUES
 from knapsack_rl.report import page
 from knapsack_rl.tasks import arithmetic, exact_match_reward, gsm8k
 from knapsack_rl.tasks.extraction import last_boxed, text_of

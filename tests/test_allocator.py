@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import knapsack_rl as kr
 from knapsack_rl import state as statefile
 from knapsack_rl.allocation.policies import allocate_expected
-from knapsack_rl.balance import predict_work
+from knapsack_rl.estimation.lengths import predict_work
 from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator
 from knapsack_rl.ids import stable_order
 from oracles import assert_same_state
@@ -711,7 +711,7 @@ def with_array(name: str, array) -> object:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, "version 99.*reads up to 3.*upgrade"),
+        (newer, "version 99.*reads version 3.*upgrade"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
         (lambda _: trained("beta").state_dict(), "estimator .*'beta'.*'empirical-bayes'"),
@@ -756,66 +756,13 @@ def test_a_state_that_lacks_a_newer_setting_means_its_default(name: str, setting
         kr.KnapsackAllocator(name, **{setting: other}).load_state_dict(state)
 
 
-def as_version_1(state: dict) -> dict:
-    """The state as the package wrote it before it kept evidence."""
-    state["header"]["version"] = 1
-    del state["header"]["allocation_failures"]
-    del state["arrays"]["tracker.last_visit"], state["arrays"]["tracker.evidence"]
-    return state
-
-
-@pytest.mark.parametrize("name", ["window", "beta", "empirical-bayes"])
-def test_a_state_of_version_1_goes_on(name: str, tmp_path: Path) -> None:
-    allocator = trained(name)
-    state = as_version_1(allocator.state_dict())
-    statefile.write_state(tmp_path / "state.npz", state["header"], state["arrays"])
-    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
-    rng = np.random.default_rng(3)
-    ids = [*IDS, "new", "newer"]
-    for _ in range(4):
-        assert counts_of(twin, ids, 90) == counts_of(allocator, ids, 90)
-        rewards = rng.integers(0, 2, 28)
-        for each in (allocator, twin):
-            each.observe(ids * 4, rewards)
-    assert twin.state_dict()["header"]["version"] == 3
-
-
-OLD = {
-    "version-1-beta": ([24, 11, 9, 2, 2, 12], [68, 51, 39, 25, 17]),
-    "version-1-empirical-bayes": ([25, 12, 9, 2, 2, 10], [72, 53, 41, 18, 16]),
-    "version-1-window": ([28, 9, 9, 2, 2, 10], [90, 41, 36, 17, 16]),
-    "version-2-beta": ([24, 11, 9, 2, 2, 12], [68, 51, 39, 25, 17]),
-    "version-2-empirical-bayes": ([25, 12, 9, 2, 2, 10], [72, 53, 41, 18, 16]),
-    "version-2-window": ([28, 9, 9, 2, 2, 10], [90, 41, 36, 17, 16]),
-    "version-2-bayes-filter": ([26, 12, 8, 2, 2, 10], [74, 52, 40, 18, 16]),
-}
-"""What the versions that wrote these files made of a next batch, and the rollouts that they had seen."""
-
-
-@pytest.mark.parametrize("name", OLD)
-def test_a_file_of_an_older_version_goes_on(name: str, tmp_path: Path) -> None:
-    path = Path(__file__).parent / "old_states" / f"{name}.npz"
-    before = path.read_bytes()
-    allocator = kr.KnapsackAllocator.load(path)
-    assert path.read_bytes() == before
-    counts, rollouts = OLD[name]
-    ids = ["a", 7, "7", "é", "x"]
-    assert allocator.tracker.prompt_ids == ids
-    assert allocator.tracker.records().rollouts.tolist() == rollouts
-    assert allocator.allocate([*ids, "new"], 60).counts.tolist() == counts
-    allocator.save(tmp_path / "state.npz")
-    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
-    assert twin.state_dict()["header"]["version"] == 3
-    assert_same_state(twin.state_dict(), allocator.state_dict())
-
-
-def test_a_state_of_version_1_is_none_of_the_bayes_filter() -> None:
-    allocator = trained("bayes-filter")
-    before = allocator.state_dict()
-    for state in (trained("empirical-bayes").state_dict(), trained("bayes-filter").state_dict()):
-        with pytest.raises(ValueError):
-            allocator.load_state_dict(as_version_1(state))
-        assert_same_state(allocator.state_dict(), before)
+@pytest.mark.parametrize("version", [1, 2])
+def test_states_of_older_versions_are_refused(version: int) -> None:
+    allocator = trained("beta")
+    state = allocator.state_dict()
+    state["header"]["version"] = version
+    with pytest.raises(ValueError, match=f"version {version}, this package reads version 3"):
+        allocator.load_state_dict(state)
 
 
 def test_a_success_function_is_passed_again(tmp_path: Path) -> None:

@@ -7,22 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.allocation.value_functions import ValueLike
+from knapsack_rl.allocation.value import ValueLike
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.protocol import Estimator
 from knapsack_rl.groups import SuccessRule
 
 STATE_VERSION = 3
-"""1: counts; 2: clock and evidence; 3: a checksum, lengths by outcome, unit and value, failures."""
+"""Raised whenever what a state holds changes; states of other versions are refused."""
 
 STATE_FORMAT = "knapsack-rl allocator"
 
 COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts", "allocation_failures")
-"""Whole numbers of an allocator's own that its state holds; versions 1 and 2 lack the last."""
+"""Whole numbers of an allocator that its state holds."""
 
 
 def check_header(header: Any) -> Mapping[str, Any]:
-    """Refuse a header that is foreign, newer or incomplete; one of an older version is brought up to date.
+    """Refuse a header that is foreign, of another version or incomplete.
 
     Raises:
         ValueError: what is wrong with it.
@@ -33,12 +33,9 @@ def check_header(header: Any) -> Mapping[str, Any]:
     version = header.get("version")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"the allocator state names no version, got {version!r}")
-    if version > STATE_VERSION:
-        raise ValueError(
-            f"the state has version {version}, this package reads up to {STATE_VERSION}; upgrade knapsack-rl"
-        )
-    if version < 3:
-        header = {"budget_unit": "rollouts", "value": "knapsack", "allocation_failures": 0, **header}
+    if version != STATE_VERSION:
+        remedy = "upgrade knapsack-rl" if version > STATE_VERSION else "start a new allocator"
+        raise ValueError(f"the state has version {version}, this package reads version {STATE_VERSION}; {remedy}")
     kinds: dict[str, Any] = {"settings": dict, "min_rollouts": int, "max_rollouts": int} | dict.fromkeys(COUNTERS, int)
     for name in ("estimator", "success", "budget_unit", "value", *kinds):
         if name not in header:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.allocation.policies import BUDGET_UNITS
+from knapsack_rl.allocation.value import VALUES
 from knapsack_rl.estimation.named import ESTIMATORS, make_estimator
-from knapsack_rl.estimation.tokens import BUDGET_UNITS, check_choices
+from knapsack_rl.estimation.protocol import check_choices
 from knapsack_rl.runs import files as runfiles
 
 RIVALS = ("oversample", "skip", "sequential")
@@ -81,7 +82,9 @@ class TrainSettings:
         "bayes-filter", "what is known of success rates, with --allocation knapsack", tuple(ESTIMATORS)
     )
     estimator_settings: str = _option("", "settings of the estimator, such as 'window=8,minimum=4'")
-    value: str = _option("knapsack", "what is maximised, with --allocation knapsack", tuple(VALUES))
+    value: str = _option(
+        "knapsack", f"what is maximised, with --allocation knapsack: {', '.join(VALUES)} or package.module:function"
+    )
     min_rollouts: int = _option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped, one has no gradient")
     max_rollouts: int = _option(128, "most rollouts of a prompt")
     budget_unit: str = _option(

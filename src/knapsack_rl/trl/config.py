@@ -7,10 +7,9 @@ from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from knapsack_rl.allocation.value_functions import VALUES
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.named import ESTIMATORS, make_estimator
-from knapsack_rl.estimation.tokens import check_choices
+from knapsack_rl.estimation.protocol import check_choices
 
 
 @dataclass
@@ -107,7 +106,6 @@ def check_settings(args: Any, allocator: KnapsackAllocator | None = None) -> Non
         "prompts_per_step": ("fixed", "varying"),
         "weighting": ("rollout", "prompt"),
         "estimator": tuple(ESTIMATORS),
-        "value": tuple(VALUES),
     }
     for name, allowed in choices.items():
         if setting(args, name) not in allowed:
