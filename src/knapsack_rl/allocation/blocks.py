@@ -85,15 +85,16 @@ def _scan(marginals: Marginals, low: IntArray, high: IntArray, columns: int, vis
     Columns are visited from the first on, more of them in each round, for those prompts that are not finished.
     Marginals outside the bounds are shown as 0.
     """
-    active, first, widest = np.arange(low.size), 0, int(high.max())
+    active, first, widest = np.arange(low.size), int(low.min()), int(high.max())
     columns = min(columns, widest)
     while active.size:
         last, size = np.empty(active.size), max(BLOCK // columns, 1)
-        column = np.arange(first, columns)
         for at in range(0, active.size, size):
             rows = active[at : at + size]
-            inside = (column >= low[rows, None]) & (column < high[rows, None])
-            open_ = np.where(inside, marginals(rows, columns)[:, first:], 0.0)
+            open_ = marginals(rows, columns)[:, first:]
+            if low[rows].max() > first or high[rows].min() < columns:
+                column = np.arange(first, columns)
+                open_ = np.where((column >= low[rows, None]) & (column < high[rows, None]), open_, 0.0)
             enough = visit(rows, open_)
             last[at : at + size] = open_[:, -1]
         active = active[(last > enough) & (high[active] > columns)]
