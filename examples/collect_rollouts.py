@@ -9,7 +9,7 @@ Works with any server that offers /chat/completions (vLLM, SGLang, llama.cpp, a 
 of a prompt is the request's n; with --single-requests, for servers that ignore n, it is the number of requests. The
 rollouts, one JSON line each with prompt_id, completion, reward and step, can go to a trainer or to
 `knapsack-rl replay`; the allocator's state is saved beside them and used again in the next run. Answers are compared as
-numbers; the extra `math` is needed where they are more than plain ones. If the endpoint needs a key, it is read from the
+numbers; the extra `math` is needed where they are not plain ones. If the endpoint needs a key, it is read from the
 environment variable OPENAI_API_KEY.
 """
 

@@ -10,9 +10,10 @@ import numpy as np
 from experiments.contract import Finding, Row, Verdict
 from experiments.gradient_fit import GROUP_SIZES, Measured, explained, fit
 from experiments.intervals import RESAMPLES, SEED, ranks
+from experiments.values import reward_variance, signal_to_noise
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.allocation.value import information_gain, nonzero_gradient_probability
-from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.allocation.value import value as paper_value
 
 TARGETS = {
     "norm": "gradient norm",
@@ -21,7 +22,12 @@ TARGETS = {
     "population": "gain of other prompts",
 }
 PAPER = "knapsack"
-RIVALS = (PAPER, "nonzero-gradient", "variance", "signal-to-noise")
+RIVALS = {
+    PAPER: paper_value,
+    "nonzero-gradient": nonzero_gradient_probability,
+    "variance": reward_variance,
+    "signal-to-noise": signal_to_noise,
+}
 GAIN_ALONE = "information gain alone"
 CLASSES = {"hard, p < 0.25": (0.0, 0.25), "medium": (0.25, 0.75), "easy, p > 0.75": (0.75, 1.0)}
 
@@ -40,7 +46,7 @@ class Correlation(NamedTuple):
 def predictions(rates: FloatArray) -> dict[str, FloatArray]:
     """(P, G) what each value function says of prompts with these rates at the group sizes."""
     counts = np.array(GROUP_SIZES)
-    found = {name: VALUES[name].values(counts, rates[:, None]) for name in RIVALS}
+    found = {name: function(counts, rates[:, None]) for name, function in RIVALS.items()}
     found[GAIN_ALONE] = np.repeat(information_gain(rates)[:, None], counts.size, axis=1)
     return found
 

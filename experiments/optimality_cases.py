@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from experiments.values import reward_variance, signal_to_noise
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.costs import ROUNDING, Certificate
 from knapsack_rl.allocation.policies import allocate
-from knapsack_rl.allocation.value_functions import make_value_function
+from knapsack_rl.allocation.value import ValueLike, make_value_function
 from knapsack_rl.offline.environments import draw_rates
 
 ANY_TABLE = "any table"
 """Stands for values without a formula, which rise and fall."""
+LOST_VALUES: dict[str, ValueLike] = {"variance": reward_variance, "signal-to-noise": signal_to_noise}
 CASE_VALUES = ("knapsack", "nonzero-gradient", "variance", "signal-to-noise", ANY_TABLE)
 PRICED_VALUES = ("knapsack", "signal-to-noise", ANY_TABLE)
 RATES = ("uniform", "late-training", "0.3*point(0) + 0.3*point(1) + 0.4*uniform", "hard")
@@ -94,7 +96,7 @@ def draw_case(rng: np.random.Generator, value: str, prompts: int, low: int, high
     if value == ANY_TABLE:
         table = np.concatenate([np.zeros((prompts, 1)), rng.normal(0.2, 1.0, (prompts, high)).cumsum(axis=1)], axis=1)
     else:
-        table = make_value_function(value).values(np.arange(high + 1), rates[:, None])
+        table = make_value_function(LOST_VALUES.get(value, value)).values(np.arange(high + 1), rates[:, None])
     costs = rng.integers(20, 2001, prompts) if priced else None
     price = np.ones(prompts, np.int64) if costs is None else costs
     least, most = low * int(price.sum()), high * int(price.sum())
@@ -103,14 +105,14 @@ def draw_case(rng: np.random.Generator, value: str, prompts: int, low: int, high
 
 def solve_ours(case: Case) -> tuple[IntArray, Certificate | None]:
     """Counts and certificate of :func:`knapsack_rl.allocate`."""
-    value = case.table if case.value == ANY_TABLE else case.value
+    value = case.table if case.value == ANY_TABLE else LOST_VALUES.get(case.value, case.value)
     found = allocate(case.rates, case.budget, case.low, case.high, costs=case.costs, value=value)
     return found.counts, found.certificate
 
 
 def solve_by_paper(case: Case) -> IntArray:
     """Counts of the paper's dynamic program; every rollout costs one."""
-    from experiments.paper_solver import paper_dynamic_program
+    from benchmarks.paper_solver import paper_dynamic_program
 
     return paper_dynamic_program(case.table, case.budget, case.low, case.high)
 

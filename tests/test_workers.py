@@ -27,7 +27,7 @@ for estimator in ("bayes-filter", "empirical-bayes", "beta", "window"):
         digest.update(array.tobytes())
 print(digest.hexdigest())
 """
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def test_threads_of_the_libraries_change_nothing() -> None:
