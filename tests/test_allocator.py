@@ -759,7 +759,7 @@ def test_an_estimator_object_is_passed_again(tmp_path: Path) -> None:
     allocator.save(path)
     with pytest.raises(ValueError, match=r"estimator=\.\.\."):
         kr.KnapsackAllocator.load(path)
-    with pytest.raises(ValueError, match="make it with the same"):
+    with pytest.raises(ValueError, match="use the same one"):
         kr.KnapsackAllocator.load(path, estimator=BetaEstimator(2.0, 1.0))
     twin = kr.KnapsackAllocator.load(path, estimator=BetaEstimator(1.0, 1.0))
     assert twin.belief(["a"]).mean.tolist() == allocator.belief(["a"]).mean.tolist()
