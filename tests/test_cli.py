@@ -20,7 +20,7 @@ from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.training.settings import TrainSettings
 from run_folders import write_run
 
-COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "experiment", "verl-args", "completion")
+COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "verl-args", "completion")
 SETTINGS = dataclasses.fields(TrainSettings)
 
 
@@ -100,16 +100,16 @@ def test_the_help_of_a_command_has_examples_that_parse(command, capsys):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_the_help_tells_every_setting_and_its_default(command, capsys):
+def test_the_help_lists_every_setting_and_its_default(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     out = capsys.readouterr().out
     text = "".join(out.split())  # lines are broken at spaces and hyphens
     varied = ("allocation", "seed", "threads") if command == "compare" else ()
     for spec in SETTINGS:
-        told = f"\n  --{spec.name.replace('_', '-')} " in out
-        assert told == (spec.name not in varied), spec.name
-        if told:
+        listed = f"\n  --{spec.name.replace('_', '-')} " in out
+        assert listed == (spec.name not in varied), spec.name
+        if listed:
             assert "".join(f"{spec.metadata['help']} (default: {spec.default})".split()) in text
 
 
@@ -378,7 +378,7 @@ def test_a_run_folder_is_a_log_of_rewards(cli, refused, path):
     assert ids == prompts
     assert counts == allocator.allocate(prompts, 8 * len(prompts)).counts.tolist()
     assert "give no options for them" in refused("allocate", path, "--reward-column", "score")
-    assert "--fallback goes with success rates" in refused("allocate", path, "--fallback")
+    assert "--fallback applies to success rates" in refused("allocate", path, "--fallback")
 
 
 def test_completions_of_trl_are_a_log_of_rewards(cli):
@@ -406,7 +406,7 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
-        ("success_rate\n0.5\nhalf\n", (), "column 'success_rate', row 2: 'half' is no number"),
+        ("success_rate\n0.5\nhalf\n", (), "column 'success_rate', row 2: 'half' is not a number"),
         ("success_rate\n1.5\n", (), "1.5"),
         ("success_rate\n-0.5\n", (), "-0.5"),
         ("success_rate\n0.5\n", ("--budget", "-1"), "budget"),
@@ -414,15 +414,15 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
         ("success_rate\n0.5\n", ("--budget", "129"), "budget"),
         ("success_rate\n0.5\n", ("--min-rollouts", "-1"), "min_rollouts"),
         ("success_rate\n0.5\n", ("--min-rollouts", "9", "--max-rollouts", "8"), "min_rollouts"),
-        ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1: '' is no prompt id"),
+        ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1 is empty; every row needs a prompt id"),
         (
             "prompt_id,score\na,1\n",
             (),
-            "no column 'reward'; its columns are prompt_id, score (name another with --reward-column, or a column of "
-            "success rates, which 'success_rate' is not, with --rate-column)",
+            "no column 'reward'; its columns are prompt_id, score (name another with --reward-column, or name a column "
+            "of success rates instead of 'success_rate' with --rate-column)",
         ),
         ("id,reward\na,1\n", (), "no column 'prompt_id'; its columns are id, reward (name another with --id-column)"),
-        ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is no number"),
+        ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is not a number"),
         ("prompt_id,reward\na,inf\n", (), "reward"),
         ("prompt_id,step,reward\na,1,1\na,,1\n", (), "column 'step', row 2 is empty"),
         ("prompt_id,reward\na,1\n", ("--fallback",), "--estimator window"),
@@ -548,8 +548,8 @@ def test_a_number_may_have_an_exponent_without_a_point(cli):
         ("steps: 0\n", "mine.yaml: steps must be >= 1, got 0"),
         ("weighting: token\n", "mine.yaml: weighting must be one of rollout, prompt, got 'token'"),
         ("- steps\n", "mine.yaml must hold a mapping of settings, got list"),
-        ("steps: [1\nseed: 2\n", "mine.yaml is no YAML"),
-        ("steps: 9\n\tseed: 2\n", "mine.yaml is no YAML"),
+        ("steps: [1\nseed: 2\n", "mine.yaml is not valid YAML"),
+        ("steps: 9\n\tseed: 2\n", "mine.yaml is not valid YAML"),
     ],
 )
 def test_a_bad_configuration_file_is_one_line(refused, command, text, message):
@@ -584,7 +584,7 @@ def test_resume_takes_no_other_settings(refused):
     Path("run/config.yaml").write_text("steps: 9\nseed: 4\n")
     Path("mine.yaml").write_text("steps: 9\n")
     for flags in (("--steps", 9), ("--seed", 0), ("--config", "mine.yaml"), ("--output", "other")):
-        assert "--resume goes on with the run's own settings" in refused("train", "--resume", "run", *flags)
+        assert "--resume uses the settings of the run" in refused("train", "--resume", "run", *flags)
 
 
 def test_resume_prints_the_configuration_of_the_run(cli):
@@ -594,7 +594,7 @@ def test_resume_prints_the_configuration_of_the_run(cli):
     assert printed == TrainSettings(steps=9, seed=4).to_yaml()
 
 
-# -- What is told before the training libraries are loaded -------------------------------------------------------------
+# -- Reported before the training libraries are loaded ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -646,7 +646,7 @@ ENOUGH = ("--train-prompts", 32, "--held-out-prompts", 8, "--prompts-per-step", 
         ),
     ],
 )
-def test_what_was_mistyped_is_told_before_the_slow_imports(refused, command, flags, message):
+def test_common_mistakes_are_reported_before_the_slow_imports(refused, command, flags, message):
     write_questions()
     Path("empty").mkdir()
     write_model(Path("run/model"))

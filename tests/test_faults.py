@@ -622,7 +622,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, c
         process.stdout.close()
     with own_folder(tmp_path):
         assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["pid"] == os.getpid()
-        assert f"left by a run that was killed (process {process.pid}" in caplog.text
+        assert f"left behind by a killed run (process {process.pid}" in caplog.text
         with pytest.raises(FolderInUseError), own_folder(tmp_path):
             pass
     caplog.clear()

@@ -108,8 +108,8 @@ def test_json_lines_round_trip(rows, ascii_only, tmp_path_factory):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"a": 1', "is no JSON"),
-        ("a,b", "is no JSON"),
+        ('{"a": 1', "is not valid JSON"),
+        ("a,b", "is not valid JSON"),
         ("[1, 2]", "must be a JSON object, got list"),
         ("3", "must be a JSON object, got int"),
         ("null", "must be a JSON object, got NoneType"),
@@ -134,7 +134,7 @@ def test_parquet_round_trip(tmp_path):
 def test_a_broken_parquet_file_is_refused(tmp_path, content):
     path = tmp_path / "a.parquet"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet is no readable parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a readable parquet file"):
         read_columns(path)
 
 
@@ -205,7 +205,7 @@ def test_missing_numbers_are_nan():
 
 @pytest.mark.parametrize("value", ["x", "1,5", "0x10", [1], {"a": 1}, " ", pytest.param(10**400, id="huge")])
 def test_what_is_no_number_is_named_with_its_row(value):
-    with pytest.raises(ValueError, match=r"^column 'reward', row 3: .* is no number$"):
+    with pytest.raises(ValueError, match=r"^column 'reward', row 3: .* is not a number$"):
         numbers([1, None, value], "reward")
 
 
@@ -213,7 +213,16 @@ def test_identities_keep_strings_and_whole_numbers_apart():
     assert identities(["7", 7, "é", 0, -1, " "], "id") == ["7", 7, "é", 0, -1, " "]
 
 
-@pytest.mark.parametrize("value", ["", None, 1.0, True, ["a"], math.nan], ids=repr)
-def test_what_is_no_identity_is_named_with_its_row(value):
-    with pytest.raises(ValueError, match=r"^column 'id', row 2: .* is no prompt id"):
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        *[(empty, "is empty; every row needs a prompt id") for empty in ("", None)],
+        *[(bad, "is .*; a prompt id is a string or a whole number") for bad in (1.0, True, ["a"], math.nan)],
+        (b"a", "is b'a' .*: decode it"),
+        (10**400, "is a number of more than 300 digits"),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_an_identity_is_named_with_its_row(value, reason):
+    with pytest.raises(ValueError, match=rf"^column 'id', row 2 {reason}"):
         identities(["a", value], "id")

@@ -173,7 +173,7 @@ def test_unfinished_runs_say_so(tmp_path):
         (tmp_path / "none" / name).unlink()
     page = read(write_report(tmp_path / "none"))
     assert "This run is unfinished: 0 of 40 planned steps are recorded." in page.texts
-    assert "No held-out evaluation is recorded, so nothing can be said about accuracy." in page.texts
+    assert "No held-out evaluation is recorded, so the accuracy is unknown." in page.texts
     assert page.plots() == []
 
     page = read(write_comparison([tmp_path / "none"], tmp_path / "page.html"))
@@ -294,7 +294,7 @@ def test_runs_that_differ_in_a_setting_are_not_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "matplotlib.figure"])
-def test_missing_matplotlib_tells_the_install_line(folder, monkeypatch, module):
+def test_missing_matplotlib_gives_the_install_line(folder, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "knapsack-rl\[plots\]"'):
         write_report(folder)

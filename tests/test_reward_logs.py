@@ -113,9 +113,12 @@ def test_empty_rewards_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("prompt_id", r"no usual column for the prompt \(prompt_id, .*its columns are step, reward: .*--id-column"),
-        ("step", "no usual column for the step .*its columns are prompt_id, reward: .*--step-column"),
-        ("reward", "no usual column for the reward .*its columns are step, prompt_id: .*--reward-column"),
+        (
+            "prompt_id",
+            r"none of the usual columns for the prompt \(prompt_id, .*its columns are step, reward: .*--id-column",
+        ),
+        ("step", "none of the usual columns for the step .*its columns are prompt_id, reward: .*--step-column"),
+        ("reward", "none of the usual columns for the reward .*its columns are step, prompt_id: .*--reward-column"),
     ],
 )
 def test_a_missing_column_is_named_with_those_found(missing, message, tmp_path):
@@ -131,7 +134,7 @@ def test_a_wrong_name_is_named_with_those_found(tmp_path):
 
 
 def test_text_for_a_reward_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="column 'reward', row 1: 'good' is no number"):
+    with pytest.raises(ValueError, match="column 'reward', row 1: 'good' is not a number"):
         read_reward_log(table(tmp_path / "log.csv", PLAIN | {"reward": ["good"] * 5}))
 
 
@@ -204,14 +207,16 @@ def test_a_generation_that_trl_logs_again_counts_once(tmp_path):
 
 def test_several_reward_functions_need_a_choice(tmp_path):
     trl_file(tmp_path, 1, ["p", "p"], ["a", "b"], {"format": [1.0, 1.0], "accuracy": [0.0, 1.0]})
-    with pytest.raises(ValueError, match="the reward could be format, accuracy; name the outcome with --reward-column"):
+    with pytest.raises(
+        ValueError, match=r"unclear: several columns may hold it \(format, accuracy\); name it with --reward-column"
+    ):
         read_reward_log(tmp_path)
     assert read_reward_log(tmp_path, ColumnNames(reward="accuracy")).successes.tolist() == [1]
 
 
 def test_completions_without_a_number_are_refused(tmp_path):
     trl_file(tmp_path, 1, ["p"], ["a"], {"remark": ["fine"]})
-    with pytest.raises(ValueError, match="the reward is none of step, prompt, completion, remark, advantage"):
+    with pytest.raises(ValueError, match="none of step, prompt, completion, remark, advantage holds numbers"):
         read_reward_log(tmp_path)
 
 

@@ -664,7 +664,7 @@ def test_the_command_line_interrupts_and_resumes(trained, tmp_path, monkeypatch,
     folder = tmp_path / "run"
     assert main(["train", "--config", str(tmp_path / "mine.yaml"), "--output", str(folder)]) == 130
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == (f"interrupted after step 2; go on with: knapsack-rl train --resume {folder}")
+    assert out.splitlines()[-1] == (f"interrupted after step 2; continue with: knapsack-rl train --resume {folder}")
     monkeypatch.undo()
     assert main(["train", "--resume", str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -770,16 +770,16 @@ def test_warnings_go_to_the_display_and_into_the_folder(trained, tmp_path, monke
     monkeypatch.setattr("knapsack_rl.runs.watch.FEW_PROMPTS", 1.1)  # every share of prompts is below it
     monkeypatch.setattr(WarningLog.__init__, "__kwdefaults__", {"window": 2})
 
-    class Told(Watching):
-        told = ()
+    class Warned(Watching):
+        findings = ()
 
         def warn(self, finding):
-            self.told = (*self.told, finding)
+            self.findings = (*self.findings, finding)
 
-    display = Told()
+    display = Warned()
     train(trained(allocation="knapsack").settings, tmp_path / "run", display)
     rows = lines(tmp_path / "run" / "warnings.jsonl")
-    assert [finding.kind for finding in display.told] == [row["kind"] for row in rows]
+    assert [finding.kind for finding in display.findings] == [row["kind"] for row in rows]
     assert ("collapse", 2) in [(row["kind"], row["step"]) for row in rows]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert all(html.escape(row["remedy"]) in page for row in rows)
@@ -804,16 +804,18 @@ def test_a_warning_of_the_hub_comes_once(caplog):
     hub = logging.getLogger("huggingface_hub")
     before = hub.propagate
     with quiet_libraries():
-        hub.warning("told by a handler of its own")
+        hub.warning("shown by its own handler")
         assert caplog.records == []
     assert hub.propagate is before
 
 
-def test_weights_that_are_saved_once_are_not_told_to_be_missing():
+def test_tied_weights_are_not_reported_as_missing():
     model = torch.nn.ModuleDict({"embed": torch.nn.Linear(3, 3, bias=False), "head": torch.nn.Linear(3, 3, bias=False)})
     trainer = logging.getLogger("transformers.trainer")
 
-    def told(names, text="There were missing keys in the checkpoint model loaded: ", quiet=quiet_about_tied_weights):
+    def warnings_of(
+        names, text="There were missing keys in the checkpoint model loaded: ", quiet=quiet_about_tied_weights
+    ):
         heard = logging.handlers.BufferingHandler(capacity=10)  # caplog hears it once or twice, by release of pytest
         trainer.addHandler(heard)
         try:
@@ -823,9 +825,9 @@ def test_weights_that_are_saved_once_are_not_told_to_be_missing():
             trainer.removeHandler(heard)
         return len(heard.buffer)
 
-    assert told(["head.weight"]) == 1  # a weight of its own
+    assert warnings_of(["head.weight"]) == 1  # a separate weight
     model["head"].weight = model["embed"].weight
-    assert told(["head.weight"]) == 0
-    assert told(["head.weight", "other.weight"]) == 1
-    assert told(["head.weight"], "There were unexpected keys in the checkpoint model loaded: ") == 1
-    assert told(["head.weight"], quiet=contextlib.nullcontext) == 1  # only while the body runs
+    assert warnings_of(["head.weight"]) == 0
+    assert warnings_of(["head.weight", "other.weight"]) == 1
+    assert warnings_of(["head.weight"], "There were unexpected keys in the checkpoint model loaded: ") == 1
+    assert warnings_of(["head.weight"], quiet=contextlib.nullcontext) == 1  # only while the body runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from knapsack_rl.cli.parser import add_command
 from knapsack_rl.verl.launch import SETTINGS_KEY, SWITCHES, VerlSettings, check_config, overrides, parse_overrides
 
 EXAMPLES = """examples:
@@ -18,25 +19,26 @@ HELP = {
     "estimator": "of success rates; 'window' is the paper's rule",
     "min_rollouts": "fewest rollouts of a prompt; 0 lets prompts be skipped",
     "max_rollouts": "most rollouts of a prompt",
-    "prompt_id": "'index' (data_source and extra_info.index), 'hash' (the prompt), or a key of extra_info",
-    "outcome": "'reward', or a value that the reward function returns beside its score, as acc",
+    "prompt_id": "'index' (data_source and extra_info.index), 'hash' (of the prompt), or a key of extra_info",
+    "outcome": "'reward', or a value that the reward function returns beside its score, such as acc",
     "success_threshold": "an outcome above it is a success",
     "log_allocations": "write allocations.jsonl into trainer.default_local_dir",
-    "poll_interval": "seconds between looks for finished groups",
+    "poll_interval": "seconds between checks for finished groups",
 }
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verl-args",
-        help="overrides that switch Knapsack RL on in a launch of verl",
+        run,
+        summary="print the overrides that switch Knapsack RL on in a launch of verl",
         description="Print the overrides to add to a launch of verl (0.9 or 0.10, v1 trainer), and check those that "
-        "the launch already has. Needs no verl.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "the launch already has. Works without verl.",
+        examples=EXAMPLES,
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of your launch, to be checked")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of your launch to check")
     for field in dataclasses.fields(VerlSettings):
         flag = "--" + field.name.replace("_", "-")
         if isinstance(field.default, bool):
@@ -46,7 +48,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
                 flag, type=type(field.default), default=field.default, help=f"{HELP[field.name]} (default: %(default)s)"
             )
     parser.add_argument("--one-line", action="store_true", help="without line continuations")
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
