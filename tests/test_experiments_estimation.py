@@ -10,6 +10,11 @@ from experiments import estimation
 from experiments.__main__ import main
 
 
+@pytest.fixture(autouse=True)
+def _in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def tiny_experiment(monkeypatch):
     """Two small environments in place of the experiment's own."""

@@ -7,6 +7,7 @@ import logging
 import logging.handlers
 import math
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import knapsack_rl as kr
 import tiny
+from cases import message_of
 from knapsack_rl.cli import main
 from knapsack_rl.cli.display import Quiet
 from knapsack_rl.report import RunLog
@@ -106,19 +108,21 @@ ANY_VALUE = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in OUT_OF_RANGE.items() for value in bad])
-def test_a_value_out_of_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"(?=.*{name if name != 'updates_per_step' else 'updates'}).*{value}"):
-        TrainSettings(**{name: value})
+def test_a_value_out_of_range_is_refused():
+    for name, bad in OUT_OF_RANGE.items():
+        for value in bad:
+            message = message_of(ValueError, TrainSettings, **{name: value})
+            shown = name if name != "updates_per_step" else "updates"
+            assert shown in message and re.search(str(value), message), (name, value, message)
 
 
-@pytest.mark.parametrize("spec", FIELDS, ids=lambda spec: spec.name)
-def test_a_value_of_another_type_is_refused(spec):
-    kind = type(spec.default).__name__
+def test_a_value_of_another_type_is_refused():
     others = {"int": [1.0, "8", True, None, [8]], "float": ["1", True, None], "str": [1, None, True, b"a"]}
-    for value in others[kind]:
-        with pytest.raises(ValueError, match=rf"^{spec.name} must be {kind}, got "):
-            TrainSettings(**{spec.name: value})
+    for spec in FIELDS:
+        kind = type(spec.default).__name__
+        for value in others[kind]:
+            message = message_of(ValueError, TrainSettings, **{spec.name: value})
+            assert message.startswith(f"{spec.name} must be {kind}, got "), (spec.name, value, message)
 
 
 def test_every_setting_was_given_a_bad_value():
