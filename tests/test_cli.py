@@ -84,19 +84,19 @@ def test_help_lists_the_commands(capsys):
     assert len(COMMANDS) == len(COMMAND_NAMES)
 
 
-@pytest.mark.parametrize("command", COMMAND_NAMES)
-def test_the_help_of_a_command_has_examples_that_parse(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    _, marker, examples = capsys.readouterr().out.partition("examples:\n")
-    assert marker
-    lines = [line.strip() for line in examples.splitlines() if line.strip()]
-    assert len(lines) >= 2
-    for line in lines:
-        words = line.split("   ")[0].split()  # what follows explains
-        assert words[:2] == ["knapsack-rl", command]
-        assert build_parser().parse_args(words[1:]).run
+def test_the_help_of_every_command_has_examples_that_parse(capsys):
+    parser = build_parser()
+    for command in COMMAND_NAMES:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        _, marker, examples = capsys.readouterr().out.partition("examples:\n")
+        lines = [line.strip() for line in examples.splitlines() if line.strip()]
+        assert marker and len(lines) >= 2, command
+        for line in lines:
+            words = line.split("   ")[0].split()  # the rest is an explanation
+            assert words[:2] == ["knapsack-rl", command]
+            assert parser.parse_args(words[1:]).run, line
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -131,9 +131,8 @@ def test_an_unknown_command_is_refused(misused):
     assert "invalid choice: 'alocate'" in misused("alocate")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_an_unknown_flag_is_refused_with_what_was_probably_meant(misused):
+    for arguments, message in (
         (("train", "--promt-column", "question"), "--promt-column question (did you mean --prompt-column?)"),
         (("train", "--rollouts-per-promt=4"), "--rollouts-per-promt=4 (did you mean --rollouts-per-prompt?)"),
         (
@@ -144,11 +143,8 @@ def test_an_unknown_command_is_refused(misused):
         (("report", "run", "--formatt=png"), "--formatt=png (did you mean --format?)"),
         (("train", "--xyzzy"), "--xyzzy (knapsack-rl train --help lists what there is)"),
         (("train", "qa.jsonl"), "qa.jsonl (knapsack-rl train --help lists what there is)"),
-    ],
-)
-def test_an_unknown_flag_is_refused_with_what_was_probably_meant(misused, arguments, message):
-    command = arguments[0]
-    assert misused(*arguments) == f"knapsack-rl {command}: error: unrecognized arguments: {message}"
+    ):
+        assert misused(*arguments) == f"knapsack-rl {arguments[0]}: error: unrecognized arguments: {message}"
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -317,18 +313,17 @@ def fed_in_order(rows, *arguments, **settings):
     return allocator, list(dict.fromkeys(row["prompt_id"] for row in rows))
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("estimator", ["bayes-filter", "empirical-bayes", "beta", "window"])
-def test_rewards_are_allocated_as_by_an_allocator_that_saw_them_step_by_step(cli, kind, estimator):
+def test_rewards_are_allocated_as_by_an_allocator_that_saw_them_step_by_step(cli, estimator):
     rows = reward_log()
-    out, _ = cli("allocate", write_table(rows, kind), "--estimator", estimator)
     allocator, prompts = fed_in_order(rows, estimator)
     expected = allocator.allocate(prompts, 8 * len(prompts))
-    ids, rates, counts = read_table(out)
-    assert ids == prompts
-    np.testing.assert_array_equal(rates, expected.success_rates)
-    assert counts == expected.counts.tolist()
-    assert len(set(counts)) > 2
+    for kind in ("csv", "jsonl", "parquet"):
+        ids, rates, counts = read_table(cli("allocate", write_table(rows, kind), "--estimator", estimator)[0])
+        assert ids == prompts, kind
+        np.testing.assert_array_equal(rates, expected.success_rates)
+        assert counts == expected.counts.tolist(), kind
+        assert len(set(counts)) > 2
 
 
 def test_the_order_of_steps_matters_and_is_that_of_their_numbers(cli):
@@ -403,9 +398,8 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(
-    ("text", "flags", "message"),
-    [
+def test_bad_input_to_allocate_is_one_line(refused):
+    for text, flags, message in (
         ("success_rate\n0.5\nhalf\n", (), "column 'success_rate', row 2: 'half' is not a number"),
         ("success_rate\n1.5\n", (), "1.5"),
         ("success_rate\n-0.5\n", (), "-0.5"),
@@ -430,11 +424,9 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
         ("prompt_id,reward\na,1,2\n", (), "a row has 3 values"),
         ("prompt_id,reward\n", (), "holds no rows"),
         ("success_rate\n0.5\n", ("--output", "missing/found.csv"), "missing/found.csv"),
-    ],
-)
-def test_bad_input_to_allocate_is_one_line(refused, text, flags, message):
-    Path("table.csv").write_text(text)
-    assert message in refused("allocate", "table.csv", *flags)
+    ):
+        Path("table.csv").write_text(text)
+        assert message in refused("allocate", "table.csv", *flags), (text, flags)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(refused):
@@ -532,9 +524,8 @@ def test_a_number_may_have_an_exponent_without_a_point(cli):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_bad_configuration_file_is_one_line(refused, command):
+    for text, message in (
         ("step: 9\nlearning-rate: 1\n", "mine.yaml: unknown settings learning-rate, step; known are allocation, "),
         ("3: 9\n", "mine.yaml: unknown settings 3; known are allocation, "),
         ("3: 9\nstep: 9\n", "mine.yaml: unknown settings 3, step; known are allocation, "),
@@ -550,11 +541,9 @@ def test_a_number_may_have_an_exponent_without_a_point(cli):
         ("- steps\n", "mine.yaml must hold a mapping of settings, got list"),
         ("steps: [1\nseed: 2\n", "mine.yaml is not valid YAML"),
         ("steps: 9\n\tseed: 2\n", "mine.yaml is not valid YAML"),
-    ],
-)
-def test_a_bad_configuration_file_is_one_line(refused, command, text, message):
-    Path("mine.yaml").write_text(text)
-    assert refused(command, "--config", "mine.yaml").startswith(message)
+    ):
+        Path("mine.yaml").write_text(text)
+        assert refused(command, "--config", "mine.yaml").startswith(message), text
 
 
 def test_a_missing_configuration_file_is_one_line(refused):
@@ -620,9 +609,11 @@ ENOUGH = ("--train-prompts", 32, "--held-out-prompts", 8, "--prompts-per-step", 
 
 @pytest.mark.usefixtures("too_early")
 @pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_common_mistakes_are_reported_before_the_slow_imports(refused, command):
+    write_questions()
+    Path("empty").mkdir()
+    write_model(Path("run/model"))
+    for flags, message in (
         (("--model", "missing/"), "there is no model folder missing/; a model is arithmetic-base or smollm2-135m, a "),
         (("--model", "./missing"), "there is no model folder ./missing; "),
         (("--model", "a/b/missing"), "there is no model folder a/b/missing; "),
@@ -644,13 +635,8 @@ ENOUGH = ("--train-prompts", 32, "--held-out-prompts", 8, "--prompts-per-step", 
             "qa.jsonl holds 40 rows, but train_prompts + held_out_prompts is 2560; lower them, for example "
             "--train-prompts 32 --held-out-prompts 8",
         ),
-    ],
-)
-def test_common_mistakes_are_reported_before_the_slow_imports(refused, command, flags, message):
-    write_questions()
-    Path("empty").mkdir()
-    write_model(Path("run/model"))
-    assert refused(command, *flags).startswith(message)
+    ):
+        assert refused(command, *flags).startswith(message), flags
     assert not Path("runs").exists()
 
 
@@ -700,6 +686,13 @@ def test_what_cannot_be_resumed_is_refused_before_the_slow_imports(refused):
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pages without plots, which take most of their time; ``test_report.py`` draws them."""
+    monkeypatch.setattr("knapsack_rl.report.page.plot", lambda *_: "")
+
+
+@pytest.mark.usefixtures("without_plots")
 def test_report_of_one_run(cli):
     write_run(Path("runs/one"), steps=4)
     assert cli("report", "runs/one") == ("report: runs/one/report.html\n", "")
@@ -713,6 +706,7 @@ def two_runs():
     return ["runs/knapsack", "runs/uniform"]
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(("flags", "page"), [((), "comparison.html"), (("--output", "pages/c.html"), "pages/c.html")])
 def test_report_of_several_runs_is_a_comparison(cli, two_runs, flags, page):
     out, err = cli("report", *two_runs, *flags)
@@ -759,6 +753,7 @@ def test_the_plots_as_pictures(cli, two_runs):
     assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in both)
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_where_the_page_of_a_run_goes(cli, refused, two_runs):
     assert cli("report", two_runs[0], "--output", "pages/mine.html")[0] == "report: pages/mine.html\n"
     assert "Training run knapsack" in Path("pages/mine.html").read_text(encoding="utf-8")
