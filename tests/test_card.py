@@ -1,4 +1,4 @@
-"""The README of a run folder says what was done, and nothing that was not."""
+"""The README of a run folder describes the run, and claims nothing else."""
 
 from __future__ import annotations
 

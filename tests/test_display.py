@@ -1,4 +1,4 @@
-"""What ``knapsack-rl train`` shows while it runs."""
+"""The display of ``knapsack-rl train`` while it runs."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""Faults while training: each has a stated behaviour (docs/faults.md), and none ends a run because of allocation."""
+"""Faults while training: each has documented behaviour (docs/faults.md), and none ends a run because of allocation."""
 
 from __future__ import annotations
 
@@ -513,7 +513,7 @@ def test_data_sets_of_processes_are_compared(caplog) -> None:
 def test_two_processes_with_different_data(kind: str, tmp_path) -> None:
     first, second = tiny.on_two_processes("other_data_worker.py", tmp_path, kind)
     assert first == second
-    if kind == "clash":  # nobody hangs: both processes say what is wrong
+    if kind == "clash":  # neither process hangs: both report the error
         assert "id 'p0' names different prompts on two processes" in first["error"]
         assert first["rollouts"] == {}
         return

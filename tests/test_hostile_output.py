@@ -1,4 +1,4 @@
-"""What a model writes is compared and never run; every answer takes bounded time and memory."""
+"""Model output is compared and never run; every answer takes bounded time and memory."""
 
 from __future__ import annotations
 

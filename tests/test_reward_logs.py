@@ -1,4 +1,4 @@
-"""Reading rewards of earlier runs: formats as their writers write them, and what is wrong with a file."""
+"""Reading rewards of earlier runs: formats as their writers write them, and faulty files."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def test_names_can_be_given(tmp_path):
     assert groups(log) == {(1, "x"): (2, 1, True)}
 
 
-@pytest.mark.parametrize("text", ["True", "true", "TRUE"])
-def test_truth_in_a_csv_is_a_number(text, tmp_path):
-    log = read_reward_log(table(tmp_path / "log.csv", {"step": [1, 1], "id": ["x", "x"], "correct": [text, "False"]}))
-    assert groups(log) == {(1, "x"): (2, 1, True)}
+def test_truth_in_a_csv_is_a_number(tmp_path):
+    for text in ("True", "true", "TRUE"):
+        columns = {"step": [1, 1], "id": ["x", "x"], "correct": [text, "False"]}
+        assert groups(read_reward_log(table(tmp_path / "log.csv", columns))) == {(1, "x"): (2, 1, True)}, text
 
 
 def test_empty_rewards_are_left_out(tmp_path):
@@ -249,7 +249,7 @@ def test_what_trl_itself_writes_is_read(tmp_path):
 
 def test_a_run_folder_is_read(tmp_path):
     rows = write_run(tmp_path / "run", steps=6)
-    (tmp_path / "run" / "config.yaml").unlink()  # a trainer of one's own writes none
+    (tmp_path / "run" / "config.yaml").unlink()  # your own training loop writes none
     log = read_reward_log(tmp_path / "run")
     expected = {
         (row["step"], prompt): (row["scored"][k], row["successes"][k], row["effective"][k])
@@ -265,7 +265,7 @@ def test_a_run_folder_knows_its_columns(tmp_path):
         read_reward_log(tmp_path / "run", success=0.5)
 
 
-# -- what is no log ---------------------------------------------------------------------------------------------------
+# -- folders without a log --------------------------------------------------------------------------------------------
 
 
 def test_other_folders_are_refused_with_what_is_in_them(tmp_path):

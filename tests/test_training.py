@@ -575,7 +575,7 @@ def test_a_run_leaves_a_whole_folder(done):
     assert done.display.stopped == 1
 
 
-def test_metrics_and_allocations_tell_the_same(done):
+def test_metrics_and_allocations_agree(done):
     metrics = [row for row in lines(done.folder / "metrics.jsonl") if "loss" in row]
     for row, step in zip(metrics, lines(done.folder / "allocations.jsonl"), strict=True):
         assert row["reward"] == pytest.approx(sum(step["successes"]) / done.settings.budget)
@@ -705,7 +705,7 @@ def test_a_run_whose_model_was_not_saved_is_finished_by_resuming(trained, tmp_pa
 
 
 @pytest.mark.usefixtures("plain_reports")
-def test_a_model_and_a_file_of_ones_own(tmp_path):
+def test_your_own_model_and_file(tmp_path):
     tiny.model().save_pretrained(tmp_path / "start")
     tiny.tokenizer().save_pretrained(tmp_path / "start")
     rows = [{"prompt": f"{k}+{k % 7}=", "answer": str(k % 10), "prompt_id": k} for k in range(10)]
@@ -741,7 +741,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
     assert "Traceback" not in err
 
 
-# -- What a run leaves for its reader ---------------------------------------------------------------------------------
+# -- Files of a run for its readers -----------------------------------------------------------------------------------
 
 
 def test_a_run_keeps_samples_of_its_prompts(done):
