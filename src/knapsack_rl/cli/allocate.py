@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.allocation.policies import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.cli.parser import add_command
+from knapsack_rl.cli.parser import add_bounds, add_command
 from knapsack_rl.estimation.named import ESTIMATORS
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.reward_logs import ColumnNames, read_reward_log
@@ -53,8 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget", type=int, help="total number of rollouts")
     budget.add_argument("--rollouts-per-prompt", type=int, help="mean rollouts per prompt (default: 8)")
-    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
-    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
+    add_bounds(parser)
     parser.add_argument("--fallback", action="store_true", help="for success rates: apply the paper's fallback rule")
     parser.add_argument(
         "--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="for rewards (default: bayes-filter)"

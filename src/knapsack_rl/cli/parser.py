@@ -61,3 +61,9 @@ def add_command(
     )
     parser.set_defaults(run=run, extras=extras)
     return parser
+
+
+def add_bounds(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that bound the rollouts of a prompt."""
+    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
+    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")

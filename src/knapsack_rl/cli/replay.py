@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from knapsack_rl.cli.parser import add_command
+from knapsack_rl.cli.parser import add_bounds, add_command
 from knapsack_rl.cli.progress import progress
 from knapsack_rl.estimation.named import ESTIMATORS
 
@@ -41,8 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="of the knapsack (default: bayes-filter)"
     )
-    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
-    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
+    add_bounds(parser)
     parser.add_argument(
         "--bandwidth", type=float, default=2.5, help="bandwidth of the smoothing, in visits (default: 2.5)"
     )

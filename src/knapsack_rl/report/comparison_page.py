@@ -111,10 +111,6 @@ def _notices(groups: Sequence[Policy]) -> list[str]:
     return notices
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f} %"
-
-
 def _interval(value: float | None, half: float | None, *, sign: bool = False) -> str | None:
     """Return a share in percent with the half-width of its interval."""
     if value is None:
@@ -180,10 +176,10 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
         "baseline"
         if row["baseline"]
         else _interval(row["mean_difference"], row["mean_difference_interval"], sign=True),
-        _percent(row["training_success"]),
-        _percent(row["effective_rollouts"]),
-        _percent(row["effective_prompts"]),
-        _percent(row["unsolved_share"]),
+        page.percent(row["training_success"]),
+        page.percent(row["effective_rollouts"]),
+        page.percent(row["effective_prompts"]),
+        page.percent(row["unsolved_share"]),
         None if row["largest_allocation"] is None else f"{row['largest_allocation']:,}",
         missed if reached is None else f"{reached:,.0f}",
         None if row["rollouts_ratio"] is None else f"{row['rollouts_ratio']:.2f} ×",

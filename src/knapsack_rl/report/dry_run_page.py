@@ -67,8 +67,8 @@ def cells(result: DryRun, row: Row) -> list[str | None]:
         f"{100 * row.budget:g} %",
         f"{row.rollouts:,.0f}",
         relative,
-        f"{100 * row.effective_rollouts:.1f} %",
-        f"{100 * row.effective_prompts:.1f} %",
+        page.percent(row.effective_rollouts),
+        page.percent(row.effective_prompts),
     ]
 
 

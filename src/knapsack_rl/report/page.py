@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,6 +87,11 @@ def escape(value: object) -> str:
     if len(text) > LONGEST_TEXT:
         text = text[: LONGEST_TEXT - 1] + "…"
     return html.escape(text, quote=True)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share as a percentage, a dash for None and NaN."""
+    return MISSING if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
 
 
 def _prose(text: str) -> str:

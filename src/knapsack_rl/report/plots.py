@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -210,13 +210,10 @@ def calibration(data: Calibration, ax: Axes) -> Axes:
     share, size, z = data.realised, data.visits, 1.96
     centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
     half = z * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
-    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfect")
+    _diagonal(ax, label="perfect")
     ax.vlines(100 * data.predicted, 100 * (centre - half), 100 * (centre + half), color=BLUE, linewidth=1.4)
     ax.plot(100 * data.predicted, 100 * share, color=BLUE, marker="o", markersize=4.5, linewidth=1.2, label="this run")
-    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
-    ax.set(xlim=(0, 100), ylim=(0, 100))
-    _legend(ax)
-    return _finish(ax, "Predicted against realised gradients")
+    return _finish_calibration(ax)
 
 
 def reliability(curves: Mapping[str, Calibration], ax: Axes) -> Axes:
@@ -226,22 +223,11 @@ def reliability(curves: Mapping[str, Calibration], ax: Axes) -> Axes:
         curves: Binned predictions by label of the policy.
         ax: Where to draw.
     """
-    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1)
+    _diagonal(ax)
     for index, (label, data) in enumerate(curves.items()):
-        ax.plot(
-            100 * data.predicted,
-            100 * data.realised,
-            color=CURVE_COLOURS[index % len(CURVE_COLOURS)],
-            linestyle=CURVE_STYLES[index % len(CURVE_STYLES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=4,
-            linewidth=1.4,
-            label=_label(label),
-        )
-    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
-    ax.set(xlim=(0, 100), ylim=(0, 100))
-    _legend(ax)
-    return _finish(ax, "Predicted against realised gradients")
+        look = _look(index) | {"marker": _marker(index), "markersize": 4, "linewidth": 1.4}
+        ax.plot(100 * data.predicted, 100 * data.realised, label=_label(label), **look)
+    return _finish_calibration(ax)
 
 
 def value_by_budget(
@@ -255,9 +241,7 @@ def value_by_budget(
         target: Rollouts and value of the recorded run.
     """
     for index, (label, (rollouts, values)) in enumerate(curves.items()):
-        colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
-        marker = MARKERS[index % len(MARKERS)]
-        ax.plot(rollouts, values, color=colour, linestyle=style, marker=marker, markersize=4, label=_label(label))
+        ax.plot(rollouts, values, marker=_marker(index), markersize=4, label=_label(label), **_look(index))
     ax.axhline(target[1], color=GREY, linestyle=":", linewidth=1.2)
     ax.plot([target[0]], [target[1]], color=BLACK, marker="*", markersize=11, linestyle="none", label="as it was")
     ax.set(xlabel="rollouts", ylabel="value, the run = 100")
@@ -338,7 +322,7 @@ def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: s
         quantity: Name of the measured quantity, the title of the plot.
     """
     for row, shares in enumerate(values.values()):
-        colour = CURVE_COLOURS[row % len(CURVE_COLOURS)]
+        colour = _look(row)["color"]
         points = 100 * np.asarray(shares, dtype=np.float64)
         ax.plot(points, np.full(points.size, row), "o", color=colour, alpha=0.7, markersize=6)
         if points.size:
@@ -350,13 +334,36 @@ def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: s
     return _finish(ax, quantity[:1].upper() + quantity[1:])
 
 
+def _look(index: int) -> dict[str, Any]:
+    """Return colour and line style of a curve by its place."""
+    return {
+        "color": CURVE_COLOURS[index % len(CURVE_COLOURS)],
+        "linestyle": CURVE_STYLES[index % len(CURVE_STYLES)],
+    }
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def _diagonal(ax: Axes, label: str | None = None) -> None:
+    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label=label)
+
+
+def _finish_calibration(ax: Axes) -> Axes:
+    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
+    ax.set(xlim=(0, 100), ylim=(0, 100))
+    _legend(ax)
+    return _finish(ax, "Predicted against realised gradients")
+
+
 def _bands(curves: Mapping[str, Curve], ax: Axes) -> None:
     for index, (label, curve) in enumerate(curves.items()):
         if curve.x.size < 2:
             continue  # no line to draw; the policy keeps its colour in the other plots
-        colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
-        ax.fill_between(curve.x, 100 * curve.low, 100 * curve.high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(curve.x, 100 * curve.mean, color=colour, linestyle=style, linewidth=1.8, label=_label(label))
+        look = _look(index)
+        ax.fill_between(curve.x, 100 * curve.low, 100 * curve.high, color=look["color"], alpha=0.15, linewidth=0)
+        ax.plot(curve.x, 100 * curve.mean, linewidth=1.8, label=_label(label), **look)
     _legend(ax)
 
 

@@ -70,10 +70,6 @@ def _notices(run: RunLog) -> list[str]:
     return notices
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else page.MISSING
-
-
 def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
     rollouts, accuracy = run.held_out
     start, end = (accuracy[0], accuracy[-1]) if accuracy.size else (math.nan, math.nan)
@@ -82,17 +78,17 @@ def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
     seconds = run.seconds[np.isfinite(run.seconds)]
     planned = run.steps.size if run.planned_steps is None else run.planned_steps
     return [
-        ("Held-out accuracy", _percent(float(end)), f"last evaluation; {since}: {_percent(float(start))}"),
+        ("Held-out accuracy", page.percent(float(end)), f"last evaluation; {since}: {page.percent(float(start))}"),
         ("Rollouts generated", f"{run.rollouts.sum():,}", f"{run.steps.size:,} of {planned:,} steps"),
         *(
             (
                 f"{level} with a gradient",
-                _percent(tail_mean(ratio)),
-                f"last 20 % of steps; first 20 %: {_percent(tail_mean(ratio[::-1]))}",
+                page.percent(tail_mean(ratio)),
+                f"last 20 % of steps; first 20 %: {page.percent(tail_mean(ratio[::-1]))}",
             )
             for level, ratio in levels
         ),
-        ("Unsolved prompts", _percent(run.unsolved_share), "no success at their last visit"),
+        ("Unsolved prompts", page.percent(run.unsolved_share), "no success at their last visit"),
         (
             "Largest allocation",
             f"{run.max_budget.max():,}" if run.steps.size else page.MISSING,

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl.report.page import percent
 from knapsack_rl.runs.curves import tail_mean
 from knapsack_rl.runs.files import MODEL_FOLDER
 from knapsack_rl.runs.log import RunLog
@@ -103,17 +104,13 @@ def _facts(run: RunLog) -> list[tuple[str, str]]:
     for label, metric in (("sampled", "held_out/accuracy"), ("greedy", "held_out/greedy_accuracy")):
         values = run.metric(metric)[1]
         if values.size:
-            facts.append((f"held-out accuracy, {label}", f"{_percent(values[-1])} (first: {_percent(values[0])})"))
+            facts.append((f"held-out accuracy, {label}", f"{percent(values[-1])} (first: {percent(values[0])})"))
     for label, ratio in (("rollouts", run.effective_rollout_ratio), ("prompts", run.effective_prompt_ratio)):
-        value = tail_mean(ratio) if ratio.size else math.nan
+        value = tail_mean(ratio)
         if math.isfinite(value):
-            facts.append((f"{label} with a gradient, last 20 % of the steps", _percent(value)))
+            facts.append((f"{label} with a gradient, last 20 % of the steps", percent(value)))
     facts += [(f"warning at step {row['step']}", _inline(row["seen"])) for row in run.warnings]
     return facts
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _inline(value: Any) -> str:
