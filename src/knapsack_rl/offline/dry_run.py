@@ -19,9 +19,9 @@ from knapsack_rl.allocation.value import value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.offline.environments import Replay, Trace
 from knapsack_rl.offline.reward_logs import RewardLog
-from knapsack_rl.offline.scoring import figures
-from knapsack_rl.offline.simulate import PolicyMaker, allocated, known_rates, simulate, uniform
-from knapsack_rl.runs.calibration import Calibration, calibrate
+from knapsack_rl.offline.scoring import figures, pooled_calibration
+from knapsack_rl.offline.simulate import PolicyMaker, Simulation, allocated, known_rates, simulate, uniform
+from knapsack_rl.runs.calibration import Calibration
 from knapsack_rl.runs.curves import rollouts_to_reach
 from knapsack_rl.runs.files import finite_or_none
 
@@ -200,57 +200,58 @@ def dry_run(log: RewardLog, settings: Settings | None = None, done: Callable[[st
         effective_rollouts=float(log.totals[log.effective].sum() / log.totals.sum()),
         effective_prompts=float(log.effective.mean()),
     )
-    rows: list[Row] = []
-    curves: dict[str, FloatArray] = {}
-    predicted, effective = [], []
+    budgets = [share for share in BUDGETS if share in SHOWN_BUDGETS or share * log.totals.mean() >= 2]
+    rows: dict[str, list[Row]] = {}
     for name, make in settings.policies().items():
-        budgets = [share for share in BUDGETS if share in SHOWN_BUDGETS or share * log.totals.mean() >= 2]
-        values = np.empty((len(budgets), settings.seeds))
-        for k, share in enumerate(budgets):
-            by_seed = []
+        rows[name] = []
+        for share in budgets:
+            runs = []
             for seed in range(settings.seeds):
-                run = simulate(
-                    environment,
-                    make,
-                    seed,
-                    [round(share * rollouts) for rollouts in spent],
-                    min_rollouts=settings.min_rollouts,
-                    max_rollouts=settings.max_rollouts,
+                runs.append(
+                    simulate(
+                        environment,
+                        make,
+                        seed,
+                        [round(share * rollouts) for rollouts in spent],
+                        min_rollouts=settings.min_rollouts,
+                        max_rollouts=settings.max_rollouts,
+                    )
                 )
-                by_seed.append(figures(run, first_visit=0))
-                values[k, seed] = run.values.sum()
-                if name == KNAPSACK and share == 1.0:
-                    predicted.append(run.predicted[run.counts > 0])
-                    effective.append(run.effective[run.counts > 0])
                 if done is not None:
                     done(f"{name} at {share:.0%} of the budget, seed {seed}")
-            rows.append(
-                Row(
-                    policy=name,
-                    budget=share,
-                    rollouts=_mean(by_seed, "rollouts"),
-                    value=float(values[k].mean()),
-                    value_deviation=float(values[k].std(ddof=1)) if settings.seeds > 1 else math.nan,
-                    effective_rollouts=_mean(by_seed, "effective_rollouts"),
-                    effective_prompts=_mean(by_seed, "effective_prompts"),
-                )
-            )
-        curves[name] = values.mean(axis=1)
-    equal = {}
-    for name, curve in curves.items():
-        spendings = [row.rollouts for row in rows if row.policy == name]
-        # Allow for rounding: a policy that repeats the recorded run must reach the recorded value.
-        equal[name] = rollouts_to_reach(spendings, curve, recorded.value * (1 - 1e-9))
-    order = {name: k for k, name in enumerate(curves)}
+            rows[name].append(_row(name, share, runs))
+            if name == KNAPSACK and share == 1.0:
+                calibration = pooled_calibration(runs)
+    # Allow for rounding: a policy that repeats the recorded run must reach the recorded value.
+    target = recorded.value * (1 - 1e-9)
     return DryRun(
         log=log,
         settings=settings,
         recorded=recorded,
-        rows=sorted(rows, key=lambda row: (-row.budget, order[row.policy])),
-        equal_value=equal,
+        rows=[row for at_share in reversed(list(zip(*rows.values(), strict=True))) for row in at_share],
+        equal_value={
+            name: rollouts_to_reach([row.rollouts for row in curve], [row.value for row in curve], target)
+            for name, curve in rows.items()
+        },
         rates=rates,
-        calibration=calibrate(np.concatenate(predicted), np.concatenate(effective)),
+        calibration=calibration,
         notes=[*log.notes, *_remarks(log)],
+    )
+
+
+def _row(policy: str, budget: float, runs: Sequence[Simulation]) -> Row:
+    """Return the row of a policy at a budget from its simulations, one per seed."""
+    values = np.array([run.values.sum() for run in runs])
+    each = [figures(run, first_visit=0) for run in runs]
+    mean = {name: float(np.mean([row[name] for row in each])) for name in each[0]}
+    return Row(
+        policy=policy,
+        budget=budget,
+        rollouts=mean["rollouts"],
+        value=float(values.mean()),
+        value_deviation=float(values.std(ddof=1)) if values.size > 1 else math.nan,
+        effective_rollouts=mean["effective_rollouts"],
+        effective_prompts=mean["effective_prompts"],
     )
 
 
@@ -294,10 +295,6 @@ def _remarks(log: RewardLog) -> list[str]:
             "success and a failure. The recorded run counts them as effective, the replay does not"
         )
     return remarks
-
-
-def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
-    return float(np.mean([row[name] for row in rows]))
 
 
 def _json(row: Row) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,16 @@ def figures(simulation: Simulation, first_visit: int = FIRST_VISIT, early: int =
     }
 
 
+def pooled_calibration(simulations: Iterable[Simulation], first_visit: int = 0) -> Calibration:
+    """Return the calibration of the predictions of several simulations together, from a visit on."""
+    predicted, effective = [], []
+    for run in simulations:
+        counted = (run.visit >= first_visit) & (run.counts > 0)
+        predicted.append(run.predicted[counted])
+        effective.append(run.effective[counted])
+    return calibrate(np.concatenate(predicted), np.concatenate(effective))
+
+
 def compare(
     environments: Mapping[str, Environment],
     policies: Mapping[str, PolicyMaker],
@@ -182,17 +192,15 @@ def compare(
     results = []
     for where, environment in environments.items():
         for name, make in policies.items():
-            by_seed, predicted, effective = {}, [], []
+            runs = {}
             for seed in seeds:
-                run = simulate(environment, make, seed, budget, min_rollouts=min_rollouts, max_rollouts=max_rollouts)
-                by_seed[seed] = figures(run, first_visit)
-                late = (run.visit >= first_visit) & (run.counts > 0)
-                predicted.append(run.predicted[late])
-                effective.append(run.effective[late])
+                runs[seed] = simulate(
+                    environment, make, seed, budget, min_rollouts=min_rollouts, max_rollouts=max_rollouts
+                )
                 if done is not None:
                     done(f"{where}: {name}, seed {seed}")
-            pooled = calibrate(np.concatenate(predicted), np.concatenate(effective))
-            results.append(Result(where, name, by_seed, pooled))
+            by_seed = {seed: figures(run, first_visit) for seed, run in runs.items()}
+            results.append(Result(where, name, by_seed, pooled_calibration(runs.values(), first_visit)))
     return results
 
 
