@@ -135,7 +135,9 @@ def serve():
 
     def start(**settings):
         server = Endpoint(**settings)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, args=(0.01,), daemon=True
+        ).start()  # looks often: shutdown waits for it
         servers.append(server)
         return server
 

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from knapsack_rl.cli.progress import PLAIN_EVERY_SECONDS
 from knapsack_rl.runs.watch import Finding
 from knapsack_rl.training.recorder import Display, Quiet
 from knapsack_rl.training.settings import TrainSettings
 
-PLAIN_EVERY_SECONDS = 10.0
 BAR = 24
 TREND = 32
 """Steps in a trend line."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PLAIN_EVERY_SECONDS = 10.0
+"""Least time between plain lines."""
 
 
 @contextmanager

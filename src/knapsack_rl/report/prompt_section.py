@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from knapsack_rl.report import page
 from knapsack_rl.runs.log import RunLog
 
@@ -41,12 +39,8 @@ class PromptHistory:
 
 def histories(run: RunLog) -> list[PromptHistory]:
     """Return the history of every prompt with a scored visit, in the order of prompts."""
-    visits, size = run.visits, len(run.prompt_ids)
-    if not size:
-        return []
-    seen = np.bincount(visits.prompt, visits.scored > 0, minlength=size)
-    rollouts = np.bincount(visits.prompt, visits.counts, minlength=size)
-    successes = np.bincount(visits.prompt, visits.successes, minlength=size)
+    visits = run.visits
+    seen, rollouts, successes = (run.by_prompt(x) for x in (visits.scored > 0, visits.counts, visits.successes))
     first, last = run.first_and_last
     return [
         PromptHistory(

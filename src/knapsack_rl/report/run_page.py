@@ -217,9 +217,8 @@ def _most_rollouts(run: RunLog) -> list[str]:
     if not visits.counts.size:
         return []
     size = len(run.prompt_ids)
-    rollouts = np.bincount(visits.prompt, visits.counts, minlength=size)
-    successes = np.bincount(visits.prompt, visits.successes, minlength=size)
-    seen = np.bincount(visits.prompt, minlength=size)
+    everyone = np.ones(visits.prompt.size)
+    seen, rollouts, successes = (run.by_prompt(x) for x in (everyone, visits.counts, visits.successes))
     last = np.full(size, -1)
     last[visits.prompt[visits.scored > 0]] = visits.difficulty[
         visits.scored > 0
@@ -228,7 +227,7 @@ def _most_rollouts(run: RunLog) -> list[str]:
     rows = [
         (
             run.prompt_ids[i],
-            f"{seen[i]:,}",
+            f"{seen[i]:,.0f}",
             f"{rollouts[i]:,.0f}",
             f"{successes[i]:,.0f}",
             DIFFICULTY_CLASSES[last[i]] if last[i] >= 0 else None,

@@ -205,6 +205,11 @@ class RunLog:
         recorded = self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
         return recorded or (self.folder / MODEL_FOLDER).is_dir()
 
+    def by_prompt(self, values: ArrayLike) -> FloatArray:
+        """Sum a per-visit array over the visits of each prompt, in the order of `prompt_ids`."""
+        weights = np.asarray(values, dtype=np.float64)
+        return np.bincount(self.visits.prompt, weights=weights, minlength=len(self.prompt_ids)).astype(np.float64)
+
     # Per step
 
     def _sum(self, values: ArrayLike) -> FloatArray:
@@ -238,16 +243,6 @@ class RunLog:
         visits = self.visits
         rates = ratio(visits.successes, visits.scored)
         return ratio(self._sum(np.nan_to_num(rates)), self._sum(visits.scored > 0))
-
-    @cached_property
-    def covered_success(self) -> IntArray:
-        """Prompts with at least one success in each step."""
-        return self._sum(self.visits.successes > 0).astype(np.int64)
-
-    @cached_property
-    def covered_failure(self) -> IntArray:
-        """Prompts with at least one scored failure in each step."""
-        return self._sum(self.visits.successes < self.visits.scored).astype(np.int64)
 
     @cached_property
     def difficulty_shares(self) -> FloatArray:
