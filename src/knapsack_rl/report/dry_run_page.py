@@ -48,7 +48,7 @@ def method(result: DryRun) -> str:
     settings = result.settings
     seeds = f"{settings.seeds} {'seed' if settings.seeds == 1 else 'seeds'}"
     return (
-        "Method: the successes and rollouts of each prompt are smoothed over its visits with a Gaussian kernel of "
+        "Method: each prompt's successes and rollouts are smoothed over its visits with a Gaussian kernel of "
         f"{settings.bandwidth:g} visits; their ratio is taken for its true rate. The recorded batches are replayed "
         f"with rewards drawn at these rates ({seeds}); value is the sum of V(N, p) over all visits, the cold "
         "start included."
