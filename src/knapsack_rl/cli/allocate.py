@@ -51,20 +51,31 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSONL or parquet file, or a folder")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budget", type=int, help="total number of rollouts")
-    budget.add_argument("--rollouts-per-prompt", type=int, help="mean rollouts per prompt (default: 8)")
+    budget.add_argument("--budget", type=int, metavar="N", help="total number of rollouts")
+    budget.add_argument("--rollouts-per-prompt", type=int, metavar="N", help="mean rollouts per prompt (default: 8)")
     add_bounds(parser)
     parser.add_argument("--fallback", action="store_true", help="for success rates: apply the paper's fallback rule")
     parser.add_argument(
-        "--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="for rewards (default: bayes-filter)"
+        "--estimator",
+        choices=list(ESTIMATORS),
+        default="bayes-filter",
+        help="estimator for rewards (default: bayes-filter)",
     )
-    parser.add_argument("--success-threshold", type=float, default=0.0, help="a reward above it is a success")
-    parser.add_argument("--id-column", default=ID_COLUMN, metavar="NAME")
-    parser.add_argument("--rate-column", default="success_rate", metavar="NAME")
-    parser.add_argument("--reward-column", default=REWARD_COLUMN, metavar="NAME")
-    parser.add_argument("--step-column", default=STEP_COLUMN, metavar="NAME", help="orders the visits of a prompt")
-    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="(default: csv)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: standard output)")
+    parser.add_argument(
+        "--success-threshold",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="a reward above this is a success (default: 0)",
+    )
+    parser.add_argument("--id-column", default=ID_COLUMN, metavar="NAME", help="prompt ids (default: %(default)s)")
+    parser.add_argument(
+        "--rate-column", default="success_rate", metavar="NAME", help="success rates (default: %(default)s)"
+    )
+    parser.add_argument("--reward-column", default=REWARD_COLUMN, metavar="NAME", help="rewards (default: %(default)s)")
+    parser.add_argument("--step-column", default=STEP_COLUMN, metavar="NAME", help="training steps (default: step)")
+    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="format of the output (default: csv)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: standard output)")
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -24,17 +24,32 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         commands,
         "compare",
         run,
-        usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs JOBS] [--output FOLDER] " + SETTINGS_USAGE,
+        usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs N] [--output FOLDER] " + SETTINGS_USAGE,
         summary="train several policies over several seeds and report them side by side",
         description="Train uniform N, uniform 2N, the paper's rule and the knapsack from the same start over several "
         "seeds, one torch thread each, and write one report. Finished runs in the output folder are kept.",
         examples=EXAMPLES,
         extras="trl,plots",
     )
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), metavar="FOLDER")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=list(POLICIES),
+        choices=POLICIES,
+        metavar="POLICY",
+        help=f"policies to train (default: {' '.join(POLICIES)})",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds (default: 0 1 2)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="parallel runs (default: 2)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/compare"),
+        metavar="FOLDER",
+        help="parent of the run folders (default: %(default)s)",
+    )
     add_flags(parser, without=("allocation", "seed", "threads"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def add_command(
         name,
         usage=usage,
         help=summary,
-        description=description,
+        description=textwrap.fill(description, 100),  # the formatter keeps the lines of the examples
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -65,5 +66,9 @@ def add_command(
 
 def add_bounds(parser: argparse.ArgumentParser) -> None:
     """Add the flags that bound the rollouts of a prompt."""
-    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
-    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
+    parser.add_argument(
+        "--min-rollouts", type=int, default=2, metavar="N", help="fewest rollouts of a prompt (default: 2)"
+    )
+    parser.add_argument(
+        "--max-rollouts", type=int, default=128, metavar="N", help="most rollouts of a prompt (default: 128)"
+    )

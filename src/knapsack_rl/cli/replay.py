@@ -32,21 +32,26 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         extras="plots",
     )
     parser.add_argument("logs", type=Path, metavar="LOGS", help="run folder, folder of logs, CSV, JSONL or parquet")
-    parser.add_argument("--id-column", metavar="NAME", help="the id of a prompt, the same in every step")
-    parser.add_argument("--step-column", metavar="NAME", help="the training step")
-    parser.add_argument("--reward-column", metavar="NAME", help="the outcome")
+    parser.add_argument("--id-column", metavar="NAME", help="column of prompt ids, the same in every step")
+    parser.add_argument("--step-column", metavar="NAME", help="column of training steps")
+    parser.add_argument("--reward-column", metavar="NAME", help="column of outcomes")
     parser.add_argument(
         "--success-threshold", type=float, metavar="X", help="a reward above X is a success (default: 0)"
     )
     parser.add_argument(
-        "--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="of the knapsack (default: bayes-filter)"
+        "--estimator",
+        choices=list(ESTIMATORS),
+        default="bayes-filter",
+        help="estimator of the knapsack (default: bayes-filter)",
     )
     add_bounds(parser)
     parser.add_argument(
-        "--bandwidth", type=float, default=2.5, help="bandwidth of the smoothing, in visits (default: 2.5)"
+        "--bandwidth", type=float, default=2.5, metavar="X", help="bandwidth of the smoothing, in visits (default: 2.5)"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="replays of each policy (default: 3)")
-    parser.add_argument("--output", type=Path, default=Path("replay.html"), metavar="FILE", help="the page to write")
+    parser.add_argument(
+        "--output", type=Path, default=Path("replay.html"), metavar="FILE", help="page to write (default: %(default)s)"
+    )
     parser.add_argument("--no-page", action="store_true", help="write no page (then matplotlib is not needed)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print no progress")

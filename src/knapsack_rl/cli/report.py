@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         extras="plots",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--format", choices=FORMATS, default="html", help="what to write (default: html)")
+    parser.add_argument("--format", choices=FORMATS, default="html", help="format of the report (default: html)")
     parser.add_argument(
         "--output",
         type=Path,
