@@ -85,7 +85,7 @@ def session(dice: random.Random, folder: Path) -> None:
     one = kr.Session(settings, folder=folder, log_allocations=dice.random() < 0.5, watch=dice.random() < 0.2)
     for step in range(3):
         batch, mean, multiple = [*ids(dice, dice.randrange(4)), "sane"], dice.choice((2, 3)), dice.choice((1, 4))
-        plan = one.plan(check_prompt_ids(batch), mean, multiple=multiple)
+        plan = one.plan(prompt_ids.check_prompt_ids(batch), mean, multiple=multiple)
         uniform = unit == "rollouts" or step == 0
         check_counts(plan.counts, len(plan.ids), mean * len(batch) if uniform else plan.counts.sum())
         assert plan.rows_of(batch).sum() == plan.counts.sum()

@@ -360,7 +360,8 @@ class Session:
         if groups is None:  # nothing is known of the step's successes
             groups = outcomes_by_position(prompt_R, np.full(outcomes.shape, np.nan), prompts)
         self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
-        self._lengths_known |= lengths_R is not None and bool(np.any(np.asarray(lengths_R) > 0))
+        if lengths_R is not None and not self._lengths_known:
+            self._lengths_known = self._knows_lengths()
         for prompt_id in plan.ids:
             self._pending.pop(prompt_id, None)
         if self.log_allocations and self.folder is not None:
