@@ -137,6 +137,8 @@ def test_one_prompt_and_a_million_rollouts() -> None:
         assert kr.allocate([rate], 10**6, max_rollouts=10**6).counts.tolist() == [10**6]
     counts = kr.allocate([1e-6, 1 - 1e-6], 10**6, max_rollouts=10**6).counts
     assert counts.sum() == 10**6
+    with pytest.raises(ValueError, match="budget must be at most 268435456 rollouts, got 1000000000; split"):
+        kr.allocate([0.5, 0.2], 10**9, max_rollouts=10**9)
 
 
 @pytest.mark.parametrize("rate", EXTREME)

@@ -396,6 +396,7 @@ def test_the_feasible_range_is_named(budget: int, fits: bool) -> None:
         ((np.zeros((2, 3)), 3, [0, 3], [3, 1]), {}, r"min_rollouts 3 is above max_rollouts 1 \(prompt 1\)"),
         ((np.zeros((2, 3)), 3, -1, 3), {}, "min_rollouts must be a whole number >= 0.*-1"),
         ((np.zeros((2, 3)), 3, 0.5, 3), {}, "min_rollouts must be a whole number"),
+        ((np.zeros((2, 3)), 3, 2**63, 3), {}, "min_rollouts must be a whole number >= 0.*9223372036854775808"),
         ((np.zeros((2, 3)), 3, [0, 0, 0], 3), {}, r"min_rollouts .*one per prompt \(2\)"),
         ((np.zeros((2, 3)), 3, 0, None), {}, "max_rollouts must be a whole number"),
         ((np.zeros((2, 3)), 3, 0, 3), {"method": "simplex"}, "method must be one of auto, greedy.*'simplex'"),

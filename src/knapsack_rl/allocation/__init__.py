@@ -1,1 +1,1 @@
-"""What is known of the prompts in, rollouts per prompt out: values, the exact solver, policies."""
+"""From beliefs about prompts to rollouts per prompt: values, the exact solver, policies. Imports numpy only."""

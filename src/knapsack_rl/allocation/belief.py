@@ -13,7 +13,7 @@ CHECK_ROLLOUTS = 2
 
 @dataclass(frozen=True, eq=False)
 class Belief:
-    """What is known of a batch of prompts.
+    """Beliefs about a batch of prompts.
 
     Attributes:
         mean: (M,) expected success rate; NaN where the estimator has no estimate.

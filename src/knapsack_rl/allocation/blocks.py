@@ -41,8 +41,8 @@ def greedy_in_blocks(
         priority: (M,) third tie-break, lower first.
     """
     room = budget - int(low.sum())
-    if room == 0:
-        return low.copy()
+    if room in (0, int((high - low).sum())):
+        return (high if room else low).copy()
     columns = min(max(2 * room // low.size, 32), 4096) + int(low.max())
     critical = _critical_value(marginals, room, low, high, columns)
     few, many = low.copy(), low.copy() if critical > 0.0 else high.copy()

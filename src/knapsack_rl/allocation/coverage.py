@@ -109,8 +109,8 @@ def price_of_rollout(marginals: FloatArray, counts: IntArray) -> float:
 def rechecks(belief: Belief, counts: IntArray, age: FloatArray, budget: int) -> NDArray[np.bool_]:
     """Which skipped prompts get :data:`~knapsack_rl.allocation.belief.CHECK_ROLLOUTS` rollouts all the same.
 
-    A prompt is looked at again if the value of those rollouts and of what they tell exceeds their price, or if its last
-    visit lies :data:`LONGEST_SKIP` epochs back. If the budget is too small for all, those longest unseen come first.
+    A prompt is looked at again if the value of those rollouts and of their information exceeds their price, or if its
+    last visit lies :data:`LONGEST_SKIP` epochs back. If the budget is too small for all, the longest unseen come first.
 
     Args:
         belief: of the batch.

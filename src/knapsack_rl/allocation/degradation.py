@@ -1,6 +1,6 @@
-"""What gives way where the bounds of a batch and its budget contradict each other.
+"""The order in which bounds give way where a batch's bounds and budget contradict each other.
 
-A run never dies because of allocation: bounds are widened in the order stated here, and the reason is told.
+A run never dies because of allocation: bounds are widened in the order stated here, and the reason is reported.
 """
 
 from __future__ import annotations

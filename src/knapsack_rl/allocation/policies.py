@@ -25,6 +25,9 @@ from knapsack_rl.allocation.value import ValueLike, rollouts_for_probability
 FALLBACK_PROBABILITY = 0.9
 """The paper's alpha: an effective prompt is served once its non-zero gradient is this likely."""
 
+LARGEST_BUDGET = 2**28
+"""Rollouts that known rates are given; memory grows with the budget, and a mistaken number must not fill it."""
+
 LEAST_TOKENS = 1.0
 """A cost must be positive: an empty answer counts as one token."""
 
@@ -87,14 +90,14 @@ def allocate(
     """Allocate a rollout budget over prompts whose success rates are known: maximise sum V(N_i, p_i).
 
     The optimum is exact. An unseen prompt (NaN) is valued as a prompt drawn from the other rates of the batch; with
-    no other rate known, all prompts are alike and the allocation is uniform. Budget that no prompt values (all at
+    no other rate known, the allocation is uniform. Budget that no prompt values (all at
     p = 0, p = 1 or at their cap) goes evenly to unsolved prompts, then to unseen, then to solved ones. Equal marginal
     values go to the prompt with fewer rollouts, then to the one with the lower success rate; counts do not depend on
     the order of the prompts.
 
     Args:
         success_rates: (M,) in [0, 1]; NaN for an unseen prompt.
-        budget: total rollouts, within [sum of minima, sum of maxima].
+        budget: total rollouts, within [sum of minima, sum of maxima], at most 2^28.
         min_rollouts: N_low, a whole number or (M,). 0 allows skipping and makes the problem non-concave, so it is
             solved by dynamic programming, O(M budget max_rollouts).
         max_rollouts: N_up, a whole number or (M,).
@@ -126,6 +129,8 @@ def allocate(
     if costs is None:
         rollouts = check_whole("budget", budget, minimum=0)
         lower, upper = solver.check_bounds(rates.size, rollouts, min_rollouts, max_rollouts)
+        if rollouts > LARGEST_BUDGET:
+            raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts, got {budget}; split the prompts")
     else:
         if fallback or method != "auto":
             raise ValueError(f"with costs, fallback must be False and method 'auto', got {fallback!r} and {method!r}")

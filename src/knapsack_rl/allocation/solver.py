@@ -77,9 +77,11 @@ def check_order(prompts: int, lower: ArrayLike, upper: ArrayLike) -> tuple[IntAr
 
 def _bound(name: str, bound: ArrayLike, prompts: int) -> IntArray:
     array = np.asarray(bound)
-    if array.dtype.kind not in "iu" or array.shape not in ((), (prompts,)) or (array < 0).any():
+    whole = array.dtype.kind in "iu" and array.shape in ((), (prompts,))
+    counts = np.full(prompts, array if whole else -1, np.int64)
+    if not whole or (counts < 0).any():  # what does not fit into 64 bits, too
         raise ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {bound!r}")
-    return np.full(prompts, array, np.int64)
+    return counts
 
 
 def _sum(counts: IntArray) -> int:

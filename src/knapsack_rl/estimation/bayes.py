@@ -2,7 +2,7 @@
 
 Both estimators of this module say that a prompt's posterior is *prior times likelihood* on a grid that is evenly
 spaced in logits. The prior is the nonparametric maximum-likelihood estimate from all prompts, so unseen, unsolved and
-solved prompts need no rule of their own. They differ in how evidence ages while the policy moves:
+solved prompts need no special rule. They differ in how evidence ages while the policy moves:
 :class:`EmpiricalBayesEstimator` discounts old counts by a constant, :class:`BayesFilterEstimator` lets the likelihood
 of old counts diffuse and drift by amounts which it learns from how well it predicts.
 """
@@ -152,7 +152,8 @@ class GridPosterior(Estimator):
         def nonzero_gradient(more: IntArray) -> FloatArray:
             failing, succeeding = q ** more[:, None], p ** more[:, None]
             still_equal = (empty | all_failures)[:, None] * failing + (empty | all_successes)[:, None] * succeeding
-            return np.einsum("mg,mg->m", posterior, np.maximum(1.0 - still_equal, 0.0)) + 0.0 * more
+            chance = np.einsum("mg,mg->m", posterior, np.maximum(1.0 - still_equal, 0.0))
+            return np.where(empty | all_failures | all_successes, chance, 1.0)
 
         return Belief(product(posterior, p), marginals, nonzero_gradient)
 
@@ -160,7 +161,7 @@ class GridPosterior(Estimator):
         """Restore the prior.
 
         Raises:
-            ValueError: the prior is missing, does not fit the grid or is no distribution.
+            ValueError: the prior is missing, does not fit the grid or is not a distribution.
         """
         prior = np.asarray(state.get("prior", ()), dtype=np.float64)
         if prior.shape != self.grid.shape or not (prior >= 0).all() or not np.isclose(prior.sum(), 1.0):
@@ -252,7 +253,7 @@ class BayesFilterEstimator(GridPosterior):
     VARIANCE_FACTORS = np.array([0.5, 0.5**0.5, 1.0, 2**0.5, 2.0])
     DRIFT_STEPS = np.array([-0.05, 0.0, 0.05])
     DRIFT_LIMIT = 1.0
-    # What a visit tells serves a few later ones too; chosen on a development set, where 1 to 8 differ little.
+    # The information of a visit serves a few later ones too; chosen on a development set, where 1 to 8 differ little.
     VISITS_SERVED = 3.0
     # No past makes a rate impossible: a prompt may have jumped.
     FLOOR = 1e-12

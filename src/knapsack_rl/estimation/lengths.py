@@ -42,7 +42,7 @@ def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -
     * nothing observed at all: ones, that is, equal work;
     * a prompt never seen (count below 1e-9, which discounting can produce): `mu`;
     * one seen prompt: its mean, for every prompt;
-    * no prompt with more than one rollout, so that the variances cannot be told apart: they are taken as
+    * no prompt with more than one rollout, so that the variances cannot be separated: they are taken as
       equal, which gives the factor n_i / (n_i + 1) and keeps the order of equally observed prompts;
     * means that differ no more than noise explains (s2_between estimated as 0): the pooled mean for all;
     * no noise inside any prompt: each prompt's own mean.
@@ -157,7 +157,7 @@ def _check_sums(count_P: FloatArray, total_P: FloatArray, total_squared_P: Float
     # Cauchy and Schwarz, by square roots because squares may overflow.
     impossible_P = total_P > np.sqrt(count_P) * np.sqrt(total_squared_P) * (1.0 + _SUMS_RTOL)
     impossible_P &= count_P >= MIN_COUNT
-    # Discounting makes the count 0 some visits before the sums of longer lengths: that is no mistake.
+    # Discounting makes the count 0 some visits before the sums of longer lengths: that is not a mistake.
     impossible_P |= (count_P == 0.0) & (np.maximum(total_P, total_squared_P) > _UNDERFLOW)
     if impossible_P.any():
         i = int(np.argmax(impossible_P))

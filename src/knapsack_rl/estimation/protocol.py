@@ -36,7 +36,7 @@ class Estimator(Protocol):
     """Optional: numbers per prompt that :meth:`absorb` makes and the tracker keeps beside its counts."""
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
-        """What is known of the prompts of a batch, with ``max_rollouts`` columns of marginal values."""
+        """Beliefs about the prompts of a batch, with ``max_rollouts`` columns of marginal values."""
         ...
 
     def absorb(self, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
@@ -69,7 +69,7 @@ class Estimator(Protocol):
         return {}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """What was learned. Optional: nothing by default."""
+        """Arrays that hold what was learned. Optional: none by default."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import repeat
 from typing import Any, Literal
 
 import numpy as np
@@ -150,8 +151,7 @@ class Tracker:
 
     def rows(self, prompt_ids: Iterable[PromptId]) -> IntArray:
         """Row of each prompt, -1 for one never seen."""
-        row_of = self._row_of
-        return np.array([row_of.get(prompt_id, -1) for prompt_id in prompt_ids], dtype=np.int64)
+        return np.fromiter(map(self._row_of.get, prompt_ids, repeat(-1)), np.int64)
 
     def twin(self, prompt_ids: list[PromptId]) -> tuple[PromptId, PromptId] | None:
         """The first id that is new but known under the other type, and that known one; None if there is none."""
