@@ -200,7 +200,7 @@ def test_six_steps_of_verls_own_code(tmp_path, monkeypatch, mode):
             assert advantage == pytest.approx((reward - mean) / (spread + 1e-6), rel=1e-5, abs=1e-6)
             ragged += len(mates) != MEAN and spread > 0
         assert metrics["knapsack/budget"] == PROMPTS * MEAN
-        assert metrics["knapsack/uniform_batches"] == 0
+        assert metrics["knapsack/allocation_failures"] == 0
         assert metrics["knapsack/rollouts"] == PROMPTS * MEAN
     assert ragged > 0
     assert metrics["knapsack/prompts_seen"] == 2 * PROMPTS

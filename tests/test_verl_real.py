@@ -178,10 +178,10 @@ def test_uniform_allocation_gives_what_verl_gives_without_the_plug_in(uniform, s
 
 def test_the_metrics_reach_verls_loggers(knapsack):
     metrics = knapsack[0].metrics()
-    for name in ("effective_gradient_ratio", "effective_prompt_ratio", "budget", "uniform_batches", "prompts_seen"):
+    for name in ("effective_gradient_ratio", "effective_prompt_ratio", "budget", "allocation_failures", "prompts_seen"):
         assert f"knapsack/{name}" in metrics[-1]
     assert metrics[-1]["knapsack/budget"] == PROMPTS * MEAN
-    assert metrics[-1]["knapsack/uniform_batches"] == 0
+    assert metrics[-1]["knapsack/allocation_failures"] == 0
     assert metrics[-1]["knapsack/prompts_seen"] == DATA
     assert "knapsack/budget:" in knapsack[0].output  # the console logger
 
@@ -226,7 +226,7 @@ def test_an_asynchronous_run_counts_and_observes_what_verl_trained_on(asynchrono
     sizes = [Counter(row["key"].split("_")[0] for row in line["rows"]) for line in run.recorded()]
     assert [len(groups) for groups in sizes] == [PROMPTS] * 3
     assert min(min(groups.values()) for groups in sizes) >= 2
-    assert run.metrics()[-1]["knapsack/uniform_batches"] == 0
+    assert run.metrics()[-1]["knapsack/allocation_failures"] == 0
     saved = KnapsackAllocator.load(run.folder / "global_step_3" / STATE_FILE)
     trained = Counter(row["prompt"] for row in rows)
     solved = Counter(row["prompt"] for row in rows if row["reward"] > 0)
