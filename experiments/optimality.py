@@ -9,19 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.contract import Options, Row
+from experiments.contract import Finding, Options, Row, by_name, markdown_table, select
 from experiments.optimality_cases import (
     CASE_VALUES,
     DECADES,
     EXACT,
+    FALLBACK_ON_TRUTH,
     HIGHS,
     MIXTURES,
     OURS,
     PAPER,
+    PAPER_RULE,
     PRICED_VALUES,
     RULES,
     Case,
@@ -31,8 +33,8 @@ from experiments.optimality_cases import (
     solve_by_paper,
     solve_ours,
 )
-from experiments.optimality_text import figure, findings, paragraph
-from experiments.pieces import Piece, run_pieces, seeds_of
+from experiments.pieces import Piece, run_pieces
+from experiments.statistics import bootstrap_interval
 from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.allocation.policies import allocate
 from knapsack_rl.allocation.value import value
@@ -40,10 +42,8 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.offline.environments import draw_rates
 from knapsack_rl.offline.simulate import uniform_counts
 
-__all__ = ["QUESTION", "TITLE", "figure", "findings", "measure", "paragraph", "pieces"]
-
-TITLE = "Solver optimality"
-QUESTION = "Does the solver find the optimum, how fast, and what does the paper's rule leave on the table?"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _pieces(options: Options) -> list[Piece]:
     sizes = Sizes.of(options)
     return [
         Piece(f"{part}-seed{seed}{'-quick' * options.quick}", work[part], (seed, sizes))
-        for seed in seeds_of(options)
+        for seed in options.seed_range
         for part in PARTS
     ]
 
@@ -110,7 +110,7 @@ class _Gaps:
 
     def row(self) -> dict[str, Any]:
         gaps = np.array(self.gaps)
-        # Decade d holds gaps in (10^(d-1), 10^d]; what is at most EXACT is rounding and stands first.
+        # Decade d holds gaps in (10^(d-1), 10^d]; what is at most EXACT is rounding and comes first.
         place = np.where(gaps <= EXACT, 0, np.ceil(np.log10(np.maximum(gaps, EXACT))).astype(int) - DECADES[0])
         return {
             "instances": int(gaps.size) + self.infeasible + self.unsolved,
@@ -239,7 +239,7 @@ def _milliseconds(method: Callable[[], object], repeats: int) -> float:
 def rules(seed: int, sizes: Sizes) -> list[Row]:
     """Value that rules lose against the optimum for the true rates, after one visit of 16 rollouts to every prompt.
 
-    Rates stand still, so that all the loss is the rule's: of the noise in 16 rewards, and of what it makes of it.
+    Rates are constant, so that all the loss is the rule's: the noise in 16 rewards, and its response to it.
     """
     rows: list[Row] = []
     size = min(256, sizes.population)
@@ -249,7 +249,7 @@ def rules(seed: int, sizes: Sizes) -> list[Row]:
         outcome_R = rng.random((sizes.population, 16)) < rates[:, None]
         ids_R = np.repeat(np.arange(sizes.population), 16).tolist()
         allocators = {
-            "paper: window and fallback": KnapsackAllocator("window"),
+            PAPER_RULE: KnapsackAllocator("window"),
             "window without fallback": KnapsackAllocator("window", fallback=False),
             "empirical Bayes": KnapsackAllocator("empirical-bayes"),
         }
@@ -262,7 +262,7 @@ def rules(seed: int, sizes: Sizes) -> list[Row]:
             truth, budget = rates[batch], 8 * size
             counts = {name: allocator.allocate(batch.tolist(), budget).counts for name, allocator in allocators.items()}
             counts["uniform"] = uniform_counts(size, budget)
-            counts["fallback rule, true rates"] = allocate(truth, budget, fallback=True).counts
+            counts[FALLBACK_ON_TRUTH] = allocate(truth, budget, fallback=True).counts
             best += float(value(allocate(truth, budget).counts, truth).sum())
             for name in RULES:
                 sums[name] += float(value(counts[name], truth).sum())
@@ -271,3 +271,134 @@ def rules(seed: int, sizes: Sizes) -> list[Row]:
             for name, total in sums.items()
         ]
     return rows
+
+
+TIMED = 256
+"""Prompts of the paper's batch."""
+
+
+def tally(rows: Sequence[Row]) -> tuple[int, int, float]:
+    """(optimal instances, all instances, largest gap)."""
+    return (
+        sum(row["optimal"] for row in rows),
+        sum(row["instances"] for row in rows),
+        max((row["largest_gap"] for row in rows), default=0.0),
+    )
+
+
+def _gap(gap: float) -> str:
+    return "0" if gap == 0.0 else f"{gap:.0e}"
+
+
+def _share(rows: Sequence[Row]) -> str:
+    optimal, every, largest = tally(rows)
+    return f"{optimal:,} of {every:,} optimal, largest gap {_gap(largest)}"
+
+
+def milliseconds(rows: Sequence[Row], prompts: int, method: str, *, costs: bool = False) -> float:
+    """Median over the seeds; NaN where it was not measured."""
+    found = select(rows, part="time", prompts=prompts, method=method, costs=costs)
+    return float(np.median([row["milliseconds"] for row in found])) if found else float("nan")
+
+
+def lost(rows: Sequence[Row], mixture: str, rule: str) -> tuple[float, float, float]:
+    """(mean, lower, upper) per cent of the value that a rule loses."""
+    return bootstrap_interval([100 * row["lost"] for row in select(rows, part="rules", mixture=mixture, rule=rule)])
+
+
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """Optimality without and with costs, time, and the loss of the paper's rule."""
+    ours = select(rows, part="gaps", method=OURS)
+    false = sum(row["false_certificates"] for row in ours)
+    found = []
+    for claim, paper, priced in (
+        ("The solver's allocations are optimal (a rollout costs one)", "exact by dynamic programming", False),
+        ("The solver's allocations are optimal where rollouts have costs", "–", True),
+    ):
+        which = select(ours, costs=priced)
+        optimal, every, largest = tally(which)
+        small, medium = (_share(select(which, size=size)) for size in ("small", "medium"))
+        exact, near = optimal == every and false == 0, largest < 1e-3 and false == 0
+        found.append(
+            Finding(
+                claim,
+                paper,
+                f"against enumeration: {small}; against HiGHS: {medium}; false certificates: {false}",
+                "holds" if exact else "holds in part" if near else "does not hold",
+            )
+        )
+    prompts = max(row["prompts"] for row in select(rows, part="time", method=PAPER) if row["prompts"] <= TIMED)
+    own, paper_own = milliseconds(rows, prompts, OURS), milliseconds(rows, prompts, PAPER)
+    found.append(
+        Finding(
+            f"Solving is negligible ({prompts} prompts, budget {8 * prompts}, N_up 128)",
+            "1 to 2 s",
+            f"median {own:.2g} ms; the paper's dynamic program on the same machine {paper_own:.3g} ms",
+            "holds" if own < 1000 else "does not hold",
+        )
+    )
+    by_rule = {rule: [lost(rows, mixture, rule)[0] for mixture in MIXTURES] for rule in (PAPER_RULE, "empirical Bayes")}
+    theirs, bayes = by_rule.values()
+    better = sum(b < p for b, p in zip(bayes, theirs, strict=True))
+    found.append(
+        Finding(
+            "A mean of 16 rewards with the fallback rule is enough: little value is lost against known rates",
+            "–",
+            f"{min(theirs):.1f} to {max(theirs):.1f} % lost over {len(MIXTURES)} mixtures of constant rates "
+            f"(empirical Bayes: {min(bayes):.1f} to {max(bayes):.1f} %, less in {better})",
+            "holds" if max(theirs) < 1 else "holds in part" if max(theirs) < 10 else "does not hold",
+        )
+    )
+    return found
+
+
+def figures(rows: Sequence[Row]) -> Callable[[str], str]:
+    """Certificates, times by method and number of prompts, losses by rates and rule."""
+    ours = select(rows, part="gaps", method=OURS)
+    gaps = [row["certified_gap"] for row in select(rows, part="time", method=OURS, costs=True)]
+    found = {
+        "instances": f"{tally(ours)[1]:,}",
+        "certified": f"{sum(row['certified'] for row in ours):,}",
+        "false certificates": f"{sum(row['false_certificates'] for row in ours):,}",
+        "largest certified gap": _gap(max(gaps, default=0.0)),
+    }
+    for row in select(rows, part="time"):
+        name = f"{row['prompts']} prompts, {row['method']}{', with costs' * row['costs']}"
+        found[f"{name}, milliseconds"] = f"{milliseconds(rows, row['prompts'], row['method'], costs=row['costs']):.2g}"
+    for mixture in MIXTURES:
+        found |= {f"{mixture}: {rule}, lost": f"{lost(rows, mixture, rule)[0]:.1f} %" for rule in RULES}
+    return by_name(found)
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """Gaps, times and losses."""
+    kinds = [
+        (size, costs, method, select(rows, part="gaps", size=size, costs=costs, method=method))
+        for size in ("small", "medium")
+        for costs in (False, True)
+        for method in (OURS, PAPER, HIGHS)
+    ]
+    gaps = [
+        (size, "20 to 2000" if costs else "1", method, "{:,} of {:,}".format(*tally(which)), _gap(tally(which)[2]))
+        for size, costs, method, which in kinds
+        if which
+    ]
+    methods = ((OURS, False), (PAPER, False), (HIGHS, False), (OURS, True))
+    times = []
+    for prompts in sorted({row["prompts"] for row in select(rows, part="time")}):
+        cells = [milliseconds(rows, prompts, method, costs=costs) for method, costs in methods]
+        times.append((prompts, *("–" if np.isnan(cell) else f"{cell:,.3g}" for cell in cells)))
+    losses = [(name, *("{:.1f} ({:.1f} to {:.1f})".format(*lost(rows, name, rule)) for rule in RULES))
+              for name in MIXTURES]  # fmt: skip
+    return {
+        "gaps": markdown_table(("size", "cost per rollout", "method", "optimal", "largest gap"), gaps),
+        "times": markdown_table(("prompts", OURS, PAPER, HIGHS, f"{OURS}, with costs"), times),
+        "losses": markdown_table(("rates", *RULES), losses),
+    }
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Gaps, time, and value lost by rules."""
+    from experiments import plots
+
+    return plots.solver(rows)
