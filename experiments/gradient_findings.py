@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.stats import rankdata
 
 from experiments import values
@@ -55,15 +56,15 @@ class Measured:
     """Prompts of all seeds and stages; G group sizes.
 
     Attributes:
-        seed: (P,) seed.
         step: (P,) training steps of the model.
+        stage: (P,) number of the seed and step.
         rates: (P,) exact success rate.
         by_target: (P, G) mean over groups, for ``norm``, ``cosine``, ``own`` and ``population``.
         fitted_on: (P,) whether the prompt belongs to the half that value functions are fitted on.
     """
 
-    seed: IntArray
     step: IntArray
+    stage: IntArray
     rates: FloatArray
     by_target: dict[str, FloatArray]
     fitted_on: BoolArray
@@ -71,20 +72,19 @@ class Measured:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Measured:
         """From the rows of ``experiments.gradient_value``; every second prompt of a stage is in the fitting half."""
-        chosen = [row for row in rows if row["part"] == "prompt"]
-        seed, step = (np.array([row[name] for row in chosen]) for name in ("seed", "step"))
-        place = np.zeros(len(chosen), dtype=np.int64)
-        for one_seed, one_step in set(zip(seed.tolist(), step.tolist(), strict=True)):
-            mine = (seed == one_seed) & (step == one_step)
-            place[mine] = np.arange(mine.sum())
-        targets = {name: np.array([row[name] for row in chosen]) for name in ("norm", "cosine", "own", "population")}
-        return cls(seed, step, np.array([row["p"] for row in chosen]), targets, place % 2 == 0)
+        chosen = select(rows, part="prompt")
+        pairs = np.array([(row["seed"], row["step"]) for row in chosen])
+        _, stage = np.unique(pairs, axis=0, return_inverse=True)
+        fitted_on = np.zeros(len(chosen), dtype=np.bool_)
+        for one in range(stage.max() + 1):
+            fitted_on[np.flatnonzero(stage == one)[::2]] = True
+        targets = {name: np.array([row[name] for row in chosen]) for name in TARGETS}
+        return cls(pairs[:, 1], stage, np.array([row["p"] for row in chosen]), targets, fitted_on)
 
     @property
     def stages(self) -> list[IntArray]:
-        """Indices of the prompts of each seed and step."""
-        pairs = sorted(set(zip(self.seed.tolist(), self.step.tolist(), strict=True)))
-        return [np.flatnonzero((self.seed == seed) & (self.step == step)) for seed, step in pairs]
+        """Indices of the prompts of each stage."""
+        return [np.flatnonzero(self.stage == one) for one in range(self.stage.max() + 1)]
 
     def relative(self, target: str) -> FloatArray:
         """(P, G) a target relative to its root mean square in the stage: within a batch only ratios matter."""
@@ -94,15 +94,10 @@ class Measured:
         return found
 
 
-def least_squares_share(predicted: FloatArray, measured: FloatArray) -> float:
-    """1 - sum (y - c x)^2 / sum y^2 with the best c: the share of squared gains that values explain up to a factor."""
-    x, y = predicted.ravel(), measured.ravel()
-    explained = float(x @ y) ** 2 / float(x @ x) if x.any() else 0.0
-    return explained / float(y @ y)
-
-
 def explained(measured: Measured, predicted: FloatArray, target: str, chosen: BoolArray | None = None) -> float:
-    """Share of squared gains that values explain, with a factor of its own in each stage; mean over stages.
+    """Share of squared gains that values explain up to a factor for each stage; mean over stages.
+
+    In a stage this is 1 - sum (y - c x)^2 / sum y^2 with the best c, which is (x y)^2 / (x x) (y y).
 
     Args:
         measured: the gains.
@@ -110,45 +105,39 @@ def explained(measured: Measured, predicted: FloatArray, target: str, chosen: Bo
         target: which gain.
         chosen: (P,) the prompts that count; None for all.
     """
-    gains = measured.by_target[target]
-    shares = []
-    for stage in measured.stages:
-        mine = stage if chosen is None else stage[chosen[stage]]
-        shares.append(least_squares_share(predicted[mine], gains[mine]))
-    return float(np.mean(shares))
+    x, y = predicted, measured.by_target[target]
+    counted = np.ones(len(x)) if chosen is None else chosen
+    xy, xx, yy = (np.bincount(measured.stage, (a * b).sum(axis=1) * counted) for a, b in ((x, y), (x, x), (y, y)))
+    return float(np.mean(xy**2 / (np.where(xx > 0.0, xx, 1.0) * yy)))
 
 
-def fit(rows: Sequence[Row], target: str = TARGET) -> dict[str, Any]:
+def fit(measured: Measured, target: str = TARGET) -> dict[str, Any]:
     """Fit V(N, p) = c (1 - p^N - (1-p)^N) p^a (1-p)^b to the measured gains of half the prompts.
 
     Least squares over exponents a, b in [0, 5] to two digits, with a factor c for each stage, because within a batch
     only ratios matter. The paper's value is a = 1, b = 2.
 
     Args:
-        rows: of ``experiments.gradient_value``.
+        measured: the gains.
         target: which gain.
 
     Returns:
         ``success_exponent``, ``failure_exponent``, ``target``, ``prompts`` fitted on, and ``explained`` on the other
         half by the fitted value and by the paper's, see :func:`explained`.
     """
-    measured = Measured.of(rows)
     half = measured.fitted_on
     mixed = nonzero_gradient_probability(np.array(GROUP_SIZES), measured.rates[:, None])
 
     def shape(a: float, b: float) -> FloatArray:
         return mixed * (measured.rates**a * (1.0 - measured.rates) ** b)[:, None]
 
-    best, width = (LARGEST_EXPONENT / 2, LARGEST_EXPONENT / 2), LARGEST_EXPONENT / 2
-    for step in (0.25, 0.05, 0.01):
-        centre: tuple[float, float] | None = None
-        while centre != best:  # the optimum may lie along a valley that leaves the window
-            centre = best
-            around = [np.arange(middle - width, middle + width + step / 2, step).round(2) for middle in centre]
-            inside = [axis[(axis >= 0.0) & (axis <= LARGEST_EXPONENT)].tolist() for axis in around]
-            tried = [centre, *((a, b) for a in inside[0] for b in inside[1])]
-            best = max(tried, key=lambda pair: explained(measured, shape(*pair), target, half))
-        width = 4 * step
+    def share(pair: Sequence[float]) -> float:
+        return explained(measured, shape(*pair), target, half)
+
+    bounds = [(0.0, LARGEST_EXPONENT)] * 2
+    found = minimize(lambda pair: -share(pair), (1.0, 1.0), bounds=bounds, method="Nelder-Mead").x
+    digits = [[np.floor(100 * one) / 100, np.ceil(100 * one) / 100] for one in found]
+    best = max(((float(a), float(b)) for a in digits[0] for b in digits[1]), key=share)
     judged = {
         name: round(explained(measured, shape(*pair), target, ~half), 4)
         for name, pair in (("fitted", best), ("knapsack", (1.0, 2.0)))
@@ -252,7 +241,7 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
             "holds" if best == PAPER else "holds in part" if shares[PAPER] > shares[best] - 0.05 else "does not hold",
         )
     )
-    fitted = fit(rows)
+    fitted = fit(measured)
     ours, paper = fitted["explained"]["fitted"], fitted["explained"][PAPER]
     found.append(
         Finding(
@@ -287,7 +276,7 @@ def figures(rows: Sequence[Row]) -> Callable[[str], str]:
         "prompts that lower others": f"{100 * float((measured.by_target['population'][:, 2] < 0).mean()):.0f} %",
     }
     for target in ("own", "population"):
-        fitted = fit(rows, target)
+        fitted = fit(measured, target)
         a, b = fitted["success_exponent"], fitted["failure_exponent"]
         found |= {f"fit, {target}, a": f"{a:.2f}", f"fit, {target}, b": f"{b:.2f}"}
         found[f"fit, {target}, peak"] = f"{a / (a + b) if a + b > 0 else float('nan'):.2f}"
@@ -297,46 +286,21 @@ def figures(rows: Sequence[Row]) -> Callable[[str], str]:
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """Correlations over everything, per rollout and by stage, and growth with N."""
+    """Correlations, and growth with N."""
     measured = Measured.of(rows)
     predicted = predictions(measured.rates)
-    header = ("value", *TARGETS.values())
-
-    def correlations(targets: Mapping[str, FloatArray], *, by_rank: bool) -> list[tuple[str, ...]]:
-        return [
-            (name, *(str(correlation(measured, table, target, by_rank=by_rank)) for target in targets.values()))
-            for name, table in predicted.items()
-        ]
-
-    per_rollout = {name: measured.by_target[name] * np.array(GROUP_SIZES) for name in ("own", "population")}
+    correlations = [
+        (name, *(str(correlation(measured, table, target, by_rank=True)) for target in measured.by_target.values()))
+        for name, table in predicted.items()
+    ]
     sizes = []
     for label, (low, high) in CLASSES.items():
         for kind, shares in zip(("measured", "predicted"), shape_in_size(measured, low, high), strict=True):
             sizes.append((f"{label}: {kind}", *(f"{share:.2f}" for share in shares)))
     return {
-        "Spearman": markdown_table(header, correlations(measured.by_target, by_rank=True)),
-        "Pearson": markdown_table(header, correlations(measured.by_target, by_rank=False)),
-        "per rollout": markdown_table(("value", *(TARGETS[n] for n in per_rollout)),
-                                      correlations(per_rollout, by_rank=True)),
-        "stages": markdown_table(("training steps", *TARGETS.values()), _by_stage(measured, predicted[PAPER])),
+        "Spearman": markdown_table(("value", *TARGETS.values()), correlations),
         "sizes": markdown_table(("prompts", *(f"N = {n}" for n in GROUP_SIZES)), sizes),
-    }  # fmt: skip
-
-
-def _by_stage(measured: Measured, predicted: FloatArray) -> list[tuple[object, ...]]:
-    """Spearman correlation of the paper's value by training step; mean and standard deviation over seeds."""
-    lines: list[tuple[object, ...]] = []
-    for step in sorted(set(measured.step.tolist())):
-        cells = []
-        for target in TARGETS:
-            found = [
-                np.corrcoef(rankdata(predicted[mine]), rankdata(measured.by_target[target][mine]))[0, 1]
-                for mine in measured.stages
-                if measured.step[mine[0]] == step
-            ]
-            cells.append(f"{np.mean(found):.2f} ± {np.std(found, ddof=1) if len(found) > 1 else 0.0:.2f}")
-        lines.append((step, *cells))
-    return lines
+    }
 
 
 def draw(rows: Sequence[Row]) -> Figure:

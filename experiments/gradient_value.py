@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.contract import Options, Row
-from experiments.gradient_findings import GROUP_SIZES, draw, figures, findings, fit, tables, write_fit
+from experiments.gradient_findings import GROUP_SIZES, Measured, draw, figures, findings, fit, tables, write_fit
 from experiments.pieces import Piece, run_pieces
 from experiments.values import FIT_FILE
 from knapsack_rl.allocation.checks import FloatArray, IntArray
@@ -99,7 +99,7 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
         ImportError: the packages of the extra ``trl`` are not installed.
     """
     rows = run_pieces(_pieces(options), _folder(options), options.workers, done)
-    write_fit(fit(rows), _folder(options) / FIT_FILE.name)
+    write_fit(fit(Measured.of(rows)), _folder(options) / FIT_FILE.name)
     return rows
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from experiments.contract import Finding, Options, Row, by_name, markdown_table, select
 from experiments.optimality_cases import (
     CASE_VALUES,
-    DECADES,
     EXACT,
     FALLBACK_ON_TRUTH,
     HIGHS,
@@ -110,15 +109,12 @@ class _Gaps:
 
     def row(self) -> dict[str, Any]:
         gaps = np.array(self.gaps)
-        # Decade d holds gaps in (10^(d-1), 10^d]; what is at most EXACT is rounding and comes first.
-        place = np.where(gaps <= EXACT, 0, np.ceil(np.log10(np.maximum(gaps, EXACT))).astype(int) - DECADES[0])
         return {
             "instances": int(gaps.size) + self.infeasible + self.unsolved,
             "optimal": int((gaps <= EXACT).sum()),
             "infeasible": self.infeasible,
             "unsolved": self.unsolved,
             "largest_gap": float(gaps.max(initial=0.0)),
-            "histogram": np.bincount(np.clip(place, 0, len(DECADES) - 1), minlength=len(DECADES)).tolist(),
             "certified": self.certified,
             "false_certificates": self.false_certificates,
         }
@@ -371,18 +367,7 @@ def figures(rows: Sequence[Row]) -> Callable[[str], str]:
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """Gaps, times and losses."""
-    kinds = [
-        (size, costs, method, select(rows, part="gaps", size=size, costs=costs, method=method))
-        for size in ("small", "medium")
-        for costs in (False, True)
-        for method in (OURS, PAPER, HIGHS)
-    ]
-    gaps = [
-        (size, "20 to 2000" if costs else "1", method, "{:,} of {:,}".format(*tally(which)), _gap(tally(which)[2]))
-        for size, costs, method, which in kinds
-        if which
-    ]
+    """Times and losses."""
     methods = ((OURS, False), (PAPER, False), (HIGHS, False), (OURS, True))
     times = []
     for prompts in sorted({row["prompts"] for row in select(rows, part="time")}):
@@ -391,7 +376,6 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     losses = [(name, *("{:.1f} ({:.1f} to {:.1f})".format(*lost(rows, name, rule)) for rule in RULES))
               for name in MIXTURES]  # fmt: skip
     return {
-        "gaps": markdown_table(("size", "cost per rollout", "method", "optimal", "largest gap"), gaps),
         "times": markdown_table(("prompts", OURS, PAPER, HIGHS, f"{OURS}, with costs"), times),
         "losses": markdown_table(("rates", *RULES), losses),
     }

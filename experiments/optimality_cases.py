@@ -32,8 +32,6 @@ RATES = ("uniform", "late-training", "0.3*point(0) + 0.3*point(1) + 0.4*uniform"
 
 EXACT = 1e-12
 """Relative gaps up to this are rounding of sums."""
-DECADES = tuple(range(-12, 1))
-"""Powers of ten that bound the bins of gaps from above; the first bin holds rounding."""
 OURS, PAPER, HIGHS = "ours", "the paper's dynamic program", "HiGHS"
 
 FALLBACK_ON_TRUTH = "fallback rule, true rates"

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from experiments import catalogue
-from experiments.contract import Finding, Row, markdown_table, seeds_of
+from experiments.contract import Finding, markdown_table, seeds_of
 from experiments.names import fill
 
 TEMPLATES = Path(__file__).parent / "pages"
@@ -46,7 +46,7 @@ class Evidence:
     def of(self, experiment: str) -> _Figures:
         """Figures of one experiment."""
         if experiment not in self._of:
-            self._of[experiment] = _Figures(experiment, catalogue.read(experiment, self.folder))
+            self._of[experiment] = _Figures(experiment, self.folder)
         return self._of[experiment]
 
     def claims(self) -> str:
@@ -62,9 +62,10 @@ class Evidence:
 class _Figures:
     """Figures, tables and findings of one experiment, each kind computed once."""
 
-    def __init__(self, name: str, rows: list[Row]) -> None:
-        self.rows, self._experiment = rows, catalogue.load(name)
-        self._figure = self._experiment.figures(rows)
+    def __init__(self, name: str, folder: Path) -> None:
+        self._experiment = catalogue.load(name)
+        self.rows = catalogue.read(name, folder)
+        self._figure = self._experiment.figures(self.rows)
 
     @cached_property
     def findings(self) -> list[Finding]:

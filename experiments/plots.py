@@ -13,7 +13,7 @@ from experiments.contract import Row, select
 from experiments.extract import CLASS_SERIES
 from experiments.gradient_findings import CLASSES, FORMULAS, GROUP_SIZES, TARGETS, Measured
 from experiments.measures import MEASURES
-from experiments.optimality_cases import DECADES, HIGHS, MIXTURES, OURS, PAPER, RULES
+from experiments.optimality_cases import HIGHS, MIXTURES, OURS, PAPER, RULES
 from experiments.pool import ARMS
 from experiments.statistics import per_seed
 from knapsack_rl.allocation.checks import FloatArray
@@ -131,25 +131,12 @@ def _gain(rows: Sequence[Row], where: str, knob: str, ax: Axes) -> None:
 
 
 def solver(rows: Sequence[Row]) -> Figure:
-    """Gaps, time, and value lost by rules."""
-    page = Figure(figsize=(15, 4.2), layout="constrained")
-    gaps, times, lost = page.subplots(1, 3)
-    _gaps(rows, gaps)
+    """Time, and value lost by rules."""
+    page = Figure(figsize=(11, 4.2), layout="constrained")
+    times, lost = page.subplots(1, 2)
     _times(rows, times)
     _losses(rows, lost)
     return page
-
-
-def _gaps(rows: Sequence[Row], ax: Axes) -> None:
-    width = 0.27
-    for k, (method, colour) in enumerate(((OURS, BLUE), (PAPER, VERMILION), (HIGHS, GREEN))):
-        which = select(rows, part="gaps", method=method)
-        counts = np.sum([row["histogram"] for row in which], axis=0)
-        ax.bar(np.array(DECADES) + width * (k - 1), counts, width, color=colour, label=method, log=True)
-    labels = ["exact", *(f"$10^{{{d}}}$" for d in DECADES[1:])]
-    ax.set_xticks(DECADES[::2], labels[::2])
-    ax.set(xlabel="relative gap to the best, up to", ylabel="instances (log scale)", ylim=(0.7, None))
-    _finish(ax, "Gaps to the optimum")
 
 
 def _times(rows: Sequence[Row], ax: Axes) -> None:
@@ -197,7 +184,7 @@ def gradient_value(rows: Sequence[Row]) -> Figure:
     page = Figure(figsize=(16, 4), layout="constrained")
     own, others, growth, bars = page.subplots(1, 4)
     for target, ax in (("own", own), ("population", others)):
-        _against_rate(measured, target, gradient_findings.fit(rows, target), ax)
+        _against_rate(measured, target, gradient_findings.fit(measured, target), ax)
     _growth(measured, growth)
     _correlations(measured, bars)
     return page

@@ -287,7 +287,7 @@ def _graded(loss: float, small: float, large: float) -> Verdict:
 def findings(rows: Sequence[Row]) -> list[Finding]:
     """Claims on the recorded run, whose rates are those of a real training run, and the default in all environments."""
     late = {policy: curve(rows, RECORDED, DELAY, policy) for policy in (DEFAULT, PAPER)}
-    last = max(late[DEFAULT])
+    first, last = min(at for at in late[DEFAULT] if at), max(late[DEFAULT])
     window = curve(rows, RECORDED, WINDOW, PAPER)
     knobs = {(policy, knob): curve(rows, RECORDED, knob, policy)
              for policy, knob in (("Beta", DISCOUNT), ("empirical Bayes", DISCOUNT), ("Beta", PRIOR))}  # fmt: skip
@@ -300,11 +300,11 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
             "the gain)",
             "assumed",
             "; ".join(
-                f"{policy}: {_percent(gains[0.0])} of the gain captured at once, {_percent(gains[1.0])} with outcomes "
-                f"1 epoch late, {_percent(gains[last])} with {last:g}"
+                f"{policy}: {_percent(gains[0.0])} of the gain captured at once, {_percent(gains[first])} with "
+                f"outcomes {first:g} epoch{'s' * (first > 1)} late, {_percent(gains[last])} with {last:g}"
                 for policy, gains in late.items()
             ),
-            _graded(1.0 - late[DEFAULT][1.0][0] / late[DEFAULT][0.0][0], 0.1, 0.5),
+            _graded(1.0 - late[DEFAULT][first][0] / late[DEFAULT][0.0][0], 0.1, 0.5),
         ),
         Finding(
             "The length of the paper's window matters little (at most 5 points of the gain)",
@@ -355,10 +355,10 @@ def figures(rows: Sequence[Row]) -> Callable[[str], str]:
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """A table for each knob."""
+    """A table for each knob: the recorded run."""
     found = {}
     for name, knob in KNOBS.items():
-        lines = {f"{where}: {policy}": line for (where, k, policy), line in curves(rows).items() if k == knob}
+        lines = {policy: line for (where, k, policy), line in curves(rows).items() if (where, k) == (RECORDED, knob)}
         points = sorted({at for line in lines.values() for at in line})
         body = [(label, *(_percent(line[at]) if at in line else "–" for at in points)) for label, line in lines.items()]
         found[name] = markdown_table((knob, *(f"{at:g}" for at in points)), body)
