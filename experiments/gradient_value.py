@@ -3,7 +3,7 @@
 On the shipped arithmetic model, as it is and at points of a training run of the main job: the norm of a prompt's GRPO
 gradient at group size N, its cosine to the gradient of a large batch of other prompts, and the slope along it of the
 prompt's own success rate and of the mean of other prompts'. Success rates are exact, see
-:mod:`experiments.gradients`.
+:mod:`experiments.gradient_measure`.
 
 ``fitted_value.json`` in the folder of the experiment's runs holds the value function that was fitted to the measured
 gains; ``experiments/data/fitted_value.json`` is a copy and gives :func:`experiments.values.fitted`.
@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.contract import Options, Row
-from experiments.gradient_findings import GROUP_SIZES, Measured, draw, figures, findings, fit, tables, write_fit
+from experiments.gradient_fit import GROUP_SIZES, Measured, draw, figures, findings, fit, tables, write_fit
 from experiments.pieces import Piece, run_pieces
-from experiments.values import FIT_FILE
+from experiments.values import FITTED_VALUE
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.runs.files import ALLOCATION_LOG, METRICS_FILE, MODEL_FOLDER, complete_checkpoints, steps_of
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from experiments.gradients import ArithmeticModel, Directions, Pair
+    from experiments.gradient_measure import ArithmeticModel, Directions, Pair
 
 __all__ = ["draw", "figures", "findings", "measure", "pieces", "tables"]
 
@@ -99,7 +99,7 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
         ImportError: the packages of the extra ``trl`` are not installed.
     """
     rows = run_pieces(_pieces(options), _folder(options), options.workers, done)
-    write_fit(fit(Measured.of(rows)), _folder(options) / FIT_FILE.name)
+    write_fit(fit(Measured.of(rows)), _folder(options) / FITTED_VALUE.name)
     return rows
 
 
@@ -119,7 +119,7 @@ def measured_stage(seed: int, step: int, sizes: Sizes, folder: str) -> list[Row]
     """Rows of one model: one of the stage, one for each prompt."""
     import torch
 
-    from experiments.gradients import ArithmeticModel, PromptScores
+    from experiments.gradient_measure import ArithmeticModel, PromptScores
     from knapsack_rl.tasks import make_splits, to_rows
 
     torch.set_num_threads(1)
@@ -173,7 +173,7 @@ def measured_stage(seed: int, step: int, sizes: Sizes, folder: str) -> list[Row]
 
 def _directions(model: ArithmeticModel, others: list[dict[str, Any]]) -> Directions:
     """Gradients of the other prompts: of a GRPO batch of 8 rollouts each, and of their mean success rate."""
-    from experiments.gradients import Directions, policy_gradient
+    from experiments.gradient_measure import Directions, policy_gradient
 
     batch = policy_gradient(model, model.sample(others, 8))
     assert batch is not None, "a large batch holds mixed groups"

@@ -31,8 +31,3 @@ def first_name(text: str) -> str:
     if not found:
         raise ValueError(f"{text!r} must name a figure in double braces")
     return found[1]
-
-
-def names_in(text: str) -> list[str]:
-    """All names in a text."""
-    return _NAME.findall(text)

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import gradient_findings, optimality, robustness
+from experiments import gradient_fit, optimality, robustness
 from experiments.contract import Row, select
 from experiments.extract import CLASS_SERIES
-from experiments.gradient_findings import CLASSES, FORMULAS, GROUP_SIZES, TARGETS, Measured
+from experiments.gradient_fit import CLASSES, FORMULAS, GROUP_SIZES, TARGETS, Measured
 from experiments.measures import MEASURES
 from experiments.optimality_cases import HIGHS, MIXTURES, OURS, PAPER, RULES
 from experiments.pool import ARMS
@@ -184,7 +184,7 @@ def gradient_value(rows: Sequence[Row]) -> Figure:
     page = Figure(figsize=(16, 4), layout="constrained")
     own, others, growth, bars = page.subplots(1, 4)
     for target, ax in (("own", own), ("population", others)):
-        _against_rate(measured, target, gradient_findings.fit(measured, target), ax)
+        _against_rate(measured, target, gradient_fit.fit(measured, target), ax)
     _growth(measured, growth)
     _correlations(measured, bars)
     return page
@@ -222,7 +222,7 @@ def _against_rate(measured: Measured, target: str, fitted: dict[str, float], ax:
 
 def _growth(measured: Measured, ax: Axes) -> None:
     for k, (label, (low, high)) in enumerate(CLASSES.items()):
-        gains, mixed = gradient_findings.shape_in_size(measured, low, high)
+        gains, mixed = gradient_fit.shape_in_size(measured, low, high)
         ax.plot(GROUP_SIZES, gains, MARKERS[k] + "-", color=CURVE_COLOURS[k], markersize=4, label=label)
         ax.plot(GROUP_SIZES, mixed, "--", color=CURVE_COLOURS[k], linewidth=1)
     ax.plot([], [], "--", color=GREY, label="V(N, p)")
@@ -233,12 +233,11 @@ def _growth(measured: Measured, ax: Axes) -> None:
 
 
 def _correlations(measured: Measured, ax: Axes) -> None:
-    predicted = gradient_findings.predictions(measured.rates)
+    predicted = gradient_fit.predictions(measured.rates)
     height = 0.8 / len(FORMULAS)
     for k, name in enumerate(FORMULAS):
         found = [
-            gradient_findings.correlation(measured, predicted[name], measured.by_target[t], by_rank=True)
-            for t in TARGETS
+            gradient_fit.correlation(measured, predicted[name], measured.by_target[t], by_rank=True) for t in TARGETS
         ]
         means = np.array([c.mean for c in found])
         error = np.array([[c.mean - c.low, c.high - c.mean] for c in found]).T.clip(min=0.0)

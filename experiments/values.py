@@ -1,6 +1,7 @@
-"""Values of a group that were compared with the paper's: functions of (N, p), named as "experiments.values:NAME".
+"""Values of N rollouts that lost to the paper's in training, as plain functions ``f(counts, success_rates)``.
 
-Each broadcasts counts against success rates, is 0 for no rollouts and concave from one rollout on.
+A configuration names them by import path, such as ``value="experiments.values:reward_variance"``. All broadcast like
+numpy, are 0 for no rollouts and concave from one rollout on.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl.allocation.checks import FloatArray, check_counts, check_success_rates
+from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.allocation.value import information_gain, nonzero_gradient_probability
 
-FIT_FILE = Path(__file__).parent / "data" / "fitted_value.json"
+FITTED_VALUE = Path(__file__).parent / "data" / "fitted_value.json"
+"""A copy of what the experiment ``gradient-value`` writes, see :func:`experiments.gradient_fit.fit`."""
 
 
 def reward_variance(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-    """Expected reward variance within the group (divisor N): V = p (1-p) (N-1)/N.
+    """Expected variance of the rewards of a group (divisor N): V = p (1-p) (N-1)/N.
 
-    The sample variance with divisor N-1 is unbiased for p (1-p); with divisor N it is (N-1)/N of that. One rollout
-    has none.
+    The sample variance with divisor N-1 is unbiased for p (1-p); with divisor N it is (N-1)/N of that. One rollout has
+    none. D(n) = p (1-p) / (n (n+1)).
     """
-    n, p = check_counts(counts), check_success_rates(success_rates)
+    n, p = np.asarray(counts), np.asarray(success_rates)
     return p * (1.0 - p) * (1.0 - 1.0 / np.maximum(n, 1))
 
 
@@ -38,26 +40,24 @@ def signal_to_noise(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
     signal power s^2, the score's length being the unit. Advantages have variance s N/(N-1) and scores of different
     rollouts point in unrelated directions, so the mean over N rollouts carries noise of power s/(N-1). A step of
     length h along a gradient of signal power S and noise power E improves by h S - h^2 (S + E)/2, at best
-    S/2 * S/(S + E): the share x/(1+x) of the improvement by a noiseless gradient, with x = S/E = (N-1) s. A group of
-    one has x = 0. Larger groups are worth more because they are less noisy, without saturating once both outcomes are
-    seen.
+    S/2 * S/(S + E): the share x/(1+x) of what a noiseless gradient gives, with x = S/E = (N-1) s. A group of one has
+    x = 0. Larger groups are worth more because they are less noisy, without saturating once both outcomes are seen.
+    D(n) = p (1-p)^2 s / [(1 + (n-1) s) (1 + n s)], which falls.
     """
-    n, p = check_counts(counts), check_success_rates(success_rates)
+    n, p = np.asarray(counts), np.asarray(success_rates)
     ratio = np.maximum(n - 1, 0) * (p * (1.0 - p))
     return information_gain(p) * ratio / (1.0 + ratio)
 
 
 def fitted(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-    """The paper's value with another information gain: V = (1 - p^N - (1-p)^N) p^a (1-p)^b.
-
-    The exponents were fitted to measured gradients of the shipped model, see :func:`experiments.gradient_fit.fit`.
-    """
-    p, (a, b) = check_success_rates(success_rates), fitted_exponents()
-    return nonzero_gradient_probability(counts, p) * (p**a * (1.0 - p) ** b)
+    """The paper's value with another information gain, p^a (1-p)^b, fitted to measured gradients."""
+    of_success, of_failure = fitted_exponents()
+    p = np.asarray(success_rates)
+    return nonzero_gradient_probability(counts, p) * p**of_success * (1.0 - p) ** of_failure
 
 
 @cache
 def fitted_exponents() -> tuple[float, float]:
     """Exponents of p and of 1-p in :func:`fitted`."""
-    found = json.loads(FIT_FILE.read_text(encoding="utf-8"))
+    found = json.loads(FITTED_VALUE.read_text(encoding="utf-8"))
     return float(found["success_exponent"]), float(found["failure_exponent"])

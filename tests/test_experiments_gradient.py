@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import gradient_findings, values
+from experiments import gradient_fit, values
 from experiments.contract import Options, Row
 from knapsack_rl.allocation.value import nonzero_gradient_probability
 
@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from experiments import gradient_value  # noqa: E402
-from experiments.gradients import (  # noqa: E402
+from experiments.gradient_measure import (  # noqa: E402
     ArithmeticModel,
     Directions,
     PromptScores,
@@ -197,30 +197,30 @@ def test_correlations_are_those_of_scipy() -> None:
     """In one stage Spearman's and Pearson's coefficients are scipy's; over stages their mean."""
     rng = np.random.default_rng(0)
     rows = made_up_rows(1.0, 2.0, noise=1.0)
-    measured = gradient_findings.Measured.of(rows)
+    measured = gradient_fit.Measured.of(rows)
     x, y = rng.integers(0, 5, measured.by_target["own"].shape).astype(float), measured.by_target["own"]
     for by_rank, scipys in ((True, stats.spearmanr), (False, stats.pearsonr)):
         expected = np.mean([scipys(x[mine].ravel(), y[mine].ravel()).statistic for mine in measured.stages])
-        found = gradient_findings.correlation(measured, x, y, by_rank=by_rank)
+        found = gradient_fit.correlation(measured, x, y, by_rank=by_rank)
         assert found.mean == pytest.approx(expected)
         assert found.low < found.mean < found.high
 
 
 def test_the_explained_share_is_that_of_least_squares() -> None:
-    measured = gradient_findings.Measured.of(made_up_rows(1.0, 2.0, noise=0.5))
+    measured = gradient_fit.Measured.of(made_up_rows(1.0, 2.0, noise=0.5))
     predicted = np.random.default_rng(0).random(measured.by_target["own"].shape)
     shares = []
     for mine in measured.stages:
         x, y = predicted[mine].ravel(), measured.by_target["own"][mine].ravel()
         rest = np.linalg.lstsq(x[:, None], y, rcond=None)[1][0]
         shares.append(1 - rest / (y @ y))
-    assert gradient_findings.explained(measured, predicted, "own") == pytest.approx(np.mean(shares))
+    assert gradient_fit.explained(measured, predicted, "own") == pytest.approx(np.mean(shares))
 
 
 def made_up_rows(a: float, b: float, noise: float = 0.0) -> list[Row]:
     """Rows as if gains were (1 - p^N - (1-p)^N) p^a (1-p)^b, on another scale in every stage."""
     rng = np.random.default_rng(0)
-    counts = np.array(gradient_findings.GROUP_SIZES)
+    counts = np.array(gradient_fit.GROUP_SIZES)
     rows: list[Row] = []
     for seed, step in itertools.product(range(2), (0, 100)):
         rows.append({"part": "stage", "seed": seed, "step": step, "mean_rate": 0.3})
@@ -235,7 +235,7 @@ def made_up_rows(a: float, b: float, noise: float = 0.0) -> list[Row]:
 
 def test_the_fit_finds_planted_exponents() -> None:
     for a, b in ((1.0, 2.0), (1.5, 0.5), (0.0, 3.2)):
-        found = gradient_findings.fit(gradient_findings.Measured.of(made_up_rows(a, b)))
+        found = gradient_fit.fit(gradient_fit.Measured.of(made_up_rows(a, b)))
         assert found["success_exponent"] == pytest.approx(a, abs=0.02)
         assert found["failure_exponent"] == pytest.approx(b, abs=0.02)
         assert found["explained"]["fitted"] > 0.999
@@ -260,12 +260,9 @@ def test_the_quick_version(tmp_path: Path) -> None:
     assert json.loads(json.dumps(rows)) == rows
     prompts = [row for row in rows if row["part"] == "prompt"]
     assert {row["step"] for row in prompts} == {0, 1}
-    assert all(0 < row["p"] < 1 and len(row["own"]) == len(gradient_findings.GROUP_SIZES) for row in prompts)
+    assert all(0 < row["p"] < 1 and len(row["own"]) == len(gradient_fit.GROUP_SIZES) for row in prompts)
     assert gradient_value.measure(options, reported.append) == rows  # from what the folder holds
-    assert (
-        json.loads((tmp_path / "gradient_value" / "fitted_value.json").read_text())["target"]
-        == gradient_findings.TARGET
-    )
+    assert json.loads((tmp_path / "gradient_value" / "fitted_value.json").read_text())["target"] == gradient_fit.TARGET
     assert len(gradient_value.findings(rows)) == 6
     assert gradient_value.figures(rows)("prompts") == str(len(prompts))
     assert set(gradient_value.tables(rows)) == {"Spearman", "sizes"}
@@ -274,6 +271,6 @@ def test_the_quick_version(tmp_path: Path) -> None:
 
 def test_the_shipped_value_is_the_fit_to_the_shipped_rows() -> None:
     lines = (Path(__file__).parent.parent / "docs" / "evidence" / "gradient-value.jsonl").read_text().splitlines()
-    shipped = json.loads(values.FIT_FILE.read_text(encoding="utf-8"))
-    measured = gradient_findings.Measured.of([json.loads(line) for line in lines])
-    assert gradient_findings.fit(measured) == shipped
+    shipped = json.loads(values.FITTED_VALUE.read_text(encoding="utf-8"))
+    measured = gradient_fit.Measured.of([json.loads(line) for line in lines])
+    assert gradient_fit.fit(measured) == shipped
