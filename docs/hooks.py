@@ -1,4 +1,4 @@
-"""Build hook: the docstrings name functions by Sphinx roles, which Markdown would print as they stand."""
+"""Build hook: docstrings refer to functions by Sphinx roles, which Markdown would print literally."""
 
 import re
 from typing import Any

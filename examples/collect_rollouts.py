@@ -1,14 +1,15 @@
-"""Collect rollouts from an OpenAI-compatible endpoint, each prompt as many as the knapsack gives it.
+"""Collect rollouts from an OpenAI-compatible endpoint, as many per prompt as the knapsack allocates.
 
-    knapsack-rl train --help               # how prompts.jsonl looks: columns prompt, answer and prompt_id
     python examples/collect_rollouts.py prompts.jsonl rollouts.jsonl --url http://localhost:8000/v1 --model MODEL \\
         --budget 512 --rounds 3
 
-Works with any server that speaks /chat/completions (vLLM, SGLang, llama.cpp, a hosted service). The number of rollouts
+prompts.jsonl has the columns prompt, answer (a number) and prompt_id.
+
+Works with any server that offers /chat/completions (vLLM, SGLang, llama.cpp, a hosted service). The number of rollouts
 of a prompt is the request's n; with --single-requests, for servers that ignore n, it is the number of requests. The
 rollouts, one JSON line each with prompt_id, completion, reward and step, can go to a trainer or to
-`knapsack-rl replay`; what was learned of success rates is kept beside them and used again.
-The key, where the endpoint wants one, is read from the environment variable OPENAI_API_KEY.
+`knapsack-rl replay`; the allocator's state is saved beside them and used again in the next run.
+If the endpoint needs a key, it is read from the environment variable OPENAI_API_KEY.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from knapsack_rl.tasks import gsm8k_reward
 
 
 def complete(url: str, model: str, prompt: str, count: int, options: argparse.Namespace) -> list[tuple[str, int]]:
-    """Completions of a prompt with their share of the tokens, by requests of at most ``--largest-n``.
+    """Completions of a prompt with their share of the tokens, in requests of at most ``--largest-n``.
 
     Raises:
-        OSError: the endpoint refused or could not be reached; its answer is told.
+        OSError: the endpoint refused or could not be reached; the message contains its answer.
     """
     found: list[tuple[str, int]] = []
     while len(found) < count:
@@ -104,14 +105,14 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("prompts", type=Path, help="JSONL with prompt, answer (a number) and prompt_id")
-    found.add_argument("rollouts", type=Path, help="JSONL that is appended to")
+    found.add_argument("rollouts", type=Path, help="JSONL file to append to")
     found.add_argument("--url", default="http://localhost:8000/v1")
     found.add_argument("--model", required=True)
-    found.add_argument("--budget", type=int, required=True, help="rollouts in a round, all prompts together")
+    found.add_argument("--budget", type=int, required=True, help="rollouts of a round, over all prompts")
     found.add_argument("--rounds", type=int, default=1)
     found.add_argument("--workers", type=int, default=8, help="requests at a time")
     found.add_argument("--largest-n", type=int, default=32, help="most completions in a request")
-    found.add_argument("--single-requests", action="store_true", help="one completion a request")
+    found.add_argument("--single-requests", action="store_true", help="one completion per request")
     found.add_argument("--temperature", type=float, default=1.0)
     found.add_argument("--max-tokens", type=int, default=512)
     found.add_argument("--timeout", type=float, default=600.0, help="seconds per request")

@@ -1,9 +1,9 @@
-"""Knapsack RL in a training loop of one's own: plain PyTorch, no trainer.
+"""Knapsack RL in your own training loop: plain PyTorch, no trainer.
 
     python examples/own_loop.py --steps 20
 
-Trains the small model that ships with the package on generated additions. What is Knapsack RL here are four calls:
-allocate, expand, group_advantages and observe; the rest is any policy-gradient loop.
+Trains the small model that ships with the package on generated additions. Knapsack RL is four calls here: plan, expand,
+observe and group_advantages; the rest is any policy-gradient loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knapsack_rl import KnapsackAllocator, group_advantages
+from knapsack_rl import AllocationSettings, Session, group_advantages
 from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, accuracy_reward, base_model_path, make_splits
 
 
@@ -33,15 +33,15 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(base_model_path())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     problems = make_splits(train=256, held_out=1).train
-    allocator = KnapsackAllocator(max_rollouts=64)
+    session = Session(AllocationSettings(max_rollouts=64))
 
     for step in range(1, options.steps + 1):
         batch = random.sample(problems, options.prompts)
         ids = [problem.prompt_id for problem in batch]
 
         # 1. How many rollouts each prompt gets; the sum is always the budget.
-        allocation = allocator.allocate(ids, options.prompts * options.rollouts)
-        group = allocation.expand()  # position in the batch of each rollout's prompt
+        plan = session.plan(ids, options.rollouts)
+        group = plan.expand()  # position in the batch of each rollout's prompt
 
         # 2. Generate and score.
         rows = [batch[k] for k in group]
@@ -76,9 +76,8 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        # 5. Remember what was seen.
-        allocator.observe([ids[k] for k in group], rewards)
-        metrics = allocator.metrics()
+        # 5. Learn from the outcomes.
+        metrics = session.observe(plan, group, rewards, step=step).metrics
         print(
             f"step {step}  reward {sum(rewards) / len(rewards):.3f}  loss {loss.item():+.4f}  effective gradient ratio "
             f"{metrics['effective_gradient_ratio']:.2f} (prompts {metrics['effective_prompt_ratio']:.2f})  largest "

@@ -3,7 +3,7 @@
     python examples/trl_script.py --steps 10
     torchrun --nproc_per_node 2 examples/trl_script.py --steps 10
 
-With --stock it is the script as it was before.
+With --stock it runs TRL's own trainer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 
 
 def main() -> None:
-    """Train and print what the trainer logged."""
+    """Train, then print the log."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--stock", action="store_true", help="TRL's own trainer")
@@ -34,7 +34,7 @@ def main() -> None:
     accelerated = torch.cuda.is_available()
     config = config_class(
         output_dir=options.output,
-        num_generations=8,  # under the knapsack the mean number of rollouts per prompt
+        num_generations=8,  # the mean number of rollouts per prompt
         per_device_train_batch_size=64,
         max_completion_length=6,
         max_steps=options.steps,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The setting of the Knapsack RL paper on verl: Qwen2.5-Math-7B, DAPO-Math-17K, 256 prompts x 8 rollouts, N_up = 128.
 #
-#   bash examples/verl_qwen25_math_7b.sh prepare DOWNLOADED.parquet    once: one row for each prompt
-#   bash examples/verl_qwen25_math_7b.sh [more overrides]              train; start it again to resume
+#   bash examples/verl_qwen25_math_7b.sh prepare DOWNLOADED.parquet    once: keep one row per prompt
+#   bash examples/verl_qwen25_math_7b.sh [more overrides]              train; the same command resumes
 #
 # Needs pip install "knapsack-rl[verl]" and an inference engine (vLLM) on every node, and a Ray cluster if NODES > 1.
 # Not run by this project's tests, which train a tiny model; the overrides are checked by `knapsack-rl verl-args`.
@@ -16,7 +16,7 @@ NODES=${NODES:-1}
 GPUS=${GPUS:-8}
 
 if [[ "${1:-}" == prepare ]]; then
-    # The published file holds each of its prompts about a hundred times: keep the first row of each.
+    # The published file contains each prompt about a hundred times: keep the first row of each.
     mkdir -p "$(dirname "$DATA")"
     exec python - "$2" "$DATA" <<'PYTHON'
 import sys
@@ -71,7 +71,7 @@ LAUNCH=(
     'trainer.logger=[console,file]'
 )
 
-# Checks the launch and prints what switches the plug-in on. VERL_ARGS="--allocation uniform" is the baseline,
+# Checks the launch and prints the overrides of the plug-in. VERL_ARGS="--allocation uniform" is the baseline,
 # VERL_ARGS="--estimator window" the paper's rule.
 # shellcheck disable=SC2086 # VERL_ARGS are several words
 LINE=$(knapsack-rl verl-args --one-line --max-rollouts 128 ${VERL_ARGS:-} "${LAUNCH[@]}" "$@")

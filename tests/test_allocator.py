@@ -433,16 +433,6 @@ def test_adopted_counts_are_predicted_for() -> None:
             allocator.adopt(IDS, bad)
 
 
-def test_transition_matrix() -> None:
-    allocator = kr.KnapsackAllocator()
-    allocator.observe(["a"] * 4 + ["b"] * 4 + ["c"] * 2, [0, 0, 0, 0, 1, 1, 0, 0, 1, 1])
-    allocator.observe(["a"] * 4 + ["b"] * 4, [0, 0, 1, 1, 1, 1, 1, 1])
-    expected = np.zeros((5, 5), dtype=int)
-    expected[4, 2] = expected[2, 0] = expected[0, 0] = 1
-    assert allocator.transition_matrix().tolist() == expected.tolist()
-    assert kr.KnapsackAllocator().transition_matrix().sum() == 0
-
-
 def test_predicted_lengths() -> None:
     allocator = kr.KnapsackAllocator("beta", discount=1.0)
     assert allocator.predicted_lengths(["a", "b"]).tolist() == [1.0, 1.0]
@@ -523,7 +513,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, through: str, tmp_
             {k: v for k, v in allocator.metrics().items() if k not in drop}, nan_ok=True
         )
     assert twin.predicted_lengths(ids).tolist() == allocator.predicted_lengths(ids).tolist()
-    assert twin.transition_matrix().tolist() == allocator.transition_matrix().tolist()
 
 
 def test_a_fresh_allocator_can_be_saved(tmp_path: Path) -> None:
@@ -668,7 +657,7 @@ def test_foreign_files_are_refused_and_left_alone(content: str, tmp_path: Path) 
     else:
         buffer.write(b"PK\x03\x04 not really" if content == "zip" else b"hello\n")
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match=r"no .*allocator state"):
+    with pytest.raises(ValueError, match=r"allocator state"):
         kr.KnapsackAllocator.load(path)
     assert path.read_bytes() == buffer.getvalue()
 
@@ -690,7 +679,7 @@ def test_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     state = newer(trained().state_dict())
     statefile.write_state(path, state["header"], state["arrays"])
     old = path.read_bytes()
-    with pytest.raises(ValueError, match=r"version 99.*upgrade"):
+    with pytest.raises(ValueError, match=r"version 99.*reads version 4"):
         kr.KnapsackAllocator.load(path)
     assert path.read_bytes() == old
 
@@ -711,7 +700,7 @@ def with_array(name: str, array) -> object:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (newer, "version 99.*reads up to 3.*upgrade"),
+        (newer, "version 99.*reads version 4"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
         (lambda _: trained("beta").state_dict(), "estimator .*'beta'.*'empirical-bayes'"),
@@ -739,83 +728,16 @@ def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str) -> N
     assert counts_of(allocator) == counts
 
 
-@pytest.mark.parametrize(
-    ("name", "setting", "other"),
-    [("window", "fallback", False), ("beta", "discount", 0.5), ("bayes-filter", "iterations", 7)],
-)
-def test_a_state_that_lacks_a_newer_setting_means_its_default(name: str, setting: str, other, tmp_path: Path) -> None:
-    allocator = trained(name)
-    state = allocator.state_dict()
-    state["header"]["settings"].pop(setting, None)
-    kr.KnapsackAllocator(name).load_state_dict(state)
-    statefile.write_state(tmp_path / "state.npz", state["header"], state["arrays"])
-    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
-    assert twin.estimator.settings() == allocator.estimator.settings()
-    assert counts_of(twin) == counts_of(allocator)
-    with pytest.raises(ValueError, match="make it with the same"):
-        kr.KnapsackAllocator(name, **{setting: other}).load_state_dict(state)
-
-
-def as_version_1(state: dict) -> dict:
-    """The state as the package wrote it before it kept evidence."""
-    state["header"]["version"] = 1
-    del state["header"]["allocation_failures"]
-    del state["arrays"]["tracker.last_visit"], state["arrays"]["tracker.evidence"]
-    return state
-
-
-@pytest.mark.parametrize("name", ["window", "beta", "empirical-bayes"])
-def test_a_state_of_version_1_goes_on(name: str, tmp_path: Path) -> None:
-    allocator = trained(name)
-    state = as_version_1(allocator.state_dict())
-    statefile.write_state(tmp_path / "state.npz", state["header"], state["arrays"])
-    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
-    rng = np.random.default_rng(3)
-    ids = [*IDS, "new", "newer"]
-    for _ in range(4):
-        assert counts_of(twin, ids, 90) == counts_of(allocator, ids, 90)
-        rewards = rng.integers(0, 2, 28)
-        for each in (allocator, twin):
-            each.observe(ids * 4, rewards)
-    assert twin.state_dict()["header"]["version"] == 3
-
-
-OLD = {
-    "version-1-beta": ([24, 11, 9, 2, 2, 12], [68, 51, 39, 25, 17]),
-    "version-1-empirical-bayes": ([25, 12, 9, 2, 2, 10], [72, 53, 41, 18, 16]),
-    "version-1-window": ([28, 9, 9, 2, 2, 10], [90, 41, 36, 17, 16]),
-    "version-2-beta": ([24, 11, 9, 2, 2, 12], [68, 51, 39, 25, 17]),
-    "version-2-empirical-bayes": ([25, 12, 9, 2, 2, 10], [72, 53, 41, 18, 16]),
-    "version-2-window": ([28, 9, 9, 2, 2, 10], [90, 41, 36, 17, 16]),
-    "version-2-bayes-filter": ([26, 12, 8, 2, 2, 10], [74, 52, 40, 18, 16]),
-}
-"""What the versions that wrote these files made of a next batch, and the rollouts that they had seen."""
-
-
-@pytest.mark.parametrize("name", OLD)
-def test_a_file_of_an_older_version_goes_on(name: str, tmp_path: Path) -> None:
-    path = Path(__file__).parent / "old_states" / f"{name}.npz"
-    before = path.read_bytes()
-    allocator = kr.KnapsackAllocator.load(path)
-    assert path.read_bytes() == before
-    counts, rollouts = OLD[name]
-    ids = ["a", 7, "7", "é", "x"]
-    assert allocator.tracker.prompt_ids == ids
-    assert allocator.tracker.records().rollouts.tolist() == rollouts
-    assert allocator.allocate([*ids, "new"], 60).counts.tolist() == counts
-    allocator.save(tmp_path / "state.npz")
-    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz")
-    assert twin.state_dict()["header"]["version"] == 3
-    assert_same_state(twin.state_dict(), allocator.state_dict())
-
-
-def test_a_state_of_version_1_is_none_of_the_bayes_filter() -> None:
-    allocator = trained("bayes-filter")
-    before = allocator.state_dict()
-    for state in (trained("empirical-bayes").state_dict(), trained("bayes-filter").state_dict()):
-        with pytest.raises(ValueError):
-            allocator.load_state_dict(as_version_1(state))
-        assert_same_state(allocator.state_dict(), before)
+def test_a_state_of_other_settings_is_refused() -> None:
+    for name, setting, other in (
+        ("window", "fallback", False),
+        ("beta", "discount", 0.5),
+        ("bayes-filter", "iterations", 7),
+    ):
+        state = trained(name).state_dict()
+        kr.KnapsackAllocator(name).load_state_dict(state)
+        with pytest.raises(ValueError, match="use the same one"):
+            kr.KnapsackAllocator(name, **{setting: other}).load_state_dict(state)
 
 
 def test_a_success_function_is_passed_again(tmp_path: Path) -> None:

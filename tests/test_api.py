@@ -18,6 +18,8 @@ PUBLIC = [
     "Certificate",
     "KnapsackAllocator",
     "allocate",
+    "AllocationSettings",
+    "Session",
     "GroupStatistics",
     "group_advantages",
     "group_statistics",

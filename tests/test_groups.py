@@ -288,7 +288,7 @@ def test_outcomes_come_in_order_of_first_appearance(rollouts: Rollouts) -> None:
     members = members_of(rollouts.groups)
     found = group_outcomes(*rollouts)
     assert found.first_row.tolist() == [rows[0] for rows in members.values()]
-    assert rollouts.groups[found.first_row][found.group_of_rollout].tolist() == rollouts.groups.tolist()
+    assert rollouts.groups[found.first_row][found.group_R].tolist() == rollouts.groups.tolist()
     for index, rows in enumerate(members.values()):
         own = [r for r in rollouts.rewards[rows].tolist() if not math.isnan(r)]
         assert found.totals[index] == len(own)

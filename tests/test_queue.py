@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knapsack_rl import KnapsackAllocator, allocate, plan_epoch, value
+from knapsack_rl import KnapsackAllocator, allocate, value
 from knapsack_rl.allocation.value import marginal_values
 from knapsack_rl.trl.queue import MOST_BATCHES, PromptQueue, rollouts_at
 from strategies import no_deadline
@@ -54,7 +54,7 @@ def test_every_prompt_gets_its_turn_in_order_and_every_step_its_rollouts(seed, k
     order = []
     for step in range(steps):
         queue.push(rows_of(range(step * batch, (step + 1) * batch)))
-        served, allocation = queue.serve(allocator, allocator.allocate, batch * mean, batch)
+        served, allocation = serve(queue, allocator, batch * mean, batch)
         queue.remove(served)
         order += served
         assert allocation.counts.sum() == batch * mean
@@ -66,7 +66,12 @@ def test_every_prompt_gets_its_turn_in_order_and_every_step_its_rollouts(seed, k
     assert order + list(queue.rows) == list(range(steps * batch))
 
 
-def test_one_price_buys_more_than_one_budget_per_batch_and_most_of_what_the_plan_does():
+def serve(queue, allocator, budget, batch):
+    served = queue.choose(allocator, budget, batch)
+    return served, allocator.allocate(served, budget)
+
+
+def test_one_price_buys_more_than_one_budget_per_batch_and_most_of_what_one_budget_for_all_does():
     """Batches differ: half of them hold hardly anything of value."""
     rng = np.random.default_rng(0)
     batches = [np.where(rng.random(16) < 0.5, 0.995, 0.003) if b % 2 else rng.uniform(0.1, 0.6, 16) for b in range(24)]
@@ -75,21 +80,21 @@ def test_one_price_buys_more_than_one_budget_per_batch_and_most_of_what_the_plan
     counts = np.zeros(rates.size, int)
     for b in range(24):
         queue.push(rows_of(range(16 * b, 16 * b + 16)))
-        served, allocation = queue.serve(allocator, allocator.allocate, 128, 16)
+        served, allocation = serve(queue, allocator, 128, 16)
         queue.remove(served)
         counts[served] = allocation.counts
     assert counts.sum() == 24 * 128
     assert (counts > 0).sum() >= rates.size - MOST_BATCHES * 16  # the last ones still wait
     per_batch = np.concatenate([allocate(batch, 128).counts for batch in batches])
-    planned = np.concatenate(plan_epoch(batches, 24 * 128, slack=np.inf))
-    queued, even, best = (value(chosen, rates).sum() for chosen in (counts, per_batch, planned))
+    at_once = allocate(rates, 24 * 128).counts
+    queued, even, best = (value(chosen, rates).sum() for chosen in (counts, per_batch, at_once))
     assert even + 0.7 * (best - even) < queued
 
 
 def test_nothing_known_serves_the_batch():
     queue = PromptQueue(4)
     queue.push(rows_of("abc"))
-    served, allocation = queue.serve(KnapsackAllocator(), KnapsackAllocator().allocate, 12, 3)
+    served, allocation = serve(queue, KnapsackAllocator(), 12, 3)
     assert served == ["a", "b", "c"] and allocation.counts.tolist() == [4, 4, 4]
 
 

@@ -21,6 +21,7 @@ import knapsack_rl.trl
 import tiny
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.named import BetaEstimator
+from knapsack_rl.groups import group_outcomes, outcomes_by_position
 from knapsack_rl.state import read_state
 from knapsack_rl.trl import (
     ALLOCATION_LOG,
@@ -289,9 +290,8 @@ def test_ragged_advantages_of_random_batches_equal_the_reference(scale, weightin
         weights = np.array([0.5, 2.0])
         total = np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
         found = ragged_advantages(
-            groups,
+            outcomes_by_position(groups, total, groups.max() + 1),
             matrix,
-            total,
             weights,
             scale="group" if scale == "gdpo" else scale,
             aggregation="normalize_then_sum" if scale == "gdpo" else "sum_then_normalize",
@@ -312,9 +312,8 @@ def test_ragged_advantages_refuse_an_unknown_aggregation():
     one = np.ones(1)
     with pytest.raises(ValueError, match="sum_to_nothing"):
         ragged_advantages(
-            np.zeros(1, np.int64),
+            group_outcomes(np.zeros(1, np.int64), one),
             one[:, None],
-            one,
             one,
             scale="group",
             aggregation="sum_to_nothing",
@@ -764,16 +763,20 @@ def test_resuming_with_another_estimator_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"min_rollouts": 5}, "min_rollouts=5, num_generations=4"),
-        ({"min_rollouts": -1}, "min_rollouts=-1"),
+        ({"min_rollouts": -1}, "min_rollouts must be .*got -1"),
         ({"max_rollouts": 3}, "max_rollouts=3"),
         ({"allocation": "greedy"}, "allocation must be one of .*'greedy'"),
         ({"weighting": "token"}, "weighting must be one of .*'token'"),
         ({"prompts_per_step": "many"}, "prompts_per_step must be one of .*'many'"),
-        ({"prompts_per_step": "varying", "allocation": "uniform"}, "needs allocation='knapsack'"),
+        ({"prompts_per_step": "varying", "allocation": "uniform"}, "needs an allocation of rollouts"),
         ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
         ({"value": "fame"}, "value must be one of .*'fame'"),
-        ({"value": "variance", "estimator": "window"}, "fallback=False"),
-        ({"value": "variance", "estimator": "beta"}, "built in"),
+        ({"value": "nonzero-gradient", "estimator": "window"}, "fallback=False"),
+        ({"value": "nonzero-gradient", "estimator": "beta"}, "built in"),
+        ({"budget_unit": "tokens", "min_rollouts": 1}, "needs min_rollouts >= 2"),
+        ({"budget_unit": "tokens", "allocation": "paper"}, "counts rollouts"),
+        ({"budget_unit": "tokens", "prompts_per_step": "varying"}, "needs an allocation of rollouts"),
+        ({"estimator_settings": "smoothness=3"}, "has no setting smoothness"),
         ({"outcome_reward": "absent"}, "outcome_reward must name .*digit_sum.*'absent'"),
         ({"generation_kwargs": {"seed": 1}}, "seed"),
     ],
@@ -784,14 +787,64 @@ def test_a_configuration_that_cannot_work_is_refused_at_construction(settings, m
         trainer_of(KnapsackGRPOTrainer, tmp_path, **settings)
 
 
-def test_an_allocator_that_spends_tokens_is_refused(tmp_path):
-    """A step of TRL has a fixed number of rows."""
-    with pytest.raises(ValueError, match="same number of rows in every step"):
-        trainer_of(KnapsackGRPOTrainer, tmp_path, extra={"allocator": KnapsackAllocator(budget_unit="tokens")})
-
-
 def test_the_value_of_the_configuration_is_maximised(tmp_path):
-    assert trainer_of(KnapsackGRPOTrainer, tmp_path, value="variance").allocator.value == "variance"
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, value="nonzero-gradient")
+    assert trainer.allocator.value == "nonzero-gradient"
+
+
+# -- budgets in tokens ------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_in_tokens_pays_for_as_many_rollouts_as_it_is_expected_to(tmp_path):
+    """Rollouts vary from step to step, advantages stay those of the groups, expected tokens stay within the budget."""
+    in_parts = {"steps_per_generation": 2, "per_device_train_batch_size": 8, "num_iterations": 2, "max_steps": 40}
+    for settings in ({"max_steps": 10}, in_parts):
+        batches = []
+        folder = tmp_path / str(len(settings))
+        trainer = trainer_of(
+            KnapsackGRPOTrainer,
+            folder,
+            rewards=[tiny.recording(tiny.has_digit_five, batches)],
+            data=tiny.dataset(8),
+            budget_unit="tokens",
+            max_completion_length=8,
+            log_allocations=True,
+            **settings,
+        )
+        seen = []
+        original = trainer._finish_step
+
+        def finish(step, output, original=original, seen=seen, allocator=trainer.allocator):
+            original(step, output)
+            seen.append((step, output["advantages"].clone(), allocator.metrics()))
+
+        trainer._finish_step = finish
+        trainer.train()
+        log = allocation_log(folder)
+        sums = [sum(record["counts"]) for record in log]
+        assert sums[0] == 16 and len(set(sums)) > 1  # uniform until lengths are known
+        assert [len(batch["completions"]) for batch in batches] == sums
+        assert all(total % settings.get("steps_per_generation", 1) == 0 for total in sums)
+        before = {}
+        for (step, advantages, metrics), batch, record in zip(seen, batches, log, strict=True):
+            if step.ragged:
+                expected = tiny.reference_advantages(batch["prompt_id"], [batch["rewards"]])
+                np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-6)
+            assert metrics["allocation_failures"] == 0
+            if before and "expected_tokens" in metrics:
+                assert min(record["counts"]) >= 2
+            before = metrics
+        assert trainer.generated.rollouts == sum(sums)
+
+
+def test_a_budget_in_tokens_resumes_as_if_it_had_not_stopped(tmp_path):
+    settings = {"budget_unit": "tokens", "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer_of(KnapsackGRPOTrainer, tmp_path / "whole", data=tiny.dataset(8), **settings)
+    whole.train()
+    rest = trainer_of(KnapsackGRPOTrainer, tmp_path / "whole", data=tiny.dataset(8), **settings)
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same_state(whole.allocator.state_dict(), rest.allocator.state_dict())
+    assert tiny.fingerprint(whole.model) == tiny.fingerprint(rest.model)
 
 
 def test_an_id_that_names_two_prompts_is_refused(tmp_path):

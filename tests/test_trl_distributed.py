@@ -7,7 +7,7 @@ import tiny
 from trl_worker import CASES
 
 TOLERANCE = 3e-7
-QUICK = ["default", "none rewards", "gdpo", "steps per generation"]
+QUICK = ["default", "none rewards", "gdpo", "steps per generation", "tokens"]
 
 
 def launch(folder, cases):
@@ -77,7 +77,9 @@ def test_ragged_advantages_equal_the_reference_across_processes(seen):
         assert max(map(abs, expected)) > 0.1
         np.testing.assert_allclose(advantages, expected, rtol=0, atol=TOLERANCE)
         for everyone in logged:
-            np.testing.assert_allclose(everyone, expected, rtol=0, atol=TOLERANCE)
+            # TRL logs no more rows of a generation than the stock trainer makes.
+            assert len(everyone) == min(len(expected), 24 if case == "tokens" else len(expected))
+            np.testing.assert_allclose(everyone, expected[-len(everyone) :], rtol=0, atol=TOLERANCE)
     assert straddling >= 1, "no group straddles the processes"
 
 

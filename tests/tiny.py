@@ -101,9 +101,11 @@ def recording(function: Callable[..., Any], batches: list[dict[str, Any]]) -> Ca
 def informed_allocator(prompts: int = 24, **settings: Any) -> KnapsackAllocator:
     """An allocator that knows all prompts of :func:`dataset`, very different ones, so that every batch is ragged."""
     allocator = KnapsackAllocator(BetaEstimator(discount=1.0), **settings)
+    lengths = settings.get("budget_unit") == "tokens"
     for k in range(prompts):
         successes = (0, 1, 8, 16)[(k * 7 + k // 4) % 4]  # never solved, rarely, half the time, always
-        allocator.observe([f"p{k}"] * 16, [1.0] * successes + [0.0] * (16 - successes))
+        rewards = [1.0] * successes + [0.0] * (16 - successes)
+        allocator.observe([f"p{k}"] * 16, rewards, [1 + k % 5] * 16 if lengths else None)
     return allocator
 
 

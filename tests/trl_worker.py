@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two iterations": {"num_iterations": 2, "max_steps": 4},
     "two weighted rewards": TWO_REWARDS,
     "iterable dataset": {"iterable": True},
+    "tokens": {"budget_unit": "tokens", "steps_per_generation": 2, "gradient_accumulation_steps": 2},
     "prompt weighting": {"weighting": "prompt"},
 }
 
@@ -45,7 +46,7 @@ class WatchedTrainer(KnapsackGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        everyone = len(inputs) * self.accelerator.num_processes
+        everyone = len(output["advantages"]) * self.accelerator.num_processes
         logged = list(self._logs["advantages"])[-everyone:]
         self.watched.append({"advantages": output["advantages"].tolist(), "logged": logged})
         return output
@@ -61,9 +62,10 @@ def train(trainer_class: type, case: str, folder: Path, *, ragged: bool = False,
     if settings.pop("iterable", False):
         data = data.to_iterable_dataset()
     extra: dict[str, Any] = {}
+    unit = settings.pop("budget_unit", "rollouts")
     if ragged:
         arguments |= {"log_allocations": True}
-        extra["allocator"] = tiny.informed_allocator()
+        extra["allocator"] = tiny.informed_allocator(budget_unit=unit)
     rewards[0] = tiny.recording(rewards[0], batches)
     trainer = tiny.trainer(trainer_class, folder, *rewards, data=data, extra=extra, **(arguments | settings))
     start = tiny.fingerprint(trainer.model)

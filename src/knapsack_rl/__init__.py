@@ -11,6 +11,7 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import Partition, RolloutQueue, partition
 from knapsack_rl.conformance import check_engine
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
+from knapsack_rl.session import AllocationSettings, Session
 
 
 def __getattr__(name: str) -> str:
@@ -31,6 +32,9 @@ __all__ = [
     "Certificate",
     "KnapsackAllocator",
     "allocate",
+    # one run of an engine
+    "AllocationSettings",
+    "Session",
     # ragged groups
     "GroupStatistics",
     "group_advantages",

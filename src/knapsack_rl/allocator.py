@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,7 @@ from knapsack_rl.allocation.coverage import cover
 from knapsack_rl.allocation.degradation import evenly
 from knapsack_rl.allocation.policies import Allocation, allocate_estimated, allocate_expected, unpredicted
 from knapsack_rl.allocation.solver import total_value
-from knapsack_rl.allocation.value_functions import ValueLike
-from knapsack_rl.allocator_state import (
-    COUNTERS,
-    STATE_FORMAT,
-    STATE_VERSION,
-    arguments_of,
-    check_header,
-    check_same_estimator,
-    section,
-)
+from knapsack_rl.allocation.value_functions import VALUES, ValueLike
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
 from knapsack_rl.estimation.protocol import Estimator
@@ -43,23 +35,17 @@ from knapsack_rl.estimation.tokens import (
 )
 from knapsack_rl.estimation.topup import check_estimator, check_outcomes, posterior_after, top_up
 from knapsack_rl.estimation.tracker import Records, Tracker
-from knapsack_rl.groups import (
-    SuccessRule,
-    check_success_rule,
-    difficulty_class,
-    group_outcomes,
-    successes_of,
-    transition_matrix,
-)
+from knapsack_rl.groups import GroupOutcomes, SuccessRule, check_success_rule, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order
 from knapsack_rl.metrics import StepMetrics, lost_metrics
 from knapsack_rl.state import read_state, write_state
 
-logger = logging.getLogger(__name__)
-
 LARGEST_BUDGET = 2**24
 """Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
+
+STATE_FORMAT = "knapsack-rl allocator"
+STATE_VERSION = 4
 
 EVENLY = "allocation failed: divided evenly"
 
@@ -72,8 +58,8 @@ class KnapsackAllocator(Guarded):
 
     Inside a run nothing dies because of allocation: a batch whose bounds and budget contradict each other degrades in
     the order of :mod:`knapsack_rl.allocation.degradation`, is counted in the metrics and logged once. If the
-    estimator or the solver raises, the batch is divided evenly, the failure is counted (``allocation_failures``) and
-    logged once with its traceback. Arguments that make no sense raise ``ValueError``.
+    estimator or the solver raises, the batch is divided evenly, the failure is counted by kind (``failures/allocation``
+    and so on in the metrics) and logged once with its traceback. Arguments that make no sense raise ``ValueError``.
 
     Calls from several threads are safe and run one after the other; the result depends on their order, so a run that
     is to be repeated must make them in a fixed order.
@@ -139,7 +125,6 @@ class KnapsackAllocator(Guarded):
         self._prompts_at_refit = 0
         self._degraded_batches = 0
         self._unscored_rollouts = 0
-        self._twins_told = False
         self._step = StepMetrics()
 
     @one_at_a_time
@@ -163,7 +148,7 @@ class KnapsackAllocator(Guarded):
             rollouts = _check_budget(budget)
             decide = partial(self._allocate_rollouts, ids, rollouts)
         self._warn_of_twins(ids)
-        found = self.attempt("allocation", decide)
+        found = self.survive("allocation", decide)
         if found is None:
             counts = evenly(rollouts, self.min_rollouts, stable_order(ids))
             found = self._step.expect_nothing(ids, unpredicted(counts, EVENLY, degraded=True))
@@ -202,20 +187,18 @@ class KnapsackAllocator(Guarded):
 
     def _note_degradation(self, allocation: Allocation) -> Allocation:
         if allocation.degraded:
-            if not self._degraded_batches:
-                logger.warning("allocation degraded: %s (logged once, counted in the metrics)", allocation.reason)
             self._degraded_batches += 1
+            self.warn_once("degraded", f"allocation degraded: {allocation.reason}; counted as degraded_batches")
         return allocation
 
     def _warn_of_twins(self, ids: list[PromptId]) -> None:
-        """Tell once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
-        if not self._twins_told and (found := self.tracker.twin(ids)):
-            self._twins_told = True
+        """Warn once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
+        if "twins" not in self._warned and (found := self.tracker.twin(ids)):
             new, known = found
-            logger.warning(
-                "prompt id %r is new, but %r is known: ids keep their type, so what was observed of %r does not "
-                "count for %r. Give every id the same type in every epoch (told once)",
-                *(new, known, known, new),
+            self.warn_once(
+                "twins",
+                f"prompt id {new!r} is new, but {known!r} is known: ids keep their type, so what was observed of "
+                f"{known!r} does not count for {new!r}. Give every id the same type in every epoch",
             )
 
     @one_at_a_time
@@ -254,7 +237,7 @@ class KnapsackAllocator(Guarded):
             found = top_up(grid, posterior, counts, successes, left, cap, order)
             return self._step.predict(ids, self._note_degradation(found))
 
-        found = self.attempt("top-up", spend)
+        found = self.survive("top-up", spend)
         if found is None:
             found = self._step.predict(ids, unpredicted(evenly(left, 1, order), EVENLY, degraded=True))
         self._step.allocation["top_up_seconds"] = time.perf_counter() - started
@@ -285,7 +268,7 @@ class KnapsackAllocator(Guarded):
             belief = self._believe(self.tracker.lookup(ids), max(int(given.max()), 1))
             return self._step.expect(ids, Allocation(given, total_value(belief.marginals, given), reason), belief)
 
-        found = self.attempt("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))
+        found = self.survive("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))
         self._step.allocation["allocation_seconds"] = time.perf_counter() - started
         return found
 
@@ -304,18 +287,28 @@ class KnapsackAllocator(Guarded):
             ValueError: lengths of the arguments differ, an id has the wrong type, or a reward is infinite. Nothing is
                 recorded then.
         """
-        ids = check_prompt_ids(prompt_ids_per_rollout)
-        distinct, prompt_R = numbered(ids)
-        groups = group_outcomes(prompt_R, rewards, self.success)
-        rewards_R = np.asarray(rewards, dtype=np.float64)
-        lengths_R = None if lengths is None else check_lengths(lengths, len(ids))
-        if not ids:
-            return
+        distinct, prompt_R = numbered(check_prompt_ids(prompt_ids_per_rollout))
+        self.record(distinct, outcomes_by_position(prompt_R, rewards, len(distinct), self.success), lengths)
 
-        scored = ~np.isnan(rewards_R)
+    @one_at_a_time
+    def record(self, prompt_ids: list[PromptId], groups: GroupOutcomes, lengths: ArrayLike | None = None) -> None:
+        """:meth:`observe` for rollouts that are grouped already; engines group them once and share the result.
+
+        Args:
+            prompt_ids: (G,) distinct ids, the prompt of each group; a group may be empty.
+            groups: from :func:`knapsack_rl.groups.outcomes_by_position`, with this allocator's success rule.
+            lengths: (R,) tokens generated, 0 to 1e9, if known.
+
+        Raises:
+            ValueError: the lengths do not fit. Nothing is recorded then.
+        """
+        lengths_R = None if lengths is None else check_lengths(lengths, groups.group_R.size)
+        if not groups.group_R.size:
+            return
+        scored = groups.scored_R
         self._unscored_rollouts += int((~scored).sum())
         visited = groups.totals > 0
-        visitors = [prompt_id for prompt_id, seen in zip(distinct, visited, strict=True) if seen]
+        visitors = [prompt_id for prompt_id, seen in zip(prompt_ids, visited.tolist(), strict=True) if seen]
         successes, totals = groups.successes[visited], groups.totals[visited]
         known = self.tracker.lookup(visitors)
         lost = lost_metrics(known, successes, totals)
@@ -323,14 +316,14 @@ class KnapsackAllocator(Guarded):
             visitor_of_group = np.cumsum(visited) - 1
             self.tracker.record(
                 visitors,
-                visitor_of_group[prompt_R[scored]],
-                successes_of(rewards_R, self.success)[scored],
+                visitor_of_group[groups.group_R[scored]],
+                groups.success_R[scored],
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
-                evidence=self.attempt("learning", lambda: self._absorb(known, successes, totals)),
+                evidence=self.survive("learning", lambda: self._absorb(known, successes, totals)),
             )
             self._refit_when_due(len(visitors))
-        self._step.compare(distinct, groups, lost)
+        self._step.compare(prompt_ids, groups, lost)
 
     def _absorb(self, known: Records, successes: IntArray, totals: IntArray) -> FloatArray:
         evidence = self.estimator.absorb(known, successes, totals)
@@ -345,7 +338,7 @@ class KnapsackAllocator(Guarded):
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
         self._visits_since_refit += visits
         if self._visits_since_refit >= self._prompts_at_refit:
-            self.attempt("refitting", lambda: self.estimator.refit(self.tracker.records()))
+            self.survive("refitting", lambda: self.estimator.refit(self.tracker.records()))
             self._visits_since_refit, self._prompts_at_refit = 0, len(self.tracker)
 
     @one_at_a_time
@@ -354,26 +347,21 @@ class KnapsackAllocator(Guarded):
 
         Source: paper, section 4, and this project's documentation of metrics.
         """
-        return self._step.as_dict() | {
-            "prompts_seen": float(len(self.tracker)),
-            "degraded_batches": float(self._degraded_batches),
-            "unscored_rollouts": float(self._unscored_rollouts),
-            "allocation_failures": float(self._allocation_failures),
-        }
+        return (
+            self._step.as_dict()
+            | {
+                "prompts_seen": float(len(self.tracker)),
+                "degraded_batches": float(self._degraded_batches),
+                "unscored_rollouts": float(self._unscored_rollouts),
+                "allocation_failures": float(self.failures["allocation"] + self.failures["top-up"]),
+            }
+            | {f"failures/{kind}": float(times) for kind, times in self.failures.items()}
+        )
 
     @one_at_a_time
     def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
         """What is known of the given prompts: mean success rate, marginal values, predictions."""
         return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
-
-    @one_at_a_time
-    def transition_matrix(self) -> IntArray:
-        """(5, 5) prompts by difficulty class at their first visit (rows) and their newest one (columns)."""
-        records = self.tracker.records()
-        return transition_matrix(
-            difficulty_class(records.first_successes, records.first_total),
-            difficulty_class(records.newest_successes, records.newest_total),
-        )
 
     @one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
@@ -401,6 +389,7 @@ class KnapsackAllocator(Guarded):
             "success": None if callable(self.success) else float(self.success),
             "budget_unit": self.budget_unit,
             "value": self.value if isinstance(self.value, str) else None,
+            "failures": dict(self.failures),
         } | {counter: getattr(self, f"_{counter}") for counter in COUNTERS}
         arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict(copy=copy).items()}
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
@@ -411,19 +400,24 @@ class KnapsackAllocator(Guarded):
         """Restore a state into an allocator made with the same estimator; all its other settings stay its own.
 
         Args:
-            state: what :meth:`state_dict` gave, of this version or an earlier one.
+            state: returned by :meth:`state_dict`.
             copy: whether to copy the arrays; without, they become the allocator's own and change with it.
 
         Raises:
-            ValueError: the state is of another format, a newer version, another estimator or other settings. The
-                allocator is unchanged then.
+            ValueError: the state has another format or version, or belongs to another estimator or other settings.
+                The allocator is unchanged then.
         """
-        header, arrays = check_header(state.get("header")), state.get("arrays")
-        check_same_estimator(header, self.estimator_name, self.estimator.settings())
+        header, arrays = _check_header(state.get("header")), state.get("arrays")
+        given, own = (header["estimator"], header["settings"]), (self.estimator_name, self.estimator.settings())
+        if given != own:
+            raise ValueError(f"the state belongs to estimator {given}, this allocator uses {own}; use the same one")
+        if not isinstance(arrays, Mapping):
+            raise ValueError(f"the arrays of the allocator state must be a mapping, got {type(arrays).__name__}")
         tracker = Tracker(self.estimator.evidence_size)
-        tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
-        self.estimator.load_state_dict(section(arrays, "estimator."))
+        tracker.load_state_dict(_section(arrays, "tracker."), copy=copy)
+        self.estimator.load_state_dict(_section(arrays, "estimator."))
         self.tracker = tracker
+        self.failures = Counter(header["failures"])
         for counter in COUNTERS:
             setattr(self, f"_{counter}", header[counter])
         self._step = StepMetrics()
@@ -438,6 +432,16 @@ class KnapsackAllocator(Guarded):
         state = self.state_dict(copy=False)
         write_state(path, state["header"], state["arrays"])
 
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Read the state of a file into this allocator; see :meth:`load_state_dict`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, foreign or of another estimator. The allocator is unchanged then.
+        """
+        header, arrays = read_state(path)
+        self.load_state_dict({"header": header, "arrays": arrays}, copy=False)
+
     @classmethod
     def load(
         cls,
@@ -447,20 +451,31 @@ class KnapsackAllocator(Guarded):
         estimator: Estimator | None = None,
         value: ValueLike | None = None,
     ) -> KnapsackAllocator:
-        """Read an allocator from a file.
+        """Make an allocator with the settings and the state of a file.
 
         Args:
-            path: what :meth:`save` wrote.
+            path: written by :meth:`save`.
             success: the success rule; needed if it was a function, else the saved threshold is the default.
             estimator: an estimator object; needed if the allocator was made with one.
-            value: what is maximised; needed if it was a function or an object, else the saved name is the default.
+            value: the value; needed unless it was one of ``VALUES``: no file may name code to run.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or foreign, or an argument it needs is missing.
         """
         header, arrays = read_state(path)
-        allocator = cls(**arguments_of(check_header(header), success=success, estimator=estimator, value=value))
+        _check_header(header)
+        chosen: dict[str, tuple[Any, str]] = {
+            "success": (header["success"] if success is None else success, "a success function"),
+            "value": (header["value"] if value is None and header["value"] in VALUES else value, "another value"),
+            "estimator": (header["estimator"] if estimator is None else estimator, "an estimator object"),
+        }
+        for name, (found, kind) in chosen.items():
+            if found is None:
+                raise ValueError(f"the state was saved with {kind}; pass it again as {name}=...")
+        settings = header["settings"] if estimator is None else {}
+        kept = {key: header[key] for key in ("min_rollouts", "max_rollouts", "budget_unit")}
+        allocator = cls(**{name: found for name, (found, _) in chosen.items()}, **kept, **settings)
         allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
         return allocator
 
@@ -470,3 +485,50 @@ def _check_budget(budget: float) -> int:
     if number > LARGEST_BUDGET:
         raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts a step, got {budget}")
     return number
+
+
+COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
+"""Counters of the allocator that its state holds."""
+
+_HEADER: dict[str, Any] = {
+    "estimator": (str, NoneType),
+    "settings": dict,
+    "min_rollouts": int,
+    "max_rollouts": int,
+    "success": (int, float, NoneType),
+    "budget_unit": str,
+    "value": (str, NoneType),
+    "failures": dict,
+} | dict.fromkeys(COUNTERS, int)
+
+
+def _check_header(header: Any) -> Mapping[str, Any]:
+    """Refuse a header that is foreign, of another version, or incomplete.
+
+    Raises:
+        ValueError: the header is not one of this version.
+    """
+    if not isinstance(header, Mapping) or header.get("format") != STATE_FORMAT:
+        found = header.get("format") if isinstance(header, Mapping) else header
+        raise ValueError(f"this is not an allocator state: its format is {found!r}, expected {STATE_FORMAT!r}")
+    version = header.get("version")
+    if version != STATE_VERSION:
+        raise ValueError(
+            f"the allocator state has version {version!r}, this package reads version {STATE_VERSION}; use the "
+            "knapsack-rl that wrote it, or start with a new allocator"
+        )
+    for name, kind in _HEADER.items():
+        if name not in header:
+            raise ValueError(f"the allocator state lacks {name!r} in its header")
+        if not isinstance(header[name], kind) or isinstance(header[name], bool):
+            raise ValueError(f"{name!r} of the allocator state has type {type(header[name]).__name__}")
+    counted = {name: header[name] for name in COUNTERS} | header["failures"]
+    for name, times in counted.items():
+        if not isinstance(times, int) or times < 0:
+            raise ValueError(f"{name!r} of the allocator state must be a whole number >= 0, got {times!r}")
+    return header
+
+
+def _section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays under a prefix, without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -20,6 +20,7 @@ from knapsack_rl.ids import check_prompt_ids
 Scale = Literal["group", "batch", "none"]
 Weighting = Literal["rollout", "prompt"]
 SuccessRule = float | Callable[[FloatArray], ArrayLike]
+BoolArray = NDArray[np.bool_]
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation before dividing, as TRL's GRPO does."""
@@ -78,25 +79,39 @@ class GroupStatistics:
         return flat
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GroupOutcomes:
-    """Per-group sums of one batch, groups in order of first appearance.
+    """One batch of rollouts, grouped once; everything that reads rewards afterwards reads this.
 
     Attributes:
-        first_row: (G,) index of the first row of each group.
-        group_of_rollout: (R,) group index 0..G-1 of each row.
+        group_R: (R,) group index 0..G-1 of each row.
+        rewards_R: (R,) reward of each row, NaN for an unscored one.
+        success_R: (R,) whether the row is a success; false for an unscored one.
         totals: (G,) rows with a reward.
         successes: (G,) successful rows.
         effective: (G,) whether the rewards of the group differ.
         mean_reward: (G,) mean reward, NaN where no row has one.
     """
 
-    first_row: IntArray
-    group_of_rollout: IntArray
+    group_R: IntArray  # noqa: N815 - the suffix names the shape
+    rewards_R: FloatArray  # noqa: N815
+    success_R: BoolArray  # noqa: N815
     totals: IntArray
     successes: IntArray
-    effective: NDArray[np.bool_]
+    effective: BoolArray
     mean_reward: FloatArray
+
+    @property
+    def scored_R(self) -> BoolArray:  # noqa: N802 - the suffix names the shape
+        """(R,) whether the row has a reward."""
+        return ~np.isnan(self.rewards_R)
+
+    @property
+    def first_row(self) -> IntArray:
+        """(G,) index of the first row of each group, -1 for a group without rows."""
+        first = np.full(self.totals.size, -1, dtype=np.int64)
+        first[self.group_R[::-1]] = np.arange(self.group_R.size)[::-1]  # of equal indices the last one is kept
+        return first
 
 
 def _as_codes(group_of_rollout: ArrayLike) -> NDArray[Any]:
@@ -112,26 +127,32 @@ def _as_codes(group_of_rollout: ArrayLike) -> NDArray[Any]:
     )
 
 
-def _check_rows(group_of_rollout: ArrayLike, rewards: ArrayLike) -> tuple[IntArray, IntArray, FloatArray]:
-    """Rank the groups by first appearance; return (first row per group, group per row, rewards)."""
-    groups = _as_codes(group_of_rollout)
+def _check_rewards(rewards: ArrayLike, rows: int) -> FloatArray:
+    """Return rewards as (R,) float64, finite or NaN."""
     try:
         rewards_R = np.asarray(rewards, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError("rewards must be numbers, one per rollout (NaN for an unscored rollout)") from error
-    if groups.ndim != 1 or rewards_R.shape != groups.shape:
+    if rewards_R.shape != (rows,):
         raise ValueError(
             f"group_of_rollout and rewards must be one-dimensional and equally long, "
-            f"got shapes {groups.shape} and {rewards_R.shape}"
+            f"got shapes {(rows,)} and {rewards_R.shape}"
         )
     if np.isinf(rewards_R).any():
         row = int(np.flatnonzero(np.isinf(rewards_R))[0])
         raise ValueError(f"rewards[{row}] is {rewards_R[row]}; rewards must be finite, or NaN for an unscored rollout")
-    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(order.size)
-    return first[order].astype(np.int64), rank[inverse].astype(np.int64), rewards_R
+    return rewards_R
+
+
+def _ranked(group_of_rollout: ArrayLike) -> tuple[IntArray, int]:
+    """Group index of each row by first appearance, and the number of groups."""
+    codes = _as_codes(group_of_rollout)
+    if codes.ndim != 1:
+        raise ValueError(f"group_of_rollout must be one-dimensional, got shape {codes.shape}")
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    rank = np.empty_like(first)
+    rank[np.argsort(first, kind="stable")] = np.arange(first.size)
+    return rank[inverse].astype(np.int64), first.size
 
 
 def check_success_rule(success: SuccessRule) -> None:
@@ -146,7 +167,7 @@ def check_success_rule(success: SuccessRule) -> None:
         raise ValueError(f"the success rule must be a finite threshold or a function of the rewards, got {success!r}")
 
 
-def successes_of(rewards: FloatArray, success: SuccessRule) -> NDArray[np.bool_]:
+def successes_of(rewards: FloatArray, success: SuccessRule) -> BoolArray:
     """Which rewards are successes: ``reward > threshold``, or what the user's function says.
 
     NaN (unscored) is never a success.
@@ -167,7 +188,9 @@ def successes_of(rewards: FloatArray, success: SuccessRule) -> NDArray[np.bool_]
 
 
 def group_outcomes(group_of_rollout: ArrayLike, rewards: ArrayLike, success: SuccessRule = 0.0) -> GroupOutcomes:
-    """Sum up each group of a ragged batch. NaN rewards (unscored rollouts) are left out.
+    """Sum up each group of a ragged batch; groups are numbered by first appearance.
+
+    NaN rewards (unscored rollouts) are left out.
 
     Args:
         group_of_rollout: (R,) group id of each row, whole numbers or strings, in any order.
@@ -177,24 +200,44 @@ def group_outcomes(group_of_rollout: ArrayLike, rewards: ArrayLike, success: Suc
     Raises:
         ValueError: shapes differ, ids are floats, or a reward is infinite.
     """
-    first, group_R, rewards_R = _check_rows(group_of_rollout, rewards)
+    group_R, groups = _ranked(group_of_rollout)
+    return outcomes_by_position(group_R, rewards, groups, success)
+
+
+def outcomes_by_position(
+    group_R: IntArray, rewards: ArrayLike, groups: int, success: SuccessRule = 0.0
+) -> GroupOutcomes:
+    """:func:`group_outcomes` where each row names the position of its group; a group may have no row.
+
+    Args:
+        group_R: (R,) int64 positions in [0, groups).
+        rewards: (R,) reward of each row; finite, or NaN.
+        groups: number of groups.
+        success: a reward above this threshold is a success, or a function of the rewards that returns booleans; the
+            function is called once.
+
+    Raises:
+        ValueError: shapes differ or a reward is infinite.
+    """
+    rewards_R = _check_rewards(rewards, group_R.size)
     scored = ~np.isnan(rewards_R)
     good = successes_of(rewards_R, success)
-    size = first.size
-    low, high = np.full(size, np.inf), np.full(size, -np.inf)
-    np.minimum.at(low, group_R[scored], rewards_R[scored])
-    np.maximum.at(high, group_R[scored], rewards_R[scored])
-    totals = np.bincount(group_R[scored], minlength=size)
-    sums = np.bincount(group_R[scored], weights=rewards_R[scored], minlength=size)
+    scored_group_R, scored_rewards_R = group_R[scored], rewards_R[scored]
+    low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
+    np.minimum.at(low, scored_group_R, scored_rewards_R)
+    np.maximum.at(high, scored_group_R, scored_rewards_R)
+    totals = np.bincount(scored_group_R, minlength=groups)
+    sums = np.bincount(scored_group_R, weights=scored_rewards_R, minlength=groups)
     with np.errstate(invalid="ignore", divide="ignore"):
         spread = np.where(totals > 0, high - low, 0.0)
         magnitude = np.where(totals > 0, np.maximum(np.abs(low), np.abs(high)), 0.0)
         mean = sums / totals
     return GroupOutcomes(
-        first_row=first,
-        group_of_rollout=group_R,
+        group_R=group_R,
+        rewards_R=rewards_R,
+        success_R=good,
         totals=totals.astype(np.int64),
-        successes=np.bincount(group_R[good], minlength=size).astype(np.int64),
+        successes=np.bincount(group_R[good], minlength=groups).astype(np.int64),
         effective=spread > RELATIVE_SPREAD * magnitude + ABSOLUTE_SPREAD,
         mean_reward=mean,
     )
@@ -232,37 +275,46 @@ def group_advantages(
 
     Source: GRPO (Shao et al. 2024); paper, section 2; weighting: the objective per prompt against per rollout.
     """
+    return advantages_of(group_outcomes(group_of_rollout, rewards), scale, weighting, epsilon=epsilon)
+
+
+def advantages_of(
+    groups: GroupOutcomes, scale: Scale = "group", weighting: Weighting = "rollout", *, epsilon: float = STD_EPSILON
+) -> FloatArray:
+    """:func:`group_advantages` of rollouts that are grouped already.
+
+    Raises:
+        ValueError: an option is unknown.
+    """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
     if not 0.0 <= epsilon < np.inf:
         raise ValueError(f"epsilon must be a number >= 0, got {epsilon!r}")
     if weighting not in ("rollout", "prompt"):
         raise ValueError(f"weighting must be 'rollout' or 'prompt', got {weighting!r}")
-    groups = group_outcomes(group_of_rollout, rewards)
-    rewards_R = np.asarray(rewards, dtype=np.float64)
-    group_R = groups.group_of_rollout
-    live = groups.effective[group_R] & ~np.isnan(rewards_R)
+    group_R, rewards_R = groups.group_R, groups.rewards_R
+    live = groups.effective[group_R] & groups.scored_R
     deviation = np.where(live, rewards_R - groups.mean_reward[group_R], 0.0)
     std: FloatArray | float = 1.0
     if scale == "group":
         squares = np.bincount(group_R, weights=deviation**2, minlength=groups.totals.size)
         std = np.sqrt(squares / np.maximum(groups.totals - 1, 1))[group_R] + epsilon
     elif scale == "batch":
-        scored = rewards_R[~np.isnan(rewards_R)]
+        scored = rewards_R[groups.scored_R]
         std = (float(scored.std(ddof=1)) if scored.size > 1 else 0.0) + epsilon
     # Only live rollouts are divided: elsewhere the deviation may be 0 and so may epsilon.
     advantages = np.divide(deviation, std, out=np.zeros_like(deviation), where=live)
     return advantages * prompt_weights(group_R) if weighting == "prompt" else advantages
 
 
-def prompt_weights(group_of_rollout: IntArray) -> FloatArray:
+def prompt_weights(group_R: IntArray) -> FloatArray:
     """(R,) factor R / (G N_i) that makes every prompt weigh what it would under uniform allocation.
 
     Args:
-        group_of_rollout: (R,) group index 0..G-1 of each row; every group has at least one row.
+        group_R: (R,) group index of each row; G counts the groups with rows.
     """
-    sizes = np.bincount(group_of_rollout)
-    return group_of_rollout.size / (max(sizes.size, 1) * sizes[group_of_rollout])
+    sizes = np.bincount(group_R)
+    return group_R.size / (max(int(np.count_nonzero(sizes)), 1) * sizes[group_R])
 
 
 def group_statistics(group_of_rollout: ArrayLike, rewards: ArrayLike, success: SuccessRule = 0.0) -> GroupStatistics:

@@ -1,14 +1,13 @@
-"""What keeps an allocator whole: calls one after the other, and failures that are counted and do not end a run."""
+"""Calls from several threads one after the other; warnings given once; failures that are survived and counted."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
-
-logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,37 +26,50 @@ def one_at_a_time(method: Callable[Concatenate[G, P], T]) -> Callable[Concatenat
 
 
 class Guarded:
-    """Base of an object with a lock of its own and a count of failures that were survived."""
+    """Base of an object with a lock, whose failures inside a run are counted by kind and do not end the run.
+
+    Attributes:
+        failures: number of failures survived, by kind.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._allocation_failures = 0
-        self._failure_told = False
+        self.failures: Counter[str] = Counter()
+        self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: each has a lock of its own."""
+        """Copies get a lock each."""
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.RLock()
 
-    def attempt(self, what: str, attempt: Callable[[], T]) -> T | None:
-        """Do something that must not end a run: the result, or None if it raised, which is counted and logged once.
+    def survive(self, what: str, call: Callable[[], T]) -> T | None:
+        """The result of a call that must not end a run, or None if it raised.
+
+        A failure is counted under its kind; the first one of each kind is logged with its traceback.
 
         Args:
-            what: a noun for the log.
-            attempt: called without arguments.
+            what: the kind, a noun such as ``"allocation"``.
+            call: called without arguments.
         """
         try:
-            return attempt()
+            return call()
         except Exception:
-            self._allocation_failures += 1
-            if not self._failure_told:
-                self._failure_told = True
-                logger.exception(
-                    "%s failed; the run goes on without it: budgets are divided evenly, estimates stay as they were "
-                    "(logged once, counted as allocation_failures)",
-                    what,
+            self.failures[what] += 1
+            if self.failures[what] == 1:
+                self._logger.exception(
+                    "%s failed; the run continues without it (logged once, counted as failures/%s)", what, what
                 )
             return None
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Log a warning unless there was one on this topic before."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            self._logger.warning("%s (logged once)", message)
+
+    @property
+    def _logger(self) -> logging.Logger:
+        return logging.getLogger(type(self).__module__)

@@ -66,12 +66,12 @@ class StepMetrics:
         seen = groups.totals > 0
         found["outcome_per_prompt"] = float(groups.mean_reward[seen].mean()) if seen.any() else float("nan")
         predicted = np.array([self.predicted.pop(prompt_id, np.nan) for prompt_id in ids])
-        told = seen & ~np.isnan(predicted)
-        if told.any():
-            realised = groups.effective[told]
-            found["predicted_nonzero_gradient"] = float(predicted[told].mean())
+        known = seen & ~np.isnan(predicted)
+        if known.any():
+            realised = groups.effective[known]
+            found["predicted_nonzero_gradient"] = float(predicted[known].mean())
             found["realised_nonzero_gradient"] = float(realised.mean())
-            found["brier_score"] = float(np.mean((predicted[told] - realised) ** 2))
+            found["brier_score"] = float(np.mean((predicted[known] - realised) ** 2))
         self.outcomes = found | lost
 
     def as_dict(self) -> dict[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from knapsack_rl.cli.settings_flags import SETTINGS_USAGE, add_flags, settings_of
 from knapsack_rl.runs.files import CONFIG_FILE, find_start, read_config
@@ -44,8 +46,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run, extras="trl,plots")
 
 
-def run(parsed: argparse.Namespace) -> int:
-    """Train; exit status 0 when finished, 130 when interrupted."""
+def run(parsed: argparse.Namespace, make_trainer: Callable[..., Any] | None = None) -> int:
+    """Train; exit status 0 when finished, 130 when interrupted.
+
+    Args:
+        parsed: the command line.
+        make_trainer: makes the trainer, see :func:`knapsack_rl.training.run.train`; experiments put theirs here.
+    """
     if parsed.resume:
         settings = settings_from(read_config(parsed.resume / CONFIG_FILE), str(parsed.resume / CONFIG_FILE))
         folder = parsed.resume
@@ -75,7 +82,8 @@ def run(parsed: argparse.Namespace) -> int:
     started = time.monotonic()
     silent = parsed.quiet or not is_main_process()
     with quiet_libraries():
-        outcome = train(settings, folder, make_display(quiet=silent), resume=bool(parsed.resume))
+        special: dict[str, Any] = {} if make_trainer is None else {"make_trainer": make_trainer}
+        outcome = train(settings, folder, make_display(quiet=silent), resume=bool(parsed.resume), **special)
     if not is_main_process():
         return 0 if outcome.finished else 130
     minutes = (time.monotonic() - started) / 60

@@ -13,18 +13,6 @@ EXAMPLES = """examples:
   knapsack-rl verl-args data.train_batch_size=256 actor_rollout_ref.rollout.n=8   also checks your launch
 """
 
-HELP = {
-    "allocation": "'uniform' is stock verl with the same metrics",
-    "estimator": "of success rates; 'window' is the paper's rule",
-    "min_rollouts": "fewest rollouts of a prompt; 0 lets prompts be skipped",
-    "max_rollouts": "most rollouts of a prompt",
-    "prompt_id": "'index' (data_source and extra_info.index), 'hash' (the prompt), or a key of extra_info",
-    "outcome": "'reward', or a value that the reward function returns beside its score, as acc",
-    "success_threshold": "an outcome above it is a success",
-    "log_allocations": "write allocations.jsonl into trainer.default_local_dir",
-    "poll_interval": "seconds between looks for finished groups",
-}
-
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
@@ -39,11 +27,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of your launch, to be checked")
     for field in dataclasses.fields(VerlSettings):
         flag = "--" + field.name.replace("_", "-")
+        text, choices = field.metadata["help"], field.metadata["choices"]
         if isinstance(field.default, bool):
-            parser.add_argument(flag, action="store_true", help=HELP[field.name])
+            parser.add_argument(flag, action="store_true", help=text)
         else:
             parser.add_argument(
-                flag, type=type(field.default), default=field.default, help=f"{HELP[field.name]} (default: %(default)s)"
+                flag,
+                type=type(field.default),
+                choices=choices,
+                default=field.default,
+                metavar=None if choices else type(field.default).__name__.upper(),
+                help=f"{text} (default: {field.default})",
             )
     parser.add_argument("--one-line", action="store_true", help="without line continuations")
     parser.set_defaults(run=run)

@@ -20,8 +20,8 @@ from knapsack_rl.groups import SuccessRule, group_outcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.environments import BoolArray
 from knapsack_rl.offline.tables import Columns, column, identities, numbers, read_columns
+from knapsack_rl.runs.allocations import read_visits
 from knapsack_rl.runs.files import ALLOCATION_LOG
-from knapsack_rl.runs.log import read_visits
 
 ID_NAMES = ("prompt_id", "id", "uid", "index", "problem_id", "question_id", "prompt", "input", "question", "problem")
 STEP_NAMES = ("step", "global_step", "training_step", "iteration")
@@ -198,7 +198,7 @@ def _read_run(folder: Path) -> RewardLog:
         totals=visits.scored[scored],
         successes=visits.successes[scored],
         effective=visits.effective[scored],
-        unscored=int((visits.counts - visits.scored).sum()),
+        unscored=int((visits.arrived - visits.scored).sum()),
     )
 
 

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
-from knapsack_rl.allocation.policies import allocate
+from knapsack_rl.allocation.policies import allocate, unpredicted
 from knapsack_rl.allocation.value import nonzero_gradient_probability, value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.named import Estimator
 from knapsack_rl.offline.environments import BoolArray, Environment, Episode
+from knapsack_rl.session import AllocationSettings, Plan, Session
 
 OUTCOMES = 3
 """Stream of random numbers that decides on rewards; environments use the ones below."""
@@ -93,30 +94,40 @@ class KnownRates:
 
 
 class Allocated:
-    """A :class:`~knapsack_rl.allocator.KnapsackAllocator` as a policy."""
+    """A :class:`~knapsack_rl.session.Session` as a policy.
 
-    def __init__(self, allocator: KnapsackAllocator) -> None:
-        self.allocator = allocator
+    Args:
+        session: of the run.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._plan = Plan([], unpredicted(np.zeros(0, np.int64), ""))
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
-        """What the allocator says."""
-        found = self.allocator.allocate(prompts.tolist(), budget)
-        assert found.nonzero_gradient is not None, "the stateful allocator always predicts"
-        return found.counts, found.nonzero_gradient
+        """The session's counts and predictions."""
+        return self._planned(self.session.plan(prompts.tolist(), budget // prompts.size, budget=budget))
+
+    def _planned(self, plan: Plan) -> tuple[IntArray, FloatArray]:
+        self._plan = plan
+        predicted = plan.allocation.nonzero_gradient
+        return plan.counts, np.full(plan.counts.size, np.nan) if predicted is None else predicted
 
     def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
         """Pass the outcomes on."""
-        self.allocator.observe(prompts_R.tolist(), successes_R.astype(np.float64))
+        prompts = np.array(self._plan.ids, dtype=np.int64)
+        order = np.argsort(prompts)
+        prompt_R = order[np.searchsorted(prompts[order], prompts_R)]
+        self.session.observe(self._plan, prompt_R, successes_R.astype(np.float64))
 
 
 class Watching(Allocated):
     """Uniform allocation watched by an allocator, whose predictions can be compared on the same data as another's."""
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
-        """Equal counts, and what the allocator expects of them."""
-        found = self.allocator.adopt(prompts.tolist(), uniform_counts(prompts.size, budget))
-        assert found.nonzero_gradient is not None, "the stateful allocator always predicts"
-        return found.counts, found.nonzero_gradient
+        """Equal counts, and what the allocator predicts for them."""
+        counts, ids = uniform_counts(prompts.size, budget), prompts.tolist()
+        return self._planned(Plan(ids, self.session.adopt(ids, counts)))
 
 
 def uniform(factor: int = 1) -> PolicyMaker:
@@ -146,14 +157,16 @@ def allocated(
 
     def make(_: Episode) -> Policy:
         chosen = estimator if isinstance(estimator, str) else estimator()
-        return Allocated(KnapsackAllocator(chosen, min_rollouts, max_rollouts, **settings))
+        return Allocated(
+            Session(AllocationSettings(), KnapsackAllocator(chosen, min_rollouts, max_rollouts, **settings))
+        )
 
     return make
 
 
 def watching(estimator: str, **settings: Any) -> PolicyMaker:
     """Makes :class:`Watching` with an allocator of its own for every episode."""
-    return lambda _: Watching(KnapsackAllocator(estimator, **settings))
+    return lambda _: Watching(Session(AllocationSettings(), KnapsackAllocator(estimator, **settings)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,9 +29,6 @@ MODEL_FOLDER = "model"
 SHOWN_FOLDERS = 5
 """Run folders that a message names."""
 
-PER_PROMPT = ("counts", "successes", "scored", "effective", "estimate", "predicted")
-"""Lists of an allocation row that have one entry per prompt."""
-
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run that can be resumed from, by ascending step."""
@@ -154,18 +151,3 @@ def by_step(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         joined.setdefault(row["step"], {}).update(row)
     return [joined[step] for step in sorted(joined)]
-
-
-def check_allocation(row: Mapping[str, Any], path: Path) -> None:
-    """Check that a row of `allocations.jsonl` holds lists of equal length.
-
-    Raises:
-        ValueError: If a list is missing or has another length than `prompt_ids`.
-    """
-    where = f"{path}, step {row['step']}"
-    missing = [key for key in ("prompt_ids", *PER_PROMPT) if not isinstance(row.get(key), list)]
-    if missing:
-        raise ValueError(f"{where}: expected lists under {', '.join(missing)}")
-    for key in PER_PROMPT:
-        if len(row[key]) != len(row["prompt_ids"]):
-            raise ValueError(f"{where}: {key} has {len(row[key])} entries for {len(row['prompt_ids'])} prompt_ids")

@@ -15,57 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.groups import DIFFICULTY_CLASSES, transition_matrix
+from knapsack_rl.runs.allocations import Visits, read_visits
 from knapsack_rl.runs.calibration import Calibration, calibrate
-from knapsack_rl.groups import DIFFICULTY_CLASSES, difficulty_class, transition_matrix
-from knapsack_rl.ids import check_prompt_ids
 from knapsack_rl.runs.curves import ratio
 from knapsack_rl.runs.files import (
     ALLOCATION_LOG,
+    CONFIG_FILE,
+    METRICS_FILE,
     MODEL_FOLDER,
     SAMPLES_FILE,
     WARNINGS_FILE,
     by_step,
-    check_allocation,
     read_config,
     read_rows,
 )
 from knapsack_rl.runs.samples import read_samples
-from knapsack_rl.allocation.checks import FloatArray, IntArray
 
-BoolArray = NDArray[np.bool_]
 WARNING_TEXTS = ("kind", "seen", "cause", "remedy")
-
-
-@dataclass(frozen=True, eq=False)
-class Visits:
-    """One entry per prompt and step, ordered by step (all arrays have length V).
-
-    Attributes:
-        step: Index into `RunLog.steps`.
-        prompt: Index into `RunLog.prompt_ids`.
-        counts: Rollouts given.
-        successes: Rollouts that succeeded.
-        scored: Rollouts with a valid reward.
-        effective: Whether the group's rewards varied, so that it carried a gradient.
-        estimate: Success rate estimated before the step, NaN for an unseen prompt.
-        predicted: Predicted probability of a non-zero gradient, NaN if none was logged.
-    """
-
-    step: IntArray
-    prompt: IntArray
-    counts: IntArray
-    successes: IntArray
-    scored: IntArray
-    effective: BoolArray
-    estimate: FloatArray
-    predicted: FloatArray
-
-    @cached_property
-    def difficulty(self) -> IntArray:
-        """Index into `DIFFICULTY_CLASSES` by the rate observed in the visit, -1 where nothing was scored."""
-        return difficulty_class(self.successes, self.scored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,39 +59,6 @@ class BudgetByEstimate:
     low: FloatArray
     high: FloatArray
     visits: IntArray
-
-
-def read_visits(path: Path) -> tuple[list[dict[str, Any]], tuple[str | int, ...], Visits]:
-    """Rows of an allocation log by step, distinct prompt ids in the order of their first visit, and all visits.
-
-    Raises:
-        ValueError: If the file's content does not follow the schema.
-    """
-    rows = by_step(read_rows(path))
-    for row in rows:
-        check_allocation(row, path)
-    index: dict[str | int, int] = {}
-    names = check_prompt_ids([name for row in rows for name in row["prompt_ids"]], f"{path}: prompt_ids")
-    prompt = [index.setdefault(name, len(index)) for name in names]
-    sizes = [len(row["prompt_ids"]) for row in rows]
-
-    def column(key: str, dtype: Any) -> Any:
-        try:
-            return np.array([value for row in rows for value in row[key]], dtype=dtype)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: {key} must hold numbers: {error}") from error
-
-    visits = Visits(
-        step=np.repeat(np.arange(len(rows), dtype=np.int64), sizes),
-        prompt=np.array(prompt, dtype=np.int64),
-        counts=column("counts", np.int64),
-        successes=column("successes", np.int64),
-        scored=column("scored", np.int64),
-        effective=column("effective", np.bool_),
-        estimate=column("estimate", np.float64),  # null becomes NaN
-        predicted=column("predicted", np.float64),
-    )
-    return rows, tuple(index), visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,16 +96,20 @@ class RunLog:
         Where a step was logged more than once (after a resume), the later entry counts.
 
         Args:
-            folder: A folder that holds `config.yaml`.
+            folder: A folder that holds `config.yaml` or an allocation log, or the allocation log itself.
 
         Raises:
-            FileNotFoundError: If there is no `config.yaml`.
+            FileNotFoundError: If there is neither.
             ValueError: If a file's content does not follow the schema.
         """
         folder = Path(folder)
-        config = read_config(folder / "config.yaml")
+        if folder.name == ALLOCATION_LOG:
+            folder = folder.parent
+        # A run of verl or of a script on TRL has no configuration of ours.
+        bare = (folder / ALLOCATION_LOG).is_file() and not (folder / CONFIG_FILE).is_file()
+        config = {} if bare else read_config(folder / CONFIG_FILE)
         rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
-        metrics = by_step(read_rows(folder / "metrics.jsonl"))
+        metrics = by_step(read_rows(folder / METRICS_FILE))
         told = read_rows(folder / WARNINGS_FILE)
         return cls(
             folder=folder,

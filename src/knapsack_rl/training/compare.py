@@ -32,10 +32,17 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a comparison: its settings and its folder."""
+    """One run of a comparison.
+
+    Attributes:
+        settings: of the run.
+        folder: its run folder.
+        module: what ``python -m`` starts to train it, and arguments before those of ``knapsack-rl train``.
+    """
 
     settings: TrainSettings
     folder: Path
+    module: tuple[str, ...] = ("knapsack_rl", "train")
 
     @property
     def finished(self) -> bool:
@@ -173,7 +180,7 @@ def _train_here(run: Run, progress: Progress) -> None:
 
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "knapsack_rl", "train", "--quiet"]
+    command = [sys.executable, "-m", *run.module, "--quiet"]
     if _resumes(run):
         command += ["--resume", str(run.folder)]
     else:

@@ -62,8 +62,7 @@ class Quiet:
 
 def all_done(settings: TrainSettings, steps: int, generated: Generated) -> bool:
     """Whether a run has trained all its steps, or generated all its rollouts where those end it."""
-    total = settings.total_rollouts
-    return steps >= settings.steps or (total is not None and generated.rollouts >= total)
+    return steps >= settings.steps or 0 < settings.rollout_limit <= generated.rollouts
 
 
 class Recorder(TrainerCallback):
@@ -106,7 +105,7 @@ class Recorder(TrainerCallback):
         every = self.settings.eval_every
         if not every:
             return 0
-        if self.settings.total_rollouts is None:
+        if not self.settings.rollout_limit:
             return step // every
         return self.trainer.generated.rollouts // (every * self.settings.budget)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from knapsack_rl.runs.files import (
     find_start,
     steps_of,
 )
+from knapsack_rl.session import AllocationSettings
 from knapsack_rl.training.card import write_card
 from knapsack_rl.training.data import TaskData, for_tokenizer, load_task, stop_token
 from knapsack_rl.training.lock import own_folder, refuse_if_owned
@@ -34,13 +36,11 @@ from knapsack_rl.training.models import (
     vllm_arguments,
 )
 from knapsack_rl.training.noise import quiet_about_tied_weights
-from knapsack_rl.training.policies import make_allocator, make_rounds
 from knapsack_rl.training.processes import is_main_process
 from knapsack_rl.training.recorder import Display, Recorder, all_done
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 from knapsack_rl.trl.generated import Generated
-from knapsack_rl.trl.rounds import RoundsGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,18 @@ class Outcome:
     report: Path | None
 
 
+TrainerMaker = Callable[..., KnapsackGRPOTrainer]
+"""Takes the keyword arguments of the trainer, and returns one."""
+
+
 def train(
-    settings: TrainSettings, folder: Path, display: Display, *, resume: bool = False, report: bool = True
+    settings: TrainSettings,
+    folder: Path,
+    display: Display,
+    *,
+    resume: bool = False,
+    report: bool = True,
+    make_trainer: TrainerMaker = KnapsackGRPOTrainer,
 ) -> Outcome:
     """Train as the settings say and write the run folder.
 
@@ -85,6 +95,7 @@ def train(
         display: where progress goes.
         resume: go on from the folder's newest complete checkpoint.
         report: write the report page at the end.
+        make_trainer: makes the trainer; experiments put theirs here.
 
     Raises:
         FileExistsError: the folder already holds a run and ``resume`` is not asked for.
@@ -93,7 +104,8 @@ def train(
         OSError: a checkpoint could not be written; earlier ones are untouched.
     """
     if not is_main_process():
-        return _train(settings, folder, display, find_start(folder, resume=True) if resume else None, report=False)
+        checkpoint = find_start(folder, resume=True) if resume else None
+        return _train(settings, folder, display, checkpoint, make_trainer, report=False)
     refuse_if_owned(folder)
     find_start(folder, resume=resume)  # a folder that is refused is left as it is
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,11 +113,17 @@ def train(
         checkpoint = find_start(folder, resume=resume)  # again: another run may have come in between
         if checkpoint is None:
             (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-        return _train(settings, folder, display, checkpoint, report=report)
+        return _train(settings, folder, display, checkpoint, make_trainer, report=report)
 
 
 def _train(
-    settings: TrainSettings, folder: Path, display: Display, checkpoint: Path | None, *, report: bool
+    settings: TrainSettings,
+    folder: Path,
+    display: Display,
+    checkpoint: Path | None,
+    make_trainer: TrainerMaker,
+    *,
+    report: bool,
 ) -> Outcome:
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -118,18 +136,10 @@ def _train(
     task = for_tokenizer(task, tokenizer, settings.chat)
     arguments = _trainer_arguments(settings, folder, task, stop_token(task, tokenizer))
     recorder = Recorder(settings, folder, task, tokenizer, display)
-    allocator = make_allocator(settings)
-    kind: type[KnapsackGRPOTrainer] = KnapsackGRPOTrainer
-    rule: dict[str, Any] = {}
-    if settings.in_rounds:
-        ids = [row["prompt_id"] for row in task.train]
-        kind, rule = RoundsGRPOTrainer, {"rounds": make_rounds(settings, ids, allocator)}
-    trainer = kind(
+    trainer = make_trainer(
         model=load_model(settings, task, tokenizer, checkpoint if trained else None),
         args=arguments,
         peft_config=None if trained else adapter(settings),
-        allocator=allocator,
-        **rule,
         reward_funcs=[task.reward],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer,
@@ -170,9 +180,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
     checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing == "on"}
     return KnapsackGRPOConfig(
         output_dir=str(folder),
-        allocation="uniform" if settings.allocation == "uniform" else "knapsack",
-        min_rollouts=settings.min_rollouts,
-        max_rollouts=settings.max_rollouts,
+        **dataclasses.asdict(AllocationSettings.of(settings)),
         weighting=settings.weighting,
         replay=settings.replay,
         log_allocations=True,

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import STD_EPSILON, group_advantages, prompt_weights
+from knapsack_rl.allocation.checks import FloatArray
+from knapsack_rl.groups import STD_EPSILON, GroupOutcomes, advantages_of, group_advantages, prompt_weights
 
 
 def ragged_advantages(
-    group_R: IntArray,
+    groups: GroupOutcomes,
     matrix: FloatArray,
-    total: FloatArray,
     weights: FloatArray,
     *,
     scale: Any,
@@ -23,9 +22,8 @@ def ragged_advantages(
     """TRL's advantages for groups of any size.
 
     Args:
-        group_R: (R,) group of each rollout.
+        groups: the rollouts with their training reward: the weighted sum, NaN where no function gave a reward.
         matrix: (R, F) reward of each function, NaN where it gave none.
-        total: (R,) weighted sum, NaN where no function gave a reward.
         weights: (F,) reward weights.
         scale: ``scale_rewards``: "group", "batch" or "none".
         aggregation: ``"sum_then_normalize"`` (GRPO), or ``"normalize_then_sum"`` (GDPO: each function normalised
@@ -39,13 +37,13 @@ def ragged_advantages(
         ValueError: an option is unknown.
     """
     if aggregation == "sum_then_normalize":
-        return group_advantages(group_R, total, scale, weighting)
+        return advantages_of(groups, scale, weighting)
     if aggregation != "normalize_then_sum":
         raise ValueError(f"unknown multi_objective_aggregation {aggregation!r}")
-    normalised = [group_advantages(group_R, column, "group") for column in matrix.T]
-    combined = np.where(np.isnan(total), np.nan, np.asarray(normalised).T @ weights)
+    normalised = [group_advantages(groups.group_R, column, "group") for column in matrix.T]
+    combined = np.where(groups.scored_R, np.asarray(normalised).T @ weights, np.nan)
     scored = combined[~np.isnan(combined)]
     if scored.size < 2:
-        return np.zeros_like(total)
+        return np.zeros_like(combined)
     advantages = np.nan_to_num((combined - scored.mean()) / (scored.std(ddof=1) + STD_EPSILON))
-    return advantages * prompt_weights(group_R) if weighting == "prompt" else advantages
+    return advantages * prompt_weights(groups.group_R) if weighting == "prompt" else advantages

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -13,30 +13,29 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knapsack_rl.ids import PromptId
-from knapsack_rl.runs.files import SAMPLES_FILE, STATE_FILE
+from knapsack_rl.runs.files import SAMPLES_FILE
 from knapsack_rl.runs.samples import SampleStore
-
-if TYPE_CHECKING:
-    from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
 
 logger = logging.getLogger(__name__)
 
 
 class SaveAllocator(TrainerCallback):
-    """Writes the allocator's state into each checkpoint, last, so that its presence marks a complete one."""
+    """Writes the allocator's state into each checkpoint, last, so that its presence marks a complete one.
 
-    def __init__(self, trainer: KnapsackGRPOTrainer) -> None:
-        self._trainer = trainer
+    Args:
+        save: writes it into the folder of a checkpoint.
+        root: returns the folder of the checkpoints.
+    """
+
+    def __init__(self, save: Callable[[Path], None], root: Callable[[], Path]) -> None:
+        self._save, self._root = save, root
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save, on the main process."""
         if state.is_world_process_zero:
-            # In a hyperparameter search the trainer's folder is one below output_dir.
-            root = self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
-            folder = Path(root) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = self._root() / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             try:
-                self._trainer.save_progress(folder)
-                self._trainer.allocator.save(folder / STATE_FILE)
+                self._save(folder)
             except OSError as error:
                 # Going on would let the rotation of checkpoints remove the complete ones.
                 raise OSError(
@@ -78,7 +77,7 @@ def finished_epochs(checkpoint: Path) -> int:
     return int(TrainerState.load_from_json(str(path)).epoch or 0) if path.is_file() else 0
 
 
-def tell_changed_data(known: Iterable[PromptId], present: set[PromptId]) -> None:
+def log_changed_data(known: Iterable[PromptId], present: set[PromptId]) -> None:
     """Log how the prompts of the data set differ from those that the allocator knows."""
     seen = set(known)
     removed, added = len(seen - present), len(present - seen)
@@ -91,7 +90,7 @@ def tell_changed_data(known: Iterable[PromptId], present: set[PromptId]) -> None
 
 
 def warn_of_split_generations(args: Any, iterations: int) -> None:
-    """Tell where checkpoints fall between the updates that one generation serves: it is not part of a checkpoint."""
+    """Warn where checkpoints fall between the updates that one generation serves: it is not part of a checkpoint."""
     batches = args.steps_per_generation * iterations
     if args.save_strategy == "steps" and args.save_steps * args.gradient_accumulation_steps % batches:
         logger.warning(

@@ -11,14 +11,14 @@ a little to keep the queue at its usual length, so that a step neither runs out 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.policies import Allocation, allocate_expected
+from knapsack_rl.allocation.policies import allocate_expected
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.ids import PromptId
 
@@ -62,18 +62,11 @@ class PromptQueue:
                 ) from error
             self.rows.setdefault(prompt_id, row)
 
-    def serve(
-        self,
-        allocator: KnapsackAllocator,
-        allocate: Callable[[list[PromptId], int], Allocation],
-        budget: int,
-        batch: int,
-    ) -> tuple[list[PromptId], Allocation]:
-        """The prompts of this step and their rollouts, which sum to the budget; they stay in the queue until removed.
+    def choose(self, allocator: KnapsackAllocator, budget: int, batch: int) -> list[PromptId]:
+        """The prompts that a step serves; they stay in the queue until removed.
 
         Args:
-            allocator: what is known of the prompts.
-            allocate: maps prompts and a budget to their allocation.
+            allocator: knows the prompts.
             budget: rollouts of the step.
             batch: prompts that join in a step.
         """
@@ -89,7 +82,7 @@ class PromptQueue:
             served = budget // self._mean  # nothing known, or nothing of value
         least = max(-(-budget // allocator.max_rollouts), len(waiting) - (MOST_BATCHES - 1) * batch, 1)
         served = min(max(served, least), max(budget // max(allocator.min_rollouts, 2), 1), len(waiting))
-        return waiting[:served], allocate(waiting[:served], budget)
+        return waiting[:served]
 
     def remove(self, served: list[PromptId]) -> None:
         """Take prompts that got their turn out of the queue."""

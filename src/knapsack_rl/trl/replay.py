@@ -24,10 +24,9 @@ import numpy as np
 import torch
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import group_outcomes, successes_of
+from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.state import read_state, write_state
-from knapsack_rl.trl.batches import pad_to
 from knapsack_rl.trl.step import Step
 
 REPLAY_FILE = "replay.npz"
@@ -127,7 +126,7 @@ def mix_in(
     buffer: SuccessBuffer,
     trainer: Any,
     step: Step,
-    outcome: FloatArray,
+    groups: GroupOutcomes,
     total: FloatArray,
     output: dict[str, Any],
 ) -> tuple[FloatArray, dict[str, float]]:
@@ -135,28 +134,24 @@ def mix_in(
 
     Args:
         buffer: the stored successes.
-        trainer: a ``KnapsackGRPOTrainer`` in one process, for its rule of success and for the log-probabilities of the
-            model as it is.
+        trainer: a ``KnapsackGRPOTrainer`` in one process, for the log-probabilities of the model as it is.
         step: the prompts and their rows.
-        outcome: (R,) the reward that tells success.
+        groups: the outcomes that decide on success.
         total: (R,) training rewards.
         output: TRL's batch of the same rows; completions, mask, old log-probabilities and number of tokens change.
 
     Returns:
         (R,) training rewards with those of the successes mixed in, and figures for the log.
     """
-    success = trainer.allocator.success
-    groups, solved_R = group_outcomes(step.group_R, outcome, success), successes_of(outcome, success)
-    estimates = step.allocation.success_rates
+    estimates = step.plan.allocation.success_rates
     stores: list[tuple[PromptId, int]] = []
     replaced: dict[int, Success] = {}
-    for place, row in enumerate(groups.first_row):
-        group = step.group_R[row]
-        prompt, rows = step.prompts[group], np.flatnonzero(step.group_R == group)
-        visit = (int(groups.successes[place]), int(groups.totals[place]))
+    for group in np.unique(step.group_R).tolist():
+        prompt, rows = step.plan.ids[group], np.flatnonzero(step.group_R == group)
+        visit = (int(groups.successes[group]), int(groups.totals[group]))
         what = buffer.review(prompt, *visit, math.nan if estimates is None else float(estimates[group]))
         if what == "store":
-            stores.append((prompt, int(rows[solved_R[rows]][0])))
+            stores.append((prompt, int(rows[groups.success_R[rows]][0])))
         elif what == "use" and rows.size > 1:
             replaced[int(rows[0])] = buffer.use(prompt)
     if stores:
@@ -216,3 +211,9 @@ def log_probs_now(trainer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tens
             trainer.model, ids, mask, batch["completion_ids"].shape[1], batch_size=512
         )
     return found[0].detach()
+
+
+def pad_to(tensor: torch.Tensor, width: int, fill: float, side: str) -> torch.Tensor:
+    """A (rows, tokens) tensor widened to ``width`` with ``fill`` on the left or right side."""
+    missing = width - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (missing, 0) if side == "left" else (0, missing), value=fill)

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.policies import Allocation
-from knapsack_rl.groups import SuccessRule, group_outcomes, successes_of
+from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
-from knapsack_rl.runs.files import finite_or_none
 from knapsack_rl.runs.samples import SampleStore
+from knapsack_rl.session import Plan
 from knapsack_rl.trl.identity import prompt_key
 
 
@@ -22,49 +21,16 @@ class Step:
     """One generation batch of all processes.
 
     Attributes:
-        prompts: of the step.
-        allocation: their rollouts.
-        group_R: (R,) position among the prompts of each row.
-        ragged: whether the rows are others than the stock trainer's.
-        seconds: that the allocation took.
+        plan: its prompts and their rollouts.
+        group_R: (R,) position among the plan's prompts of each row.
+        ragged: whether the rows differ from the stock trainer's.
+        seconds: time that the allocation took.
     """
 
-    prompts: list[PromptId]
-    allocation: Allocation
-    group_R: IntArray  # noqa: N815 - the suffix tells the shape
+    plan: Plan
+    group_R: IntArray  # noqa: N815 - the suffix names the shape
     ragged: bool
     seconds: float
-
-    def ids(self) -> list[PromptId]:
-        """(R,) the prompt of each row."""
-        return [self.prompts[group] for group in self.group_R]
-
-    def record(self, outcome: FloatArray, success: SuccessRule) -> dict[str, Any]:
-        """What ``allocations.jsonl`` tells of the step, but for its number.
-
-        Args:
-            outcome: (R,) the reward that tells success.
-            success: the allocator's rule.
-        """
-        groups = group_outcomes(self.group_R, outcome, success)
-        place = self.group_R[groups.first_row]  # groups stand in order of first appearance, skipped prompts have none
-
-        def per_prompt(of_group: np.ndarray) -> list[Any]:
-            values = np.zeros(len(self.prompts), of_group.dtype)
-            values[place] = of_group
-            return values.tolist()
-
-        return {
-            "prompt_ids": self.prompts,
-            "counts": self.allocation.counts.tolist(),
-            "successes": per_prompt(groups.successes),
-            "scored": per_prompt(groups.totals),
-            "effective": per_prompt(groups.effective),
-            "estimate": _as_json(self.allocation.success_rates),
-            "predicted": _as_json(self.allocation.nonzero_gradient),
-            "reason": self.allocation.reason,
-            "seconds": self.seconds,
-        }
 
 
 @dataclass
@@ -113,27 +79,23 @@ class Scored:
         matrix = self.finite
         return np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
 
-    def add_to(
-        self, samples: SampleStore, ids: list[PromptId], outcome: FloatArray, success: SuccessRule, step: int
-    ) -> None:
+    def add_to(self, samples: SampleStore, prompts: list[PromptId], groups: GroupOutcomes, step: int) -> None:
         """Let the main process, which has the first rows, keep samples of its completions.
 
         Args:
             samples: where they are kept.
-            ids: (R,) the prompt of each row.
-            outcome: (R,) the reward that tells success.
-            success: the allocator's rule.
+            prompts: (M,) of the step.
+            groups: outcomes of all rows.
             step: number of the generation.
         """
-        verdicts = successes_of(outcome, success)
         for row, answer in enumerate(self.answers):
-            if not np.isnan(outcome[row]):
+            if groups.scored_R[row]:
                 samples.add(
-                    ids[row],
+                    prompts[groups.group_R[row]],
                     self.prompts[row],
                     self.completions[row],
-                    reward=float(outcome[row]),
-                    success=bool(verdicts[row]),
+                    reward=float(groups.rewards_R[row]),
+                    success=bool(groups.success_R[row]),
                     step=step,
                     answer=answer,
                 )
@@ -174,7 +136,3 @@ def rows_by_prompt(keys: list[PromptId], rows: list[dict[str, Any]]) -> dict[Pro
         if found.setdefault(key, row).get("prompt") != row.get("prompt"):
             raise ValueError(f"id {key!r} names different prompts in one batch; make ids unique over all sources")
     return found
-
-
-def _as_json(numbers: FloatArray | None) -> list[float | None]:
-    return [] if numbers is None else [finite_or_none(number) for number in numbers]

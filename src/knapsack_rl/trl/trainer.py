@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from pathlib import Path
@@ -16,19 +15,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.policies import Allocation, unpredicted
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import group_outcomes
+from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
-from knapsack_rl.runs.files import ALLOCATION_LOG, QUEUE_FILE, STATE_FILE, append_row, complete_checkpoints
+from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE, complete_checkpoints
 from knapsack_rl.runs.samples import SampleStore
-from knapsack_rl.state import read_state
+from knapsack_rl.session import Plan, Session
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (
     SaveAllocator,
     SaveSamples,
     finished_epochs,
-    tell_changed_data,
+    log_changed_data,
     warn_of_split_generations,
 )
 from knapsack_rl.trl.config import check_settings, setting
@@ -41,8 +39,6 @@ from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
 from knapsack_rl.trl.rewards import watched
 from knapsack_rl.trl.step import Scored, Step, keys_of_blocks, rows_by_prompt
 
-logger = logging.getLogger(__name__)
-
 
 class KnapsackGRPOTrainer(GRPOTrainer):
     """``GRPOTrainer`` whose rollouts per prompt are allocated by the knapsack.
@@ -52,27 +48,26 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     Args:
         *args: as ``GRPOTrainer``.
-        allocator: an allocator of your own (a success function, another estimator); by default one is made from the
+        allocator: an allocator to use, for a success function or another estimator; by default one is made from the
             configuration.
         **kwargs: as ``GRPOTrainer``.
 
     Raises:
         ValueError: the configuration cannot work: bounds that exclude ``num_generations``, ``seed`` in
-            ``generation_kwargs``, ids that name several prompts, a world size other than the launcher's.
+            ``generation_kwargs``, ids that name several prompts, a world size that differs from the launcher's.
         RuntimeError: this TRL release has other internals than the trainer needs.
     """
 
     def __init__(self, *args: Any, allocator: KnapsackAllocator | None = None, **kwargs: Any) -> None:
         check_internals()
         super().__init__(*args, **kwargs)
-        self._check_run(allocator)
-        self.allocator = allocator or KnapsackAllocator(
-            self._setting("estimator"),
-            self._setting("min_rollouts"),
-            self._setting("max_rollouts"),
-            # TRL holds rewards in float32: compared with a float64 threshold, 0.4 would lie above 0.4.
-            success=float(np.float32(self._setting("success_threshold"))),
-            value=self._setting("value"),
+        settings = check_settings(self.args)
+        self._check_run()
+        self.session = Session(
+            settings,
+            allocator,
+            folder=Path(str(self.args.output_dir)),
+            log_allocations=self._setting("log_allocations") and self.accelerator.is_main_process,
         )
         self.reward_funcs = [
             function
@@ -88,7 +83,6 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._samples: SampleStore | None = None
         self.generated = Generated()
         self.replay = SuccessBuffer(self._setting("replay")) if self._setting("replay") else None
-        self._warned: set[str] = set()
         if isinstance(self.train_dataset, Dataset):
             check_ids(self.train_dataset, self._setting("prompt_id_column"))
             if self.accelerator.num_processes > 1:
@@ -97,7 +91,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             served: Any = self.vllm_generation
             served.generate = one_completion_per_row(served.generate, lambda: self._training)
         warn_of_split_generations(self.args, self.num_iterations)
-        self.add_callback(SaveAllocator(self))
+        self.add_callback(SaveAllocator(self.save_progress, self._checkpoint_root))
         if self._setting("log_samples") and self.accelerator.is_main_process:
             self._samples = SampleStore(self._setting("log_samples"))
             self.add_callback(SaveSamples(self._samples))
@@ -105,9 +99,17 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _setting(self, name: str) -> Any:
         return setting(self.args, name)
 
-    def _check_run(self, allocator: KnapsackAllocator | None) -> None:
+    @property
+    def allocator(self) -> KnapsackAllocator:
+        """The allocator of the run."""
+        return self.session.allocator
+
+    def _checkpoint_root(self) -> Path:
+        # In a hyperparameter search the trainer's folder is one below output_dir.
+        return Path(self._get_output_dir(getattr(self, "_trial", None)))
+
+    def _check_run(self) -> None:
         """Check what is known only once the model, the rewards and the processes are there."""
-        check_settings(self.args, allocator)
         outcome = self._setting("outcome_reward")
         if outcome is not None and outcome not in self.reward_func_names:
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
@@ -127,10 +129,20 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._training:
             return super()._generate_and_score_completions(inputs)
-        rows, step = self._allocate_step(inputs)
-        output = super()._generate_and_score_completions(rows)
+        rows, step = self._plan_step(inputs)
+        output = self._generate_rows(rows, step)
         self._finish_step(step, output)
         return output
+
+    def _generate_rows(self, rows: list[dict[str, Any]], step: Step) -> dict[str, Any]:
+        """Let TRL generate and score the rows; its advantages are replaced where groups are ragged."""
+        size: Any = self.num_generations
+        if step.ragged and step.group_R.size % size:  # TRL reshapes to (-1, size): let it see groups of one
+            self.num_generations = 1
+        try:
+            return super()._generate_and_score_completions(rows)
+        finally:
+            self.num_generations = size
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -161,71 +173,49 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     # -- before generation ------------------------------------------------------------------------------------------
 
-    def _allocate_step(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Step]:
+    def _plan_step(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Step]:
         """Allocate over the prompts of all processes; return this process's rows and the step."""
         started = time.perf_counter()
         everything = gather_object(inputs)
         size: Any = self.num_generations
         drawn = keys_of_blocks(everything, size, self._setting("prompt_id_column"))
         rows = rows_by_prompt(drawn, everything[::size])
-        prompts, block_prompt = numbered(drawn)
+        distinct, block_prompt = numbered(drawn)
         stock_R = np.repeat(block_prompt, size)
         if self.queue is not None:
             self.queue.push(rows)
             rows = dict(self.queue.rows)
-        chosen = self._choose(prompts, stock_R.size)
-        if chosen is None:  # uniform, or allocation failed: exactly the stock step
-            allocation, ragged = self._adopt(prompts, np.bincount(stock_R)), False
-        else:
-            repeated = len(prompts) < len(drawn)
-            if repeated:
-                self._warn("duplicates", "a batch holds the same prompt more than once; its rollouts form one group")
-            ragged = repeated or chosen[0] != prompts or bool((chosen[1].counts != size).any())
-            prompts, allocation = chosen
+        plan = self._agree_on(self._plan(drawn, stock_R.size))
         if self.queue is not None:
-            self.queue.remove(prompts)
-        if ragged:
-            group_R = allocation.expand()
-            start = self.accelerator.process_index * len(inputs)
-            mine = [dict(rows[prompts[group]]) for group in group_R[start : start + len(inputs)]]
+            self.queue.remove(plan.ids)
+        group_R = plan.expand()
+        ragged = plan.ids != distinct or not np.array_equal(group_R, stock_R)
+        if self.session.settings.allocation == "uniform" or not ragged:
+            group_R, mine, ragged = stock_R, inputs, False  # exactly the stock step: same rows, same order
         else:
-            group_R, mine = stock_R, inputs  # exactly the stock step: same rows, same order
-        return mine, Step(prompts, allocation, group_R, ragged, time.perf_counter() - started)
+            if len(rows) < len(drawn) and self.queue is None:
+                self.session.warn_once(
+                    "duplicates", "a batch holds the same prompt more than once; its rollouts form one group"
+                )
+            share = group_R.size // self.accelerator.num_processes
+            start = self.accelerator.process_index * share
+            mine = [dict(rows[plan.ids[group]]) for group in group_R[start : start + share]]
+        return mine, Step(plan, group_R, ragged, time.perf_counter() - started)
 
-    def _choose(self, prompts: list[PromptId], budget: int) -> tuple[list[PromptId], Allocation] | None:
-        """The prompts of the step and their allocation; None if it is uniform, or failed."""
-        if self._setting("allocation") == "uniform":
-            return None
-        decision = [self.allocator.attempt("allocation", lambda: self._serve(prompts, budget))]
-        # One process decides for all, so that no difference between machines can split a group.
+    def _plan(self, drawn: list[PromptId], budget: int) -> Plan:
+        """The plan for the prompts of the batch, or for as many as the queue serves."""
+        args: Any = self.args
+        size: Any = self.num_generations
+        if self.queue is None:
+            return self.session.plan(drawn, size, multiple=self.accelerator.num_processes * args.steps_per_generation)
+        served = self.queue.choose(self.allocator, budget, len(set(drawn)))
+        return self.session.plan(served, budget // len(served), budget=budget)
+
+    def _agree_on(self, plan: Plan) -> Plan:
+        """One process decides for all, so that no difference between machines can split a group."""
+        decision = [plan]
         broadcast_object_list(decision)
         return decision[0]
-
-    def _serve(self, prompts: list[PromptId], budget: int) -> tuple[list[PromptId], Allocation]:
-        """The prompts of the batch, or as many as the queue serves, and their allocation."""
-        if self.queue is None:
-            return prompts, self._allocate(prompts, budget)
-        return self.queue.serve(self.allocator, self._allocate, budget, len(prompts))
-
-    def _allocate(self, prompts: list[PromptId], budget: int) -> Allocation:
-        """Ask the allocator, which may be one of the user's own, and check its answer."""
-        allocation = self.allocator.allocate(prompts, budget)
-        counts = np.asarray(allocation.counts)
-        if (
-            counts.shape != (len(prompts),)
-            or counts.dtype.kind not in "iu"
-            or (counts < 0).any()
-            or counts.sum() != budget
-        ):
-            raise ArithmeticError(
-                f"the allocator gave {counts}, expected {len(prompts)} counts >= 0 that sum to {budget}"
-            )
-        return allocation
-
-    def _adopt(self, prompts: list[PromptId], counts: IntArray) -> Allocation:
-        """Counts that the allocator did not choose, with its predictions of them where it has any."""
-        adopted = self.allocator.attempt("prediction", lambda: self.allocator.adopt(prompts, counts))
-        return adopted or unpredicted(counts, "divided evenly")
 
     # -- after scoring ----------------------------------------------------------------------------------------------
 
@@ -241,19 +231,20 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             )
         infinite = bool(np.isinf(scored.matrix).any())
         if infinite:
-            self._warn("infinite", "a reward function returned an infinite value; the rollout counts as unscored")
-        outcome, total = self._outcome(scored), scored.total(self._weights)
-        trained, replayed = self._mix_in(step, outcome, total, output)
-        if step.ragged or replayed or (infinite and self._setting("allocation") == "knapsack"):
-            self._replace_advantages(step, scored, trained, output)
-        ids = step.ids()
-        self.allocator.attempt("observation", lambda: self.allocator.observe(ids, outcome, scored.lengths))
-        self._add_metrics(step, total, scored.lengths)
-        if self._setting("log_allocations") and self.accelerator.is_main_process:
-            self.allocator.attempt("logging", lambda: self._log_allocation(step, outcome))
+            self.session.warn_once("infinite", "a reward function returned an infinite value; the rollout is unscored")
+        total = scored.total(self._weights)
+        learned = self.session.observe(
+            step.plan, step.group_R, self._outcome(scored), scored.lengths, step=self._generation
+        )
+        trained = outcomes_by_position(step.group_R, total, len(step.plan.ids))
+        mixed = self._mix_in(step, learned.groups, total, output)
+        if step.ragged or mixed is not None or (infinite and self.session.settings.allocation != "uniform"):
+            replaced = trained if mixed is None else outcomes_by_position(step.group_R, mixed, len(step.plan.ids))
+            self._replace_advantages(step, scored, replaced, output)
+        self._add_metrics(step, learned.metrics, trained, scored.lengths)
         if (samples := self._samples) is not None:
-            rule, generation = self.allocator.success, self._generation
-            self.allocator.attempt("sampling", lambda: scored.add_to(samples, ids, outcome, rule, generation))
+            generation, ids = self._generation, step.plan.ids
+            self.session.survive("sampling", lambda: scored.add_to(samples, ids, learned.groups, generation))
 
     @property
     def _weights(self) -> FloatArray:
@@ -263,11 +254,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _aggregation(self) -> str:
         return getattr(self, "multi_objective_aggregation", "sum_then_normalize")  # TRL 1.9 has the one way only
 
-    def _replace_advantages(self, step: Step, scored: Scored, total: FloatArray, output: dict[str, Any]) -> None:
+    def _replace_advantages(self, step: Step, scored: Scored, trained: GroupOutcomes, output: dict[str, Any]) -> None:
         advantages = ragged_advantages(
-            step.group_R,
+            trained,
             scored.finite,
-            total,
             self._weights,
             scale=self.scale_rewards,
             aggregation=self._aggregation,
@@ -289,50 +279,35 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             logged.extend(advantages.tolist())
         zero_std = self._metrics["train"].get("frac_reward_zero_std")
         if zero_std and self.scale_rewards != "batch" and self._aggregation == "sum_then_normalize":
-            groups = group_outcomes(step.group_R, total)
-            zero_std[-1] = float(1.0 - groups.effective[groups.group_of_rollout].mean())
+            zero_std[-1] = float(1.0 - trained.effective[trained.group_R].mean())
 
     def _mix_in(
-        self, step: Step, outcome: FloatArray, total: FloatArray, output: dict[str, Any]
-    ) -> tuple[FloatArray, bool]:
-        """Training rewards with those of stored successes, which take the place of failures, and whether any does."""
+        self, step: Step, groups: GroupOutcomes, total: FloatArray, output: dict[str, Any]
+    ) -> FloatArray | None:
+        """Training rewards with those of stored successes, which take the place of failures; None if there are none."""
         if self.replay is None:
-            return total, False
-        trained, figures = mix_in(self.replay, self, step, outcome, total, output)
+            return None
+        trained, figures = mix_in(self.replay, self, step, groups, total, output)
         for name, number in figures.items():
             self._metrics["train"][name].append(number)
-        return trained, bool(figures["replay/mixed_in"])
+        return trained if figures["replay/mixed_in"] else None
 
     def _outcome(self, scored: Scored) -> FloatArray:
         """(R,) the reward that tells success: the named function's, or the first that scored the rollout."""
         name = self._setting("outcome_reward")
         return scored.outcome(None if name is None else self.reward_func_names.index(name))
 
-    def _add_metrics(self, step: Step, total: FloatArray, lengths: IntArray) -> None:
-        reported = self.allocator.attempt("reporting", self.allocator.metrics) or {}
-        numbers = reported | {"allocation_seconds": step.seconds}
+    def _add_metrics(self, step: Step, learned: dict[str, float], trained: GroupOutcomes, lengths: IntArray) -> None:
+        numbers = learned | {"allocation_seconds": step.seconds}
         if self.queue is not None:
             numbers["prompts_waiting"] = float(len(self.queue.rows))
         if self.accelerator.num_processes > 1:
             work = lengths.reshape(self.accelerator.num_processes, -1).sum(axis=1)
             numbers["process_imbalance"] = float(work.max() / max(work.mean(), 1))
-        by_prompt = group_outcomes(step.group_R, total).mean_reward
-        by_prompt = by_prompt[~np.isnan(by_prompt)]
+        by_prompt = trained.mean_reward[~np.isnan(trained.mean_reward)]
         numbers["reward_per_prompt"] = float(by_prompt.mean()) if by_prompt.size else float("nan")
         for name, number in numbers.items():
             self._metrics["train"][f"knapsack/{name}"].append(number)
-
-    def _log_allocation(self, step: Step, outcome: FloatArray) -> None:
-        record = {"step": self._generation} | step.record(outcome, self.allocator.success)
-        try:
-            append_row(Path(str(self.args.output_dir)) / ALLOCATION_LOG, record)
-        except OSError as error:
-            self._warn("log", f"{ALLOCATION_LOG} could not be written ({error}); the run goes on, the row is lost")
-
-    def _warn(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
-            self._warned.add(topic)
-            logger.warning("%s (told once)", message)
 
     # -- resume -----------------------------------------------------------------------------------------------------
 
@@ -361,35 +336,41 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         return sampler
 
     def save_progress(self, checkpoint: Path) -> None:
-        """Write what a resumed run must know beside the allocator's state; subclasses add theirs."""
+        """Write into a checkpoint what a resumed run must know; the allocator's state comes last and marks it complete.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         self.generated.save(checkpoint)
         if self.queue is not None:
             self.queue.save(checkpoint / QUEUE_FILE)
         if self.replay is not None:
             self.replay.save(checkpoint / REPLAY_FILE)
+        self.session.save(checkpoint)
 
     def restore_allocator(self, checkpoint: Path) -> None:
         """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
 
-        Where the data set is another than before, what is known of prompts that are in both is kept, what is known
-        of the others stays in the state, and the numbers are logged.
+        Where the data set has changed, what is known of prompts that are in both is kept, what is known of the others
+        stays in the state, and the numbers are logged.
 
         Raises:
             ValueError: the state is damaged or belongs to another estimator.
         """
         state = checkpoint / STATE_FILE
         if state.exists():
-            header, arrays = read_state(state)
-            self.allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
+            self.session.restore(state)
             if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
                 self.queue.load(checkpoint / QUEUE_FILE)
             if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it
-                tell_changed_data(
+                log_changed_data(
                     self.allocator.tracker.prompt_ids,
                     prompt_keys(self.train_dataset, self._setting("prompt_id_column")),
                 )
         else:
-            self._warn("no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known")
+            self.session.warn_once(
+                "no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known"
+            )
         self.generated = Generated.load(checkpoint)
         if self.replay is not None:
             self.replay.load(checkpoint / REPLAY_FILE)

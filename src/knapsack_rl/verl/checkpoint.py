@@ -29,7 +29,8 @@ class KnapsackCheckpoint(CheckpointCallback):
         self, trainer: Any, global_step: int, checkpoint_dir: str, async_save: bool = False, **kwargs: Any
     ) -> None:
         """Save the state of the allocator."""
-        session.current().save(Path(checkpoint_dir))
+        run = session.current()
+        run.survive("saving", lambda: run.save(Path(checkpoint_dir)))
 
 
 def state_to_resume(config: Any) -> Path | None:

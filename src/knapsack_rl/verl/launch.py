@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from knapsack_rl.estimation.named import ESTIMATORS
+from knapsack_rl.session import AllocationSettings, check_fields, option
 
 MANAGER_KEY = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 SAMPLER_PATH_KEY = "trainer.v1.sampler.custom_sampler.path"
@@ -36,53 +36,38 @@ UNGROUPED = ("gae", "remax", "reinforce_plus_plus")
 """verl's advantage estimators without groups: their gradient is not zero where all rewards of a prompt are equal."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerlSettings:
+@dataclass(kw_only=True)
+class VerlSettings(AllocationSettings):
     """How to allocate: the keys below ``trainer.v1.sampler.sampler_kwargs``.
 
+    The fields of :class:`~knapsack_rl.session.AllocationSettings`, and the following.
+
     Attributes:
-        allocation: ``"knapsack"``, or ``"uniform"`` for stock verl with the same metrics.
-        estimator: name of an estimator of success rates; ``"window"`` is the paper's rule with its fallback.
-        min_rollouts: fewest rollouts of a prompt: 2 to rollout.n, or 0 to let prompts be skipped.
-        max_rollouts: most rollouts of a prompt, >= rollout.n.
-        prompt_id: what names a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt
-            itself), or another key of extra_info, which is put behind data_source too.
+        prompt_id: names a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt itself), or
+            another key of extra_info, which is put behind data_source too.
         outcome: ``"reward"``, or the name of a value that the reward function returns beside its score (``acc``).
-        success_threshold: an outcome above it is a success.
         log_allocations: append each batch's allocation and outcome to allocations.jsonl in trainer.default_local_dir.
+        watch: log signs of failure once each, and append them to warnings.jsonl in trainer.default_local_dir.
         poll_interval: seconds between looks of the replay buffer at finished groups; verl's own is 2.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    allocation: str = "knapsack"
-    estimator: str = "bayes-filter"
-    min_rollouts: int = 2
-    max_rollouts: int = 128
-    prompt_id: str = "index"
-    outcome: str = "reward"
-    success_threshold: float = 0.0
-    log_allocations: bool = False
-    poll_interval: float = 2.0
+    prompt_id: str = option("index", "names a prompt: index, hash, or a key of extra_info")
+    outcome: str = option("reward", "reward, or a value that the reward function returns beside its score")
+    log_allocations: bool = option(False, "append allocations to allocations.jsonl")
+    watch: bool = option(False, "log signs of failure, each once")
+    poll_interval: float = option(2.0, "seconds between looks at finished groups")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            given, kind = getattr(self, field.name), type(field.default)
-            allowed = (int, float) if kind is float else kind
-            if not isinstance(given, allowed) or (isinstance(given, bool) and kind is not bool):
-                raise ValueError(f"{field.name} must be {kind.__name__}, got {given!r}")
-        for name, choices in (("allocation", ("knapsack", "uniform")), ("estimator", tuple(ESTIMATORS))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        low, high = self.min_rollouts, self.max_rollouts
-        if not (low == 0 or low >= 2) or high < max(low, 2):
+        check_fields(self, type(self))
+        self.check_allocation()
+        if self.min_rollouts == 1:
             raise ValueError(
-                "min_rollouts must be 0 (prompts may be skipped) or at least 2 (verl gives a group of one its raw "
-                f"reward as advantage), and max_rollouts at least max(min_rollouts, 2); got {low} and {high}"
+                "min_rollouts must be 0 (prompts may be skipped) or at least 2, got 1: verl gives a group of one its "
+                "raw reward as advantage"
             )
-        if not math.isfinite(self.success_threshold):
-            raise ValueError(f"success_threshold must be finite, got {self.success_threshold!r}")
         if not 0 < self.poll_interval < math.inf:
             raise ValueError(f"poll_interval must be seconds above 0, got {self.poll_interval!r}")
 
@@ -223,9 +208,7 @@ def _feature_problems(config: Any) -> list[str]:
 
 def _size_problems(config: Any) -> list[str]:
     prompts, mean = pick(config, "data.train_batch_size", 1024), pick(config, "actor_rollout_ref.rollout.n", 1)
-    mode = pick(config, "trainer.v1.trainer_mode", "sync")
-    syncs = pick(config, f"trainer.v1.{mode}.parameter_sync_step", 4 if mode == "separate_async" else 1)
-    mini = pick(config, "actor_rollout_ref.actor.ppo_mini_batch_size", 256)
+    mini, syncs = _mini_batch(config), _syncs(config)
     numbers = {"data.train_batch_size": prompts, "ppo_mini_batch_size": mini, "parameter_sync_step": syncs}
     bad = [f"{name} must be a whole number above 0, got {n!r}" for name, n in numbers.items() if not _positive(n)]
     if bad or not _positive(mean):
@@ -238,8 +221,7 @@ def _size_problems(config: Any) -> list[str]:
             f"trainer.nnodes x trainer.n_gpus_per_node = {gpus} GPUs cannot be divided into model replicas of "
             f"{per_replica} (tensor x pipeline x context or Ulysses sequence parallel sizes)"
         ]
-    multiple = math.lcm(gpus // per_replica, mini * mean)
-    rows = prompts // syncs * mean
+    multiple, rows = rows_multiple(config), prompts // syncs * mean
     if rows % multiple:
         return [
             f"an update has {rows} rollouts (train_batch_size x rollout.n / parameter_sync_step), which verl would "
@@ -247,6 +229,21 @@ def _size_problems(config: Any) -> list[str]:
             f"ppo_mini_batch_size x rollout.n = {mini * mean}; choose sizes that divide"
         ]
     return []
+
+
+def rows_multiple(config: Any) -> int:
+    """The number of rollouts that verl pads an update to a multiple of."""
+    gpus, per_replica = _world(config)
+    return math.lcm(gpus // per_replica, _mini_batch(config) * pick(config, "actor_rollout_ref.rollout.n", 1))
+
+
+def _mini_batch(config: Any) -> Any:
+    return pick(config, "actor_rollout_ref.actor.ppo_mini_batch_size", 256)
+
+
+def _syncs(config: Any) -> Any:
+    mode = pick(config, "trainer.v1.trainer_mode", "sync")
+    return pick(config, f"trainer.v1.{mode}.parameter_sync_step", 4 if mode == "separate_async" else 1)
 
 
 def _world(config: Any) -> tuple[int, int]:

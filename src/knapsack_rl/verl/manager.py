@@ -17,7 +17,7 @@ from knapsack_rl.ids import PromptId
 from knapsack_rl.verl import session
 from knapsack_rl.verl.checkpoint import state_to_resume
 from knapsack_rl.verl.identity import prompt_ids
-from knapsack_rl.verl.launch import pick
+from knapsack_rl.verl.launch import pick, rows_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,9 @@ ID_FIELD = "knapsack_prompt_id"
 class KnapsackAgentLoopManager(AgentLoopManagerTQ):
     """``AgentLoopManagerTQ`` whose training batches have an own number of rollouts for each prompt.
 
-    The counts of a batch sum to its prompts x ``rollout.n``, so verl pads nothing. Rows are ordered so that every
-    agent-loop worker sends its longest predicted rollouts first; verl routes each request to the least-loaded replica.
-    Validation is passed on untouched.
+    The counts of a batch sum to its prompts x ``rollout.n``, or with a budget in tokens to a multiple of what verl
+    updates on, so verl pads nothing. Rows are ordered so that every agent-loop worker sends its longest predicted
+    rollouts first; verl routes each request to the least-loaded replica. Validation is passed on untouched.
 
     Args:
         *args: as ``AgentLoopManagerTQ``.
@@ -52,7 +52,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         if state is not None:
             self.session.restore(state)
             logger.info("allocator restored from %s", state)
-        self.session.log_folder = Path(str(pick(self.config, "trainer.default_local_dir", "checkpoints")))
+        self.session.folder = Path(str(pick(self.config, "trainer.default_local_dir", "checkpoints")))
         self.session.manager_attached = True
         self._identified_a_batch = False
 
@@ -72,13 +72,18 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
     def _allocated(self, prompts: TensorDict) -> TensorDict:
         mean = int(pick(self.config, "actor_rollout_ref.rollout.n", 1))
         ids = self._identify(prompts)
-        counts = self.session.plan(ids, len(prompts), mean)
-        if ids is not None:
-            tensordict_utils.assign_non_tensor_stack(prompts, ID_FIELD, ids)
+        if ids is None:
+            return prompts  # stock verl
+        plan = self.session.plan(ids, mean, multiple=rows_multiple(self.config))
+        if len(plan.ids) < len(ids):
+            self.session.warn_once(
+                "repeats", "a batch holds a prompt more than once; its rows divide one number of rollouts"
+            )
+        tensordict_utils.assign_non_tensor_stack(prompts, ID_FIELD, ids)
         if self.session.settings.allocation == "uniform":
             return prompts  # stock verl, but for the id
-        tensordict_utils.assign_non_tensor_stack(prompts, COUNT_FIELD, counts.tolist())
-        lengths = None if ids is None else self.session.predicted_lengths(ids)
+        tensordict_utils.assign_non_tensor_stack(prompts, COUNT_FIELD, plan.rows_of(ids).tolist())
+        lengths = self.session.predicted_lengths(ids)
         if lengths is None:
             return prompts
         if pick(self.config, "actor_rollout_ref.rollout.scheduling_policy") == "priority":
@@ -99,7 +104,8 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         except ValueError as error:
             if not self._identified_a_batch:
                 raise
-            self.session.warn("identity", f"{error}; the batch gets rollout.n for every prompt")
+            self.session.allocator.failures["identification"] += 1
+            self.session.warn_once("identity", f"{error}; the batch gets rollout.n for every prompt")
             return None
         self._identified_a_batch = True
         return ids

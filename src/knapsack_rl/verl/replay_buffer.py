@@ -47,13 +47,13 @@ class _Observes:
         return batch, metrics
 
     def _observe(self, batch: Any, step: int) -> dict[str, float]:
-        try:
-            ids, outcomes, lengths = read_outcomes(batch, self.session.settings.outcome)
-        except Exception as error:  # training goes on with what verl sampled
-            logger.debug("reading outcomes failed", exc_info=True)
-            self.session.warn("reading", f"the outcomes of a batch could not be read ({error}); nothing is learned")
+        read = self.session.survive("reading", lambda: read_outcomes(batch, self.session.settings.outcome))
+        if read is None:  # training goes on with what verl sampled; nothing is learned
             return {}
-        return self.session.observe(ids, outcomes, lengths, step)
+        ids, outcomes, lengths = read
+        plan, prompt_R = self.session.arrived(ids)
+        metrics = self.session.observe(plan, prompt_R, outcomes, lengths, step).metrics
+        return {f"knapsack/{name}": number for name, number in metrics.items()}
 
 
 class _KnapsackReplayBuffer(_Observes, ReplayBuffer):

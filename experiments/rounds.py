@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import IntArray
-from knapsack_rl.groups import GroupOutcomes, group_outcomes, successes_of
+from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
-from knapsack_rl.trl.batches import concatenate, select
+from knapsack_rl.session import Plan
 from knapsack_rl.trl.identity import prompt_key
+from knapsack_rl.trl.replay import pad_to
 from knapsack_rl.trl.step import Scored, Step, keys_of_blocks
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
 
@@ -89,9 +91,6 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         rows: Any = self.train_dataset
         self._row_of = {prompt_key(row, column): row for row in rows}
 
-    def _check_run(self, allocator: Any) -> None:
-        super()._check_run(None)  # an allocator in tokens is fine here: rows may vary in number
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._training:
             return super()._generate_and_score_completions(inputs)
@@ -109,16 +108,16 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
             generating += time.perf_counter() - before
             ids, parts, scores = ids + mine, [*parts, output], [*scores, scored]
             group_R = np.repeat(np.arange(len(wanted)), list(wanted.values()))
-            outcome = self._outcome(scored)
-            self.rounds.observe(list(wanted), group_outcomes(group_R, outcome, self.allocator.success))
+            outcomes = outcomes_by_position(group_R, self._outcome(scored), len(wanted), self.allocator.success)
+            self.rounds.observe(list(wanted), outcomes)
         merged = concatenate(parts, self._tokenizer.pad_token_id)
         self._scored = Scored.joined(scores)
         prompts, group_R = numbered(ids)
-        success_R = successes_of(self._outcome(self._scored), self.allocator.success).astype(np.int64)
-        allocation = self._adopt(prompts, np.bincount(group_R))
+        allocation = self.session.adopt(prompts, np.bincount(group_R))
+        outcomes = outcomes_by_position(group_R, self._outcome(self._scored), len(prompts), self.allocator.success)
         seconds = time.perf_counter() - started - generating
-        self._finish_step(Step(prompts, allocation, group_R, ragged=True, seconds=seconds), merged)
-        return select(merged, self.rounds.keep(prompts, group_R, success_R))
+        self._finish_step(Step(Plan(prompts, allocation, seconds), group_R, ragged=True, seconds=seconds), merged)
+        return select(merged, self.rounds.keep(prompts, group_R, outcomes.success_R.astype(np.int64)))
 
     def _one_round(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Scored]:
         """Generate and score one completion per row; TRL sees groups of one, its advantages are replaced later."""
@@ -134,8 +133,8 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
 
     def save_progress(self, checkpoint: Path) -> None:
         """Write the rule's state beside the numbers of the trainer."""
-        super().save_progress(checkpoint)
         (checkpoint / ROUNDS_FILE).write_text(json.dumps(self.rounds.state_dict()), encoding="utf-8")
+        super().save_progress(checkpoint)
 
     def restore_allocator(self, checkpoint: Path) -> None:
         """Restore the rule too.
@@ -145,3 +144,42 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         """
         super().restore_allocator(checkpoint)
         self.rounds.load_state_dict(json.loads((checkpoint / ROUNDS_FILE).read_text(encoding="utf-8")))
+
+
+PADDING = {"prompt_ids": "left", "prompt_mask": "left"}
+"""Sides of the padding of TRL's tensors; those not named are padded on the right."""
+
+
+def concatenate(parts: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+    """One batch of several outputs of TRL: rows below each other, padded to the longest.
+
+    Args:
+        parts: outputs with 1-d tensors (a number per row), 2-d ones (per row and token) and ``num_items_in_batch``.
+        pad_id: token that pads ids; everything else is padded with zeros.
+
+    Raises:
+        ValueError: an output holds something else, such as images.
+    """
+    merged: dict[str, Any] = {}
+    for name, first in parts[0].items():
+        tensors = [part[name] for part in parts]
+        if name == "num_items_in_batch":
+            merged[name] = sum(tensors[1:], start=tensors[0])
+        elif isinstance(first, torch.Tensor) and first.dim() in (1, 2):
+            if first.dim() == 2:
+                fill = pad_id if name.endswith("_ids") else 0
+                width = max(tensor.shape[1] for tensor in tensors)
+                tensors = [pad_to(tensor, width, fill, PADDING.get(name, "right")) for tensor in tensors]
+            merged[name] = torch.cat(tensors)
+        else:
+            raise ValueError(f"generation in rounds cannot join {name!r}: only text is supported")
+    return merged
+
+
+def select(batch: dict[str, Any], rows: IntArray) -> dict[str, Any]:
+    """The given rows of a batch, with the number of tokens that the loss divides by."""
+    index = torch.as_tensor(rows, device=batch["completion_ids"].device)
+    kept = {name: value if name == "num_items_in_batch" else value[index] for name, value in batch.items()}
+    total = kept["completion_mask"].sum()
+    kept["num_items_in_batch"] = total.to(batch["num_items_in_batch"].dtype)
+    return kept

@@ -8,11 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from knapsack_rl.allocator import KnapsackAllocator
+from experiments.rules import RULES, Oversample, Sequential, Skip
 from knapsack_rl.groups import group_outcomes
-from knapsack_rl.training.policies import make_allocator, make_rounds
-from knapsack_rl.training.rivals import Oversample, Sequential, Skip, Tokens
-from knapsack_rl.training.settings import TrainSettings
 
 
 def play(rule, success, batch=()):
@@ -133,35 +130,6 @@ def test_sampling_until_balanced():
     }
 
 
-def test_a_budget_of_tokens_is_what_uniform_allocation_would_take():
-    allocator = KnapsackAllocator(budget_unit="tokens")
-    rule, prompts = Tokens(allocator, 8), ["short", "long", "solved"]
-    rounds, *_ = play(rule, lambda *_: 0, batch=prompts)
-    assert rounds == [dict.fromkeys(prompts, 8)]  # nothing known: uniform
-    for _ in range(4):
-        allocator.observe(
-            ["short"] * 8 + ["long"] * 8 + ["solved"] * 8,
-            [1, 0] * 8 + [1] * 8,
-            [3] * 8 + [30] * 8 + [10] * 8,
-        )
-    (wanted,), *_ = play(rule, lambda *_: 0, batch=prompts)
-    lengths = dict(zip(prompts, allocator.predicted_lengths(prompts), strict=True))
-    spent = sum(lengths[prompt] * count for prompt, count in wanted.items())
-    assert spent <= 8 * sum(lengths.values()) < spent + max(lengths.values())
-    assert wanted["short"] > wanted["long"] > wanted["solved"] == 2
-
-
-def test_settings_name_a_rule():
+def test_rules_are_made_by_name():
     kinds = {"oversample": Oversample, "skip": Skip, "sequential": Sequential}
-    for name, kind in kinds.items():
-        settings = TrainSettings(allocation=name, steps=5, prompts_per_step=4)
-        assert type(make_rounds(settings, IDS, make_allocator(settings))) is kind
-        assert settings.total_rollouts == 5 * 4 * 8
-    tokens = TrainSettings(budget_unit="tokens")
-    assert isinstance(make_rounds(tokens, IDS, make_allocator(tokens)), Tokens)
-    assert tokens.total_rollouts is None
-    assert make_allocator(tokens).budget_unit == "tokens"
-    with pytest.raises(ValueError, match="updates_per_step must be 1 with allocation 'skip'"):
-        TrainSettings(allocation="skip", updates_per_step=2)
-    with pytest.raises(ValueError, match="needs allocation 'knapsack', got 'uniform'"):
-        TrainSettings(allocation="uniform", budget_unit="tokens")
+    assert {name: type(make(IDS, 4, 8, 0)) for name, make in RULES.items()} == kinds

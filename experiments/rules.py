@@ -1,4 +1,4 @@
-"""Rules of the field as :class:`~knapsack_rl.trl.rounds.Rounds`: oversample and drop, skip, sample until balanced.
+"""Rules of the field as :class:`~experiments.rounds.Rounds`: oversample and drop, skip, sample until balanced.
 
 Each follows its source in what is sampled when; the rest (loss, learning rate, size of the training batch) is that
 of all other policies here. Nothing imports torch.
@@ -7,13 +7,12 @@ of all other policies here. Nothing imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from knapsack_rl.allocation.checks import IntArray
-from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
 
@@ -225,43 +224,9 @@ class Sequential:
         """Nothing to restore."""
 
 
-class Tokens:
-    """One round a step, by an allocator whose budget is in tokens: as many as uniform allocation is expected to take.
-
-    Until lengths are known the step is uniform.
-
-    Args:
-        allocator: with ``budget_unit="tokens"``; it observes what is generated.
-        rollouts: N of the uniform allocation whose tokens are the budget.
-    """
-
-    def __init__(self, allocator: KnapsackAllocator, rollouts: int) -> None:
-        self.allocator, self.rollouts = allocator, rollouts
-
-    def start(self, prompts: list[PromptId]) -> None:
-        """Allocate over the batch."""
-        if not len(self.allocator.tracker):
-            self._wanted: dict[PromptId, int] = dict.fromkeys(prompts, self.rollouts)
-            return
-        budget = self.rollouts * float(self.allocator.predicted_lengths(prompts).sum())
-        counts = self.allocator.allocate(prompts, budget).counts.tolist()
-        self._wanted = {prompt: count for prompt, count in zip(prompts, counts, strict=True) if count}
-
-    def request(self) -> Mapping[PromptId, int]:
-        """The allocation, once."""
-        wanted, self._wanted = self._wanted, {}
-        return wanted
-
-    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
-        """The allocator is told by the trainer."""
-
-    def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
-        """Everything."""
-        return np.arange(group_R.size, dtype=np.int64)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The allocator's state is saved apart."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
+RULES: dict[str, Callable[[Sequence[PromptId], int, int, int], Any]] = {
+    "oversample": lambda ids, prompts, rollouts, seed: Oversample(ids, prompts, rollouts, seed=seed),
+    "skip": lambda ids, prompts, rollouts, seed: Skip(ids, prompts, rollouts, seed=seed),
+    "sequential": lambda ids, prompts, rollouts, seed: Sequential(rollouts),
+}
+"""Rules by name: made from the prompts of the data set, prompts and rollouts per prompt of a step, and a seed."""

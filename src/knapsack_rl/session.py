@@ -1,0 +1,441 @@
+"""One run of any engine: settings, the plan of a step, what is learned from its outcomes, log and state.
+
+The TRL and verl adapters, the simulator and the command line share this. An engine makes two calls a step::
+
+    plan = session.plan(ids, mean)  # before generation: rollouts per prompt
+    groups, metrics = session.observe(plan, prompt_R, outcome_R, lengths_R, step)  # after scoring
+
+A configuration that cannot work is refused when the settings are made. After that a run never ends because of
+allocation: the batch gets the mean for every prompt, the failure is logged once and counted by kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.policies import Allocation, unpredicted
+from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.estimation.named import ESTIMATORS
+from knapsack_rl.estimation.tokens import BUDGET_UNITS
+from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
+from knapsack_rl.ids import PromptId, numbered
+from knapsack_rl.runs.allocations import allocation_row
+from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row
+from knapsack_rl.runs.watch import WarningLog
+
+T = TypeVar("T")
+
+ALLOCATIONS = ("knapsack", "paper", "uniform")
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a settings class, with the help and the choices of its flag."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(kw_only=True)
+class AllocationSettings:
+    """How to allocate. Declared here once; every configuration of the project has these fields.
+
+    Attributes:
+        allocation: ``"knapsack"``, ``"paper"`` (the paper's rule with its fallback; the estimator is its window),
+            or ``"uniform"`` for stock GRPO with the same metrics.
+        estimator: name of the estimator of success rates.
+        estimator_settings: settings of the estimator, such as ``"window=8,minimum=4"``.
+        value: the value that is maximised: a name, or the import path ``"package.module:function"`` of a function
+            ``f(counts, success_rates)``. Estimators on a grid take any, the window only without its fallback.
+        budget_unit: ``"rollouts"``: a step has prompts x mean rollouts. ``"tokens"``: a step has as many expected
+            tokens as that would take, and its number of rollouts varies; until lengths were observed it is uniform.
+        min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
+            with 1 a prompt may get a single rollout, which is observed but has no gradient.
+        max_rollouts: most rollouts of a prompt.
+        success_threshold: an outcome above it counts as a success.
+
+    Raises:
+        ValueError: a setting has the wrong type or is out of range, or the settings contradict each other.
+    """
+
+    allocation: str = option("knapsack", "how a step's rollouts are divided over its prompts", ALLOCATIONS)
+    estimator: str = option("bayes-filter", "estimator of success rates", tuple(ESTIMATORS))
+    estimator_settings: str = option("", "settings of the estimator, such as 'window=8,minimum=4'")
+    value: str = option("knapsack", f"value that is maximised: {', '.join(VALUES)}, or package.module:function")
+    budget_unit: str = option("rollouts", "unit of a step's budget", BUDGET_UNITS)
+    min_rollouts: int = option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
+    max_rollouts: int = option(128, "most rollouts of a prompt")
+    success_threshold: float = option(0.0, "an outcome above it is a success")
+
+    def __post_init__(self) -> None:
+        self.check_allocation()
+
+    @classmethod
+    def of(cls, source: Any) -> AllocationSettings:
+        """These settings alone, read from an object that may have some of them as attributes."""
+        names = [spec.name for spec in dataclasses.fields(AllocationSettings)]
+        return AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
+
+    def check_allocation(self, mean: int | None = None, name: str = "rollouts_per_prompt") -> None:
+        """Check these settings, by making the allocator once.
+
+        Args:
+            mean: mean rollouts of a prompt, where it is known.
+            name: the engine's name for it.
+
+        Raises:
+            ValueError: says what is wrong and what is allowed.
+        """
+        check_fields(self, AllocationSettings)
+        if not math.isfinite(self.success_threshold):
+            raise ValueError(f"success_threshold must be a finite number, got {self.success_threshold!r}")
+        self.make_allocator()
+        if self.budget_unit == "tokens" and self.allocation != "knapsack":
+            raise ValueError(f"budget_unit='tokens' needs allocation='knapsack', got {self.allocation!r}")
+        if mean is not None and not self.min_rollouts <= mean <= self.max_rollouts:
+            raise ValueError(
+                f"min_rollouts <= {name} <= max_rollouts must hold, got "
+                f"min_rollouts={self.min_rollouts}, {name}={mean}, max_rollouts={self.max_rollouts}"
+            )
+
+    @property
+    def estimator_options(self) -> dict[str, Any]:
+        """Keyword arguments of the estimator.
+
+        Raises:
+            ValueError: ``estimator_settings`` is not a list of ``name=value`` with numbers or ``true``, ``false``.
+        """
+        found: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in self.estimator_settings.split(","))):
+            name, _, text = part.partition("=")
+            try:
+                found[name.strip()] = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"estimator_settings: {part!r} must be name=value with a number, true or false as the value"
+                ) from error
+        return found
+
+    def make_allocator(self) -> KnapsackAllocator:
+        """The allocator that these settings describe; under uniform allocation it only watches.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        return KnapsackAllocator(
+            "window" if self.allocation == "paper" else self.estimator,
+            self.min_rollouts,
+            self.max_rollouts,
+            # Engines hold rewards in float32: compared with a float64 threshold, 0.4 would lie above 0.4.
+            success=float(np.float32(self.success_threshold)),
+            budget_unit=self.budget_unit,  # type: ignore[arg-type] # checked above
+            value=self.value,
+            **self.estimator_options,
+        )
+
+
+def check_fields(settings: Any, kind: type) -> None:
+    """Check the type of every field of a settings class against its default, and its choices.
+
+    Raises:
+        ValueError: a value has another type, or is not one of the choices.
+    """
+    for spec in dataclasses.fields(kind):
+        given, wanted = getattr(settings, spec.name), type(spec.default)
+        if wanted is float and isinstance(given, int) and not isinstance(given, bool):
+            given = float(given)
+            object.__setattr__(settings, spec.name, given)
+        if type(given) is not wanted:
+            raise ValueError(f"{spec.name} must be {wanted.__name__}, got {given!r}")
+        choices = spec.metadata.get("choices")
+        if choices and given not in choices:
+            raise ValueError(f"{spec.name} must be one of {', '.join(choices)}, got {given!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The rollouts of one step.
+
+    Attributes:
+        ids: (M,) distinct prompts of the step.
+        allocation: their rollouts, with estimates and predictions.
+        seconds: time that the allocation took.
+    """
+
+    ids: list[PromptId]
+    allocation: Allocation
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> IntArray:
+        """(M,) rollouts of each distinct prompt."""
+        return self.allocation.counts
+
+    def expand(self) -> IntArray:
+        """(R,) position among the distinct prompts of each rollout; the rollouts of a prompt are adjacent."""
+        return self.allocation.expand()
+
+    def rows_of(self, ids: Sequence[PromptId]) -> IntArray:
+        """(B,) rollouts of each row of the batch; a prompt in several rows divides its rollouts over them.
+
+        No row gets a single rollout unless its prompt has only one: a group of one has no gradient.
+
+        Args:
+            ids: (B,) prompt of each row, each one of the plan's.
+        """
+        count_of = dict(zip(self.ids, self.counts.tolist(), strict=True))
+        rows: dict[PromptId, list[int]] = {}
+        for row, prompt_id in enumerate(ids):
+            rows.setdefault(prompt_id, []).append(row)
+        counts = np.zeros(len(ids), dtype=np.int64)
+        for prompt_id, places in rows.items():
+            served = places[: max(count_of[prompt_id] // 2, 1)]
+            each, extra = divmod(count_of[prompt_id], len(served))
+            counts[served] = each
+            counts[served[:extra]] += 1
+        return counts
+
+
+class Observation(NamedTuple):
+    """What a step taught.
+
+    Attributes:
+        groups: its rollouts, grouped by position among the plan's prompts.
+        metrics: numbers for a logger.
+    """
+
+    groups: GroupOutcomes
+    metrics: dict[str, float]
+
+
+class Session:
+    """The allocator of one run, and how it may fail.
+
+    Args:
+        settings: how to allocate.
+        allocator: an allocator to use instead of the one that the settings describe.
+        folder: where the allocation log and the warnings go; None for neither.
+        log_allocations: append each step's row to the allocation log.
+        watch: look for signs of failure in the metrics, log each once and append it to the warnings.
+        smallest_group: fewest rollouts that a served prompt may have; verl cannot take groups of one.
+    """
+
+    def __init__(
+        self,
+        settings: AllocationSettings,
+        allocator: KnapsackAllocator | None = None,
+        *,
+        folder: Path | None = None,
+        log_allocations: bool = False,
+        watch: bool = False,
+        smallest_group: int = 1,
+    ) -> None:
+        self.settings = settings
+        self.allocator = settings.make_allocator() if allocator is None else allocator
+        self.folder = folder
+        self.log_allocations = log_allocations
+        self.smallest_group = smallest_group
+        self._watches = watch
+        self._warnings: WarningLog | None = None
+        self._lengths_known = self._knows_lengths()
+        self._pending: dict[PromptId, tuple[int, float, float]] = {}
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def plan(self, ids: Sequence[PromptId], mean: int, *, budget: int | None = None, multiple: int = 1) -> Plan:
+        """Rollouts for the prompts of a batch.
+
+        In rollouts the counts sum to the budget, in tokens they are expected to take the tokens of ``mean`` rollouts
+        per row. A prompt that is in the batch several times gets one count for all its rows, see :meth:`Plan.rows_of`.
+
+        Args:
+            ids: (B,) prompt of each row of the batch.
+            mean: mean rollouts per row; every row gets it under uniform allocation and where allocation fails.
+            budget: rollouts of the step; ``mean * B`` by default.
+            multiple: in tokens, the number of rollouts is a multiple of this.
+        """
+        started = time.perf_counter()
+        distinct, place_R = numbered(ids)
+        found = None
+        if self.settings.allocation != "uniform":
+            rollouts = mean * len(ids) if budget is None else budget
+            found = self.survive("allocation", lambda: self._allocate(distinct, ids, mean, rollouts, multiple))
+        if found is None:
+            found = self.adopt(distinct, mean * np.bincount(place_R))
+        plan = Plan(distinct, found, time.perf_counter() - started)
+        unknown = np.full(len(distinct), np.nan)
+        estimate = unknown if found.success_rates is None else found.success_rates
+        predicted = unknown if found.nonzero_gradient is None else found.nonzero_gradient
+        self._pending.update(
+            zip(distinct, zip(plan.counts.tolist(), estimate.tolist(), predicted.tolist(), strict=True), strict=True)
+        )
+        return plan
+
+    def _allocate(
+        self, distinct: list[PromptId], ids: Sequence[PromptId], mean: int, rollouts: int, multiple: int
+    ) -> Allocation:
+        """Ask the allocator, which may be one of the user's, and check its answer."""
+        if self.allocator.budget_unit == "rollouts":
+            found = self.allocator.allocate(distinct, rollouts)
+        elif not self._lengths_known:
+            return self.adopt(distinct, mean * np.bincount(numbered(ids)[1]))
+        else:
+            found = self.allocator.allocate(distinct, mean * float(self.allocator.predicted_lengths(ids).sum()))
+        counts = np.asarray(found.counts)
+        if counts.shape != (len(distinct),) or counts.dtype.kind not in "iu" or (counts < 0).any():
+            raise ArithmeticError(f"the allocator gave {counts}, expected {len(distinct)} whole numbers >= 0")
+        if self.allocator.budget_unit == "rollouts" and counts.sum() != rollouts:
+            raise ArithmeticError(f"the allocator gave {counts}, which sum to {counts.sum()} and not to {rollouts}")
+        if ((counts > 0) & (counts < self.smallest_group)).any():
+            raise ArithmeticError(f"the allocator gave a group of fewer than {self.smallest_group} rollouts: {counts}")
+        if self.allocator.budget_unit == "tokens" and counts.sum() % multiple:
+            marginals = self.allocator.belief(distinct).marginals
+            found = self.adopt(distinct, rounded(counts, multiple, self.allocator.min_rollouts, marginals))
+        return found
+
+    def adopt(self, ids: list[PromptId], counts: IntArray) -> Allocation:
+        """Counts that the allocator did not choose, with its predictions of them where it has any."""
+        adopted = self.survive("prediction", lambda: self.allocator.adopt(ids, counts))
+        return adopted or unpredicted(counts, "divided evenly")
+
+    def arrived(self, ids: Sequence[PromptId]) -> tuple[Plan, IntArray]:
+        """The plan of the prompts whose rollouts arrived, whatever batches they were planned in; for engines that mix.
+
+        Args:
+            ids: (R,) prompt of each rollout that arrived.
+
+        Returns:
+            The plan of these prompts, and (R,) the position of each rollout among them.
+        """
+        distinct, prompt_R = numbered(ids)
+        kept = [self._pending.pop(prompt_id, (0, math.nan, math.nan)) for prompt_id in distinct]
+        counts, estimate, predicted = (np.array(column) for column in zip(*kept, strict=True)) if kept else ([], [], [])
+        allocation = Allocation(
+            np.asarray(counts, dtype=np.int64),
+            math.nan,
+            success_rates=np.asarray(estimate, dtype=np.float64),
+            nonzero_gradient=np.asarray(predicted, dtype=np.float64),
+        )
+        return Plan(distinct, allocation), prompt_R
+
+    def observe(
+        self,
+        plan: Plan,
+        prompt_R: IntArray,
+        outcome_R: ArrayLike,
+        lengths_R: ArrayLike | None = None,
+        step: int = 0,
+    ) -> Observation:
+        """Learn from the outcomes of a step, log them, and return them with the metrics.
+
+        Args:
+            plan: of the step.
+            prompt_R: (R,) position of each rollout's prompt among the plan's.
+            outcome_R: (R,) outcome that decides on success; NaN and infinite ones count as unscored.
+            lengths_R: (R,) tokens of each rollout, if known.
+            step: number of the step, for the log.
+        """
+        outcomes = np.asarray(outcome_R, dtype=np.float64)
+        if np.isinf(outcomes).any():
+            self.warn_once("infinite", "a reward is infinite; the rollout counts as unscored")
+            outcomes = np.where(np.isinf(outcomes), np.nan, outcomes)
+        allocator, prompts = self.allocator, len(plan.ids)
+        groups = self.survive(
+            "success rule", lambda: outcomes_by_position(prompt_R, outcomes, prompts, allocator.success)
+        )
+        if groups is None:  # nothing is known of the step's successes
+            groups = outcomes_by_position(prompt_R, np.full(outcomes.shape, np.nan), prompts)
+        self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
+        self._lengths_known |= lengths_R is not None and bool(np.any(np.asarray(lengths_R) > 0))
+        for prompt_id in plan.ids:
+            self._pending.pop(prompt_id, None)
+        if self.log_allocations and self.folder is not None:
+            self.survive("logging", lambda: self._log(plan, groups, step))
+        metrics = self.survive("reporting", allocator.metrics) or {}
+        metrics["allocation_seconds"] = plan.seconds
+        if self._watches:
+            self.survive("watching", lambda: self._watch(step, metrics))
+        return Observation(groups, metrics)
+
+    def _log(self, plan: Plan, groups: GroupOutcomes, step: int) -> None:
+        assert self.folder is not None
+        append_row(self.folder / ALLOCATION_LOG, allocation_row(step, plan.ids, plan.allocation, groups, plan.seconds))
+
+    def _watch(self, step: int, metrics: dict[str, float]) -> None:
+        if self._warnings is None:
+            self._warnings = WarningLog((self.folder or Path()) / WARNINGS_FILE)
+        self._warnings.row({"step": step} | {f"knapsack/{name}": number for name, number in metrics.items()})
+
+    def predicted_lengths(self, ids: Sequence[PromptId]) -> FloatArray | None:
+        """(M,) expected tokens of a rollout of each prompt, or None if they could not be predicted."""
+        return self.survive("length prediction", lambda: self.allocator.predicted_lengths(ids))
+
+    # -- failures ---------------------------------------------------------------------------------------------------
+
+    def survive(self, what: str, call: Callable[[], T]) -> T | None:
+        """The result of a call that must not end the run, or None if it raised; failures are counted by kind."""
+        return self.allocator.survive(what, call)
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Log a warning unless there was one on this topic before."""
+        self.allocator.warn_once(topic, message)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the allocator's state into the folder of a checkpoint.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.allocator.save(checkpoint / STATE_FILE)
+
+    def restore(self, state: Path) -> None:
+        """Load a state that :meth:`save` wrote.
+
+        Args:
+            state: the file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the state is damaged or belongs to another estimator.
+        """
+        self.allocator.restore(state)
+        self._lengths_known = self._knows_lengths()
+
+    def _knows_lengths(self) -> bool:
+        return bool(self.allocator.tracker.records().length_count.any())
+
+
+def rounded(counts: IntArray, multiple: int, min_rollouts: int, marginals: FloatArray) -> IntArray:
+    """(M,) counts whose sum is a multiple: the rollouts of least value go, or the most valuable ones are added.
+
+    Args:
+        counts: (M,) rollouts per prompt.
+        multiple: >= 1.
+        min_rollouts: no served group is made smaller than this, or than two.
+        marginals: (M, K) value of each further rollout; beyond the last column it is 0.
+    """
+    result, rows = counts.copy(), np.arange(counts.size)
+    padded = np.pad(marginals, ((0, 0), (0, 1)))
+    surplus = int(counts.sum()) % multiple
+    least = np.minimum(counts, max(min_rollouts, 2))
+    if 0 < surplus <= int((counts - least).sum()):
+        for _ in range(surplus):
+            last = padded[rows, np.clip(result - 1, 0, marginals.shape[1])]
+            result[np.argmin(np.where(result > least, last, np.inf))] -= 1
+    else:
+        served = result > 0 if result.any() else np.ones(result.size, bool)
+        for _ in range(-int(counts.sum()) % multiple):
+            following = padded[rows, np.minimum(result, marginals.shape[1])]
+            result[np.argmax(np.where(served, following, -np.inf))] += 1
+    return result
