@@ -32,12 +32,13 @@ SOLVED, LOST, UNSOLVED = 0.9, 0.5, 1 / 64
 prompt is unsolved."""
 
 
-def extract(run: Run, arm: str) -> Row:
+def extract(run: Run, arm: str, rule: str = "") -> Row:
     """The row of a finished run.
 
     Args:
         run: a finished run.
         arm: name of its policy.
+        rule: that decided the rollouts of its steps, if it is not the allocation.
 
     Returns:
         JSON values; the keys are those of the parts below. ``exact`` is None for a task on which success rates can only
@@ -46,6 +47,7 @@ def extract(run: Run, arm: str) -> Row:
     log = RunLog.load(run.folder)
     return {
         "arm": arm,
+        "rule": rule,
         "seed": run.settings.seed,
         "settings": dataclasses.asdict(run.settings),
         "steps": int(log.steps.size),

@@ -44,12 +44,14 @@ class Arm:
     Attributes:
         label: its name in tables and plots.
         settings: its changes to the shared settings.
+        rule: name of ``experiments.rules.RULES`` that decides the rollouts of a step; "" where the allocation does.
         multiple: rollouts per prompt over those of the shared settings.
     """
 
     label: str
     settings: Mapping[str, Any]
     multiple: int = 1
+    rule: str = ""
 
     def of(self, shared: TrainSettings, seed: int) -> TrainSettings:
         """Settings of one run."""
@@ -57,22 +59,29 @@ class Arm:
         bound = max(shared.max_rollouts, rollouts)
         return replace(shared, rollouts_per_prompt=rollouts, max_rollouts=bound, seed=seed, **self.settings)
 
+    @property
+    def module(self) -> tuple[str, ...]:
+        """Module, and its first arguments, that train a run."""
+        return ("experiments.train_rule", self.rule) if self.rule else Run.module
+
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
     "uniform-2n": Arm("uniform 2N", {"allocation": "uniform"}, 2),
     "uniform-3n": Arm("uniform 3N", {"allocation": "uniform"}, 3),
     "paper": Arm("paper", {"allocation": "paper"}),
-    "paper-without-fallback": Arm("paper without fallback", {"allocation": "paper-without-fallback"}),
+    "paper-without-fallback": Arm(
+        "paper without fallback", {"estimator": "window", "estimator_settings": "fallback=false"}
+    ),
     "empirical-bayes": Arm("empirical Bayes", {"estimator": "empirical-bayes"}),
     "knapsack": Arm("Bayes filter", {}),
     "knapsack-min1": Arm("Bayes filter, minimum 1", {"min_rollouts": 1}),
     "knapsack-min0": Arm("Bayes filter, minimum 0", {"min_rollouts": 0}),
     "knapsack-per-prompt": Arm("Bayes filter, weighed per prompt", {"weighting": "prompt"}),
     "paper-per-prompt": Arm("paper, weighed per prompt", {"weighting": "prompt", "allocation": "paper"}),
-    "oversample": Arm("oversample and drop (DAPO)", {"allocation": "oversample"}),
-    "skip": Arm("skip and drop (GRESO)", {"allocation": "skip"}),
-    "sequential": Arm("sample until balanced (Reinforce-Ada)", {"allocation": "sequential"}),
+    "oversample": Arm("oversample and drop (DAPO)", {}, rule="oversample"),
+    "skip": Arm("skip and drop (GRESO)", {}, rule="skip"),
+    "sequential": Arm("sample until balanced (Reinforce-Ada)", {}, rule="sequential"),
     "knapsack-tokens": Arm("Bayes filter, budget in tokens", {"budget_unit": "tokens"}),
     "uniform-replay": Arm("uniform N, replay", {"allocation": "uniform", "replay": 8}),
     "knapsack-replay": Arm("Bayes filter, replay", {"replay": 8}),
@@ -114,7 +123,7 @@ def plan(arms: Sequence[str], options: Options, task: str = "", **changes: Any) 
     shared = replace(QUICK if options.quick else FULL, **changes)
     folder = root_of(options)
     return [
-        Run(ARMS[arm].of(shared, seed), folder / f"{task}{arm}-seed{seed}")
+        Run(ARMS[arm].of(shared, seed), folder / f"{task}{arm}-seed{seed}", ARMS[arm].module)
         for seed in options.seed_range
         for arm in arms
     ]
@@ -138,7 +147,7 @@ def measure(arms: Sequence[str], runs: Sequence[Run], options: Options, done: Ca
     train(runs, options, done)
     known = Record.read(options.record)
     return [
-        known.row_of(run, arm) or extract(run, arm)
+        known.row_of(run, arm) or extract(run, arm, _rule_of(run))
         for run, arm in zip(runs, [*arms] * len(options.seed_range), strict=True)
     ]
 
@@ -161,11 +170,15 @@ class Record:
         return cls(json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines())
 
     def row_of(self, run: Run, arm: str | None = None) -> Row | None:
-        """The row of a run with the same settings, of the arm if one is named; None if there is none."""
+        """The row of a run with the same settings and rule, of the arm if one is named; None if there is none."""
         for settings, row in self._rows:
-            if settings == run.settings and arm in (None, row["arm"]):
+            if settings == run.settings and row.get("rule", "") == _rule_of(run) and arm in (None, row["arm"]):
                 return row
         return None
+
+
+def _rule_of(run: Run) -> str:
+    return "" if run.module == Run.module else run.module[1]
 
 
 def _settings_of(row: Row) -> TrainSettings | None:

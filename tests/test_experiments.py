@@ -231,7 +231,7 @@ def test_arms_differ_from_the_shared_settings_in_what_they_name():
         changed = {key for key in vars(settings) if getattr(settings, key) != getattr(pool.FULL, key)}
         assert changed - {"seed"} <= {*arm.settings, "rollouts_per_prompt"}, name
         assert settings.budget == pool.FULL.budget * arm.multiple
-    assert len({str(arm.of(pool.FULL, 0)) for arm in pool.ARMS.values()}) == len(pool.ARMS)
+    assert len({(str(arm.of(pool.FULL, 0)), arm.rule) for arm in pool.ARMS.values()}) == len(pool.ARMS)
     assert len({arm.label for arm in pool.ARMS.values()}) == len(pool.ARMS)
 
 
@@ -259,7 +259,7 @@ def test_experiments_share_the_runs_of_an_arm(tmp_path):
 def test_runs_on_record_are_not_trained_again(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(pool, "execute", lambda runs, *, jobs, progress: trained.extend(runs) or [])
-    monkeypatch.setattr(pool, "extract", lambda run, arm: {"arm": arm, "seed": run.settings.seed, "new": True})
+    monkeypatch.setattr(pool, "extract", lambda run, arm, rule: {"arm": arm, "seed": run.settings.seed, "new": True})
     arms, options = ("uniform", "paper"), Options(seeds=2, runs=tmp_path / "runs", record=tmp_path / "record")
     runs = pool.plan(arms, options)
     rows = [
