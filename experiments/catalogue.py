@@ -4,42 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from experiments import estimation, gradient_value, optimality, pool, robustness
+from experiments.claims import TRAINING
 from experiments.contract import Experiment, Options, Row
 
 if TYPE_CHECKING:
     from knapsack_rl.training.compare import Run
 
-MODULES = {
-    "robustness": "robustness",
-    "optimality": "optimality",
-    "gradient-value": "gradient_value",
-    "estimation": "estimation",
+EXPERIMENTS: dict[str, Experiment] = {
+    **TRAINING,
+    "robustness": cast(Experiment, robustness),
+    "optimality": cast(Experiment, optimality),
+    "gradient-value": cast(Experiment, gradient_value),
+    "estimation": cast(Experiment, estimation),
 }
-"""Experiments without training, or with more than that, by the module that holds them."""
-
-EXPERIMENTS = (
-    "gradient-ratio",
-    "fallback",
-    "compute",
-    "budgets",
-    "forgetting",
-    "robustness",
-    "robustness-training",
-    "optimality",
-    "gradient-value",
-    "tokens",
-    "values-training",
-    "replay",
-    "weighting",
-    "rivals",
-    "real-model",
-    "estimation",
-)
-"""Names of all experiments, in the order of the page."""
+"""All experiments by name, in the order of the claims."""
 
 
 def load(name: str) -> Experiment:
@@ -50,11 +32,7 @@ def load(name: str) -> Experiment:
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
-    if name in MODULES:
-        return cast(Experiment, import_module(f"experiments.{MODULES[name]}"))
-    from experiments.claims import TRAINING
-
-    return TRAINING[name]
+    return EXPERIMENTS[name]
 
 
 def shared_runs(options: Options) -> list[Run]:
@@ -63,9 +41,6 @@ def shared_runs(options: Options) -> list[Run]:
     Trained before any experiment, they keep all workers busy; one experiment after the other leaves them idle while its
     last run ends.
     """
-    from experiments import pool
-    from experiments.claims import TRAINING
-
     arms = [arm for experiment in TRAINING.values() if not experiment.task for arm in experiment.arms]
     return pool.plan(list(dict.fromkeys(arms)), options)
 

@@ -32,19 +32,18 @@ SMOLLM2: dict[str, Any] = {
 """Six visits to each prompt; the learning rate is the one that the documentation recommends, tried on nothing."""
 
 
-def accuracy_table(baseline: str = "uniform") -> Table:
+def by_arm(*measures: str) -> dict[str, str]:
+    """Columns of measures of each arm."""
+    return {measure: f"{{row}}, {measure}" for measure in measures}
+
+
+def accuracy_table(baseline: str = "uniform", **more: str) -> Table:
     """Accuracy at the end and on the way, differences to a baseline, rollouts to its final accuracy."""
-    return Table(
-        "policy",
-        {
-            "rollouts": "{row}, rollouts",
-            "accuracy at the end": "{row}, accuracy",
-            f"difference to {label(baseline)}, points": f"{{row}} - {baseline}, accuracy",
-            "mean over the run": "{row}, mean accuracy",
-            "its difference, points": f"{{row}} - {baseline}, mean accuracy",
-            f"rollouts to the final accuracy of {label(baseline)}": f"{{row}} / {baseline}, rollouts",
-        },
-    )
+    end, way = "accuracy at the end", "mean over the run"
+    differences = {f"difference to {label(baseline)}, points": f"{{row}} - {baseline}, {end}"}
+    on_the_way = {"its difference, points": f"{{row}} - {baseline}, {way}"}
+    cost = {f"rollouts to the final accuracy of {label(baseline)}": f"{{row}} / {baseline}, rollouts"}
+    return Table(by_arm("rollouts", end) | differences | by_arm(way) | on_the_way | cost | more)
 
 
 def more_gradients(arm: str, who: str) -> tuple[Claim, Claim]:
@@ -66,8 +65,8 @@ def more_gradients(arm: str, who: str) -> tuple[Claim, Claim]:
 
 def better(arm: str, other: str, text: str, paper: str = "–", *, on_the_way: bool = False) -> Claim:
     """An arm ends at a higher held-out accuracy than another."""
-    way = f"; mean over the run {{{{{arm} - {other}, mean accuracy}}}}" if on_the_way else ""
-    return Claim(text, f"{{{{{arm} - {other}, accuracy}}}} points of accuracy{way}", at_least, paper)
+    way = f"; mean over the run {{{{{arm} - {other}, mean over the run}}}}" if on_the_way else ""
+    return Claim(text, f"{{{{{arm} - {other}, accuracy at the end}}}} points of accuracy{way}", at_least, paper)
 
 
 def dearer(arm: str, reference: str, text: str, threshold: float = 1.0, paper: str = "–") -> Claim:
@@ -84,22 +83,16 @@ TRAINING: dict[str, Training] = {
             *more_gradients("knapsack", "Bayes filter"),
             Claim(
                 "Late in uniform training most groups are all correct or all wrong",
-                "{{uniform, all correct late}} and {{uniform, all wrong late}}",
+                "{{uniform, all correct at the end}} and {{uniform, all wrong at the end}}",
                 partial(at_least, threshold=0.5, neutral=0.5),
                 "about 40 % and 20 %",
-                decided_by="uniform, all correct or all wrong late",
+                decided_by="uniform, all correct or all wrong at the end",
             ),
         ),
         layout={
             "ratios": Table(
-                "policy",
-                {
-                    "rollouts with a gradient": "{row}, rollouts with a gradient",
-                    "prompts with a gradient": "{row}, prompts with a gradient",
-                    "all correct at the end": "{row}, all correct late",
-                    "all wrong at the end": "{row}, all wrong late",
-                    "accuracy at the end": "{row}, accuracy",
-                },
+                by_arm("rollouts with a gradient", "prompts with a gradient", "all correct at the end",
+                       "all wrong at the end", "accuracy at the end")
             )
         },
         panels=("rollout_ratio", "prompt_ratio"),
@@ -126,13 +119,8 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "unsolved": Table(
-                "policy",
-                {
-                    "rollouts a visit to unsolved prompts": "{row}, rollouts a visit to unsolved prompts",
-                    "share of all rollouts": "{row}, share of rollouts to unsolved prompts",
-                    "unsolved at the start and at the end": "{row}, still unsolved",
-                    "accuracy at the end": "{row}, accuracy",
-                },
+                by_arm("rollouts a visit to unsolved prompts", "share of rollouts to unsolved prompts",
+                       "still unsolved", "accuracy at the end")
             )
         },
         panels=("accuracy", "still unsolved"),
@@ -153,24 +141,13 @@ TRAINING: dict[str, Training] = {
                    "For the final accuracy of the Bayes filter, the paper's rule generates more rollouts"),
         ),
         layout={
-            "accuracy": Table(
-                "policy",
-                accuracy_table().columns | {"tokens to it": "{row} / uniform, tokens"},
-            ),
+            "accuracy": accuracy_table(**{"tokens to it": "{row} / uniform, tokens"}),
             "readme": Table(
-                "policy",
-                {
-                    "rollouts": "{row}, rollouts",
-                    "accuracy at the end": "{row}, accuracy",
-                    "difference to uniform, points": "{row} - uniform, accuracy",
-                    "rollouts with a gradient": "{row}, rollouts with a gradient",
-                },
-                {
-                    "uniform N=8": "uniform",
-                    "uniform N=16": "uniform-2n",
-                    "paper N=8": "paper",
-                    "knapsack N=8": "knapsack",
-                },
+                by_arm("rollouts", "accuracy at the end")
+                | {"difference to uniform, points": "{row} - uniform, accuracy at the end"}
+                | by_arm("rollouts with a gradient"),
+                {"uniform N=8": "uniform", "uniform N=16": "uniform-2n", "paper N=8": "paper",
+                 "knapsack N=8": "knapsack"},
             ),
         },
     ),
@@ -187,12 +164,9 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "rates": Table(
-                "estimated success rate",
-                {
-                    "rollouts, paper": "paper, rollouts at estimate {row}",
-                    "rollouts, Bayes filter": "knapsack, rollouts at estimate {row}",
-                },
+                {f"rollouts, {label(arm)}": f"{arm}, rollouts at estimate {{row}}" for arm in ("paper", "knapsack")},
                 {name: name for name in ESTIMATE_CLASSES},
+                "estimated success rate",
             )
         },
         panels=("budgets paper", "budgets knapsack", "classes paper", "classes knapsack",
@@ -211,14 +185,9 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "solved": Table(
-                "policy",
-                {
-                    "change of the prompts solved at the start, points": "{row}, change of solved prompts",
-                    "of them lost": "{row}, solved prompts lost",
-                    "seen solved twice in a row, then lost": "{row}, seen solved twice, then lost",
-                    "accuracy at the end": "{row}, accuracy",
-                    "difference to minimum 2, points": "{row} - knapsack, accuracy",
-                },
+                by_arm("change of solved prompts", "solved prompts lost", "seen solved twice, then lost",
+                       "accuracy at the end")
+                | {"difference to minimum 2, points": "{row} - knapsack, accuracy at the end"}
             )
         },
         panels=("seen solved twice, then lost", "accuracy"),
@@ -236,7 +205,7 @@ TRAINING: dict[str, Training] = {
             )
         ),
         layout={"accuracy": accuracy_table()},
-        panels=("final accuracy",),
+        panels=("accuracy at the end",),
     ),
     "tokens": Training(
         arms=("uniform", "knapsack", "knapsack-tokens"),
@@ -250,15 +219,10 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "tokens": Table(
-                "policy",
-                {
-                    "tokens": "{row}, tokens",
-                    "rollouts": "{row}, rollouts",
-                    "accuracy at equal tokens": "{row}, accuracy at equal tokens",
-                    "difference to uniform N, points": "{row} - uniform, accuracy at equal tokens",
-                    "accuracy at its own end": "{row}, accuracy",
-                    "tokens to the final accuracy of uniform N": "{row} / uniform, tokens",
-                },
+                by_arm("tokens", "rollouts", "accuracy at equal tokens")
+                | {"difference to uniform N, points": "{row} - uniform, accuracy at equal tokens"}
+                | by_arm("accuracy at the end")
+                | {"tokens to the final accuracy of uniform N": "{row} / uniform, tokens"}
             )
         },
         panels=("accuracy by tokens",),
@@ -286,7 +250,7 @@ TRAINING: dict[str, Training] = {
             Claim(
                 f"{who}: with replay fewer prompts stay unsolved",
                 f"{{{{{arm} - {arm}-replay, still unsolved}}}} points fewer; "
-                f"accuracy {{{{{arm}-replay - {arm}, accuracy}}}} points",
+                f"accuracy {{{{{arm}-replay - {arm}, accuracy at the end}}}} points",
                 at_least,
                 "proposed; 20 % stay extremely hard",
             )
@@ -294,13 +258,7 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "unsolved": Table(
-                "policy",
-                {
-                    "unsolved at the start and at the end": "{row}, still unsolved",
-                    "unsolved at the end, of all": "{row}, unsolved at the end",
-                    "no success at the last visit": "{row}, no success at the last visit",
-                    "successes mixed in per run": "{row}, successes replayed",
-                },
+                by_arm("still unsolved", "unsolved at the end", "no success at the last visit", "successes replayed")
             ),
             "accuracy": accuracy_table(),
         },
@@ -323,10 +281,7 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "accuracy": accuracy_table(),
-            "steps": Table(
-                "policy",
-                {"steps": "{row}, steps", "rollouts with a gradient": "{row}, rollouts with a gradient"},
-            ),
+            "steps": Table(by_arm("steps", "rollouts with a gradient")),
         },
     ),
     "real-model": Training(
@@ -338,24 +293,17 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "classes": Table(
-                "",
                 {name: f"{{row}} visit {name}" for name in DIFFICULTY_CLASSES},
                 {
                     "first visit, both policies": "uniform, first",
                     "last visit, uniform N": "uniform, last",
                     "last visit, Bayes filter": "knapsack, last",
                 },
+                "",
             ),
             "accuracy": Table(
-                "policy",
-                {
-                    "accuracy before": "{row}, accuracy before",
-                    "at the end": "{row}, accuracy",
-                    "mean over the run": "{row}, mean accuracy",
-                    "rollouts with a gradient": "{row}, rollouts with a gradient",
-                    "prompts with a gradient": "{row}, prompts with a gradient",
-                    "largest allocation of a seed": "{row}, largest allocation",
-                },
+                by_arm("accuracy before", "accuracy at the end", "mean over the run", "rollouts with a gradient",
+                       "prompts with a gradient", "largest allocation")
             ),
         },
         panels=("accuracy", "rollout_ratio"),

@@ -2,8 +2,8 @@
 
 A figure of training runs is named by arms and a measure:
 
-- ``knapsack, accuracy``: mean over the seeds of an arm;
-- ``knapsack - uniform, accuracy``: mean difference of two arms, paired by seed;
+- ``knapsack, rollouts``: mean over the seeds of an arm;
+- ``knapsack - uniform, accuracy at the end``: mean difference of two arms, paired by seed;
 - ``uniform-2n / knapsack, rollouts``: what the first arm generates to reach the final accuracy of the second, over what
   the second generates for it; also with ``tokens``.
 
@@ -136,18 +136,18 @@ _HARDEST = DIFFICULTY_CLASSES.index("extremely hard")
 _EASIEST = DIFFICULTY_CLASSES.index("extremely easy")
 
 MEASURES: dict[str, Measure] = {
-    "accuracy": _share(final_accuracy),
+    "accuracy at the end": _share(final_accuracy),
     "accuracy before": _share(lambda row: row["evaluations"]["accuracy"][0]),
-    "mean accuracy": _share(mean_accuracy),
+    "mean over the run": _share(mean_accuracy),
     "accuracy at equal tokens": _share(accuracy_at_equal_tokens),
     "rollouts": _count(lambda row: row["rollouts"]),
     "tokens": _count(lambda row: row["evaluations"]["tokens"][-1]),
     "steps": _count(lambda row: row["steps"]),
     "rollouts with a gradient": _share(lambda row: series_mean(row, "rollout_ratio")),
     "prompts with a gradient": _share(lambda row: series_mean(row, "prompt_ratio")),
-    "all correct late": _share(lambda row: series_mean(row, "all_correct", last=LAST)),
-    "all wrong late": _share(lambda row: series_mean(row, "all_wrong", last=LAST)),
-    "all correct or all wrong late": _share(lambda row: series_mean(row, "all_correct", "all_wrong", last=LAST)),
+    "all correct at the end": _share(lambda row: series_mean(row, "all_correct", last=LAST)),
+    "all wrong at the end": _share(lambda row: series_mean(row, "all_wrong", last=LAST)),
+    "all correct or all wrong at the end": _share(lambda row: series_mean(row, "all_correct", "all_wrong", last=LAST)),
     "largest allocation": Measure(lambda row: max(row["budget"]["rollouts"]), Estimate.extremes, Estimate.number),
     "rollouts a visit to unsolved prompts": _number(lambda row: row["budget"]["per_unsolved_visit"]),
     "share of rollouts to unsolved prompts": _share(lambda row: row["budget"]["to_unsolved"]),

@@ -6,6 +6,7 @@ optimum for the true success rates.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,16 +66,12 @@ class Sizes:
         return cls(20, 10, 1, (16, 64), (64,), 16, 2, 256, 1) if options.quick else cls()
 
 
-PARTS = ("small", "medium", "timed", "rules")
-
-
 def _pieces(options: Options) -> list[Piece]:
-    work = {"small": small_gaps, "medium": medium_gaps, "timed": timed, "rules": rules}
     sizes = Sizes.of(options)
     return [
-        Piece(f"{part}-seed{seed}{'-quick' * options.quick}", work[part], (seed, sizes))
+        Piece(f"{part.__name__}-seed{seed}{'-quick' * options.quick}", part, (seed, sizes))
         for seed in options.seed_range
-        for part in PARTS
+        for part in (small_gaps, medium_gaps, timed, rules)
     ]
 
 
@@ -92,97 +89,71 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
     return run_pieces(_pieces(options), options.runs / "optimality", options.workers, done)
 
 
-class _Gaps:
-    """Gaps of one method over many instances, as a row."""
+def small_gaps(seed: int, sizes: Sizes) -> list[Row]:
+    """Small knapsacks against enumeration: one to four prompts, N_low 0 to 2, N_up up to 7."""
 
-    def __init__(self) -> None:
-        self.gaps: list[float] = []
-        self.infeasible = self.unsolved = self.certified = self.false_certificates = 0
+    def draw(rng: np.random.Generator, name: str, *, priced: bool) -> Case:
+        low = int(rng.integers(0, 3))
+        high = int(rng.integers(max(low, 1), 8))
+        return draw_case(rng, name, int(rng.integers(1, 5)), low, high, priced=priced)
 
-    def add(self, case: Case, counts: IntArray | None, best: float, scale: float) -> None:
-        if counts is None:
-            self.unsolved += 1
-        elif not case.feasible(counts):
-            self.infeasible += 1
-        else:
-            self.gaps.append((best - case.worth(counts)) / scale)
+    return _gaps(seed, "small", draw, (sizes.small, sizes.small_priced))
 
-    def row(self) -> dict[str, Any]:
-        gaps = np.array(self.gaps)
-        return {
-            "instances": int(gaps.size) + self.infeasible + self.unsolved,
-            "optimal": int((gaps <= EXACT).sum()),
-            "infeasible": self.infeasible,
-            "unsolved": self.unsolved,
-            "largest_gap": float(gaps.max(initial=0.0)),
-            "certified": self.certified,
-            "false_certificates": self.false_certificates,
-        }
+
+def medium_gaps(seed: int, sizes: Sizes) -> list[Row]:
+    """Medium knapsacks against HiGHS: 8 to 24 prompts, N_low 0 to 2, N_up 8 to 32."""
+
+    def draw(rng: np.random.Generator, name: str, *, priced: bool) -> Case:
+        prompts, low, high = (int(rng.integers(*ends)) for ends in ((8, 25), (0, 3), (8, 33)))
+        return draw_case(rng, name, prompts, low, high, priced=priced)
+
+    return _gaps(seed, "medium", draw, (sizes.medium, sizes.medium))
+
+
+def _gaps(seed: int, size: str, draw: Callable[..., Case], instances: tuple[int, int]) -> list[Row]:
+    """A row for each kind of value and method, without costs and with them."""
+    rows: list[Row] = []
+    for priced, names, many in ((False, CASE_VALUES, instances[0]), (True, PRICED_VALUES, instances[1])):
+        for name in names:
+            rng = np.random.default_rng([seed, size == "medium", priced, CASE_VALUES.index(name)])
+            cases = [draw(rng, name, priced=priced) for _ in range(many)]
+            about = {"part": "gaps", "seed": seed, "size": size, "costs": priced, "value": name}
+            tallies = _compare(cases, enumerate_all=size == "small")
+            rows += [about | {"method": method} | tally for method, tally in tallies.items()]
+    return rows
 
 
 def _compare(cases: Sequence[Case], *, enumerate_all: bool) -> dict[str, dict[str, Any]]:
     """Rows by method; the yardstick is enumeration, or the best that any method found."""
-    gaps = {OURS: _Gaps()} | ({} if cases[0].costs is not None else {PAPER: _Gaps()})
-    if not enumerate_all:
-        gaps[HIGHS] = _Gaps()
+    gaps: dict[str, list[float]] = {}
+    certified = false_certificates = 0
     for case in cases:
         ours, certificate = solve_ours(case)
         found: dict[str, IntArray | None] = {OURS: ours}
-        if PAPER in gaps:
+        if case.costs is None:
             found[PAPER] = solve_by_paper(case)
-        if HIGHS in gaps:
+        if not enumerate_all:
             found[HIGHS] = solve_by_highs(case)
         candidates = [solve_by_enumeration(case)] if enumerate_all else list(found.values())
         best = max(case.worth(counts) for counts in candidates if counts is not None and case.feasible(counts))
         scale = max(abs(best), float(np.abs(case.table).max()), 1e-300)
         for method, counts in found.items():
-            gaps[method].add(case, counts, best, scale)
+            worth = case.worth(counts) if counts is not None and case.feasible(counts) else -math.inf
+            gaps.setdefault(method, []).append((best - worth) / scale)
         assert certificate is not None, "the knapsack's allocation has a certificate"
-        gaps[OURS].certified += certificate.optimal
-        gaps[OURS].false_certificates += best > certificate.upper_bound + EXACT * scale
-    return {method: tally.row() for method, tally in gaps.items()}
-
-
-def small_gaps(seed: int, sizes: Sizes) -> list[Row]:
-    """Small knapsacks against enumeration: one to four prompts, N_low 0 to 2, N_up up to 7."""
-    rows: list[Row] = []
-    for priced, names, instances in ((False, CASE_VALUES, sizes.small), (True, PRICED_VALUES, sizes.small_priced)):
-        for name in names:
-            rng = np.random.default_rng([seed, 0, priced, CASE_VALUES.index(name)])
-            cases = []
-            for _ in range(instances):
-                low = int(rng.integers(0, 3))
-                high = int(rng.integers(max(low, 1), 8))
-                cases.append(draw_case(rng, name, int(rng.integers(1, 5)), low, high, priced=priced))
-            rows += _gap_rows(seed, "small", name, cases, priced=priced)
-    return rows
-
-
-def medium_gaps(seed: int, sizes: Sizes) -> list[Row]:
-    """Medium knapsacks against HiGHS: 8 to 24 prompts, N_low 0 to 2, N_up 8 to 32."""
-    rows: list[Row] = []
-    for priced, names in ((False, CASE_VALUES), (True, PRICED_VALUES)):
-        for name in names:
-            rng = np.random.default_rng([seed, 1, priced, CASE_VALUES.index(name)])
-            cases = [
-                draw_case(
-                    rng,
-                    name,
-                    int(rng.integers(8, 25)),
-                    int(rng.integers(0, 3)),
-                    int(rng.integers(8, 33)),
-                    priced=priced,
-                )
-                for _ in range(sizes.medium)
-            ]
-            rows += _gap_rows(seed, "medium", name, cases, priced=priced)
-    return rows
-
-
-def _gap_rows(seed: int, size: str, name: str, cases: Sequence[Case], *, priced: bool) -> list[Row]:
-    about = {"part": "gaps", "seed": seed, "size": size, "costs": priced, "value": name}
-    tallies = _compare(cases, enumerate_all=size == "small")
-    return [about | {"method": method} | tally for method, tally in tallies.items()]
+        certified += certificate.optimal
+        false_certificates += best > certificate.upper_bound + EXACT * scale
+    return {
+        method: {
+            "instances": len(tally),
+            "optimal": sum(gap <= EXACT for gap in tally),
+            "failed": sum(gap == math.inf for gap in tally),  # infeasible, or nothing found in time
+            "largest_gap": max((gap for gap in tally if gap < math.inf), default=0.0),
+            "certified": certified if method == OURS else 0,
+            "false_certificates": false_certificates if method == OURS else 0,
+        }
+        for method, tally in gaps.items()
+    }
 
 
 def timed(seed: int, sizes: Sizes) -> list[Row]:

@@ -1,8 +1,8 @@
 """Pages written by hand with figures by name, filled in from the committed rows.
 
-A name in double braces is an experiment and one of its figures, ``{{compute: knapsack - uniform, accuracy}}``, or one
-of its tables, ``{{compute: table accuracy}}``; ``{{claims}}`` is the table of all claims. See ``figures`` of each
-experiment and :mod:`experiments.measures` for the names.
+A name in double braces is an experiment and one of its figures, ``{{compute: knapsack - uniform, mean over the run}}``,
+or one of its tables, ``{{compute: table accuracy}}``; ``{{claims}}`` is the table of all claims. The names are those of
+``figures`` and ``tables`` of each experiment; for training runs see :mod:`experiments.measures`.
 """
 
 from __future__ import annotations

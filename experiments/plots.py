@@ -33,7 +33,7 @@ def training(rows: Sequence[Row], arms: Sequence[str], names: Sequence[str]) -> 
     Args:
         rows: of training runs.
         arms: which arms, in the order of the legend.
-        names: of panels: "accuracy", "accuracy by tokens", "rollout_ratio", "prompt_ratio", "final accuracy", a measure
+        names: of panels: "accuracy", "accuracy by tokens", "rollout_ratio", "prompt_ratio", a measure
             (one dot per seed), or "budgets", "classes" or "transitions" with an arm.
     """
     columns = min(len(names), 2)
@@ -67,7 +67,7 @@ def _panel(rows: Sequence[Row], arms: Sequence[str], name: str, ax: Axes) -> Non
         plots.transitions(np.sum([row["classes"]["transitions"] for row in runs], axis=0, dtype=np.int64), ax)
         _title(ax, f"First to last visit: {ARMS[arm].label}")
     else:
-        measure = MEASURES["accuracy" if name == "final accuracy" else name].of
+        measure = MEASURES[name].of
         values = {ARMS[one].label: [v for v in per_seed(rows, one, measure).values() if np.isfinite(v)] for one in arms}
         plots.final_values(values, ax, quantity=name)
 

@@ -41,14 +41,14 @@ class Table:
     """A table of named figures.
 
     Attributes:
-        corner: heading of the first column.
-        columns: heading of each further column to the name of its figures, with ``{row}`` for the key of a row.
+        columns: heading of a column to the name of its figures, with ``{row}`` for the key of a row.
         rows: label of each row to its key; by default the labels and names of the experiment's arms.
+        corner: heading of the first column.
     """
 
-    corner: str
     columns: dict[str, str]
     rows: dict[str, str] = field(default_factory=dict)
+    corner: str = "policy"
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(quick, monkeypatch: 
     (options.runs / "optimality" / "rules-seed0-quick.jsonl").unlink()
     for part in ("small_gaps", "medium_gaps", "timed"):
         monkeypatch.setattr(optimality, part, lambda *_: pytest.fail("this piece was done before"), raising=True)
-        getattr(optimality, part).__module__, getattr(optimality, part).__qualname__ = optimality.__name__, part
+        replaced = getattr(optimality, part)
+        replaced.__module__, replaced.__name__, replaced.__qualname__ = optimality.__name__, part, part
     assert optimality.measure(options, lambda _: None) == rows
 
 
