@@ -20,7 +20,15 @@ from knapsack_rl.runs import files as runfiles
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.training.settings import read_yaml, settings_from
 
-ROW = {"step": 1, "prompt_ids": ["a", 7], "counts": [3, 2], "successes": [1, 0], "scored": [3, 2], "seconds": 0.1}
+ROW = {
+    "step": 1,
+    "prompt_ids": ["a", 7],
+    "counts": [3, 2],
+    "arrived": [3, 2],
+    "successes": [1, 0],
+    "scored": [3, 2],
+    "seconds": 0.1,
+}
 RUN_ROW = ROW | {"effective": [True, False], "estimate": [None, 0.5], "predicted": [0.5, 0.2], "reason": ""}
 CONFIG = b"allocation: knapsack\nsteps: 2\nprompts_per_step: 2\nseed: 0\n"
 

@@ -51,6 +51,7 @@ def write_run(
                 "step": step,
                 "prompt_ids": [ids[i] for i in chosen],
                 "counts": counts.tolist(),
+                "arrived": counts.tolist(),
                 "successes": successes.tolist(),
                 "scored": counts.tolist(),
                 "effective": effective.tolist(),

@@ -20,7 +20,7 @@ from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.training.settings import TrainSettings
 from run_folders import write_run
 
-COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "experiment", "verl-args", "completion")
+COMMAND_NAMES = ("train", "compare", "report", "allocate", "replay", "verl-args", "completion")
 SETTINGS = dataclasses.fields(TrainSettings)
 
 
@@ -467,6 +467,8 @@ OTHER = {
         "rollouts_per_prompt": 6,
         "prompts_per_step": 12,
         "steps": 7,
+        "rollout_limit": 700,
+        "success_threshold": 0.25,
         "seed": 5,
         "model": "a: b",
     },
@@ -484,7 +486,7 @@ OTHER = {
     **{"precision": "float32", "lora_rank": 4, "lora_alpha": 6, "rollouts_per_pass": 6, "gradient_checkpointing": "on"},
     **{"vllm": "server", "vllm_server": "http://localhost:8001", "vllm_memory": 0.5, "dataset_path": "copy"},
     **{"dataset_config": "main", "dataset_split": "test", "verifier": "number", "prompt_template": "Q: {prompt}"},
-    **{"chat": "off", "estimator_settings": "discount=0.9", "value": "variance", "replay": 2},
+    **{"chat": "off", "estimator_settings": "discount=0.9", "value": "nonzero-gradient", "replay": 2},
 }
 
 

@@ -16,6 +16,7 @@ def row(step, **prompts):
     counts, successes = [pair[0] for pair in prompts.values()], [pair[1] for pair in prompts.values()]
     return {
         **{"step": step, "prompt_ids": list(prompts), "counts": counts, "successes": successes, "scored": counts},
+        "arrived": counts,
         "effective": [0 < good < size for size, good in prompts.values()],
         **{"estimate": [0.5] * len(counts), "predicted": [0.5] * len(counts), "reason": "", "seconds": 0.1},
     }

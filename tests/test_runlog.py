@@ -171,6 +171,7 @@ def test_groups_without_scores_and_nulls(tmp_path, rows):
         "step": 1,
         "prompt_ids": ["a", 1, "1"],
         "counts": [4, 4, 0],
+        "arrived": [4, 4, 0],
         "successes": [0, 2, 0],
         "scored": [0, 4, 0],
         "effective": [False, True, False],

@@ -38,9 +38,8 @@ from knapsack_rl.training import evaluate
 from knapsack_rl.training.data import load_task
 from knapsack_rl.training.evaluate import held_out_accuracy
 from knapsack_rl.training.noise import quiet_about_tied_weights, quiet_libraries
-from knapsack_rl.training.policies import make_allocator
 from knapsack_rl.training.run import train
-from knapsack_rl.training.settings import RIVALS, TrainSettings, read_yaml, settings_from
+from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 from strategies import no_deadline
 
 FIELDS = dataclasses.fields(TrainSettings)
@@ -66,6 +65,8 @@ OUT_OF_RANGE = {
     "rollouts_per_prompt": [1, 0, -8, 129],
     "prompts_per_step": [0, -1, 2049],
     "steps": [0, -1],
+    "rollout_limit": [-1],
+    "success_threshold": ["inf", float("inf")],
     "seed": [-1],
     "train_prompts": [0, -1, 63],
     "held_out_prompts": [-1],
@@ -148,19 +149,20 @@ def test_budget_and_label():
 
 
 def test_the_settings_of_the_estimator_reach_the_allocator():
-    found = make_allocator(TrainSettings(allocation="paper", estimator_settings=" window=4, minimum=2 "))
+    found = TrainSettings(allocation="paper", estimator_settings=" window=4, minimum=2 ").make_allocator()
     assert (found.estimator_name, found.estimator.settings()) == ("window", {"window": 4, "minimum": 2})
     assert found.estimator.fallback
-    found = make_allocator(TrainSettings(allocation="paper-without-fallback", min_rollouts=1, value="variance"))
+    plain = TrainSettings(
+        allocation="paper", estimator_settings="fallback=false", min_rollouts=1, value="nonzero-gradient"
+    )
+    found = plain.make_allocator()
     assert not found.estimator.fallback
-    assert (found.min_rollouts, found.value) == (1, "variance")
-    found = make_allocator(TrainSettings(estimator="empirical-bayes", estimator_settings="discount=1.0"))
+    assert (found.min_rollouts, found.value) == (1, "nonzero-gradient")
+    found = TrainSettings(estimator="empirical-bayes", estimator_settings="discount=1.0").make_allocator()
     assert found.estimator.discount == 1.0
 
 
-def test_settings_are_fixed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainSettings().steps = 3
+def test_settings_are_given_by_name():
     with pytest.raises(TypeError):
         TrainSettings("knapsack")
 
@@ -184,14 +186,12 @@ def all_settings(draw):
     }
     given = {"min_rollouts": low, "rollouts_per_prompt": middle, "max_rollouts": high, "prompts_per_step": prompts}
     drawn = {name: draw(values) for name, values in free.items()}
-    if drawn["allocation"] == "paper" or drawn["estimator"] in ("window", "beta"):
-        drawn["value"] = "knapsack"  # the others need a grid
+    if drawn["allocation"] != "paper" and drawn["estimator"] not in ("window", "beta"):  # the others need a grid
+        drawn["value"] = draw(st.sampled_from(["knapsack", "nonzero-gradient"]))
     if drawn["budget_unit"] == "tokens":
         drawn["allocation"] = "knapsack"
         if drawn["estimator"] == "window":  # its fallback counts rollouts
             drawn["estimator"] = "beta"
-    if drawn["budget_unit"] == "tokens" or drawn["allocation"] in RIVALS:
-        drawn["updates_per_step"] = 1
     return TrainSettings(**given, **drawn)
 
 

@@ -98,7 +98,13 @@ class AllocationSettings:
         check_fields(self, AllocationSettings)
         if not math.isfinite(self.success_threshold):
             raise ValueError(f"success_threshold must be a finite number, got {self.success_threshold!r}")
-        self.make_allocator()
+        try:
+            self.make_allocator()
+        except TypeError as error:
+            raise ValueError(f"estimator_settings {self.estimator_settings!r}: {error}") from error
+        except ValueError as error:
+            hint = f"estimator_settings {self.estimator_settings!r}: " if self.estimator_settings else ""
+            raise ValueError(f"{hint}{error}") from error
         if self.budget_unit == "tokens" and self.allocation != "knapsack":
             raise ValueError(f"budget_unit='tokens' needs allocation='knapsack', got {self.allocation!r}")
         if mean is not None and not self.min_rollouts <= mean <= self.max_rollouts:
