@@ -1,4 +1,4 @@
-"""What the evidence page needs of a training run, as one small JSON row.
+"""A training run as one small JSON row, enough for the evidence page.
 
 Per evaluation: rollouts and tokens generated before it, held-out accuracy. Per stretch of steps: gradient ratios, class
 shares, largest allocation. Over the run: budgets, transitions, what became of prompts solved and unsolved at the start.
@@ -143,7 +143,7 @@ def solved_once(visits: Visits) -> set[int]:
 
 
 def _exact(settings: TrainSettings, run: Run, log: RunLog) -> dict[str, float | None]:
-    """What became of the training prompts, by exact success rates before and after the run."""
+    """The training prompts by exact success rates before and after the run."""
     ids, start = success_rates(settings, None)
     _, end = success_rates(settings, run.folder / MODEL_FOLDER)
     easy, hard = start >= SOLVED, start < UNSOLVED

@@ -12,7 +12,7 @@ gains; ``experiments/data/fitted_value.json`` is a copy and gives :func:`experim
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ def measured_seed(seed: int, steps: tuple[int, ...], sizes: Sizes, folder: str) 
     label = f"seed{seed}{'-quick' * bool(sizes.training)}"
     rows: list[Row] = []
     for step in steps:
-        model = models_at([step], settings, Path(folder) / f"training-{label}")[step]
+        model = model_at(step, settings, Path(folder) / f"training-{label}")
         piece = Piece(f"{label}-step{step}", measured_stage, (seed, step, sizes, str(model)))
         rows += run_pieces([piece], Path(folder) / "stages", 1, lambda _: None)
     return rows
@@ -210,31 +210,28 @@ def _short(number: Any) -> float:
     return float(f"{float(number):.4g}")
 
 
-def models_at(steps: Sequence[int], settings: TrainSettings, folder: Path) -> dict[int, Path]:
-    """Folders of the model after the given numbers of steps of one training run; 0 is the base model.
+def model_at(step: int, settings: TrainSettings, folder: Path) -> Path:
+    """Folder of the model after a number of steps of a training run; 0 is the base model.
 
-    The run is that of ``knapsack-rl train`` with these settings, taken up again from one number of steps to the next;
-    models in the folder are used again.
+    The run is that of ``knapsack-rl train`` with these settings, resumed from one number of steps to the next; models
+    in the folder are used again.
 
     Args:
-        steps: numbers of steps, >= 0.
+        step: number of steps, >= 0, not below that of an earlier call.
         settings: of the run; its ``steps`` are replaced, and its model is the shipped one.
         folder: of the run and the models.
 
     Raises:
-        ValueError: a model of fewer steps than the run already has is asked for and was not kept.
+        ValueError: the run already has more steps, and the model was not kept.
     """
-    found: dict[int, Path] = {}
-    for step in sorted(steps):
-        target = base_model_path() if step == 0 else folder / f"step-{step}"
-        if not target.is_dir():
-            _train_to(replace(settings, steps=step), folder / "run")
-            partial = folder / f"step-{step}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(folder / "run" / MODEL_FOLDER, partial)
-            partial.rename(target)  # so that a model is either complete or absent
-        found[step] = target
-    return found
+    target = base_model_path() if step == 0 else folder / f"step-{step}"
+    if not target.is_dir():
+        _train_to(replace(settings, steps=step), folder / "run")
+        partial = folder / f"step-{step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder / "run" / MODEL_FOLDER, partial)
+        partial.rename(target)  # so that a model is either complete or absent
+    return target
 
 
 def _train_to(settings: TrainSettings, run: Path) -> None:

@@ -19,7 +19,7 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece of an experiment, run in a process of its own.
+    """One piece of an experiment, run in a separate process.
 
     Attributes:
         name: of the piece; its file and its line of progress.

@@ -171,7 +171,7 @@ def _losses(rows: Sequence[Row], ax: Axes) -> None:
     ax.set_yticks(range(len(MIXTURES)), list(MIXTURES))
     ax.invert_yaxis()
     ax.set(xlabel="value lost against known rates (%)")
-    _finish(ax, "What a rule loses")
+    _finish(ax, "Value lost by rules")
     ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 

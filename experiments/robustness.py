@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.contract import Finding, Options, Row, Verdict, by_name, markdown_table
+from experiments.estimation import LISTED
 from experiments.pieces import Piece, run_pieces
 from experiments.trace import load_trace
 from knapsack_rl.allocation.checks import FloatArray, IntArray
@@ -46,7 +47,7 @@ ENVIRONMENTS: Mapping[str, Synthetic] = {
         "0.4*beta(1,30) + 0.6*beta(1,2)", prompts=512, epochs=24, gain=0.05, drift=0.03, walk=0.25
     ),
 }
-"""Synthetic ones beside the recorded run: rates that stand still, and rates that move."""
+"""Synthetic ones beside the recorded run: constant rates, and rates that move."""
 
 SCORES = ("gain_captured", "effective_rollouts", "effective_prompts", "brier")
 
@@ -55,14 +56,6 @@ DISCOUNTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PRIORS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 DELAYS = (0, 1, 2, 3, 4)
 NOISES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
-
-ESTIMATORS = {
-    "paper": ("window", {}),
-    "paper without fallback": ("window", {"fallback": False}),
-    "Beta": ("beta", {}),
-    "empirical Bayes": ("empirical-bayes", {}),
-    "Bayes filter": ("bayes-filter", {}),
-}
 
 
 class Late:
@@ -176,18 +169,18 @@ def settings(seed: int, *, quick: bool) -> list[Setting]:
     found = []
     for window in some(WINDOWS):
         for label in ("paper", "paper without fallback"):
-            name, fixed = ESTIMATORS[label]
+            name, fixed = LISTED[label]
             found.append(Setting(WINDOW, label, window, late(name, {**fixed, "window": int(window)}, 0)))
         for label, fallback in (("paper", True), ("paper without fallback", False)):
             found.append(Setting(SAMPLED, label, window, sampled(int(window), seed, fallback=fallback)))
     for discount in some(DISCOUNTS):
         for label in ("Beta", "empirical Bayes"):
-            found.append(Setting(DISCOUNT, label, discount, late(ESTIMATORS[label][0], {"discount": discount}, 0)))
+            found.append(Setting(DISCOUNT, label, discount, late(LISTED[label][0], {"discount": discount}, 0)))
     for count in some(PRIORS):
         prior = {"prior_successes": count, "prior_failures": count}
         found.append(Setting(PRIOR, "Beta", 2 * count, late("beta", prior, 0)))
     for delay in some(DELAYS):
-        for label, (name, fixed) in ESTIMATORS.items():
+        for label, (name, fixed) in LISTED.items():
             found.append(Setting(DELAY, label, delay, late(name, fixed, int(delay))))
     for deviation in some(NOISES):
         found.append(Setting(LOGITS, KNOWN, deviation, logit_noise(deviation, seed)))

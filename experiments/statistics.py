@@ -99,7 +99,7 @@ def per_seed(rows: Sequence[Row], arm: str, measure: Callable[[Row], float | Non
 
 
 def relative_cost(rows: Sequence[Row], arm: str, reference: str, unit: str = "rollouts") -> Estimate:
-    """What an arm generates to reach the reference's final accuracy, over what the reference itself generates.
+    """Cost of an arm to reach the reference's final accuracy, over the cost of the reference itself.
 
     By seed: the target is the end of the smoothed curve of the reference's run with the same seed. A run that never
     reaches it counts with all it generated, which bounds the ratio from below.

@@ -83,7 +83,7 @@ def test_the_full_version_turns_every_knob_over_its_range() -> None:
     at = {knob: {s.at for s in found if s.knob == knob} for knob in (WINDOW, SAMPLED, DISCOUNT, PRIOR, DELAY, LOGITS)}
     assert at[WINDOW] == {2, 4, 8, 16, 32, 64}
     assert at[DELAY] == {0, 1, 2, 3, 4}
-    assert {s.policy for s in found if s.knob == DELAY} == set(robustness.ESTIMATORS)
+    assert {s.policy for s in found if s.knob == DELAY} == set(robustness.LISTED)
     assert all(len(places) >= 5 for places in at.values())
 
 
