@@ -275,13 +275,10 @@ def figures(rows: Sequence[Row]) -> Callable[[str], str]:
         "steps taken, others": f"{np.corrcoef(taken[:, 2], taken[:, 3])[0, 1]:.3f}",
         "prompts that lower others": f"{100 * float((measured.by_target['population'][:, 2] < 0).mean()):.0f} %",
     }
-    for target in ("own", "population"):
-        fitted = fit(measured, target)
-        a, b = fitted["success_exponent"], fitted["failure_exponent"]
-        found |= {f"fit, {target}, a": f"{a:.2f}", f"fit, {target}, b": f"{b:.2f}"}
-        found[f"fit, {target}, peak"] = f"{a / (a + b) if a + b > 0 else float('nan'):.2f}"
-        for name, share in fitted["explained"].items():
-            found[f"fit, {target}, explained by {name}"] = f"{100 * share:.0f} %"
+    fitted = fit(measured)
+    a, b = fitted["success_exponent"], fitted["failure_exponent"]
+    found |= {"fitted a": f"{a:.2f}", "fitted b": f"{b:.2f}", "fitted peak": f"{a / (a + b):.2f}" if a + b else "–"}
+    found |= {f"explained by {name}": f"{100 * share:.0f} %" for name, share in fitted["explained"].items()}
     return by_name(found)
 
 

@@ -320,7 +320,7 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def figures(rows: Sequence[Row]) -> Callable[[str], str]:
-    """Certificates, times by method and number of prompts, losses by rates and rule."""
+    """Certificates, and losses by rates and rule."""
     ours = select(rows, part="gaps", method=OURS)
     gaps = [row["certified_gap"] for row in select(rows, part="time", method=OURS, costs=True)]
     found = {
@@ -329,9 +329,6 @@ def figures(rows: Sequence[Row]) -> Callable[[str], str]:
         "false certificates": f"{sum(row['false_certificates'] for row in ours):,}",
         "largest certified gap": _gap(max(gaps, default=0.0)),
     }
-    for row in select(rows, part="time"):
-        name = f"{row['prompts']} prompts, {row['method']}{', with costs' * row['costs']}"
-        found[f"{name}, milliseconds"] = f"{milliseconds(rows, row['prompts'], row['method'], costs=row['costs']):.2g}"
     for mixture in MIXTURES:
         found |= {f"{mixture}: {rule}, lost": f"{lost(rows, mixture, rule)[0]:.1f} %" for rule in RULES}
     return by_name(found)
