@@ -55,7 +55,7 @@ test-minimal: $(MINIMAL_VENV)/.installed  ## test the library with the oldest ve
 	$(MINIMAL_VENV)/bin/python -m pytest -p no:cacheprovider -m "not slow" -W ignore::DeprecationWarning $(EXTRAS_TESTS)
 
 # What needs neither torch nor TRL: their oldest versions are pinned by the extra and checked at construction.
-CORE_TESTS = tests/test_value.py tests/test_solver.py tests/test_costs.py tests/test_allocation.py tests/test_allocator.py \
+CORE_TESTS = tests/test_value.py tests/test_solver.py tests/test_blocks.py tests/test_costs.py tests/test_allocation.py tests/test_allocator.py \
 	tests/test_estimator.py tests/test_groups.py tests/test_balance.py tests/test_statefile.py tests/test_logs.py
 # Old releases use what newer ones of their own dependencies deprecate.
 EXTRAS_TESTS = tests/test_runlog.py tests/test_report.py tests/test_hostile_output.py tests/test_package.py
@@ -96,7 +96,7 @@ format: $(INSTALLED)  ## format the code
 
 bench: $(INSTALLED)  ## measure solver, balancer, state file and training step
 	@status=0; \
-	$(BIN)/python benchmarks/bench_solver.py --check || status=1; \
+	$(BIN)/python benchmarks/bench_solver.py || status=1; \
 	$(BIN)/python benchmarks/bench_balance.py || status=1; \
 	$(BIN)/python benchmarks/bench_state.py || status=1; \
 	$(BIN)/python benchmarks/bench_step.py || status=1; \

@@ -10,7 +10,7 @@ Ways compared:
 
 * shuffle, equal shares: the rows of the batch in random order, cut into equal numbers of rows per worker;
 * static, groups by N_i: all rollouts of a prompt on one worker, longest group first, counted in rollouts;
-* static, predicted lengths: `partition` on `predict_work`, rollouts of a prompt may be split;
+* static, predicted lengths: the longest first to the least-loaded worker, by `predict_work`; a prompt may be split;
 * pull, random order; pull, longest predicted first: `RolloutQueue`;
 * pull, longest first, true lengths: what perfect predictions would give.
 """
@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from knapsack_rl.balance import RolloutQueue, partition, predict_work
+from knapsack_rl.balance import RolloutQueue
+from knapsack_rl.estimation.lengths import predict_work
 
 MEAN_COUNT, MIN_COUNT = 8, 2
 BETWEEN_SIGMA, WITHIN_SIGMA, MEDIAN_TOKENS = 0.6, 0.5, 800.0
@@ -45,6 +46,30 @@ def simulate_pull(work: NDArray[np.float64], order: Iterable[int], workers: int)
     for item in order:
         heapq.heapreplace(free, free[0] + float(work[item]))
     return max(free)
+
+
+def longest_first(work: NDArray[np.float64], workers: int) -> NDArray[np.int64]:
+    """Return (R,) the worker of each item: longest item first, always to the least-loaded worker.
+
+    Source: Graham 1969, *Bounds on multiprocessing timing anomalies* (the LPT rule).
+    """
+    free = [(0.0, worker) for worker in range(workers)]
+    worker_of = np.empty(len(work), dtype=np.int64)
+    for item in np.argsort(-work, kind="stable"):
+        load, worker_of[item] = free[0]
+        heapq.heapreplace(free, (load + float(work[item]), int(worker_of[item])))
+    return worker_of
+
+
+def lower_bound(work: NDArray[np.float64], workers: int) -> float:
+    """Return a makespan that no placement of (R,) items on m workers beats.
+
+    It is the largest of the mean load, the longest item and, with more items than workers, the sum of the m-th and
+    (m + 1)-th longest, because two of the m + 1 longest must share a worker.
+    """
+    longest = np.sort(work)[::-1]
+    pair = longest[workers - 1 : workers + 1].sum() if len(work) > workers else 0.0
+    return float(max(work.sum() / workers, longest[0], pair))
 
 
 def static_makespan(work: NDArray[np.float64], worker_of: NDArray[np.int64]) -> float:
@@ -74,14 +99,14 @@ def one_step(seed: int, prompts: int, workers: int) -> dict[str, float]:
     shuffled_worker_R[rng.permutation(len(work_R))] = share_of_position
     makespans = {
         "shuffle, equal shares": static_makespan(work_R, shuffled_worker_R),
-        "static, groups by N_i": static_makespan(work_R, partition(count_P, workers).worker_of[prompt_R]),
-        "static, predicted lengths": static_makespan(work_R, partition(predicted_R, workers).worker_of),
+        "static, groups by N_i": static_makespan(work_R, longest_first(count_P, workers)[prompt_R]),
+        "static, predicted lengths": static_makespan(work_R, longest_first(predicted_R, workers)),
         "pull, random order": simulate_pull(work_R, rng.permutation(len(work_R)), workers),
         TARGET_WAY: simulate_pull(work_R, RolloutQueue(predicted_R, prompt_R.tolist()), workers),
         "pull, longest first, true lengths": simulate_pull(work_R, RolloutQueue(work_R), workers),
     }
-    lower_bound = partition(work_R, workers).lower_bound
-    return {way: makespan / lower_bound for way, makespan in makespans.items()}
+    least = lower_bound(work_R, workers)
+    return {way: makespan / least for way, makespan in makespans.items()}
 
 
 def run(seeds: Iterable[int] = range(10), prompts: int = 256, workers: int = 32) -> list[dict[str, str | float]]:

@@ -28,7 +28,7 @@ from verl.utils import tensordict_utils
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 from bench_balance import BETWEEN_SIGMA, MEDIAN_TOKENS, NEW_SHARE, WITHIN_SIGMA, ragged_counts
-from knapsack_rl.balance import predict_work
+from knapsack_rl.estimation.lengths import predict_work
 from knapsack_rl.verl.manager import COUNT_FIELD, longest_first
 
 CAP = 4096.0

@@ -8,8 +8,9 @@ prompts.jsonl has the columns prompt, answer (a number) and prompt_id.
 Works with any server that offers /chat/completions (vLLM, SGLang, llama.cpp, a hosted service). The number of rollouts
 of a prompt is the request's n; with --single-requests, for servers that ignore n, it is the number of requests. The
 rollouts, one JSON line each with prompt_id, completion, reward and step, can go to a trainer or to
-`knapsack-rl replay`; the allocator's state is saved beside them and used again in the next run.
-If the endpoint needs a key, it is read from the environment variable OPENAI_API_KEY.
+`knapsack-rl replay`; the allocator's state is saved beside them and used again in the next run. Answers are compared as
+numbers; the extra `math` is needed where they are not plain ones. If the endpoint needs a key, it is read from the
+environment variable OPENAI_API_KEY.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl import KnapsackAllocator
-from knapsack_rl.tasks import gsm8k_reward
+from knapsack_rl.tasks import number_reward
 
 
 def complete(url: str, model: str, prompt: str, count: int, options: argparse.Namespace) -> list[tuple[str, int]]:
@@ -81,7 +82,7 @@ def collect(options: argparse.Namespace) -> KnapsackAllocator:
             rows = []
             for key, future in zip(ids, asked, strict=True):
                 answers = future.result()
-                rewards = gsm8k_reward([text for text, _ in answers], [prompts[key]["answer"]] * len(answers))
+                rewards = number_reward([text for text, _ in answers], [prompts[key]["answer"]] * len(answers))
                 rows += [
                     {"step": number, "prompt_id": key, "completion": text, "reward": reward, "tokens": tokens}
                     for (text, tokens), reward in zip(answers, rewards, strict=True)

@@ -156,7 +156,7 @@ class ArithmeticModel:
         for k, row in enumerate(prompts):
             mine = completions[k * rollouts : (k + 1) * rollouts]
             texts = self.tokenizer.batch_decode([list(tokens) for tokens in mine], skip_special_tokens=True)
-            rewards = np.array([float(is_correct(text, row["answer"])) for text in texts])
+            rewards = np.array([float(is_correct(text, row["answer"], "exact")) for text in texts])
             found.append(Rollouts(tokens_P[k], mine, rewards))
         return found
 

@@ -119,7 +119,7 @@ def solve_ours(case: Case) -> tuple[IntArray, Certificate | None]:
 
 def solve_by_paper(case: Case) -> IntArray:
     """Counts of the paper's dynamic program; every rollout costs one."""
-    from experiments.paper_solver import paper_dynamic_program
+    from benchmarks.paper_solver import paper_dynamic_program
 
     return paper_dynamic_program(case.table, case.budget, case.low, case.high)
 

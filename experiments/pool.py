@@ -94,9 +94,9 @@ ARMS: dict[str, Arm] = {
         "empirical Bayes, discount 1", {"estimator": "empirical-bayes", "estimator_settings": "discount=1.0"}
     ),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
-    "value-variance": Arm("Bayes filter, value: reward variance", {"value": "variance"}),
-    "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "signal-to-noise"}),
-    "value-fitted": Arm("Bayes filter, value: fitted to gradients", {"value": "fitted"}),
+    "value-variance": Arm("Bayes filter, value: reward variance", {"value": "experiments.values:reward_variance"}),
+    "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "experiments.values:signal_to_noise"}),
+    "value-fitted": Arm("Bayes filter, value: fitted to gradients", {"value": "experiments.values:fitted"}),
 }
 """All arms by name, which also names the folders of their runs."""
 

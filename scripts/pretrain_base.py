@@ -27,13 +27,8 @@ import torch
 import transformers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from knapsack_rl.tasks.arithmetic import (
-    MAX_COMPLETION_TOKENS,
-    Problem,
-    base_model_path,
-    is_correct,
-    make_splits,
-)
+from knapsack_rl.tasks.arithmetic import MAX_COMPLETION_TOKENS, base_model_path, make_splits
+from knapsack_rl.tasks.generated import Problem
 from knapsack_rl.tasks.pretraining import (
     EOS_ID,
     PAD_ID,
@@ -46,6 +41,7 @@ from knapsack_rl.tasks.pretraining import (
     expected_spectrum,
     train_until,
 )
+from knapsack_rl.tasks.verifier import is_correct
 
 MAX_POSITIONS = 32  # the longest prompt has 10 characters and the longest completion 6 tokens
 
@@ -82,7 +78,7 @@ def successes(
                 ),
             )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        rows += [is_correct(text, batch[i // samples].answer) for i, text in enumerate(texts)]
+        rows += [is_correct(text, batch[i // samples].answer, "exact") for i, text in enumerate(texts)]
     return torch.tensor(rows).view(len(problems), samples)
 
 

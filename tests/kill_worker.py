@@ -118,7 +118,7 @@ def child(folder: Path, steps: int, moment: tuple[str, int, float] | None) -> bo
 
 def main() -> None:
     place, moments, steps = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-    warm = informed()  # compiled before the forks
+    warm = informed()
     warm.allocate(["p1", "p2"], 8)
     warm.observe(["p1", "p1", "p2"], [1.0, 0.0, 1.0])
     gc.freeze()

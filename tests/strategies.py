@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-no_deadline = settings(deadline=None)  # the machine may be busy, and the first call compiles
+no_deadline = settings(deadline=None)  # the machine may be busy
 
 EXTREME_RATES = (0.0, 1.0, 1e-300, 1.0 - 1e-16, 1e-17, 0.5, 1.0 / 3.0, 0.01, 0.99)
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 import knapsack_rl as kr
 from knapsack_rl import state as statefile
 from knapsack_rl.allocation.policies import allocate_expected
-from knapsack_rl.balance import predict_work
+from knapsack_rl.estimation.lengths import predict_work
 from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator
 from knapsack_rl.ids import stable_order
 from oracles import assert_same_state

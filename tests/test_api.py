@@ -24,9 +24,7 @@ PUBLIC = [
     "group_advantages",
     "group_statistics",
     "check_engine",
-    "Partition",
     "RolloutQueue",
-    "partition",
 ]
 
 

@@ -4,12 +4,10 @@ import importlib.util
 import itertools
 import json
 import random
-import re
 import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from knapsack_rl.balance import RolloutQueue, partition, predict_work
+from knapsack_rl.balance import RolloutQueue
+from knapsack_rl.estimation.lengths import predict_work
 
 no_deadline = settings(deadline=None)  # the machine may be busy
 whole_work = st.lists(st.integers(0, 1000), max_size=60)
@@ -207,121 +206,24 @@ def test_predict_work_rejects(arguments: tuple[list[float], ...], message: str) 
         predict_work(*arguments)
 
 
-# --- partition ---------------------------------------------------------------------------------------------
-
-
-@no_deadline
-@given(real_work, worker_counts)
-def test_every_item_is_assigned_once_and_loads_are_sums(work: NDArray[np.float64], workers: int) -> None:
-    result = partition(work, workers)
-    assert result.worker_of.shape == work.shape and result.worker_of.dtype == np.int64
-    assert ((result.worker_of >= 0) & (result.worker_of < workers)).all()
-    groups = [result.indices(worker) for worker in range(workers)]
-    assert sorted(np.concatenate(groups).tolist()) == list(range(len(work)))
-    for worker, group in enumerate(groups):
-        assert (result.worker_of[group] == worker).all()
-        assert result.loads[worker] == pytest.approx(work[group].sum(), rel=1e-12)
-        assert group.tolist() == sorted(group.tolist(), key=lambda item: (-work[item], item))
-    assert result.makespan == result.loads.max()
-    assert result.lower_bound <= result.makespan
-    assert result.imbalance >= 1
+# --- static placement, in the benchmark ---------------------------------------------------------------------
 
 
 @no_deadline
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=7), st.integers(1, 3))
-def test_makespan_is_within_grahams_bound_of_the_optimum(work: list[int], workers: int) -> None:
-    result = partition(work, workers)
-    best = optimum(work, workers)
-    assert result.lower_bound <= best * (1 + 1e-12)
-    assert best <= result.makespan <= (4 / 3 - 1 / (3 * workers)) * best * (1 + 1e-12)
-
-
-def test_grahams_worst_case_is_reached() -> None:
-    result = partition([5, 5, 4, 4, 3, 3, 3], 3)  # optimum 9 = 5+4 = 5+4 = 3+3+3
-    assert result.makespan == 11 == pytest.approx((4 / 3 - 1 / 9) * 9)
+def test_a_static_placement_is_within_grahams_bound_of_the_optimum(work: list[int], workers: int) -> None:
+    benchmark, best = load_benchmark(), optimum(work, workers)
+    placed = benchmark.longest_first(np.array(work), workers)
+    makespan = max(sum(w for w, worker in zip(work, placed, strict=True) if worker == k) for k in range(workers))
+    assert benchmark.lower_bound(np.array(work), workers) <= best * (1 + 1e-12)
+    assert best <= makespan <= (4 / 3 - 1 / (3 * workers)) * best * (1 + 1e-12)
 
 
 def test_lower_bound_uses_the_pair_that_must_share_a_worker() -> None:
-    assert partition([6, 6, 6], 2).lower_bound == 12  # the mean load is 9, the longest item 6
-    assert partition([6, 6], 2).lower_bound == 6  # as many items as workers: nobody has to share
-    assert partition([9, 1], 4).lower_bound == 9
-
-
-@no_deadline
-@given(real_work, worker_counts)
-def test_partition_is_deterministic(work: NDArray[np.float64], workers: int) -> None:
-    first, second = partition(work, workers), partition(work.copy(), workers)
-    np.testing.assert_array_equal(first.worker_of, second.worker_of)
-    np.testing.assert_array_equal(first.loads, second.loads)
-
-
-@no_deadline
-@given(st.lists(st.integers(0, 1000), unique=True, max_size=40), worker_counts, st.data())
-def test_the_order_of_distinct_items_does_not_change_the_loads(
-    work: list[int], workers: int, data: st.DataObject
-) -> None:
-    permuted = data.draw(st.permutations(work))
-    assert sorted(partition(work, workers).loads) == sorted(partition(permuted, workers).loads)
-
-
-def test_ties_go_to_fewer_items_then_to_the_lowest_index() -> None:
-    assert partition([2, 2, 2, 2], 2).worker_of.tolist() == [0, 1, 0, 1]
-    # Items of no predicted work are spread too: their true work may not be zero.
-    assert np.bincount(partition(np.zeros(8), 4).worker_of).tolist() == [2, 2, 2, 2]
-    # Loads 4 (one item) and 4 (two items): the next goes to the worker with one.
-    assert partition([4, 2, 2, 1], 2).worker_of.tolist() == [0, 1, 1, 0]
-
-
-def test_partition_of_nothing_and_of_more_workers_than_items() -> None:
-    empty = partition([], 3)
-    assert empty.loads.tolist() == [0, 0, 0] and empty.makespan == empty.lower_bound == 0
-    assert empty.imbalance == 1 and empty.indices(2).tolist() == []
-    assert partition([3, 5], 4).loads.tolist() == [5, 3, 0, 0]
-
-
-def test_partition_cannot_be_altered_and_leaves_its_input_alone() -> None:
-    work = np.array([1.0, 3.0, 2.0])
-    result = partition(work, 2)
-    for array in (result.worker_of, result.loads, result.order):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 0
-    work[0] = 7.0
-    assert result.loads.tolist() == [3.0, 3.0]
-
-
-@pytest.mark.parametrize(
-    ("work", "workers", "message"),
-    [
-        ([[1.0]], 1, r"work has shape \(1, 1\); allowed: one dimension; flatten"),
-        ([1.0, -2.0], 1, r"work\[1\] is -2.0; allowed: numbers from 0 to 1e\+300"),
-        ([np.nan], 1, r"work\[0\] is nan"),
-        ([np.inf], 1, r"work\[0\] is inf"),
-        ([1.0], 0, r"workers is 0; allowed: a whole number from 1 to 16777216; pass"),
-        ([1.0], -3, r"workers is -3"),
-        ([1.0], 2.0, r"workers is 2.0"),
-        ([1.0], True, r"workers is True"),
-    ],
-)
-def test_partition_rejects(work: list[float], workers: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        partition(work, workers)
-
-
-@pytest.mark.parametrize("worker", [-1, 2])
-def test_a_partition_knows_its_workers(worker: int) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"worker is {worker}; allowed: 0 to 1")):
-        partition([1.0], 2).indices(worker)
-
-
-def test_partition_is_fast_at_scale() -> None:
-    work = np.random.default_rng(0).lognormal(6, 1, 100_000)
-    seconds = []
-    for _ in range(3):  # the best of three, so that a busy machine does not fail the test
-        start = time.perf_counter()
-        partition(work, 64)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
-    assert partition(work, 64).imbalance < 1.001
+    bound = load_benchmark().lower_bound
+    assert bound(np.array([6, 6, 6]), 2) == 12  # the mean load is 9, the longest item 6
+    assert bound(np.array([6, 6]), 2) == 6  # as many items as workers: nobody has to share
+    assert bound(np.array([9, 1]), 4) == 9
 
 
 # --- RolloutQueue ------------------------------------------------------------------------------------------
@@ -346,9 +248,6 @@ def test_no_shuffle_throws_the_order_away() -> None:
         np.random.seed(seed)  # noqa: NPY002 - the global generator is what must not be used
         states = random.getstate(), repr(np.random.get_state(legacy=False))  # noqa: NPY002
         assert list(RolloutQueue(work, ids=[item // 5 for item in range(500)])) == expected
-        result = partition(work, 7)
-        assert result.order.tolist() == expected
-        assert all((np.diff(work[result.indices(worker)]) <= 0).all() for worker in range(7))
         assert states == (random.getstate(), repr(np.random.get_state(legacy=False)))  # noqa: NPY002
 
 
@@ -440,6 +339,6 @@ def test_the_benchmark_reports_in_json(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_importing_the_balancer_imports_no_heavy_package() -> None:
-    code = "import sys, knapsack_rl.balance; print(sorted({'torch', 'numba', 'scipy'} & set(sys.modules)))"
+    code = "import sys, knapsack_rl.balance; print(sorted({'torch', 'scipy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -366,6 +368,41 @@ def test_settings_and_state_make_an_equal_estimator(name: str, changed) -> None:
     np.testing.assert_array_equal(one.marginals, other.marginals)
     counts = np.array([2, 7, 4])
     np.testing.assert_array_equal(one.nonzero_gradient(counts), other.nonzero_gradient(counts))
+
+
+def test_the_recipe_for_an_estimator_works(tmp_path: Path) -> None:
+    """The block of CONTRIBUTING.md, then a run with what it makes: the defaults of all parts that it leaves out."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    recipe = text.split("## Adding an estimator")[1].split("```python")[1].split("```")[0]
+    space: dict[str, Any] = {}
+    exec(recipe, space)
+    allocator, ids = space["allocator"], ["a", "b"]
+    assert allocator.allocate(ids, 8).counts.tolist() == [4, 4]
+    allocator.observe(ids * 4, [1, 0, 1, 0, 1, 0, 1, 1], lengths=[9] * 8)
+    assert allocator.belief(ids).mean.tolist() == [5 / 6, 2 / 6]
+    assert allocator.allocate(ids, 12).counts.sum() == 12
+    assert allocator.metrics()["allocation_failures"] == 0
+    allocator.save(tmp_path / "state.npz")
+    twin = kr.KnapsackAllocator.load(tmp_path / "state.npz", estimator=space["LaplaceEstimator"]())
+    assert twin.allocate(ids, 12).counts.tolist() == allocator.allocate(ids, 12).counts.tolist()
+    with pytest.raises(ValueError, match="LaplaceEstimator has the paper's value built in"):
+        kr.KnapsackAllocator(space["LaplaceEstimator"](), value="nonzero-gradient")
+
+
+def test_an_estimator_that_lacks_parts_is_refused_when_the_allocator_is_made() -> None:
+    class Half:
+        discount = 0.5
+
+        def believe(self, records, max_rollouts): ...
+
+    with pytest.raises(ValueError, match=r"estimator Half lacks paper_rule, .*derive it from"):
+        kr.KnapsackAllocator(Half())  # type: ignore[arg-type]
+
+    class Growing(Estimator):
+        discount = 1.5
+
+    with pytest.raises(ValueError, match=r"discount must be in \(0, 1\], got 1.5"):
+        kr.KnapsackAllocator(Growing())  # type: ignore[abstract]
 
 
 def test_every_named_estimator_can_be_made() -> None:

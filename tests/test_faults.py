@@ -24,6 +24,7 @@ from datasets import Dataset
 
 import knapsack_rl as kr
 import tiny
+from knapsack_rl import session as session_module
 from knapsack_rl import state as statefile
 from knapsack_rl.estimation.named import BetaEstimator
 from knapsack_rl.training import lock
@@ -326,13 +327,13 @@ def test_an_estimator_that_fails_does_not_end_the_run(method: str, how: str, cap
     records = allocator.tracker.records()
     assert records.rollouts.sum() == 60
     failures = allocator.metrics()["allocation_failures"]
-    told = [record for record in caplog.records if "failed; the run goes on" in record.message]
+    logged = [record for record in caplog.records if "failed; the run continues" in record.message]
     if (method, how) == ("refit", "nonsense"):
         assert failures == 0
         return
     assert failures >= 3 if method != "refit" else failures >= 1
-    assert len(told) == 1
-    assert told[0].exc_info is not None
+    assert len(logged) == 1
+    assert logged[0].exc_info is not None
     if method == "believe":
         assert sorted(allocation.counts) == [6, 7, 7]
         assert allocation.reason == "allocation failed: divided evenly"
@@ -391,10 +392,10 @@ class WrongAllocator(kr.KnapsackAllocator):
         object.__setattr__(found, "counts", wrong[self.answer])
         return found
 
-    def observe(self, *arguments, **settings):
+    def record(self, *arguments, **settings):
         if self.answer == "raise":
             raise RuntimeError("observation broken")
-        super().observe(*arguments, **settings)
+        super().record(*arguments, **settings)
 
 
 @pytest.mark.parametrize("answer", ["raise", "short", "sum", "negative"])
@@ -405,7 +406,8 @@ def test_training_goes_on_evenly_where_the_allocator_fails(answer: str, tmp_path
     trainer.train()
     assert trainer.state.global_step == 3
     assert last_metric(trainer, "knapsack/allocation_failures") == (6 if answer == "raise" else 3)
-    assert sum("failed; the run goes on" in record.message for record in caplog.records) == 1
+    kinds = 2 if answer == "raise" else 1
+    assert sum("failed; the run continues" in record.message for record in caplog.records) == kinds
     rows = [json.loads(line) for line in (tmp_path / ALLOCATION_LOG).read_text().splitlines()]
     assert [row["counts"] for row in rows] == [[4] * 4] * 3
     stock = trainer_of(tmp_path / "stock", allocation="uniform")
@@ -425,7 +427,7 @@ def test_an_id_that_changes_its_type_is_told_once(caplog) -> None:
         allocator.allocate(["7", "x", "-3"], 12)
     assert [record.message for record in caplog.records] == [
         "prompt id '7' is new, but 7 is known: ids keep their type, so what was observed of 7 does not count for '7'. "
-        "Give every id the same type in every epoch (told once)"
+        "Give every id the same type in every epoch (logged once)"
     ]
     other = kr.KnapsackAllocator("beta")
     other.observe(["12", "x"], [1, 1])
@@ -476,12 +478,12 @@ def test_a_process_that_sees_other_data(other, message, tmp_path, monkeypatch) -
     trainer = trainer_of(tmp_path)
     if message:
         with pytest.raises(ValueError, match=message):
-            trainer._allocate_step(mine)
+            trainer._plan_step(mine)
         return
-    rows, step = trainer._allocate_step(mine)
-    assert step.prompts == ["p1", "p2", "p5", "p6"]
+    rows, step = trainer._plan_step(mine)
+    assert step.plan.ids == ["p1", "p2", "p5", "p6"]
     assert len(rows) == 8
-    assert step.allocation.counts.sum() == 16
+    assert step.plan.counts.sum() == 16
 
 
 def test_data_sets_of_processes_are_compared(caplog) -> None:
@@ -590,12 +592,13 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_short(tmp_path) -> None:
 
 
 def test_a_full_disk_at_the_log_costs_rows_and_not_the_run(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(trainer_module, "append_row", full_disk)
+    monkeypatch.setattr(session_module, "append_row", full_disk)
     trainer = trainer_of(tmp_path, log_allocations=True)
     trainer.train()
     assert trainer.state.global_step == 3
-    assert sum("could not be written" in record.message for record in caplog.records) == 1
+    assert sum("logging failed; the run continues" in record.message for record in caplog.records) == 1
     assert last_metric(trainer, "knapsack/allocation_failures") == 0
+    assert last_metric(trainer, "knapsack/failures/logging") == 3
 
 
 # --- one process per run folder ---

@@ -138,7 +138,7 @@ def test_importing_the_package_needs_numpy_alone():
 
 def test_pages_of_runs_need_no_training_library():
     below = reach(f"{NAME}.report", lazy=True) - set(sys.stdlib_module_names)
-    assert {name for name in below if name not in FILES} <= {"numpy", "numba", "yaml", "matplotlib"}
+    assert {name for name in below if name not in FILES} <= {"numpy", "yaml", "matplotlib"}
     assert not below & of_part("trl") and not below & of_part("training") and not below & of_part("cli")
 
 

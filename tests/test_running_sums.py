@@ -40,10 +40,10 @@ def test_the_sets_are_disjoint_spread_over_sizes_and_repeat():
     assert make_running_sums(seed=1).train != sums.train
 
 
-@pytest.mark.parametrize(("train", "held_out"), [(0, 5), (5, 0), (10**8, 1)])
-def test_sizes_that_cannot_be_are_refused(train, held_out):
-    with pytest.raises(ValueError, match="train and held_out must be at least 1 and at most"):
-        make_running_sums(train=train, held_out=held_out)
+def test_sizes_that_cannot_be_are_refused():
+    for train, held_out in [(0, 5), (5, 0), (10**8, 1)]:
+        with pytest.raises(ValueError, match="train and held_out must be at least 1 and at most"):
+            make_running_sums(train=train, held_out=held_out)
 
 
 def test_a_run_can_name_the_task():

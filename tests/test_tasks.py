@@ -70,15 +70,15 @@ def test_importing_the_tasks_needs_no_heavy_package() -> None:
 # --- splits ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("train", "held_out"), [(2048, 512), (1, 1), (7, 30), (5000, 100)])
-def test_splits_have_the_sizes_asked_for_and_share_no_problem(train: int, held_out: int) -> None:
-    splits = make_splits(seed=3, train=train, held_out=held_out)
-    assert (len(splits.train), len(splits.held_out)) == (train, held_out)
-    pretrain = splits.pretrain.sample(5000, random.Random(1))
-    reserved = [identity(p) for p in (*splits.train, *splits.held_out)]
-    assert len(set(reserved)) == train + held_out
-    assert not set(reserved) & {identity(p) for p in pretrain}
-    assert len({p.prompt_id for p in (*splits.train, *splits.held_out)}) == train + held_out
+def test_splits_have_the_sizes_asked_for_and_share_no_problem() -> None:
+    for sizes in [(2048, 512), (1, 1), (7, 30), (5000, 100)]:
+        splits = make_splits(3, *sizes)
+        assert (len(splits.train), len(splits.held_out)) == sizes
+        pretrain = splits.pretrain.sample(5000, random.Random(1))
+        reserved = [identity(p) for p in (*splits.train, *splits.held_out)]
+        assert len(set(reserved)) == sum(sizes), sizes
+        assert not set(reserved) & {identity(p) for p in pretrain}, sizes
+        assert len({p.prompt_id for p in (*splits.train, *splits.held_out)}) == sum(sizes), sizes
 
 
 def test_a_reserved_sum_is_not_pretrained_with_exchanged_operands() -> None:
@@ -119,20 +119,17 @@ def test_train_and_held_out_have_the_same_shares() -> None:
         assert abs(count / 4 - held_out[group]) <= 4
 
 
-@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (-1, 5)])
-def test_sizes_below_one_are_refused(sizes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1, got"):
-        make_splits(train=sizes[0], held_out=sizes[1])
-
-
-def test_more_problems_than_there_are_is_refused_before_drawing() -> None:
+def test_sizes_that_cannot_be_are_refused_before_drawing() -> None:
+    for sizes in [(0, 5), (5, 0), (-1, 5)]:
+        with pytest.raises(ValueError, match="must be at least 1 and at most"):
+            make_splits(0, *sizes)
     with pytest.raises(ValueError, match="half of all problems"):
         make_splits(train=10**9)
 
 
 def test_sampler_refuses_what_cannot_end() -> None:
     every_small_sum = [Problem(f"{a}+{b}=", str(a + b)[::-1], f"{a}+{b}", 1) for a in range(10) for b in range(10)]
-    with pytest.raises(ValueError, match="All 55 problems with 1 and 1 digits"):
+    with pytest.raises(ValueError, match="all 55 problems with 1 and 1 digits"):
         PretrainSampler(every_small_sum)
     with pytest.raises(ValueError, match="got -1"):
         SPLITS.pretrain.sample(-1, random.Random(0))
@@ -153,68 +150,25 @@ def test_rows_carry_every_field() -> None:
 # --- verifier -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["0964", "0964" + EOS_TOKEN, " 0964\n", "\t0964 " + EOS_TOKEN + "\n"])
-def test_right_completions_are_accepted(text: str) -> None:
-    assert is_correct(text, "0964")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        EOS_TOKEN,
-        "4690",
-        "964",
-        "09640",
-        "00964",
-        "09 64",
-        "0\n964",
-        "0964" + EOS_TOKEN * 2,
-        EOS_TOKEN + "0964",
-        "0964" + PAD_TOKEN,
-        "0964" + EOS_TOKEN + "1",
-        "+0964",
-        "0_964",
-        "0964.0",
-        "0964\x00",
-        "\u00a00964",
-        "٠٩٦٤",
+def test_nothing_but_the_answer_is_right() -> None:
+    for text in ("0964", " 0964\n", "\t0964 \r\n"):
+        assert is_correct(text, "0964", "exact"), text
+    for text in [
+        *("", " ", EOS_TOKEN, "4690", "964", "09640", "00964", "09 64", "0\n964", EOS_TOKEN + "0964"),
+        *("0964" + PAD_TOKEN, "0964" + EOS_TOKEN + "1", "+0964", "0_964", "0964.0", "0964\x00", "\u00a00964", "٠٩٦٤"),
         "0964".translate({ord("0") + d: 0xFF10 + d for d in range(10)}),
-        "²",
-        "{answer}",
-        "%s",
-        "{0.__class__}",
-        "__import__('os').system('true')",
-        "0964" * 10,
+        *("²", "{answer}", "%s", "{0.__class__}", "__import__('os').system('true')", "0964" * 10),
         "0964" + " " * 10**6,
         "9" * 10**7,
-    ],
-)
-def test_other_strings_are_rejected(text: str) -> None:
-    assert not is_correct(text, "0964")
+    ]:
+        assert not is_correct(text, "0964", "exact"), text[:80]
 
 
 @given(st.text(max_size=80), st.integers(0, 99999))
-def test_nothing_but_the_answer_is_accepted(text: str, value: int) -> None:
+def test_the_exact_verifier_compares_strings(text: str, value: int) -> None:
     answer = str(value)[::-1]
-    bare = text.strip(" \t\r\n")
-    assert is_correct(text, answer) == (len(text) <= 64 and bare == answer)
-    assert is_correct(answer, answer)
-
-
-@pytest.mark.parametrize("answer", ["", "12a", "-5", "١٢", " 12"])
-def test_an_answer_that_nothing_could_match_is_an_error(answer: str) -> None:
-    with pytest.raises(ValueError, match=r"Problem\.answer"):
-        is_correct("12", answer)
-
-
-def test_reward_is_one_or_zero_and_ignores_other_columns() -> None:
-    rewards = accuracy_reward(["21", "12"], ["21", "21"], prompts=["a", "b"], digits=[2, 2])
-    assert rewards == [1.0, 0.0]
-    assert accuracy_reward([], []) == []
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        accuracy_reward(["1", "2"], ["1"])
+    assert is_correct(text, answer, "exact") == (text.strip(" \t\r\n\f\v") == answer)
+    assert is_correct(answer, answer, "exact")
 
 
 # --- tokenizer and checkpoint ---------------------------------------------------------------------------
@@ -229,7 +183,7 @@ def test_tokenizer_round_trip(text: str) -> None:
     assert TOKENIZER.batch_decode([padded], skip_special_tokens=True) == [text]
 
 
-def test_tokenizer_pads_on_the_left_with_a_token_of_its_own() -> None:
+def test_tokenizer_pads_on_the_left_with_a_separate_token() -> None:
     assert (TOKENIZER.pad_token, TOKENIZER.eos_token) == (PAD_TOKEN, EOS_TOKEN)
     assert TOKENIZER.pad_token_id != TOKENIZER.eos_token_id
     batch = TOKENIZER(["1+2=", "10+20="], padding=True)
@@ -349,8 +303,8 @@ def test_pretraining_writes_nothing_without_the_target(
     assert "nothing was written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--width", "12"], ["--lr", "0"], ["--ema", "1"], ["--batch", "0"]])
-def test_pretraining_refuses_wrong_settings(pretrain_base: ModuleType, wrong: list[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
-        pretrain_base.parse_args(wrong)
-    assert refused.value.code == 2
+def test_pretraining_refuses_wrong_settings(pretrain_base: ModuleType) -> None:
+    for wrong in (["--width", "12"], ["--lr", "0"], ["--ema", "1"], ["--batch", "0"]):
+        with pytest.raises(SystemExit) as refused:
+            pretrain_base.parse_args(wrong)
+        assert refused.value.code == 2, wrong

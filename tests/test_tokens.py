@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from knapsack_rl import KnapsackAllocator, allocate
 from knapsack_rl.allocation.policies import allocate_expected
-from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.allocation.value import VALUES, make_value_function
+from knapsack_rl.estimation.lengths import expected_tokens
 from knapsack_rl.estimation.named import WindowEstimator
-from knapsack_rl.estimation.tokens import expected_tokens
 from knapsack_rl.estimation.tracker import Tracker
 from strategies import no_deadline
 
 GRID_ESTIMATORS = ("bayes-filter", "empirical-bayes")
+VARIANCE = "experiments.values:reward_variance"
 
 
 def observed(**settings: object) -> KnapsackAllocator:
@@ -63,7 +64,7 @@ def test_a_prompt_that_never_succeeded_has_the_populations_length_of_a_success()
     st.lists(st.tuples(st.floats(0.02, 0.98), st.integers(1, 9)), min_size=1, max_size=4),
     st.integers(0, 60),
 )
-def test_expected_allocation_with_costs_is_the_best_there_is(prompts: list[tuple[float, int]], budget: int) -> None:
+def test_expected_allocation_with_costs_is_within_its_gap(prompts: list[tuple[float, int]], budget: int) -> None:
     """By enumeration, wherever the budget pays for the minima; else it degrades and stays within the budget."""
     rates, costs = np.array([p for p, _ in prompts]), np.array([float(c) for _, c in prompts])
     table = VALUES["knapsack"].marginals(rates, 5)
@@ -78,8 +79,10 @@ def test_expected_allocation_with_costs_is_the_best_there_is(prompts: list[tuple
             for counts in product(range(2, 6), repeat=len(prompts))
             if np.dot(counts, costs) <= budget
         )
-        assert found.expected_value == pytest.approx(best, rel=1e-12)
-        assert found.certificate is not None and found.certificate.upper_bound >= best * (1 - 1e-12)
+        assert found.certificate is not None
+        assert found.certificate.gap <= table[:, 2].max()  # less than a rollout is worth
+        assert best * (1 - 1e-12) <= found.certificate.upper_bound
+        assert found.certificate.value == found.expected_value <= best * (1 + 1e-12)
 
 
 def test_tokens_buy_more_rollouts_of_the_cheaper_of_two_equal_prompts() -> None:
@@ -89,7 +92,7 @@ def test_tokens_buy_more_rollouts_of_the_cheaper_of_two_equal_prompts() -> None:
     assert tokens is not None and tokens[0] < tokens[1] / 3
     assert found.counts[0] > found.counts[1] >= 2
     assert found.counts @ tokens <= 30_000
-    assert found.certificate is not None and found.certificate.gap <= 1e-9 * found.expected_value
+    assert found.certificate is not None and found.certificate.gap <= 1e-4 * found.expected_value
     assert allocator.metrics()["expected_tokens"] == pytest.approx(found.counts @ tokens)
 
 
@@ -120,14 +123,14 @@ def test_impossible_budgets_of_tokens_are_refused(budget: object) -> None:
 
 
 @pytest.mark.parametrize("estimator", GRID_ESTIMATORS)
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", [*VALUES, VARIANCE])
 def test_a_posterior_expects_the_chosen_value(estimator: str, name: str) -> None:
     """Against the definition: sum over the grid of posterior times V(n+1, p) - V(n, p)."""
     allocator = observed(estimator=estimator, value=name)
     ids = ["a", "b", "c", "new"]
     grid_estimator = allocator.estimator
     posterior = grid_estimator.posterior(allocator.tracker.lookup(ids))  # type: ignore[attr-defined]
-    values = VALUES[name].values(np.arange(10)[:, None], grid_estimator.grid)  # type: ignore[attr-defined]
+    values = make_value_function(name).values(np.arange(10)[:, None], grid_estimator.grid)  # type: ignore[attr-defined]
     expected = posterior @ np.diff(values, axis=0).T
     assert np.allclose(allocator.belief(ids).marginals[:, :9], expected, rtol=1e-9, atol=1e-12)
     assert allocator.allocate(ids, 40).counts.sum() == 40
@@ -139,15 +142,15 @@ def test_values_by_name_function_and_object_agree() -> None:
 
     found = [
         observed(value=value).allocate(["a", "b", "c", "d"], 50).counts.tolist()
-        for value in ("variance", variance, VALUES["variance"])
+        for value in (VARIANCE, variance, make_value_function(VARIANCE))
     ]
     assert found[0] == found[1] == found[2] != observed().allocate(["a", "b", "c", "d"], 50).counts.tolist()
 
 
 def test_the_window_takes_another_value_without_its_fallback() -> None:
     window = WindowEstimator(window=8, fallback=False)
-    found = observed(estimator=window, value="variance").allocate(["a", "b", "d"], 30)
-    assert found.counts.tolist() == allocate([1 / 8, 1 / 2, 1.0], 30, value="variance").counts.tolist()
+    found = observed(estimator=window, value=VARIANCE).allocate(["a", "b", "d"], 30)
+    assert found.counts.tolist() == allocate([1 / 8, 1 / 2, 1.0], 30, value=VARIANCE).counts.tolist()
 
 
 @pytest.mark.parametrize(
@@ -155,9 +158,9 @@ def test_the_window_takes_another_value_without_its_fallback() -> None:
     [
         ({"budget_unit": "seconds"}, "rollouts, tokens, got 'seconds'"),
         ({"value": "fame"}, "got 'fame'"),
-        ({"estimator": "window", "value": "variance"}, "fallback=False"),
+        ({"estimator": "window", "value": VARIANCE}, "fallback=False"),
         ({"estimator": "window", "budget_unit": "tokens"}, "fallback=False"),
-        ({"estimator": "beta", "value": "variance"}, "BetaEstimator has the paper's value built in"),
+        ({"estimator": "beta", "value": VARIANCE}, "BetaEstimator has the paper's value built in"),
         ({"budget_unit": "tokens", "min_rollouts": 0}, "min_rollouts >= 2, got 0"),
     ],
 )
@@ -167,11 +170,11 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, object], mess
 
 
 def test_unit_and_value_are_saved(tmp_path: Path) -> None:
-    allocator = observed(budget_unit="tokens", value="variance")
+    allocator = observed(budget_unit="tokens", value=VARIANCE)
     allocator.save(tmp_path / "state.npz")
     twin = KnapsackAllocator.load(tmp_path / "state.npz")
     ids = ["a", "b", "c", "new"]
-    assert (twin.budget_unit, twin.value) == ("tokens", "variance")
+    assert (twin.budget_unit, twin.value) == ("tokens", VARIANCE)
     assert twin.allocate(ids, 20_000).counts.tolist() == allocator.allocate(ids, 20_000).counts.tolist()
 
 
@@ -183,23 +186,3 @@ def test_a_value_function_must_be_given_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pass it again as value="):
         KnapsackAllocator.load(tmp_path / "state.npz")
     assert KnapsackAllocator.load(tmp_path / "state.npz", value=own).value is own
-
-
-def test_states_that_do_not_tell_lengths_by_outcome_load() -> None:
-    """Up to version 2 there was one sum: split by the success rate, so both outcomes cost the mean."""
-    allocator = observed()
-    state = allocator.state_dict()
-    arrays = state["arrays"]
-    for moment in ("count", "sum", "squares"):
-        good, bad = (arrays.pop(f"tracker.{outcome}_length_{moment}") for outcome in ("success", "failure"))
-        arrays[f"tracker.length_{moment}"] = good + bad
-    state["header"]["version"] = 2
-    del state["header"]["budget_unit"], state["header"]["value"]
-    twin = KnapsackAllocator()
-    twin.load_state_dict(state)
-    ids = ["a", "b", "c", "d", "new"]
-    assert np.allclose(twin.predicted_lengths(ids), allocator.predicted_lengths(ids), rtol=1e-9)
-    records = twin.tracker.lookup(["b"])
-    mean = records.length_sum / records.length_count
-    assert records.success_length_sum / records.success_length_count == pytest.approx(mean)
-    assert records.failure_length_sum / records.failure_length_count == pytest.approx(mean)

@@ -80,7 +80,10 @@ def test_more_value_is_realised_than_in_one_go() -> None:
     assert mean > 4 * error
 
 
-@pytest.mark.parametrize("settings", [{"estimator": "beta"}, {"estimator": "window"}, {"value": "variance"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"estimator": "beta"}, {"estimator": "window"}, {"value": "experiments.values:reward_variance"}],
+)
 def test_it_needs_a_posterior_and_a_value_of_mixed_outcomes(settings: dict[str, object]) -> None:
     allocator, ids, _ = informed(2, **settings)
     with pytest.raises(ValueError, match="top_up needs an estimator with a posterior on a grid"):

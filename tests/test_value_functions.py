@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 
 import experiments
 import knapsack_rl as kr
-from knapsack_rl.allocation.value import marginal_values
-from knapsack_rl.allocation.value_functions import KNAPSACK, VALUES, ValueFunction, make_value_function, marginal_table
-from strategies import Batch, batches, no_deadline, success_rates
+from knapsack_rl.allocation.value import (
+    KNAPSACK,
+    VALUES,
+    ValueFunction,
+    make_value_function,
+    marginal_table,
+    marginal_values,
+)
+from strategies import Batch, batches, no_deadline
+
+VARIANCE, SIGNAL, FITTED = (f"experiments.values:{name}" for name in ("reward_variance", "signal_to_noise", "fitted"))
+NAMES = (*VALUES, VARIANCE, SIGNAL, FITTED)
 
 RATES = [Fraction(0), Fraction(1, 8), Fraction(1, 3), Fraction(1, 2), Fraction(9, 10), Fraction(1)]
 
@@ -30,35 +39,36 @@ def groups(n: int, p: Fraction):
 
 def by_definition(name: str, n: int, p: Fraction) -> Fraction:
     gain = p * (1 - p) ** 2
-    if name == "variance":
+    if name == VARIANCE:
         return (
             sum((w * Fraction(k, n) * (1 - Fraction(k, n)) for w, k in groups(n, p)), Fraction(0)) if n else Fraction(0)
         )
-    if name == "signal-to-noise":
+    if name == SIGNAL:
         x = max(n - 1, 0) * p * (1 - p)
         return gain * x / (1 + x)
     mixed = sum((w for w, k in groups(n, p) if 0 < k < n), Fraction(0))
-    if name == "fitted":
+    if name == FITTED:
         shipped = json.loads((Path(experiments.__file__).parent / "data" / "fitted_value.json").read_text())
         gain = Fraction(float(p) ** shipped["success_exponent"] * float(1 - p) ** shipped["failure_exponent"])
     return mixed if name == "nonzero-gradient" else mixed * gain
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", NAMES)
 def test_values_and_marginals_are_those_of_the_definition(name: str) -> None:
-    function, rates = VALUES[name], [float(p) for p in RATES]
+    function, rates = make_value_function(name), [float(p) for p in RATES]
     exact = np.array([[by_definition(name, n, p) for n in range(9)] for p in RATES])
     values = function.values(np.arange(9), np.array(rates)[:, None])
     assert values == pytest.approx(exact.astype(float), rel=1e-12, abs=1e-15)
     assert function.marginals(rates, 8) == pytest.approx(np.diff(exact).astype(float), rel=1e-12, abs=1e-16)
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", NAMES)
 def test_values_are_concave_from_one_rollout_on(name: str) -> None:
+    rounding = 0.0 if name in VALUES else 4e-16  # differences of a function's values have the rounding of the values
     table = marginal_table(name, np.linspace(0, 1, 101), 300)
     assert (table[:, 0] == 0).all()
-    assert (table[:, 2:] <= table[:, 1:-1]).all()
-    assert (table >= 0).all()
+    assert (table[:, 2:] <= table[:, 1:-1] + rounding).all()
+    assert (table >= -rounding).all()
 
 
 def test_the_knapsacks_table_is_that_of_the_equations() -> None:
@@ -77,13 +87,13 @@ def test_the_noise_of_a_groups_gradient() -> None:
 
 
 @no_deadline
-@given(batches(least=1, allow_nan=True), st.sampled_from(list(VALUES)))
+@given(batches(least=1, allow_nan=True), st.sampled_from(NAMES))
 def test_every_named_value_is_allocated_to_its_optimum(batch: Batch, name: str) -> None:
     """One rollout at a time by the best gain is optimal for concave values."""
     found = kr.allocate(*batch, value=name)
     lower, upper = (np.broadcast_to(b, batch.rates.shape) for b in (batch.lower, batch.upper))
     seen = ~np.isnan(batch.rates)
-    values = VALUES[name].values(np.arange(16), np.where(seen, batch.rates, 0.0)[:, None])
+    values = make_value_function(name).values(np.arange(16), np.where(seen, batch.rates, 0.0)[:, None])
     if seen.any():
         values[~seen] = values[seen].mean(axis=0)
     counts = lower.copy()
@@ -128,21 +138,13 @@ def test_a_value_that_is_not_concave_goes_to_dynamic_programming() -> None:
         kr.allocate([0.5, 0.25], 6, value=lambda n, p: (n >= 4) * p, method="greedy")
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_posterior_on_a_grid_multiplies_the_table(name: str) -> None:
     grid = np.linspace(0.01, 0.99, 40)
     weights = np.random.default_rng(1).dirichlet(np.ones(40), 6)
     expected = weights @ marginal_table(name, grid, 30)
-    values = VALUES[name].values(np.arange(31), grid[:, None])
+    values = make_value_function(name).values(np.arange(31), grid[:, None])
     assert expected.cumsum(axis=1) == pytest.approx((weights @ values)[:, 1:], rel=1e-10)
-
-
-@no_deadline
-@given(st.lists(success_rates(), min_size=1, max_size=5), st.integers(1, 200))
-def test_rows_in_closed_form_are_the_table(rates: list[float], width: int) -> None:
-    for name in ("knapsack", "nonzero-gradient"):
-        function = VALUES[name]
-        assert (function.rows(np.array(rates)).as_table(width) == function.marginals(rates, width)).all()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -155,8 +157,12 @@ def test_rows_in_closed_form_are_the_table(rates: list[float], width: int) -> No
         (np.ones((2, 129)), "value of no rollouts must be 0, got .*1.0.* for prompt 0"),
         (np.zeros((2, 9)), "max_rollouts 16 needs as many columns of marginals, got 8"),
         (lambda n, p: n + 1.0 + 0 * p, "value of no rollouts must be 0"),
-        (lambda n, p: 1.0, r"must return finite numbers of shape \(2, \d+\).*got shape \(\)"),
+        (lambda n, p: 1.0, r"must return finite numbers of shape \(\d, \d\).*got shape \(\)"),
         (lambda n, p: np.full(np.broadcast(n, p).shape, np.inf), "with NaN or infinity"),
+        (lambda n: n, "value function fails for counts .*TypeError"),
+        ("experiments.values:no_such", "'experiments.values:no_such' cannot be imported.*no_such.*search path"),
+        ("no_such_module:f", "'no_such_module:f' cannot be imported.*no_such_module"),
+        ("experiments.values:FITTED_VALUE", "value must be one of .*'package.module:function'"),
     ],
 )
 def test_values_that_cannot_be_used_are_explained(value, message: str) -> None:
@@ -164,10 +170,19 @@ def test_values_that_cannot_be_used_are_explained(value, message: str) -> None:
         kr.allocate([0.5, 0.25], 18, 2, 16, value=value)
 
 
+@pytest.mark.parametrize("estimator", ["bayes-filter", "empirical-bayes"])
+def test_an_allocator_tries_its_value_when_it_is_made(estimator: str) -> None:
+    """Not at the first step, where a failure would cost the run its allocation (case 13 from the field)."""
+    with pytest.raises(ValueError, match="value of no rollouts must be 0"):
+        kr.KnapsackAllocator(estimator, value=lambda n, p: 1.0 + n * p)
+    with pytest.raises(ValueError, match="with NaN or infinity"):
+        kr.KnapsackAllocator(estimator, value=lambda n, p: np.where(n > 0, np.inf, 0.0) + 0 * p)
+
+
 def test_the_papers_rule_keeps_the_papers_value() -> None:
     with pytest.raises(
-        ValueError, match="fallback=True is the paper's rule for value='knapsack', got value='variance'"
+        ValueError, match="fallback=True is the paper's rule for value='knapsack', got value='nonzero-gradient'"
     ):
-        kr.allocate([0.5, 0.25], 16, value="variance", fallback=True)
+        kr.allocate([0.5, 0.25], 16, value="nonzero-gradient", fallback=True)
     with pytest.raises(ValueError, match="fallback=True is the paper's rule"):
         kr.allocate([0.5, 0.25], 16, value=np.zeros((2, 17)), fallback=True)

@@ -27,7 +27,7 @@ for estimator in ("bayes-filter", "empirical-bayes", "beta", "window"):
         digest.update(array.tobytes())
 print(digest.hexdigest())
 """
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def test_threads_of_the_libraries_change_nothing() -> None:
@@ -57,7 +57,7 @@ def test_workers_that_load_data_change_nothing(tmp_path) -> None:
     assert ends[0] == ends[1]
 
 
-def test_a_batch_is_allocated_alike_over_any_number_of_processes(tmp_path, monkeypatch) -> None:
+def test_a_batch_is_allocated_equally_over_any_number_of_processes(tmp_path, monkeypatch) -> None:
     """The rows of all processes together are those of one process, in the same order."""
     trainer = trainer_of(tmp_path)
     everything = [{"prompt": f"{k}+{k % 7}=", "prompt_id": f"p{k}"} for k in (0, 3, 7, 11, 12, 14) for _ in range(4)]

@@ -8,7 +8,7 @@ from knapsack_rl.allocation.costs import Certificate
 from knapsack_rl.allocation.policies import Allocation, allocate
 from knapsack_rl.allocation.value import information_gain, nonzero_gradient_probability, value
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.balance import Partition, RolloutQueue, partition
+from knapsack_rl.balance import RolloutQueue
 from knapsack_rl.conformance import check_engine
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
 from knapsack_rl.session import AllocationSettings, Session
@@ -41,7 +41,5 @@ __all__ = [
     "group_statistics",
     "check_engine",
     # rollout balancer
-    "Partition",
     "RolloutQueue",
-    "partition",
 ]

@@ -15,25 +15,28 @@ from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_whole
-from knapsack_rl.allocation.coverage import cover
+from knapsack_rl.allocation.coverage import allocate_with_skips
 from knapsack_rl.allocation.degradation import evenly
-from knapsack_rl.allocation.policies import Allocation, allocate_estimated, allocate_expected, unpredicted
+from knapsack_rl.allocation.policies import (
+    Allocation,
+    BudgetUnit,
+    allocate_estimated,
+    allocate_expected,
+    allocate_tokens,
+    check_outcomes,
+    check_tokens,
+    first_group,
+    room_left,
+    top_up,
+    unpredicted,
+)
 from knapsack_rl.allocation.solver import total_value
-from knapsack_rl.allocation.value_functions import VALUES, ValueLike
+from knapsack_rl.allocation.value import VALUES, ValueLike
+from knapsack_rl.estimation.bayes import check_mixed_outcomes
+from knapsack_rl.estimation.lengths import check_lengths, expected_tokens, shrunk_lengths
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
-from knapsack_rl.estimation.protocol import Estimator
-from knapsack_rl.estimation.tokens import (
-    BudgetUnit,
-    allocate_tokens,
-    check_choices,
-    check_lengths,
-    check_tokens,
-    expected_tokens,
-    first_group,
-    shrunk_lengths,
-)
-from knapsack_rl.estimation.topup import check_estimator, check_outcomes, posterior_after, top_up
+from knapsack_rl.estimation.protocol import Estimator, check_choices, check_estimator
 from knapsack_rl.estimation.tracker import Records, Tracker
 from knapsack_rl.groups import GroupOutcomes, SuccessRule, check_success_rule, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
@@ -46,6 +49,9 @@ LARGEST_BUDGET = 2**24
 
 STATE_FORMAT = "knapsack-rl allocator"
 STATE_VERSION = 4
+
+ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
+"""Kinds of failures that are about allocation itself, not about logs and samples."""
 
 EVENLY = "allocation failed: divided evenly"
 
@@ -73,10 +79,10 @@ class KnapsackAllocator(Guarded):
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
             outcome feeds the estimate; it may differ from the shaped reward that trains.
         budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in tokens, a rollout costs
-            what it is expected to (:mod:`knapsack_rl.estimation.tokens`), and the number of rollouts varies.
-        value: what is maximised: a name of :data:`knapsack_rl.allocation.value_functions.VALUES` or a function as for
-            :func:`knapsack_rl.allocate`. Estimators on a grid take any, the window without its fallback too; a table
-            per prompt is for :func:`knapsack_rl.allocate` alone.
+            what it is expected to (:mod:`knapsack_rl.estimation.lengths`), and the number of rollouts varies.
+        value: what is maximised: a name of :data:`knapsack_rl.allocation.value.VALUES`, an import path or a function as
+            for :func:`knapsack_rl.allocate`. Estimators on a grid take any, the window without its fallback too; a
+            table per prompt is for :func:`knapsack_rl.allocate` alone.
         **estimator_settings: keyword arguments of the named estimator.
 
     Raises:
@@ -113,13 +119,11 @@ class KnapsackAllocator(Guarded):
         else:
             if estimator_settings:
                 raise ValueError(f"settings {sorted(estimator_settings)} go to the estimator object itself")
-            self.estimator_name, self.estimator = None, estimator
+            self.estimator_name, self.estimator = None, check_estimator(estimator)
         check_success_rule(success)
         self.success = success
         self.budget_unit, self.value = budget_unit, value
         check_choices(self.estimator, budget_unit, value, self.min_rollouts)
-        if value != "knapsack":
-            self.estimator.use_value(value)  # type: ignore[attr-defined]
         self.tracker = Tracker(self.estimator.evidence_size)
         self._visits_since_refit = 0
         self._prompts_at_refit = 0
@@ -160,14 +164,14 @@ class KnapsackAllocator(Guarded):
         records = self.tracker.lookup(ids)
         belief = self._believe(records, high)
         if self.estimator.paper_rule:
-            fallback = getattr(self.estimator, "fallback", True)
+            fallback = self.estimator.fallback
             found = allocate_estimated(
                 belief.mean, belief.marginals, budget, low, high, priority=order, value=self.value, fallback=fallback
             )
         elif low > 0 or budget > len(ids) * high:
             found = allocate_expected(belief.marginals, budget, low, high, priority=order)
         else:
-            found = cover(belief, records.age, budget, high, order)
+            found = allocate_with_skips(belief, records.age, budget, high, order)
         return self._step.expect(ids, self._note_degradation(found), belief)
 
     def _allocate_tokens(self, ids: list[PromptId], budget: float) -> Allocation:
@@ -212,7 +216,7 @@ class KnapsackAllocator(Guarded):
 
         The sizes of groups then depend on their outcomes, which biases group statistics: E[successes / rollouts] > p
         for a group that stops after its first success, and its advantages inherit that. The grid posteriors are not
-        affected. See :mod:`knapsack_rl.estimation.topup`.
+        affected. See :meth:`knapsack_rl.estimation.bayes.GridPosterior.believe_after`.
 
         Args:
             prompt_ids: M distinct ids.
@@ -230,11 +234,12 @@ class KnapsackAllocator(Guarded):
         started = time.perf_counter()
         ids, left = check_batch(prompt_ids), _check_budget(budget)
         counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
-        grid, cap, order = check_estimator(self.estimator), self.max_rollouts, stable_order(ids)
+        grid, cap, order = check_mixed_outcomes(self.estimator), self.max_rollouts, stable_order(ids)
 
         def spend() -> Allocation:
-            posterior = posterior_after(grid, self.tracker.lookup(ids), counts, successes)
-            found = top_up(grid, posterior, counts, successes, left, cap, order)
+            columns = max(int(room_left(counts, left, cap).max()), 1)
+            belief = grid.believe_after(self.tracker.lookup(ids), counts, successes, columns)
+            found = top_up(belief, counts, left, cap, order)
             return self._step.predict(ids, self._note_degradation(found))
 
         found = self.survive("top-up", spend)
@@ -353,7 +358,7 @@ class KnapsackAllocator(Guarded):
                 "prompts_seen": float(len(self.tracker)),
                 "degraded_batches": float(self._degraded_batches),
                 "unscored_rollouts": float(self._unscored_rollouts),
-                "allocation_failures": float(self.failures["allocation"] + self.failures["top-up"]),
+                "allocation_failures": float(sum(self.failures[kind] for kind in ALLOCATION_FAILURES)),
             }
             | {f"failures/{kind}": float(times) for kind, times in self.failures.items()}
         )

@@ -72,4 +72,4 @@ class Guarded:
 
     @property
     def _logger(self) -> logging.Logger:
-        return logging.getLogger(type(self).__module__)
+        return logging.getLogger("knapsack_rl.allocator")

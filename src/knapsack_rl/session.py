@@ -24,11 +24,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.policies import Allocation, unpredicted
-from knapsack_rl.allocation.value_functions import VALUES
+from knapsack_rl.allocation.policies import BUDGET_UNITS, Allocation, unpredicted
+from knapsack_rl.allocation.value import VALUES
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.named import ESTIMATORS
-from knapsack_rl.estimation.tokens import BUDGET_UNITS
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.runs.allocations import allocation_row

@@ -1,4 +1,4 @@
-"""What an allocation needs to know of each prompt."""
+"""The knowledge of a batch of prompts that an allocation works from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Belief:
     """What is known of a batch of prompts.
 
     Attributes:
-        mean: (M,) expected success rate; NaN where the estimator says nothing of the prompt.
+        mean: (M,) expected success rate; NaN where the estimator has no estimate.
         marginals: (M, K) expected marginal value of each further rollout.
         nonzero_gradient: maps (M,) counts to the (M,) predicted probability of a non-zero gradient.
-        worth_of_check: maps (K,) rows and the value that a rollout costs to the (K,) value of what
-            ``CHECK_ROLLOUTS`` rollouts of these prompts would tell for later visits, >= 0 up to rounding; None from
-            an estimator that cannot foresee.
+        value_of_information: maps (K,) rows and the value that a rollout costs to the (K,) gain at later visits from
+            the outcomes of ``CHECK_ROLLOUTS`` rollouts of these prompts, >= 0 up to rounding; None from an estimator
+            that cannot foresee.
     """
 
     mean: FloatArray
     marginals: FloatArray
     nonzero_gradient: Callable[[IntArray], FloatArray]
-    worth_of_check: Callable[[IntArray, float], FloatArray] | None = None
+    value_of_information: Callable[[IntArray, float], FloatArray] | None = None

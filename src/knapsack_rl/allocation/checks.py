@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
-
-
 IntArray = NDArray[np.int64]
+
+LARGEST_AMOUNT = 1e300
+"""Leaves room for the sum of 1e8 items."""
 
 
 def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) -> FloatArray:
@@ -18,7 +19,7 @@ def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) ->
 
     Args:
         success_rates: any shape, entries in [0, 1].
-        allow_nan: let NaN pass; it stands for a prompt never seen.
+        allow_nan: allow NaN, which marks a prompt never seen.
 
     Raises:
         ValueError: an entry is outside [0, 1], or is NaN where NaN is not allowed, or is not a number.
@@ -58,8 +59,29 @@ def check_whole(name: str, number: Any, *, minimum: int) -> int:
     """Return a whole number as int, or say what is allowed.
 
     Raises:
-        ValueError: ``number`` is no integer (bool counts as none) or is below ``minimum``.
+        ValueError: ``number`` is not an integer (bool is refused too) or is below ``minimum``.
     """
     if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < minimum:
         raise ValueError(f"{name} must be a whole number >= {minimum}, got {number!r}")
     return int(number)
+
+
+def check_amounts(values: ArrayLike, name: str, largest: float = LARGEST_AMOUNT) -> FloatArray:
+    """Return amounts (counts, lengths, work) as a float64 vector, or say which entry is not allowed.
+
+    Args:
+        values: (n,) numbers from 0 to ``largest``.
+        name: what an error calls them.
+        largest: largest amount allowed.
+
+    Raises:
+        ValueError: they have another shape, or an entry is out of range or NaN.
+    """
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} has shape {vector.shape}; allowed: one dimension; flatten it first")
+    bad = ~((vector >= 0.0) & (vector <= largest))  # true for NaN
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"{name}[{i}] is {vector[i]}; allowed: numbers from 0 to {largest:g}; correct that entry")
+    return vector

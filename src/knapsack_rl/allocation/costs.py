@@ -4,17 +4,18 @@
     subject to  sum_i c_i n_i <= budget,   lower_i <= n_i <= upper_i,   n_i whole
 
 By value per cost ("density") greedy is exact for the continuous relaxation: take all rollouts above the critical
-density v, and a fraction of one at v. Without the fraction the counts are feasible, and they lack at most v times the
-remainder (the Lagrangian bound at v). The remainder is then filled with what fits, and a search over the prompts
-that can still matter closes the gap, usually to nothing. What is proven comes with the counts: :class:`Certificate`.
+density v, and a fraction of one at v. Without the fraction the counts are feasible, and no counts are worth more than
+theirs plus v times the remainder (the Lagrangian bound at v). The remainder is filled with what still fits, best
+density first. The value and the bound come with the counts: :class:`Certificate`.
 
-Rows that are not concave are bounded by their concave hulls; the search looks at their true values.
+Rows that are not concave are replaced by their concave hulls, which can only be worth more, to find v and the bound.
 
-Source: Fox 1966 (marginal analysis); Everett 1963 (the Lagrangian bound); Pisinger 1995 (the core).
+Source: Fox 1966 (marginal analysis); Everett 1963 (the Lagrangian bound).
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,28 +23,21 @@ from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation import solver
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.rows import Rows
-from knapsack_rl.estimation.products import dot
 
 ROUNDING = 1e-12
 """Sums of costs may pass the budget by this share of it, and values are exact to this share: rounding."""
 
-CORE_PROMPTS = 512
-REACH = 64
-STATES = 400_000
-FILL_CANDIDATES = 4096
-
 
 @dataclass(frozen=True)
 class Certificate:
-    """What an allocation is worth and what no allocation can exceed.
+    """The value of an allocation, and a bound that no allocation exceeds.
 
     Both are sums of up to millions of doubles and valid to a relative 1e-12.
 
     Attributes:
         value: the objective at the counts.
-        upper_bound: at least the optimum. Equal to ``value`` where the counts are proven optimal; otherwise the
-            Lagrangian bound, which is the optimum of the continuous relaxation.
+        upper_bound: at least the optimum: the Lagrangian bound, which is the optimum of the continuous relaxation;
+            equal to ``value`` where the counts reach it.
     """
 
     value: float
@@ -51,12 +45,12 @@ class Certificate:
 
     @property
     def gap(self) -> float:
-        """At most this much is missing to the optimum; >= 0."""
+        """The optimum exceeds the value by at most this much; >= 0."""
         return self.upper_bound - self.value
 
     @property
     def optimal(self) -> bool:
-        """Whether nothing is missing."""
+        """Whether the gap is zero, which proves the counts optimal."""
         return self.gap == 0.0
 
 
@@ -81,13 +75,13 @@ def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: 
     """Bounds as (M,) int64, the upper ones lowered to what the budget can reach.
 
     Raises:
-        ValueError: the budget is no finite number, bounds are no whole numbers or out of order, or the budget does not
-            pay for the lower ones.
+        ValueError: the budget is not a finite number, bounds are not whole numbers or out of order, or the budget does
+            not pay for the lower ones.
     """
     if isinstance(budget, (bool, np.bool_)) or not isinstance(budget, (int, float, np.integer, np.floating)):
         raise ValueError(f"budget must be a number in the unit of the costs, got {budget!r}")
     low, high = solver.check_order(costs.size, lower, upper)
-    least = dot(costs, low)
+    least = float((costs * low).sum())
     if not least <= budget * (1.0 + ROUNDING) or budget == np.inf:
         raise ValueError(
             f"a budget of {budget!r} does not fit {costs.size} prompts: min_rollouts costs at least {least!r}; choose "
@@ -99,14 +93,20 @@ def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: 
 
 
 def solve_with_costs(
-    rows: Rows, costs: FloatArray, budget: float, low: IntArray, high: IntArray, tier: IntArray, priority: FloatArray
+    table: FloatArray,
+    costs: FloatArray,
+    budget: float,
+    low: IntArray,
+    high: IntArray,
+    tier: IntArray,
+    priority: FloatArray,
 ) -> tuple[IntArray, Certificate, bool]:
-    """Best counts within a budget of costs, with what is proven of them.
+    """Counts within a budget of costs, greedy by value per cost, and what is proven of them.
 
     Rollouts without a positive value are never bought, so that part of the budget may stay unspent.
 
     Args:
-        rows: marginal values.
+        table: (M, K) marginal values.
         costs: (M,) > 0.
         budget: in the unit of the costs.
         low: (M,) lower bounds.
@@ -116,96 +116,81 @@ def solve_with_costs(
 
     Returns:
         (M,) counts; the certificate; whether every rollout of positive value was affordable.
-    """
-    from knapsack_rl.allocation._core import concave_hull
-    from knapsack_rl.allocation._selection import beginnings, counts_around, critical_value
 
+    Raises:
+        ValueError: an entry within the bounds is not finite, or the rows are shorter than an upper bound.
+    """
     allowed = budget + ROUNDING * abs(budget)
-    rows, concave = solver.concave_rows(rows, low, high)
-    if rows.closed_form and not concave:
-        rows = Rows(table=rows.as_table(max(int(high.max()), 1)))
-    bounding = rows if concave else Rows(table=concave_hull(rows.table, low, high))
-    by_density = bounding.per_cost(costs)
-    density, places = critical_value(tuple(by_density), costs, low, high, allowed)
-    if density <= 0.0:
-        counts, _ = counts_around(tuple(by_density), low, high, 0.0, beginnings(tuple(by_density), low, 1))
-        value = solver.total_value(rows, counts)
+    table, concave = solver.concave_table(table, low, high)
+    hull = table if concave else _concave_hull(table, low, high)
+    column = np.arange(table.shape[1])
+    inside = (column >= low[:, None]) & (column < high[:, None])
+    density = np.where(inside, hull / costs[:, None], -np.inf)
+    critical = _critical_density(density, costs, allowed - float((costs * low).sum()))
+    counts = low + (density > critical).sum(axis=1)
+    value = solver.total_value(table, counts)
+    room = max(allowed - float((costs * counts).sum()), 0.0)
+    if critical == 0.0:
         return counts, Certificate(value, value), True
-    base, at_least = counts_around(tuple(by_density), low, high, density, places)
-    base_value, room = solver.total_value(rows, base), max(allowed - dot(costs, base), 0.0)
-    bound = base_value + density * room
-    counts = base.copy()
-    if concave:
-        _fill(rows, by_density, costs, counts, at_least, high, room, tier, priority)
-    value = solver.total_value(rows, counts)
-    exact = ROUNDING * abs(bound)
-    if bound - value > exact:
-        improved, exhaustive = _improve(rows, by_density, costs, base, low, high, density, room, bound - value, concave)
-        better = solver.total_value(rows, improved)
-        if better > value:
-            counts, value = improved, better
-        bound = value if exhaustive else max(float(bound), value)
-    else:
-        bound = value
-    return counts, Certificate(value, bound), False
+    bound = value + critical * room
+    _fill(table, costs, counts, high, room, tier, priority, concave=concave)
+    value = solver.total_value(table, counts)
+    exact = bound - value <= ROUNDING * (abs(bound) + critical * allowed)
+    return counts, Certificate(value, value if exact else bound), False
+
+
+def _critical_density(density: FloatArray, costs: FloatArray, room: float) -> float:
+    """The density at which the room ends when the densest rollouts are taken first; 0 if all of value fit."""
+    row, column = np.nonzero(density > 0.0)
+    found = density[row, column]
+    order = np.argsort(-found)
+    spent = np.cumsum(costs[row[order]])
+    end = int(np.searchsorted(spent, room, side="right"))
+    return float(found[order[end]]) if end < found.size else 0.0
 
 
 def _fill(
-    rows: Rows,
-    by_density: Rows,
+    table: FloatArray,
     costs: FloatArray,
     counts: IntArray,
-    at_least: IntArray,
     high: IntArray,
     room: float,
     tier: IntArray,
     priority: FloatArray,
-) -> None:
-    """Raise ``counts`` by what still fits: first the rollouts at the critical density, then the best of the rest."""
-    from knapsack_rl.allocation._core import fill, next_values
-    from knapsack_rl.allocation._selection import share_out
-
-    tied = np.flatnonzero(counts < at_least)
-    if tied.size and costs[tied].min() == costs[tied].max():
-        price = costs[tied[0]]
-        affordable = min(int(room / price), int((at_least - counts)[tied].sum()))
-        share_out(counts, at_least, affordable, tier, priority)
-        room -= affordable * price
-    else:
-        room = fill(tuple(by_density), costs, counts, at_least, room, tied, tier, priority)
-    open_ = np.flatnonzero((counts < high) & (costs <= room))
-    if open_.size > FILL_CANDIDATES:
-        following = next_values(tuple(by_density), counts, high, open_)
-        open_ = np.sort(open_[np.argsort(-following, kind="stable")[:FILL_CANDIDATES]])
-    if open_.size:
-        fill(tuple(by_density), costs, counts, high, room, open_, tier, priority)
-
-
-def _improve(
-    rows: Rows,
-    by_density: Rows,
-    costs: FloatArray,
-    base: IntArray,
-    low: IntArray,
-    high: IntArray,
-    density: float,
-    room: float,
-    gap: float,
+    *,
     concave: bool,
-) -> tuple[IntArray, bool]:
-    """Search the prompts whose counts may still differ from the base; whether that proves the optimum."""
-    from knapsack_rl.allocation._core import losses, margins, search
+) -> None:
+    """Raise the counts by what still fits the room, best density first; equal densities go by the documented order."""
 
-    reach = REACH if concave else int((high - low).max())
-    margin = margins(tuple(rows), costs, base, low, high, density, 1 if concave else reach)  # one step loses least
-    chosen = np.flatnonzero(margin < gap)
-    every = chosen.size <= CORE_PROMPTS
-    order = np.argsort(margin[chosen], kind="stable")[:CORE_PROMPTS]
-    chosen = chosen[order]
-    loss = losses(tuple(rows), costs, base, low, high, chosen, density, reach)
-    # Beyond the reach a concave row loses even more than at its end; at a bound there is nothing beyond.
-    inside = (np.maximum(base - low, high - base)[chosen] <= reach) | (np.minimum(loss[:, 0], loss[:, -1]) >= gap)
-    deviation, _, exhaustive = search(loss, costs[chosen], room, density, gap, STATES)
-    counts = base.copy()
-    counts[chosen] += deviation
-    return counts, bool(every and exhaustive and inside.all())
+    def best_step(i: int) -> tuple[float, int, int, float, int, int]:
+        """Entry of a heap: the next rollouts of a prompt, as many as have the best mean value."""
+        n = int(counts[i])
+        most = 1 if concave else int(min(high[i] - n, room // costs[i]))
+        mean = np.cumsum(table[i, n : n + most]) / np.arange(1, most + 1)
+        step = int(mean.argmax())
+        return (-float(mean[step]) / costs[i], int(tier[i]), n, float(priority[i]), i, step + 1)
+
+    heap = [best_step(int(i)) for i in np.flatnonzero((counts < high) & (costs <= room))]
+    heapq.heapify(heap)
+    while heap and heap[0][0] < 0.0:
+        *_, i, step = heap[0]
+        if step * costs[i] <= room:
+            counts[i] += step
+            room -= step * costs[i]
+        if counts[i] < high[i] and costs[i] <= room:
+            heapq.heapreplace(heap, best_step(i))
+        else:
+            heapq.heappop(heap)
+
+
+def _concave_hull(table: FloatArray, low: IntArray, high: IntArray) -> FloatArray:
+    """Marginals of the smallest concave function above each row within its bounds; equal along a straight piece."""
+    hull = table.copy()
+    for i in range(low.size):
+        n = int(low[i])
+        while (np.diff(table[i, n : high[i]]) > 0.0).any():
+            mean = np.cumsum(table[i, n : high[i]]) / np.arange(1, high[i] - n + 1)
+            step = mean.size - int(mean[::-1].argmax())  # the longest of the steepest pieces from n on
+            hull[i, n : n + step] = mean[step - 1]
+            n += step
+    return hull

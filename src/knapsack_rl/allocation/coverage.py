@@ -15,15 +15,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from knapsack_rl.allocation import solver
 from knapsack_rl.allocation.belief import CHECK_ROLLOUTS, Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.policies import Allocation, solver
+from knapsack_rl.allocation.policies import Allocation
 
 LONGEST_SKIP = 8.0
 """Epochs after which a skipped prompt is looked at whatever the value of information: none starves for ever."""
 
 
-def cover(belief: Belief, age: FloatArray, budget: int, max_rollouts: int, priority: FloatArray) -> Allocation:
+def allocate_with_skips(
+    belief: Belief, age: FloatArray, budget: int, max_rollouts: int, priority: FloatArray
+) -> Allocation:
     """Allocate with a minimum of zero: serve by value, then look again at skipped prompts where that is worth it.
 
     Args:
@@ -121,10 +124,10 @@ def rechecks(belief: Belief, counts: IntArray, age: FloatArray, budget: int) -> 
         return chosen
     overdue = age[skipped] >= LONGEST_SKIP
     worth = np.zeros(skipped.size, bool)
-    if belief.worth_of_check is not None:
+    if belief.value_of_information is not None:
         price = price_of_rollout(belief.marginals, counts)
         now = belief.marginals[skipped, :CHECK_ROLLOUTS].sum(axis=1)
-        worth = now + belief.worth_of_check(skipped, price) > CHECK_ROLLOUTS * price
+        worth = now + belief.value_of_information(skipped, price) > CHECK_ROLLOUTS * price
     wanted = skipped[overdue | worth]
     affordable = budget // CHECK_ROLLOUTS
     chosen[wanted[np.argsort(-age[wanted], kind="stable")][:affordable]] = True

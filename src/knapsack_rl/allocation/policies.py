@@ -1,25 +1,41 @@
 """Allocation policy: from what is known of the prompts to rollouts per prompt.
 
-Three policies use the one solver. :func:`allocate` takes success rates as known (with the paper's fallback rule on
+All policies use the one solver. :func:`allocate` takes success rates as known (with the paper's fallback rule on
 request); :func:`allocate_estimated` does so with estimates, inside a run that must not end; :func:`allocate_expected`
-takes posterior-expected marginal values, for which no special rule is needed.
+and :func:`allocate_tokens` take posterior-expected marginal values, for which no special rule is needed.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation import solver
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_success_rates, check_whole
+from knapsack_rl.allocation.belief import Belief
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_success_rates, check_whole
 from knapsack_rl.allocation.costs import Certificate, check_affordable, check_costs, solve_with_costs
 from knapsack_rl.allocation.degradation import affordable_minimum, feasible_bounds, joined
-from knapsack_rl.allocation.fallback import UNSEEN, by_class, paper_rule, spread
-from knapsack_rl.allocation.rows import Rows
-from knapsack_rl.allocation.value_functions import MixedOutcomes, ValueLike, differences, make_value_function
-from knapsack_rl.estimation.products import dot
+from knapsack_rl.allocation.marginals import Marginals
+from knapsack_rl.allocation.value import ValueLike, rollouts_for_probability
+
+FALLBACK_PROBABILITY = 0.9
+"""The paper's alpha: an effective prompt is served once its non-zero gradient is this likely."""
+
+LEAST_TOKENS = 1.0
+"""A cost must be positive: an empty answer counts as one token."""
+
+FIRST_GROUP = 2
+"""Rollouts per prompt that a budget of tokens is taken to pay for while no length was ever observed."""
+
+BudgetUnit = Literal["rollouts", "tokens"]
+BUDGET_UNITS = ("rollouts", "tokens")
+
+# Classes of a success rate, in the order in which they receive budget that no prompt values.
+UNSOLVED, UNSEEN, SOLVED, EFFECTIVE = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +48,9 @@ class Allocation:
         reason: what happened beside the plain optimum (fallback, left-over budget, degradation), "" if nothing.
         degraded: whether the bounds had to be changed to make the batch feasible.
         success_rates: (M,) rates it was made from; for the stateful allocator the estimates, NaN for unseen prompts.
-        nonzero_gradient: (M,) predicted probability of a non-zero gradient at these counts; the stateful allocator
-            sets it, and NaN in it stands for an unseen prompt.
-        certificate: the value and what no counts within budget and bounds can exceed; None where the counts are not
+        nonzero_gradient: (M,) predicted probability of a non-zero gradient at these counts, NaN for an unseen prompt;
+            the stateful allocator sets it.
+        certificate: the value and a bound that no counts within budget and bounds exceed; None where the counts are not
             meant to be an optimum (the paper's fallback rule, counts given from outside).
     """
 
@@ -47,7 +63,7 @@ class Allocation:
     certificate: Certificate | None = None
 
     def expand(self) -> IntArray:
-        """(budget,) int64 prompt index of each rollout; the rollouts of a prompt stand together."""
+        """(budget,) int64 prompt index of each rollout; the rollouts of a prompt are adjacent."""
         return np.repeat(np.arange(self.counts.size), self.counts)
 
 
@@ -84,12 +100,12 @@ def allocate(
         max_rollouts: N_up, a whole number or (M,).
         costs: (M,) > 0, what a rollout of each prompt costs: expected tokens, seconds, environment steps. ``budget`` is
             then a number in the same unit, which the costs of all rollouts must not exceed; what would buy nothing of
-            value stays unspent. ``Allocation.certificate`` says how far the counts can be from the optimum.
-        value: what N rollouts are worth: a name of :data:`knapsack_rl.allocation.value_functions.VALUES`, a function
-            ``f(counts, success_rates)`` that broadcasts like numpy and is 0 for no rollouts, an object with the methods
-            of ``ValueFunction`` there, or an (M, K+1) table V[i, n] with V[i, 0] = 0.
-            Values that are not concave go to dynamic programming; ``reason`` says so. ``"knapsack"`` and
-            ``"nonzero-gradient"`` need no table and so little memory at any number of prompts.
+            value stays unspent. ``Allocation.certificate`` bounds how far the counts can be from the optimum.
+        value: what N rollouts are worth: a name of :data:`knapsack_rl.allocation.value.VALUES`, an import path
+            ``"package.module:function"``, a function ``f(counts, success_rates)`` that broadcasts like numpy and is 0
+            for no rollouts, an object with the methods of ``ValueFunction`` there, or an (M, K+1) table V[i, n] with
+            V[i, 0] = 0. Values that are not concave go to dynamic programming; ``reason`` says so. ``"knapsack"`` and
+            ``"nonzero-gradient"`` need little memory at any number of prompts.
         fallback: apply the paper's rule instead: unseen prompts get the uniform budget, solved and unsolved ones
             N_low, and what the effective prompts do not need for a non-zero gradient with probability 0.9 goes evenly
             to the unsolved prompts, or to the solved ones if there are none.
@@ -103,7 +119,10 @@ def allocate(
     >>> allocate([0.5, 0.1, 1.0, 0.0], budget=32).counts.tolist()
     [7, 21, 2, 2]
     """
-    rates, kind, unseen = _classified(success_rates)
+    rates = check_success_rates(success_rates, allow_nan=True)
+    if rates.ndim != 1 or rates.size == 0:
+        raise ValueError(f"success_rates must be a non-empty one-dimensional array, got shape {rates.shape}")
+    kind = np.select([rates == 0.0, np.isnan(rates), rates == 1.0], [UNSOLVED, UNSEEN, SOLVED], EFFECTIVE)
     if costs is None:
         rollouts = check_whole("budget", budget, minimum=0)
         lower, upper = solver.check_bounds(rates.size, rollouts, min_rollouts, max_rollouts)
@@ -112,81 +131,26 @@ def allocate(
             raise ValueError(f"with costs, fallback must be False and method 'auto', got {fallback!r} and {method!r}")
         price = check_costs(costs, rates.size)
         lower, upper = check_affordable(price, budget, min_rollouts, max_rollouts)
-    if method not in solver.METHODS:
-        raise ValueError(f"method must be one of {', '.join(solver.METHODS)}, got {method!r}")
+    solver.check_method(method)
     if fallback and not (isinstance(value, str) and value == "knapsack"):
         raise ValueError(f"fallback=True is the paper's rule for value='knapsack', got value={value!r}; choose one")
     # An unseen prompt comes after all others that it ties with.
-    priority = np.where(kind == UNSEEN, 2.0, rates) if unseen else rates
-    rows = _rows(value, rates, kind, unseen, upper)
+    priority = np.where(kind == UNSEEN, 2.0, rates)
+    marginals = Marginals(value, rates, int(upper.max()))
     if costs is not None:
-        return _priced(rows, price, budget, lower, upper, kind, priority, rates)
+        return _priced(marginals.table(), price, budget, lower, upper, kind, priority, rates)
     if fallback:
-        counts, reason = paper_rule(rates, kind, rows, rollouts, lower, upper, priority, method)
+        counts, reason = _paper_rule(rates, kind, marginals, rollouts, lower, upper, priority, method)
     else:
-        counts, reason = _optimum(kind, rows, rollouts, lower, upper, priority, method)
-    total = solver.total_value(rows, counts)
+        counts, reason = _optimum(kind, marginals, rollouts, lower, upper, priority, method)
+    total = marginals.total(counts)
     certificate = None if fallback else Certificate(total, total)
     return Allocation(counts, total, reason, success_rates=rates, certificate=certificate)
 
 
-def _classified(success_rates: ArrayLike) -> tuple[FloatArray, IntArray, int]:
-    """Success rates as float64, the class of each, and how many are unseen.
-
-    Raises:
-        ValueError: the rates are no one-dimensional array, or one is outside [0, 1].
-    """
-    from knapsack_rl.allocation._kernels import classify
-
-    try:
-        rates = np.asarray(success_rates, dtype=np.float64)
-    except (TypeError, ValueError):
-        rates = check_success_rates(success_rates, allow_nan=True)  # says what is wrong
-    if rates.ndim != 1 or rates.size == 0:
-        raise ValueError(f"success_rates must be a non-empty one-dimensional array, got shape {rates.shape}")
-    rates = np.ascontiguousarray(rates)
-    kind = np.empty(rates.size, np.int64)
-    wrong, unseen = classify(rates, kind)
-    if wrong >= 0:
-        check_success_rates(rates, allow_nan=True)
-    return rates, kind, unseen
-
-
-def _rows(value: ValueLike | ArrayLike, rates: FloatArray, kind: IntArray, unseen: int, upper: IntArray) -> Rows:
-    """Marginal values of every prompt; an unseen one is worth the mean of the others, or of p = 0 if there is none."""
-    from knapsack_rl.allocation._kernels import mean_row
-
-    if isinstance(value, (np.ndarray, list, tuple)):
-        return Rows(table=_given_table(value, rates.size))
-    function = make_value_function(value)  # type: ignore[arg-type]
-    if isinstance(function, MixedOutcomes):
-        rows = function.rows(rates)
-        if unseen:
-            rows.weight[kind == UNSEEN] = -1.0
-            mean = np.empty((1, max(int(upper.max()), 2)))
-            mean_row(rows.weight, rows.first, rows.second, mean[0])
-            rows = rows._replace(table=mean)
-        return rows
-    width = max(int(upper.max()), 1)
-    table = function.marginals(np.where(kind == UNSEEN, 0.0, rates) if unseen else rates, width)
-    if 0 < unseen < rates.size:
-        table[kind == UNSEEN] = table[kind != UNSEEN].mean(axis=0)
-    return Rows(table=table)
-
-
-def _given_table(value: ArrayLike, prompts: int) -> FloatArray:
-    """Marginal values of a table of values V[i, n], n = 0..K."""
-    values = np.asarray(value, dtype=np.float64)
-    if values.ndim != 2 or values.shape[0] != prompts or values.shape[1] < 2 or not np.isfinite(values).all():
-        raise ValueError(
-            f"a table of values must be finite, of shape ({prompts}, K + 1) with K >= 1, got shape {values.shape}"
-        )
-    return differences(values)
-
-
 def _optimum(
     kind: IntArray,
-    rows: Rows,
+    marginals: Marginals,
     budget: int,
     lower: IntArray,
     upper: IntArray,
@@ -194,33 +158,76 @@ def _optimum(
     method: solver.Method,
 ) -> tuple[IntArray, str]:
     """The knapsack over the prompts that have a value; what they cannot take is spread over the others."""
-    valued = _valued(rows)
-    rows, concave = solver.concave_rows(rows, lower, upper)
+    valued, concave = marginals.valued(), marginals.concave(lower, upper)
     if concave and method != "dynamic-programming":
         # The greedy's tie rule hands out what no prompt values, evenly and class by class.
-        counts = solver.greedy(rows, budget, lower, upper, kind, priority)
-        if valued.all():
-            return counts, ""
+        counts = marginals.solve(np.ones(kind.size, bool), budget, lower, upper, kind, priority, method)
         return counts, _gift(np.where(valued, 0, counts - lower), kind)
     note = "" if concave else "the values are not concave: solved by dynamic programming"
     spend = min(budget - int(lower[~valued].sum()), int(upper[valued].sum()))
     counts = lower.copy()
     if valued.any():
-        counts[valued] = solver.solve_checked(
-            rows.take(valued), spend, lower[valued], upper[valued], kind[valued], priority[valued], method
+        counts[valued] = marginals.solve(
+            valued, spend, lower[valued], upper[valued], kind[valued], priority[valued], method
         )
-    filled = spread(budget, counts, upper, kind, priority)
+    filled = solver.share_out(counts, upper, budget, kind, priority)
     return filled, joined(note, _gift(filled - counts, kind))
 
 
 def _gift(extra: IntArray, kind: IntArray) -> str:
     """Who got what no prompt values, in words; "" if nobody did."""
     left = int(extra.sum())
-    return f"{left} rollouts that no prompt values went to {by_class(extra, kind)}" if left else ""
+    return f"{left} rollouts that no prompt values went to {_by_class(extra, kind)}" if left else ""
+
+
+def _by_class(extra: IntArray, kind: IntArray) -> str:
+    """Which prompts got something, in words: "2 unsolved, 1 solved prompts"."""
+    names = {UNSOLVED: "unsolved", UNSEEN: "unseen", SOLVED: "solved", EFFECTIVE: "effective"}
+    parts = [f"{int((extra[kind == k] > 0).sum())} {name}" for k, name in names.items() if (extra[kind == k] > 0).any()]
+    return ", ".join(parts) + " prompts"
+
+
+def _paper_rule(
+    rates: FloatArray,
+    kind: IntArray,
+    marginals: Marginals,
+    budget: int,
+    lower: IntArray,
+    upper: IntArray,
+    priority: FloatArray,
+    method: solver.Method,
+) -> tuple[IntArray, str]:
+    """The paper's fallback strategy; every bound holds and every rollout is spent."""
+    effective, unseen = kind == EFFECTIVE, kind == UNSEEN
+    counts = lower.copy()
+    uniform = np.clip(budget // rates.size, lower[unseen], upper[unseen])
+    # Per-prompt minima of the others may leave less than the uniform share.
+    room = min(int(uniform.sum()), budget - int(lower[~unseen].sum()))
+    counts[unseen] = solver.share_out(lower[unseen], uniform, room, kind[unseen], priority[unseen])
+    available = budget - int(counts[~effective].sum())
+    if (kind == UNSOLVED).any() or (kind == SOLVED).any():
+        # A prompt is served at its need, which no bound may contradict.
+        need = rollouts_for_probability(rates[effective], FALLBACK_PROBABILITY)
+        need = np.clip(need, lower[effective], upper[effective])
+        spend = min(available, math.ceil(need.sum()))
+    else:
+        spend = min(available, int(upper[effective].sum()))  # nobody to fall back on
+    if effective.any():
+        level = np.zeros(int(effective.sum()), np.int64)
+        counts[effective] = marginals.solve(
+            effective, spend, lower[effective], upper[effective], level, priority[effective], method
+        )
+    surplus = budget - int(counts.sum())
+    if surplus == 0:
+        return counts, ""
+    order = np.array([0, 3, 1, 2])  # tier of UNSOLVED, UNSEEN, SOLVED, EFFECTIVE
+    filled = solver.share_out(counts, upper, budget, order[kind], priority)
+    receivers = _by_class(filled - counts, kind)
+    return filled, f"fallback: {surplus} rollouts beyond the need of the effective prompts went to {receivers}"
 
 
 def _priced(
-    rows: Rows,
+    table: FloatArray,
     price: FloatArray,
     budget: float,
     lower: IntArray,
@@ -230,17 +237,10 @@ def _priced(
     rates: FloatArray,
 ) -> Allocation:
     """The knapsack with costs; says what stays unspent if nothing of value was left to buy."""
-    counts, certificate, sated = solve_with_costs(rows, price, budget, lower, upper, kind, priority)
-    unspent = budget - dot(price, counts)
+    counts, certificate, sated = solve_with_costs(table, price, budget, lower, upper, kind, priority)
+    unspent = budget - float((price * counts).sum())
     reason = f"{unspent:g} of the budget stay unspent: no further rollout has a value" if sated and unspent > 0 else ""
     return Allocation(counts, certificate.value, reason, success_rates=rates, certificate=certificate)
-
-
-def _valued(rows: Rows) -> NDArray[np.bool_]:
-    """(M,) whether any rollout of the prompt is worth anything, for better or worse."""
-    if not rows.closed_form:
-        return (rows.table != 0.0).any(axis=1)
-    return rows.weight != 0.0 if rows.table.size and rows.table[0, 1] > 0.0 else rows.weight > 0.0
 
 
 def allocate_estimated(
@@ -302,12 +302,16 @@ def allocate_expected(
         return _expected_with_costs(marginals, costs, budget, min_rollouts, max_rollouts, priority)
     budget = int(budget)
     lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, priority)
-    width = max(int(upper.max(initial=0)), 1)
-    if width > marginals.shape[1]:
-        marginals = np.pad(marginals, ((0, 0), (0, width - marginals.shape[1])))
-    counts = solver.solve(marginals, budget, lower, upper, priority=priority)
-    total = solver.total_value(marginals, counts)
+    table = _padded(marginals, upper)
+    counts = solver.solve(table, budget, lower, upper, priority=priority)
+    total = solver.total_value(table, counts)
     return Allocation(counts, total, degradation, degraded=bool(degradation), certificate=Certificate(total, total))
+
+
+def _padded(marginals: FloatArray, upper: IntArray) -> FloatArray:
+    """The table with columns of zeros up to the largest bound."""
+    missing = int(upper.max(initial=0)) - marginals.shape[1]
+    return np.pad(marginals, ((0, 0), (0, missing))) if missing > 0 else marginals
 
 
 def _expected_with_costs(
@@ -318,21 +322,109 @@ def _expected_with_costs(
     max_rollouts: int,
     priority: ArrayLike,
 ) -> Allocation:
-    prompts = marginals.shape[0]
     lower, degradation = affordable_minimum(budget, min_rollouts, costs, marginals, priority)
     upper = np.where(lower > 0, max_rollouts, 0) if degradation else max_rollouts
     low, high = check_affordable(costs, budget, lower, upper)
-    width = max(int(high.max(initial=0)), 1)
-    table = np.pad(marginals, ((0, 0), (0, max(width - marginals.shape[1], 0))))
-    found = _priced(
-        Rows(table=np.ascontiguousarray(table)),
-        costs,
-        budget,
-        low,
-        high,
-        np.zeros(prompts, np.int64),
-        np.ascontiguousarray(priority, dtype=np.float64),
-        np.full(prompts, np.nan),
-    )
+    level, unknown = np.zeros(low.size, np.int64), np.full(low.size, np.nan)
+    order = np.asarray(priority, dtype=np.float64)
+    found = _priced(_padded(marginals, high), costs, budget, low, high, level, order, unknown)
     reason = joined(degradation, found.reason)
     return replace(found, reason=reason, degraded=bool(degradation), success_rates=None)
+
+
+def first_group(min_rollouts: int, max_rollouts: int) -> int:
+    """Rollouts per prompt where nothing is known of their lengths."""
+    return min(max(FIRST_GROUP, min_rollouts), max_rollouts)
+
+
+def check_tokens(budget: float) -> float:
+    """Return a budget of tokens, or raise ``ValueError`` if it is not a finite number >= 0."""
+    number = isinstance(budget, (int, float, np.integer, np.floating)) and not isinstance(budget, bool)
+    if not number or not 0.0 <= budget < math.inf:
+        raise ValueError(f"budget must be a finite number of tokens >= 0, got {budget!r}")
+    return float(budget)
+
+
+def allocate_tokens(
+    belief: Belief,
+    tokens: FloatArray | None,
+    budget: float,
+    min_rollouts: int,
+    max_rollouts: int,
+    priority: FloatArray,
+) -> Allocation:
+    """Allocate a budget of tokens: the expected tokens of all rollouts do not exceed it.
+
+    While no length is known every rollout costs the same, scaled so that the budget pays for ``FIRST_GROUP`` rollouts
+    per prompt (``min_rollouts`` if that is more): the first batch is small rather than over the budget.
+
+    Args:
+        belief: of the batch.
+        tokens: (M,) expected tokens per rollout, or None if no length is known.
+        budget: tokens, >= 0.
+        min_rollouts: N_low.
+        max_rollouts: N_up.
+        priority: (M,) tie-break, lower first.
+    """
+    note = ""
+    if tokens is None:
+        group = first_group(min_rollouts, max_rollouts)
+        tokens = np.full(len(belief.mean), max(budget, LEAST_TOKENS) / (len(belief.mean) * group))
+        note = f"no length known: the budget is taken to pay for {group} rollouts per prompt"
+    found = allocate_expected(belief.marginals, budget, min_rollouts, max_rollouts, priority=priority, costs=tokens)
+    return replace(found, reason=joined(note, found.reason))
+
+
+def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, priority: FloatArray) -> Allocation:
+    """Spend the rest of a step's budget, exactly, after the outcomes of a first share.
+
+    What no group values is spread evenly. If all groups would pass ``max_rollouts`` the maximum is raised.
+
+    Args:
+        belief: after these outcomes; its marginals are those of further rollouts, columns beyond count as 0.
+        counts: (M,) rollouts so far.
+        budget: rollouts to hand out.
+        max_rollouts: N_up, of both shares together.
+        priority: (M,) tie-break, lower first.
+
+    Returns:
+        The additional counts; predictions are about both shares together.
+    """
+    room = room_left(counts, budget, max_rollouts)
+    raised = int(np.maximum(max_rollouts - counts, 0).sum()) < budget
+    note = f"max_rollouts {max_rollouts} is too low for the rest of the budget: raised" if raised else ""
+    # The first rollout of a group without any is worth nothing, its second something: not concave, so solved as such.
+    table = _padded(belief.marginals, room)
+    extra = solver.solve(table, budget, 0, room, priority=priority)
+    value = solver.total_value(table, extra)
+    return Allocation(
+        extra,
+        value,
+        note,
+        degraded=raised,
+        success_rates=belief.mean,
+        nonzero_gradient=belief.nonzero_gradient(extra),
+        certificate=Certificate(value, value),
+    )
+
+
+def room_left(counts: IntArray, budget: int, max_rollouts: int) -> IntArray:
+    """(M,) rollouts that each group may still get: up to the maximum, or evenly beyond it if that is too few."""
+    room = np.maximum(max_rollouts - counts, 0)
+    missing = budget - int(room.sum())
+    return room + math.ceil(missing / counts.size) if missing > 0 else room
+
+
+def check_outcomes(counts: ArrayLike, successes: ArrayLike, prompts: int) -> tuple[IntArray, IntArray]:
+    """Counts and successes of a first share as (M,) whole numbers.
+
+    Raises:
+        ValueError: they do not fit the prompts or each other.
+    """
+    n, s = check_counts(counts), check_counts(successes)
+    if n.shape != (prompts,) or s.shape != (prompts,) or (s > n).any():
+        raise ValueError(
+            f"counts_so_far and successes_so_far must hold one number per prompt ({prompts}), successes at most the "
+            f"counts, got shapes {n.shape} and {s.shape}"
+        )
+    return n, s

@@ -1,18 +1,27 @@
-"""The paper's value of a rollout budget: one equation, one pure function.
+"""The value of a rollout budget: the paper's equations, and one protocol for other values.
 
 Source: Li et al., *Knapsack RL*, arXiv 2509.25849. A prompt with success rate p that is given N rollouts
 yields a non-zero GRPO gradient unless all its rewards are equal. The paper values the item (prompt, N) as the
 probability of a non-zero gradient times the information gain p (1 - p)^2.
+
+A value function maps rollouts N and a success rate p to V(N, p) with V(0, p) = 0. Its marginal values
+D(n, p) = V(n+1, p) - V(n, p) go to the solver, which is greedy where they never rise and a dynamic program elsewhere.
+:func:`make_value_function` accepts a name of ``VALUES``, an import path ``"package.module:function"``, a function
+``f(counts, success_rates)``, or an object with the methods of :class:`ValueFunction`.
 
 Arrays here are per prompt and broadcast like numpy's; success rates are probabilities in [0, 1].
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, check_counts, check_success_rates
 
@@ -75,29 +84,19 @@ def value(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
 
 
 def marginal_values(success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
-    """Table of marginal values D[i, n] = V(n+1, p_i) - V(n, p_i).
-
-    For n >= 1 this is information_gain(p) [p^n (1-p) + (1-p)^n p], which never increases with n: the value is
-    concave from one rollout on. D[i, 0] = 0 because a single rollout has no gradient. Each column follows from
-    the one before by two multiplications, and no subtraction of nearly equal numbers occurs.
+    """Table of the paper's marginal values, D[i, n] = V(n+1, p_i) - V(n, p_i).
 
     Args:
         success_rates: (M,) p in [0, 1].
         max_rollouts: number of columns, >= 1.
 
     Returns:
-        (M, max_rollouts) float64.
+        (M, max_rollouts) float64, see :class:`MixedOutcomes`.
 
     Raises:
         ValueError: a rate is outside [0, 1], or max_rollouts is below 1.
     """
-    p = check_success_rates(success_rates)
-    from knapsack_rl.allocation import _kernels
-
-    table = np.empty((p.size, max_rollouts))
-    flat = p.ravel()
-    _kernels.fill_marginals(information_gain(flat) * flat * (1.0 - flat), flat, 1.0 - flat, table)
-    return table
+    return KNAPSACK.marginals(success_rates, max_rollouts)
 
 
 def rollouts_for_probability(success_rates: ArrayLike, probability: float = 0.9) -> FloatArray:
@@ -138,3 +137,176 @@ def expected_rollouts_until_mixed(success_rates: ArrayLike) -> FloatArray:
     p = check_success_rates(success_rates)
     with np.errstate(divide="ignore", over="ignore"):
         return 1.0 / p + 1.0 / (1.0 - p) - 1.0
+
+
+@runtime_checkable
+class ValueFunction(Protocol):
+    """A value, and its differences without loss of digits."""
+
+    def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
+        """V(N, p), broadcasting; zero for N = 0."""
+        ...
+
+    def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
+        """(M, max_rollouts) table of D[i, n] = V(n+1, p_i) - V(n, p_i)."""
+        ...
+
+
+@dataclass(frozen=True)
+class MixedOutcomes:
+    """A gain per prompt if the group holds both outcomes: V = (1 - p^N - (1-p)^N) gain(p).
+
+    The marginal value of rollout n+1, for n >= 1, is gain(p) [p^n (1-p) + (1-p)^n p]: a sum of two geometric
+    sequences, which never rises. The first rollout is worth nothing, because a group of one has no gradient.
+
+    Attributes:
+        gain: maps success rates in [0, 1] to numbers >= 0, elementwise.
+    """
+
+    gain: Callable[[FloatArray], FloatArray]
+
+    def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
+        """V(N, p), broadcasting."""
+        return nonzero_gradient_probability(counts, success_rates) * self.gain(check_success_rates(success_rates))
+
+    def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
+        """(M, max_rollouts) table.
+
+        Each column follows from the one before by two multiplications, which rounding cannot make rise; no nearly equal
+        numbers are subtracted.
+        """
+        p = check_success_rates(success_rates).ravel()
+        table = np.zeros((p.size, max_rollouts))
+        if max_rollouts > 1:
+            start = self.gain(p) * p * (1.0 - p)
+            table[:, 1:] = _geometric(start, p, max_rollouts - 1)
+            table[:, 1:] += _geometric(start, 1.0 - p, max_rollouts - 1)
+        return table
+
+
+@dataclass(frozen=True)
+class CustomFunction:
+    """A user's ``f(counts, success_rates)``, which broadcasts like numpy and is 0 for no rollouts."""
+
+    function: Callable[..., ArrayLike]
+
+    def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
+        """V(N, p), broadcasting.
+
+        Raises:
+            ValueError: the function returns another shape, NaN or infinity.
+        """
+        n, p = check_counts(counts), check_success_rates(success_rates)
+        return _checked(self.function(n, p), n, p)
+
+    def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
+        """(M, max_rollouts) differences of the function's values.
+
+        Raises:
+            ValueError: see :meth:`values`; or the function is not 0 for no rollouts.
+        """
+        p = check_success_rates(success_rates).ravel()
+        return differences(self.values(np.arange(max_rollouts + 1), p[:, None]))
+
+
+def differences(values: FloatArray) -> FloatArray:
+    """(M, K) marginal values of a table V[i, n], n = 0..K, whose first column must be 0.
+
+    Raises:
+        ValueError: the value of no rollouts is not 0 for some prompt.
+    """
+    if (values[:, 0] != 0.0).any():
+        i = int(np.flatnonzero(values[:, 0])[0])
+        raise ValueError(f"the value of no rollouts must be 0, got {values[i, 0]!r} for prompt {i}; subtract it")
+    return np.diff(values, axis=1)
+
+
+KNAPSACK = MixedOutcomes(information_gain)
+
+VALUES: dict[str, ValueFunction] = {
+    "knapsack": KNAPSACK,
+    "nonzero-gradient": MixedOutcomes(np.ones_like),
+}
+"""``"knapsack"``: the paper's value. ``"nonzero-gradient"``: the probability of a non-zero gradient alone."""
+
+ValueLike = str | ValueFunction | Callable[..., ArrayLike]
+
+
+def make_value_function(value: ValueLike) -> ValueFunction:
+    """The value function of a name, an import path, an object or ``f(counts, success_rates)``, tried once.
+
+    Raises:
+        ValueError: the name is unknown, the path leads nowhere, or the function is not usable: not finite, of another
+            shape than its broadcast arguments, or not 0 for no rollouts.
+    """
+    if isinstance(value, str) and value in VALUES:
+        return VALUES[value]
+    found: Any = _imported(value) if isinstance(value, str) and ":" in value else value
+    if not callable(found) and not isinstance(found, ValueFunction):
+        raise ValueError(
+            f"value must be one of {', '.join(VALUES)}, an import path 'package.module:function', or a function "
+            f"f(counts, success_rates), got {value!r}"
+        )
+    function = found if isinstance(found, ValueFunction) else CustomFunction(found)
+    _try(function)
+    return function
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"value {path!r} cannot be imported ({error}); give 'package.module:function' of a module on Python's "
+            "search path"
+        ) from error
+
+
+def _try(function: ValueFunction) -> None:
+    """Evaluate a value function once for a few counts and rates.
+
+    Raises:
+        ValueError: it fails, or what it returns is not usable.
+    """
+    n, p = np.arange(5), np.array([0.1, 0.5, 0.9])
+    try:
+        values, marginals = np.asarray(function.values(n, p[:, None])), np.asarray(function.marginals(p, 4))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"the value function fails for counts {n} and success rates {p}: {error!r}") from error
+    differences(_checked(values, n, p[:, None]))
+    if marginals.shape != (3, 4) or not np.isfinite(marginals).all():
+        raise ValueError(f"marginals of 3 prompts and 4 rollouts must be finite, of shape (3, 4), got {marginals!r}")
+
+
+def _checked(values: ArrayLike, counts: NDArray[Any], success_rates: FloatArray) -> FloatArray:
+    found = np.asarray(values, dtype=np.float64)
+    shape = np.broadcast_shapes(counts.shape, success_rates.shape)
+    if found.shape != shape or not np.isfinite(found).all():
+        raise ValueError(
+            f"the value function must return finite numbers of shape {shape} for counts of shape {counts.shape} and "
+            f"success rates of shape {success_rates.shape}, got shape {found.shape}"
+            + ("" if np.isfinite(found).all() else " with NaN or infinity")
+        )
+    return found
+
+
+def _geometric(start: FloatArray, ratio: FloatArray, length: int) -> FloatArray:
+    """(M, length) start, start * ratio, start * ratio * ratio, ..."""
+    powers = np.empty((start.size, length))
+    powers[:, 0], powers[:, 1:] = start, ratio[:, None]
+    return np.multiply.accumulate(powers, axis=1, out=powers)
+
+
+def marginal_table(value: ValueLike, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
+    """(M, max_rollouts) marginal values for a vector of success rates, such as the grid of a posterior.
+
+    With posterior weights W (prompts, grid points), ``W @ marginal_table(value, grid, K)`` is the expected marginal
+    value per prompt; expectation keeps concavity.
+
+    Raises:
+        ValueError: a rate is outside [0, 1], or the value is not known or not usable.
+    """
+    return make_value_function(value).marginals(success_rates, max_rollouts)

@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import comb
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knapsack_rl.allocation.belief import CHECK_ROLLOUTS, Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
-from knapsack_rl.allocation.value import nonzero_gradient_probability
-from knapsack_rl.allocation.value_functions import ValueLike, make_value_function, marginal_table
+from knapsack_rl.allocation.value import MixedOutcomes, ValueLike, make_value_function, nonzero_gradient_probability
 from knapsack_rl.estimation.products import product, product_of_columns
-from knapsack_rl.estimation.protocol import CountsOnly, check_discount
+from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import Records
 
 LARGEST_LOGIT = 7.0
@@ -30,8 +30,11 @@ LARGEST_LOGIT = 7.0
 REFIT_SAMPLE = 20_000
 """Most prompts that a refit looks at, evenly spaced in order of first observation; more add time and no knowledge."""
 
+_Ages = tuple[FloatArray, NDArray[np.intp]]
+"""(D,) distinct ages and (M,) the place of each prompt's age among them: exponentials are computed once per age."""
 
-class GridPosterior:
+
+class GridPosterior(Estimator):
     """A prior over a grid of success rates, fitted to likelihoods, and what a posterior on the grid implies.
 
     Args:
@@ -87,7 +90,7 @@ class GridPosterior:
     def belief_of(self, posterior: FloatArray, max_rollouts: int) -> Belief:
         """Posterior mean and expectations over the grid."""
         if self._values.shape[1] < max_rollouts:
-            self._values = marginal_table(self.value, self.grid, max_rollouts)
+            self._values = self.value.marginals(self.grid, max_rollouts)
             self._mixed = nonzero_gradient_probability(np.arange(max_rollouts + 1)[:, None], self.grid)
 
         def nonzero_gradient(counts: IntArray) -> FloatArray:
@@ -98,6 +101,60 @@ class GridPosterior:
         return Belief(
             product(posterior, self.grid), product(posterior, self._values[:, :max_rollouts]), nonzero_gradient
         )
+
+    def posterior(self, records: Records) -> FloatArray:
+        """(M, grid_points) probability of each success rate of the grid, rows sum to 1."""
+        raise NotImplementedError
+
+    def believe_after(self, records: Records, counts: IntArray, successes: IntArray, more_rollouts: int) -> Belief:
+        """Belief after a first share of outcomes: gains of further rollouts, and chances with both shares together.
+
+        In a value of mixed outcomes, more rollouts gain a group nothing that holds both outcomes already. Of a group
+        with n equal outcomes the updated posterior gives the value of k more:
+
+            all failures:   V(k) = E[gain(p) (1 - (1-p)^k)]     a success is missing
+            all successes:  V(k) = E[gain(p) (1 - p^k)]         a failure is missing
+            no rollout yet: V(k) = E[gain(p) (1 - p^k - (1-p)^k)]
+
+        All are concave (the last from k = 1 on), so the knapsack with these rows is exact.
+
+        **Bias.** The size of a group then depends on its outcomes, as under any stopping rule. The posterior is not
+        affected: its likelihood p^s (1-p)^f is the same under every stopping rule. Group statistics are: a group that
+        stops soon after its first success overstates its rate, E[s/n] > p, and advantages, which compare with the group
+        mean, inherit that. It is inverse binomial sampling.
+
+        Args:
+            records: of M prompts.
+            counts: (M,) rollouts of the first share.
+            successes: (M,) of them.
+            more_rollouts: columns of marginal values of further rollouts.
+
+        Raises:
+            ValueError: the value does not depend on mixed outcomes alone.
+
+        Source: Haldane 1945 (inverse sampling and its bias); Berger & Wolpert 1988 (stopping rules and likelihood).
+        """
+        check_mixed_outcomes(self)
+        posterior = self.posterior(records) * self.binomial_likelihood(successes, counts - successes)
+        posterior /= posterior.sum(axis=1, keepdims=True)
+        p, q, k = self.grid, 1.0 - self.grid, np.arange(more_rollouts)
+        gain = self.value.gain(p)[:, None]  # type: ignore[attr-defined]
+        empty = counts == 0
+        all_failures, all_successes = ~empty & (successes == 0), ~empty & (successes == counts)
+        marginals = np.zeros((counts.size, more_rollouts))
+        for groups, on_grid in (
+            (all_failures, gain * p[:, None] * q[:, None] ** k),
+            (all_successes, gain * q[:, None] * p[:, None] ** k),
+            (empty, self.value.marginals(p, more_rollouts)),
+        ):
+            marginals[groups] = product(posterior[groups], on_grid)
+
+        def nonzero_gradient(more: IntArray) -> FloatArray:
+            failing, succeeding = q ** more[:, None], p ** more[:, None]
+            still_equal = (empty | all_failures)[:, None] * failing + (empty | all_successes)[:, None] * succeeding
+            return np.einsum("mg,mg->m", posterior, np.maximum(1.0 - still_equal, 0.0)) + 0.0 * more
+
+        return Belief(product(posterior, p), marginals, nonzero_gradient)
 
     def load_prior(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore the prior.
@@ -111,7 +168,7 @@ class GridPosterior:
         self.prior = prior.copy()
 
 
-class EmpiricalBayesEstimator(GridPosterior, CountsOnly):
+class EmpiricalBayesEstimator(GridPosterior):
     """Binomial likelihood of discounted counts, prior fitted to all prompts.
 
     Args:
@@ -122,8 +179,6 @@ class EmpiricalBayesEstimator(GridPosterior, CountsOnly):
     Raises:
         ValueError: a number is out of range.
     """
-
-    paper_rule: ClassVar[bool] = False
 
     def __init__(self, discount: float = 0.8, grid_points: int = 57, iterations: int = 40) -> None:
         super().__init__(grid_points, iterations)
@@ -190,8 +245,6 @@ class BayesFilterEstimator(GridPosterior):
     likelihood (Dawid 1984); the prior as in :class:`GridPosterior`.
     """
 
-    paper_rule: ClassVar[bool] = False
-
     discount: float = 0.8  # of the tracker's counts, which serve lengths and metrics here, not the estimate
 
     START_VARIANCE = 0.09
@@ -230,9 +283,9 @@ class BayesFilterEstimator(GridPosterior):
     def _score(self, records: Records, visit: FloatArray) -> FloatArray:
         """Add the log predictive probability of the visits under each candidate; return :meth:`_likelihood`."""
         waves = product(records.evidence, self._cosines)
-        hit = visit * self.prior
+        hit, ages = visit * self.prior, _distinct(records.age)
         for k, factor in enumerate(self.VARIANCE_FACTORS):
-            walked = self._walk(waves, records.age, self.variance * factor)
+            walked = self._walk(waves, ages, self.variance * factor)
             if factor != 1.0:
                 self._scores_of_variance[k] += self._log_score(walked, records.age * self.drift, hit)[0]
                 continue
@@ -251,15 +304,14 @@ class BayesFilterEstimator(GridPosterior):
 
     def _likelihood(self, records: Records) -> FloatArray:
         """(M, grid_points) likelihood of all past visits as a function of the rate now; ones for an unseen prompt."""
-        walked = self._walk(product(records.evidence, self._cosines), records.age, self.variance)
+        walked = self._walk(product(records.evidence, self._cosines), _distinct(records.age), self.variance)
         now = self._shift(walked, records.age * self.drift)
         now[records.visits == 0] = 1.0
         return now
 
-    def _walk(self, waves: FloatArray, age: FloatArray, variance: float) -> FloatArray:
+    def _walk(self, waves: FloatArray, ages: _Ages, variance: float) -> FloatArray:
         """Let rows, given by their cosine coefficients, walk for their ages."""
-        # Prompts of an earlier batch have one age, so few are distinct; exponentials are what costs time here.
-        distinct, which = np.unique(age, return_inverse=True)
+        distinct, which = ages
         damping = np.exp(np.outer(-variance * distinct, self._decay))[which]
         damping *= waves
         walked = product(damping, self._cosines.T)
@@ -267,11 +319,14 @@ class BayesFilterEstimator(GridPosterior):
 
     def _shift(self, rows: FloatArray, logits: FloatArray) -> FloatArray:
         """Move each row up by so many logits, linearly between points; the end value moves in from outside."""
-        from knapsack_rl.allocation import _kernels
-
-        shifted = np.empty_like(rows)
-        _kernels.shift_rows(rows, logits / self._spacing, shifted)
-        return shifted
+        cells, size = logits / self._spacing, self.grid.size
+        whole = np.floor(cells)
+        source = np.arange(-1, size) - whole.astype(np.intp)[:, None]  # of the point below the first, and of all points
+        np.clip(source, 0, size - 1, out=source)
+        source += size * np.arange(len(rows))[:, None]
+        moved = rows.take(source, mode="clip")  # all are in range: the mode saves a copy
+        near, far = moved[:, 1:], moved[:, :-1]
+        return near + (cells - whole)[:, None] * (far - near)
 
     def refit(self, population: Records) -> None:
         """Move variance and drift to their best neighbours, then fit the prior to the population as it is now."""
@@ -294,12 +349,12 @@ class BayesFilterEstimator(GridPosterior):
         likelihood = self._likelihood(records)
         belief = self.belief_of(self.posterior_of(likelihood), max_rollouts)
 
-        def worth_of_check(rows: IntArray, price: float) -> FloatArray:
-            return self._worth_of_check(likelihood[rows], price, max_rollouts)
+        def value_of_information(rows: IntArray, price: float) -> FloatArray:
+            return self._value_of_information(likelihood[rows], price, max_rollouts)
 
-        return replace(belief, worth_of_check=worth_of_check)
+        return replace(belief, value_of_information=value_of_information)
 
-    def _worth_of_check(self, likelihood: FloatArray, price: float, max_rollouts: int) -> FloatArray:
+    def _value_of_information(self, likelihood: FloatArray, price: float, max_rollouts: int) -> FloatArray:
         """Expected gain at the next visit from deciding with the outcome, times the visits that it serves.
 
         At a visit a prompt earns max over n of E[V(n)] - price n, which is convex in the posterior: knowing more never
@@ -312,7 +367,7 @@ class BayesFilterEstimator(GridPosterior):
 
         def earned(at_check: FloatArray) -> FloatArray:
             an_epoch = np.ones(at_check.shape[0])
-            walked = self._walk(product(at_check, self._cosines), an_epoch, self.variance)
+            walked = self._walk(product(at_check, self._cosines), _distinct(an_epoch), self.variance)
             later = self.posterior_of(self._shift(walked, an_epoch * self.drift))
             return np.maximum(product(later, net).max(axis=1), 0.0)
 
@@ -365,8 +420,28 @@ class BayesFilterEstimator(GridPosterior):
         self._scores_of_drift = parts["scores_of_drift"].copy()
 
 
+def _distinct(ages: FloatArray) -> _Ages:
+    """Distinct ages and the place of each among them: prompts of one earlier batch share their age."""
+    return np.unique(ages, return_inverse=True)
+
+
 def _sample(population: Records) -> Records:
     """At most ``REFIT_SAMPLE`` prompts, evenly spaced."""
     if len(population) <= REFIT_SAMPLE:
         return population
     return population.take(np.linspace(0, len(population) - 1, REFIT_SAMPLE).astype(np.int64))
+
+
+def check_mixed_outcomes(estimator: Estimator) -> GridPosterior:
+    """Return the estimator if it has a posterior on a grid and a value of mixed outcomes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not isinstance(estimator, GridPosterior) or not isinstance(estimator.value, MixedOutcomes):
+        raise ValueError(
+            "top_up needs an estimator with a posterior on a grid ('bayes-filter', 'empirical-bayes') and the value "
+            f"'knapsack' or 'nonzero-gradient', got {type(estimator).__name__}"
+            + (f" with {type(estimator.value).__name__}" if isinstance(estimator, GridPosterior) else "")
+        )
+    return estimator

@@ -2,30 +2,29 @@
 
 An estimator turns :class:`~knapsack_rl.estimation.tracker.Records` into a
 :class:`~knapsack_rl.allocation.belief.Belief`: a mean success rate and expected marginal values per prompt. To add one,
-write a class with the methods of :class:`~knapsack_rl.estimation.protocol.Estimator` and name it in ``ESTIMATORS``.
+derive a class from :class:`~knapsack_rl.estimation.protocol.Estimator` and name it in ``ESTIMATORS``.
 Those on a grid of success rates are in :mod:`knapsack_rl.estimation.bayes`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 
 from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
-from knapsack_rl.allocation.value import nonzero_gradient_probability
-from knapsack_rl.allocation.value_functions import ValueLike, make_value_function, marginal_table
+from knapsack_rl.allocation.value import ValueLike, make_value_function, marginal_table, nonzero_gradient_probability
 from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator
-from knapsack_rl.estimation.protocol import CountsOnly, Estimator, check_discount
+from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import RECENT, Records
 
 _ANY_RATE = np.linspace(0.01, 0.99, 99)
 
 
-class WindowEstimator(CountsOnly):
+class WindowEstimator(Estimator):
     """The paper's rule: a mean of recent rewards, taken for the truth.
 
     If the newest visit gave at least ``window`` rewards, their mean; else the mean of the newest ``window`` rewards
@@ -44,7 +43,6 @@ class WindowEstimator(CountsOnly):
     """
 
     paper_rule: ClassVar[bool] = True
-    discount: float = 1.0
 
     def __init__(self, window: int = 16, minimum: int = 8, fallback: bool = True) -> None:
         self.window = check_whole("window", window, minimum=1)
@@ -63,9 +61,6 @@ class WindowEstimator(CountsOnly):
             ValueError: the value is unknown.
         """
         self.value = make_value_function(value)
-
-    def refit(self, population: Records) -> None:
-        """A window learns nothing from other prompts."""
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
         """Point estimates; NaN means too few rewards, and such a prompt is valued as if every rate were as likely."""
@@ -91,15 +86,8 @@ class WindowEstimator(CountsOnly):
         # Named only when off, so that states saved before it existed still belong to an equal estimator.
         return settings if self.fallback else settings | {"fallback": False}
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Nothing is learned."""
-        return {}
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Nothing to restore."""
-
-
-class BetaEstimator(CountsOnly):
+class BetaEstimator(Estimator):
     """A discounted Beta posterior per prompt, with expected values in closed form.
 
     With p ~ Beta(a, b): E[D(N)] = [B(a+N+1, b+3) + B(a+2, b+N+2)] / B(a, b), B the Beta function, and
@@ -114,17 +102,12 @@ class BetaEstimator(CountsOnly):
         ValueError: a number is out of range.
     """
 
-    paper_rule: ClassVar[bool] = False
-
     def __init__(self, prior_successes: float = 0.5, prior_failures: float = 0.5, discount: float = 0.8) -> None:
         for name, number in (("prior_successes", prior_successes), ("prior_failures", prior_failures)):
             if not 0.0 < number < np.inf:
                 raise ValueError(f"{name} must be a positive number, got {number!r}")
         self.prior_successes, self.prior_failures = float(prior_successes), float(prior_failures)
         self.discount = check_discount(discount)
-
-    def refit(self, population: Records) -> None:
-        """The prior is given, not learned."""
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
         """Posterior mean and closed-form expectations."""
@@ -159,13 +142,6 @@ class BetaEstimator(CountsOnly):
             "prior_failures": self.prior_failures,
             "discount": self.discount,
         }
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Nothing is learned."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Nothing to restore."""
 
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {

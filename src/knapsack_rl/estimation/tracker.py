@@ -1,4 +1,4 @@
-"""What has been observed of every prompt: the one place where state lives.
+"""Observations of every prompt: the one place where state lives.
 
 State is a set of columns, one row per prompt, keyed by a stable id. History is bounded, so memory and files are
 linear in the number of prompts, however long the run.
@@ -7,7 +7,7 @@ linear in the number of prompts, however long the run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -15,15 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.estimation.tracker_state import columns_of
-from knapsack_rl.ids import PromptId, other_type
+from knapsack_rl.ids import PromptId, check_prompt_ids, other_type
 
 RECENT = 64
 """Newest outcomes kept per prompt, one bit each."""
 
 Outcome = Literal["success", "failure"]
 MOMENTS = ("count", "sum", "squares")
-"""What is kept of lengths, for successes and failures apart: failures run longer."""
+"""Sums of lengths that are kept, for successes and failures apart: failures run longer."""
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Records:
         failure_length_sum: discounted sum of their lengths, in tokens.
         failure_length_squares: discounted sum of their squared lengths.
         last_visit: the tracker's clock (prompt visits of all prompts so far) after the newest visit.
-        evidence: (P, E) what the estimator keeps of past visits beside the counts; E may be 0.
+        evidence: (P, E) numbers that the estimator keeps of past visits beside the counts; E may be 0.
         age: time since the newest visit in epochs, that is in visits per known prompt. Derived, not stored.
     """
 
@@ -77,7 +76,7 @@ class Records:
         return cls(**columns, evidence=np.zeros((size, evidence_size), np.float32), age=np.zeros(size))
 
     def take(self, rows: IntArray) -> Records:
-        """The records of the given rows; row -1 stands for a prompt never seen."""
+        """The records of the given rows; row -1 is a prompt never seen."""
         if not len(self):
             return Records.empty(rows.size, self.evidence.shape[1])
         taken = {column: getattr(self, column)[rows] for column in (*COLUMNS, "evidence", "age")}
@@ -230,20 +229,20 @@ class Tracker:
     def state_dict(self, *, copy: bool = True) -> dict[str, np.ndarray]:
         """Columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types.
 
-        Without ``copy`` the arrays are the tracker's own and change with it.
+        Without ``copy`` the arrays are the tracker's and change with it.
         """
         ids = np.frombuffer(json.dumps(self.prompt_ids).encode(), dtype=np.uint8)
         records = self.records()
         columns = {column: getattr(records, column) for column in (*COLUMNS, "evidence")}
         return {"prompt_ids": ids} | {name: array.copy() if copy else array for name, array in columns.items()}
 
-    def load_state_dict(self, state: dict[str, np.ndarray], *, copy: bool = True) -> None:
-        """Replace everything by a saved state; without ``copy`` its arrays become the tracker's own.
+    def load_state_dict(self, state: Mapping[str, np.ndarray], *, copy: bool = True) -> None:
+        """Replace everything by a saved state; without ``copy`` the tracker keeps its arrays.
 
         Raises:
             ValueError: a column is missing, has the wrong length or type, or ids repeat.
         """
-        row_of, columns = columns_of(state, COLUMNS, self._records.evidence.shape[1], copy=copy)
+        row_of, columns = _columns_of(state, COLUMNS, self._records.evidence.shape[1], copy=copy)
         self._row_of, self._clock = row_of, int(columns["visits"].sum())
         self._records = Records(**columns, age=np.zeros(len(row_of)))
 
@@ -261,3 +260,62 @@ def _shift_in(
     # numpy leaves a shift by the full width undefined: those prompts have no older bit left.
     shift = np.minimum(total, RECENT - 1).astype(np.uint64)
     return np.where(total >= RECENT, np.uint64(0), recent << shift) | bits
+
+
+def _columns_of(
+    state: Mapping[str, np.ndarray], types: Mapping[str, Any], evidence_size: int, *, copy: bool
+) -> tuple[dict[PromptId, int], dict[str, np.ndarray]]:
+    """The row of each id, and the columns and the evidence, after all checks.
+
+    Args:
+        state: arrays by name.
+        types: columns of one number per prompt, with their types.
+        evidence_size: numbers per prompt that the estimator keeps.
+        copy: whether to copy the arrays.
+
+    Raises:
+        ValueError: a column is missing, has the wrong length or type or impossible numbers, or ids repeat.
+    """
+    missing = {"prompt_ids", "evidence", *types} - set(state)
+    if missing:
+        raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
+    row_of = _parse_ids(state["prompt_ids"])
+    size = len(row_of)
+    columns = {}
+    for column, dtype in types.items():
+        array = np.asarray(state[column])
+        _check_form(column, array, (size,), dtype)
+        # NaN fails the comparison; recent outcomes are bits, of which every pattern is possible.
+        if array.size and not (array.min() >= 0 and array.max() < np.inf):
+            raise ValueError(f"column {column} of the tracker state must hold finite numbers >= 0")
+        columns[column] = array.copy() if copy else array
+    evidence = np.asarray(state["evidence"])
+    _check_form("evidence", evidence, (size, evidence_size), np.float32)
+    if evidence.size and not np.isfinite([evidence.min(), evidence.max()]).all():
+        raise ValueError("evidence of the tracker state must hold finite numbers")
+    clock = int(columns["visits"].sum())
+    if columns["last_visit"].max(initial=0) > clock:
+        raise ValueError(f"the tracker state has a last_visit after its {clock} visits")
+    return row_of, columns | {"evidence": evidence.copy() if copy else evidence}
+
+
+def _check_form(column: str, array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(
+            f"column {column} of the tracker state has shape {array.shape} and type {array.dtype}, expected {shape} of "
+            f"{np.dtype(dtype)}"
+        )
+
+
+def _parse_ids(array: np.ndarray) -> dict[PromptId, int]:
+    try:
+        ids = json.loads(np.asarray(array, dtype=np.uint8).tobytes())
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the tracker state's prompt ids are not JSON: {error}") from error
+    if not isinstance(ids, list):
+        raise ValueError(f"the tracker state's prompt ids must be a list, got {type(ids).__name__}")
+    checked = check_prompt_ids(ids)
+    row_of = dict(zip(checked, range(len(checked)), strict=True))
+    if len(row_of) != len(checked):
+        raise ValueError("the tracker state's prompt ids are not distinct")
+    return row_of

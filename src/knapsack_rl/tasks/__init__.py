@@ -1,7 +1,10 @@
-"""Data sets with exact verifiers, and the tiny base model that is trained on them.
+"""Data sets whose answers can be checked, the verifier, and the tiny base model that is trained on them.
 
-Importing this package needs the standard library alone; torch and transformers are imported by whoever
-loads the model.
+:func:`is_correct` is the verifier of every data set with one right answer; the reward functions are its form for TRL.
+``load_data`` in :mod:`knapsack_rl.tasks.registry` loads a data set by name.
+
+Importing this package needs the standard library and numpy alone; torch and transformers are imported by whoever loads
+the model.
 """
 
 from knapsack_rl.tasks.arithmetic import (
@@ -9,30 +12,22 @@ from knapsack_rl.tasks.arithmetic import (
     MAX_COMPLETION_TOKENS,
     PAD_TOKEN,
     PretrainSampler,
-    Problem,
-    Splits,
-    accuracy_reward,
     base_model_path,
-    is_correct,
     make_splits,
-    to_rows,
 )
-from knapsack_rl.tasks.gsm8k import gsm8k_reward
-from knapsack_rl.tasks.matching import exact_match_reward
-from knapsack_rl.tasks.math_answers import MathVerifier, math_reward
+from knapsack_rl.tasks.generated import Problem, Splits, to_rows
+from knapsack_rl.tasks.verifier import accuracy_reward, is_correct, math_reward, number_reward
 
 __all__ = [
+    "is_correct",
+    "accuracy_reward",
+    "number_reward",
+    "math_reward",
     "Problem",
     "Splits",
     "PretrainSampler",
     "make_splits",
     "to_rows",
-    "is_correct",
-    "accuracy_reward",
-    "exact_match_reward",
-    "gsm8k_reward",
-    "math_reward",
-    "MathVerifier",
     "base_model_path",
     "EOS_TOKEN",
     "PAD_TOKEN",

@@ -18,10 +18,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from knapsack_rl.tasks.data import DataRequest, TaskData, refuse
+from knapsack_rl.tasks.data import DataRequest, TaskData
+from knapsack_rl.tasks.generated import Problem, Splits, below, draw_distinct, draw_splits, splits_task
 
 EOS_TOKEN = "<eos>"  # noqa: S105 - the name of a vocabulary entry, not a secret
 PAD_TOKEN = "<pad>"  # noqa: S105
@@ -29,32 +31,11 @@ PAD_TOKEN = "<pad>"  # noqa: S105
 MAX_COMPLETION_TOKENS = 6
 """Tokens of the longest right completion: five digits (9999 + 9999) and the end-of-sequence token."""
 
-# No right completion is longer than this even when every token is spelt out, so that a longer text is
-# refused before any work is done on it.
-_MAX_COMPLETION_CHARS = 64
-
 # A problem's identity: the larger and the smaller operand.
 _Key: TypeAlias = tuple[int, int]
 
 MAX_DIGITS = 4
 """Digits of the longest operand."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One prompt with its exact answer.
-
-    Attributes:
-        prompt: The expression up to and with the equals sign, for example ``"123+4567="``.
-        answer: The decimal digits of the value, least significant first, without the end-of-sequence token.
-        prompt_id: The expression without the equals sign; unique within a split and stable between runs.
-        digits: Decimal digits of the larger operand, at least 1.
-    """
-
-    prompt: str
-    answer: str
-    prompt_id: str
-    digits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +91,10 @@ class PretrainSampler:
     Strata are drawn with their weights and problems uniformly within a stratum, with replacement.
 
     Args:
-        reserved: Problems that are never drawn. Each stratum must keep one that is not reserved.
+        reserved: problems that are never drawn.
 
     Raises:
-        ValueError: If a stratum is reserved completely, since drawing from it could not end.
+        ValueError: a stratum is reserved completely, so that drawing from it could not end.
     """
 
     def __init__(self, reserved: Sequence[Problem]) -> None:
@@ -123,25 +104,18 @@ class PretrainSampler:
             taken = sum((len(str(a)), len(str(b))) == (stratum.large, stratum.small) for a, b in self._reserved)
             if taken >= stratum.size:
                 raise ValueError(
-                    f"All {stratum.size} problems with {stratum.large} and {stratum.small} digits are reserved, so"
-                    f" none is left for pre-training; reserve at most {stratum.size - 1}."
+                    f"all {stratum.size} problems with {stratum.large} and {stratum.small} digits are reserved, so "
+                    f"none is left for pre-training; reserve at most {stratum.size - 1}"
                 )
 
     def sample(self, count: int, rng: random.Random) -> list[Problem]:
-        """Draw problems.
-
-        Args:
-            count: Number of problems, at least 0.
-            rng: Source of randomness; the same state gives the same problems.
-
-        Returns:
-            ``count`` problems, possibly with repetitions.
+        """Draw ``count`` >= 0 problems, possibly with repetitions; the same state of ``rng`` gives the same problems.
 
         Raises:
-            ValueError: If ``count`` is negative.
+            ValueError: ``count`` is negative.
         """
         if count < 0:
-            raise ValueError(f"count must be at least 0, got {count}.")
+            raise ValueError(f"count must be at least 0, got {count}")
         problems: list[Problem] = []
         for stratum in rng.choices(_STRATA, weights=self._weights, k=count):
             key = stratum.key(below(stratum.size, rng))
@@ -151,156 +125,33 @@ class PretrainSampler:
         return problems
 
 
-@dataclass(frozen=True, slots=True)
-class Splits:
-    """Three pairwise disjoint sets of problems.
-
-    Attributes:
-        pretrain: Draws from every problem that is in neither of the other two.
-        train: The prompts of the reinforcement learning run.
-        held_out: The prompts on which the run is evaluated; the same shares of the strata as ``train``.
-    """
-
-    pretrain: PretrainSampler
-    train: tuple[Problem, ...]
-    held_out: tuple[Problem, ...]
-
-
 def make_splits(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits:
     """Draw disjoint sets of problems for pre-training, training and evaluation.
 
-    Problems are drawn without replacement. A stratum gets its weight's share of ``train + held_out``, but
-    never more than half of its problems: of the 55 sums of two one-digit numbers at most 27 are reserved and
-    28 stay for pre-training. What a small stratum cannot give goes to the others by weight. Each stratum is
-    then divided between the two sets in the ratio ``train : held_out``, up to rounding.
-
-    The draw depends on nothing but the arguments. It uses only ``random.Random.random``, whose sequence for
-    a seed does not change between Python versions, because the shipped base model must not have seen the
-    held-out problems of seed 0.
+    At most half of a stratum is reserved, see :func:`knapsack_rl.tasks.generated.draw_splits`: of the 55 sums of two
+    one-digit numbers at most 27 are, and 28 stay for pre-training. The draw depends on nothing but the arguments.
 
     Args:
-        seed: Any integer; the same seed gives the same problems in the same order.
-        train: Number of training problems, at least 1.
-        held_out: Number of held-out problems, at least 1.
-
-    Returns:
-        The splits, with ``train`` and ``held_out`` in random order.
+        seed: any integer; the same seed gives the same problems in the same order.
+        train: number of training problems, at least 1.
+        held_out: number of held-out problems, at least 1.
 
     Raises:
-        ValueError: If a size is below 1, or both together exceed half of all problems.
+        ValueError: a size is below 1, or both together exceed half of all problems.
     """
-    for name, size in (("train", train), ("held_out", held_out)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-    caps = [stratum.size // 2 for stratum in _STRATA]
-    if train + held_out > sum(caps):
-        raise ValueError(
-            f"train + held_out must be at most {sum(caps)} (half of all problems), got {train} + {held_out};"
-            " ask for fewer."
-        )
-    rng = random.Random(seed)  # noqa: S311 - reproducible data, not a secret
-    totals = quotas(train + held_out, [stratum.weight for stratum in _STRATA], caps)
-    held_out_counts = quotas(held_out, [float(total) for total in totals], totals)
 
-    train_problems: list[Problem] = []
-    held_out_problems: list[Problem] = []
-    for stratum, total, n_held_out in zip(_STRATA, totals, held_out_counts, strict=True):
-        # A dict keeps the order of the draw, which a set would lose.
-        indices: dict[int, None] = {}
-        while len(indices) < total:
-            indices[below(stratum.size, rng)] = None
-        problems = [_problem(stratum.key(index), rng) for index in indices]
-        held_out_problems += problems[:n_held_out]
-        train_problems += problems[n_held_out:]
-    return Splits(
-        pretrain=PretrainSampler([*train_problems, *held_out_problems]),
-        train=shuffled(train_problems, rng),
-        held_out=shuffled(held_out_problems, rng),
-    )
+    def draw(index: int, count: int, rng: random.Random) -> list[Problem]:
+        stratum = _STRATA[index]
+        return [_problem(stratum.key(k), rng) for k in draw_distinct(count, rng, partial(below, stratum.size))]
 
-
-def to_rows(problems: Sequence[Problem]) -> list[dict[str, Any]]:
-    """Problems as rows for ``datasets.Dataset.from_list``.
-
-    Args:
-        problems: Any number of problems.
-
-    Returns:
-        One dictionary per problem, in order, with the keys ``prompt``, ``answer``, ``prompt_id``,
-        ``digits`` (an integer).
-    """
-    return [
-        {
-            "prompt": problem.prompt,
-            "answer": problem.answer,
-            "prompt_id": problem.prompt_id,
-            "digits": problem.digits,
-        }
-        for problem in problems
-    ]
-
-
-def is_correct(completion: str, answer: str) -> bool:
-    """Whether a completion is exactly the answer.
-
-    White space (ASCII) around the completion and one end-of-sequence token at its end do not count;
-    everything else does, leading zeros and other scripts' digits included. The text is compared and never
-    evaluated, and one that is too long to be right is refused by its length alone.
-
-    Args:
-        completion: What the model wrote, of any length.
-        answer: The reversed digits of the value, as in ``Problem.answer``.
-
-    Returns:
-        True if the completion is right.
-
-    Raises:
-        ValueError: If ``answer`` is not a string of ASCII digits, since then no completion could be right.
-    """
-    if not (answer.isascii() and answer.isdigit()):
-        raise ValueError(f"answer must be one or more ASCII digits, got {answer!r}; pass Problem.answer.")
-    if len(completion) > _MAX_COMPLETION_CHARS:
-        return False
-    white = " \t\r\n"
-    return completion.strip(white).removesuffix(EOS_TOKEN).rstrip(white) == answer
-
-
-def accuracy_reward(completions: Sequence[str], answer: Sequence[str], **kwargs: Any) -> list[float]:
-    """Exact-match reward in the form that TRL's trainers call.
-
-    Args:
-        completions: R completions, plain text.
-        answer: The R answers, from the data set's ``answer`` column.
-        **kwargs: The data set's other columns and what else TRL passes to every reward function; unused.
-
-    Returns:
-        R rewards, 1.0 where the completion is right and 0.0 elsewhere.
-
-    Raises:
-        ValueError: If the two sequences differ in length, or an answer is not a string of digits.
-    """
-    if len(completions) != len(answer):
-        raise ValueError(
-            f"completions and answer must have the same length, got {len(completions)} and {len(answer)};"
-            " repeat the answer of a prompt once per completion."
-        )
-    return [float(is_correct(text, right)) for text, right in zip(completions, answer, strict=True)]
+    weights, sizes = [stratum.weight for stratum in _STRATA], [stratum.size for stratum in _STRATA]
+    training, evaluation = draw_splits(seed, train, held_out, weights, sizes, draw)
+    return Splits(PretrainSampler([*training, *evaluation]), training, evaluation)
 
 
 def arithmetic_task(request: DataRequest) -> TaskData:
-    """The generated additions; the split is part of the task, so every seed of a run has the same prompts.
-
-    Raises:
-        ValueError: a setting of files was given, or more problems are asked for than there are.
-    """
-    refuse(request, "path", "config", "split", "verifier", "template", "prompt_column", "answer_column")
-    splits = make_splits(train=request.train_prompts, held_out=max(request.held_out_prompts, 1))
-    return TaskData(
-        train=to_rows(splits.train),
-        held_out=to_rows(splits.held_out[: request.held_out_prompts]),
-        reward=accuracy_reward,
-        max_completion_tokens=MAX_COMPLETION_TOKENS,
-    )
+    """The generated additions; errors are those of :func:`knapsack_rl.tasks.generated.splits_task`."""
+    return splits_task(request, make_splits, MAX_COMPLETION_TOKENS)
 
 
 def base_model_path() -> Path:
@@ -327,41 +178,3 @@ def _key_of(problem: Problem) -> _Key:
     """The identity of a problem, whatever the order of its operands."""
     left, right = map(int, problem.prompt_id.split("+"))
     return max(left, right), min(left, right)
-
-
-def below(limit: int, rng: random.Random) -> int:
-    """A uniform integer in ``range(limit)``, by the one method whose sequence Python guarantees."""
-    return int(rng.random() * limit)
-
-
-def shuffled(problems: list[Problem], rng: random.Random) -> tuple[Problem, ...]:
-    """The problems in random order."""
-    order = sorted((rng.random(), i) for i in range(len(problems)))
-    return tuple(problems[i] for _, i in order)
-
-
-def quotas(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]:
-    """Divide ``total`` by weight into integers that respect the caps and sum to ``total`` exactly.
-
-    Where a share exceeds its cap it is cut and the rest is divided among the others; fractions are rounded
-    by largest remainder. Needs ``total <= sum(caps)``.
-    """
-    shares = [0.0] * len(weights)
-    free = list(range(len(weights)))
-    left = float(total)
-    while free:
-        scale = left / sum(weights[i] for i in free)
-        over = [i for i in free if weights[i] * scale > caps[i]]
-        if not over:
-            for i in free:
-                shares[i] = weights[i] * scale
-            break
-        for i in over:
-            shares[i] = float(caps[i])
-            left -= caps[i]
-        free = [i for i in free if i not in over]
-    counts = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts

@@ -1,8 +1,8 @@
 """Countdown: reach a target with given numbers, each used exactly once, by +, -, * and /.
 
 Problems are generated, or read from a file or folder with the columns ``nums`` and ``target``. Hard and easy ones mix:
-two to four numbers, equally often. The answer of a completion is what stands in its last ``<answer>...</answer>``, else
-its last line; it may end in ``= target``. It is parsed as arithmetic and computed exactly, never evaluated as code.
+two to four numbers, equally often. The answer is the content of the last ``<answer>...</answer>``, else
+the last line; it may end in ``= target``. It is parsed as arithmetic and computed exactly, never evaluated as code.
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from knapsack_rl.tasks.data import DataRequest, Row, Source, TaskData, column, read_splits, refuse
-from knapsack_rl.tasks.extraction import MAX_TEXT, same_length, text_of
+from knapsack_rl.tasks.data import (
+    DataRequest,
+    Row,
+    Source,
+    TaskData,
+    column,
+    read_splits,
+    refuse,
+    shuffled,
+    split_rows,
+)
+from knapsack_rl.tasks.generated import below, check_size, draw_distinct
+from knapsack_rl.tasks.verifier import MAX_TEXT, same_length, tagged_answer, text_of
 
 TEMPLATE = "{prompt}\nThink, then write the expression alone between <answer> and </answer>."
 MAX_COMPLETION_TOKENS = 256
@@ -40,9 +51,10 @@ def countdown_task(request: DataRequest) -> TaskData:
         train, held_out = read_splits(request, SOURCE, lambda row, where: _read(request, row, where))
     else:
         refuse(request, "config", "split")
-        problems = _generated(request.wanted)
-        rows = [_row(request, numbers, target) for numbers, target in problems]
-        train, held_out = rows[: request.train_prompts], rows[request.train_prompts :]
+        check_size(request, MOST)
+        rng = random.Random(0)  # noqa: S311 - reproducible data, not a secret
+        problems = draw_distinct(request.wanted, rng, _draw)
+        train, held_out = split_rows(request, [_row(request, *problem) for problem in problems], None)
     return TaskData(
         train=train, held_out=held_out, reward=countdown_reward, max_completion_tokens=MAX_COMPLETION_TOKENS, chat=True
     )
@@ -65,12 +77,12 @@ def countdown_reward(
     same_length(completions, answer)
     same_length(completions, numbers)
     return [
-        float(is_correct(text, given, int(target)))
+        float(reaches_target(text, given, int(target)))
         for text, given, target in zip(completions, numbers, answer, strict=True)
     ]
 
 
-def is_correct(completion: Any, numbers: Sequence[int], target: int) -> bool:
+def reaches_target(completion: Any, numbers: Sequence[int], target: int) -> bool:
     """Whether a completion's expression uses each of the numbers exactly once and equals the target."""
     expression = _expression(text_of(completion))
     used = Counter(int(token) for token in re.findall(r"[0-9]+", expression))
@@ -98,7 +110,7 @@ def arithmetic_value(expression: str) -> Fraction | None:
 
 
 class _NoArithmeticError(Exception):
-    """Tokens that make no expression."""
+    """The tokens do not form an expression."""
 
 
 class _Parser:
@@ -140,11 +152,12 @@ class _Parser:
 
 
 def _expression(text: str) -> str:
-    """What a completion answers, without ``= target`` behind it."""
+    """The expression in a completion, without a trailing ``= target``."""
     if len(text) > MAX_TEXT:
         return ""
-    start = text.rfind("<answer>")
-    found = text[start + 8 :].partition("</answer>")[0] if start >= 0 else text.rstrip().rpartition("\n")[2]
+    found = tagged_answer(text)
+    if found is None:
+        found = text.rstrip().rpartition("\n")[2]
     return found.translate(_SIGNS).partition("=")[0].strip()[: MAX_EXPRESSION + 1]
 
 
@@ -164,18 +177,12 @@ def _read(request: DataRequest, row: Row, where: str) -> Row:
     return _row(request, [int(number) for number in numbers], int(target))
 
 
-def _generated(count: int) -> list[tuple[tuple[int, ...], int]]:
-    """Different problems, each with a solution: numbers are joined at random to make the target."""
-    if count > MOST:
-        raise ValueError(f"countdown has {MOST} problems for train_prompts + held_out_prompts, got {count}; lower them")
-    rng = random.Random(0)  # noqa: S311 - reproducible data, not a secret
-    found: dict[tuple[tuple[int, ...], int], None] = {}
-    while len(found) < count:
-        numbers = [1 + int(rng.random() * 99) for _ in range(2 + int(rng.random() * 3))]
-        target = Fraction(numbers[0])
-        for number in numbers[1:]:
-            target = (target + number, target - number, target * number, target / number)[int(rng.random() * 4)]
-        if target.denominator == 1 and 0 < target < 1000:
-            order = sorted((rng.random(), number) for number in numbers)
-            found[tuple(number for _, number in order), int(target)] = None
-    return list(found)
+def _draw(rng: random.Random) -> tuple[tuple[int, ...], int] | None:
+    """Numbers joined at random to make a target, so that there is a solution; None for a target that is not wanted."""
+    numbers = [1 + below(99, rng) for _ in range(2 + below(3, rng))]
+    target = Fraction(numbers[0])
+    for number in numbers[1:]:
+        target = (target + number, target - number, target * number, target / number)[below(4, rng)]
+    if target.denominator != 1 or not 0 < target < 1000:
+        return None
+    return tuple(shuffled(numbers, rng)), int(target)

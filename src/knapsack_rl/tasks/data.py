@@ -1,4 +1,4 @@
-"""What a task gives a training run, and how rows come from a hub, a folder or a file."""
+"""The data of a training run, and how rows are read from the hub, a folder or a file."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from knapsack_rl.offline.tables import READABLE, read_columns
+from knapsack_rl.tasks.verifier import Reward, Verifier, gold_answer
 
 Row = dict[str, Any]
-Reward = Callable[..., list[float]]
+T = TypeVar("T")
+
+FILE_SETTINGS = ("path", "config", "split", "verifier", "prompt_column", "answer_column")
+"""Settings that mean nothing to a task whose problems are generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """What a run trains and is judged on.
+    """The rows a run trains on and is evaluated on, and their reward.
 
     Attributes:
         train: rows with ``prompt``, ``answer`` and ``prompt_id``; other columns go to the reward function.
@@ -38,16 +42,16 @@ class TaskData:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRequest:
-    """Which data a run asks for; the fields are those of the training settings.
+    """The data a run asks for; the fields are those of the training settings.
 
     Attributes:
         dataset: name of a task, with what follows a colon; or a file, or a hub data set.
         path: file or folder to read instead of the hub; empty for none.
         config: configuration of a hub data set; empty for the task's own.
-        split: split that is trained on; empty for the task's own, which is ``train`` everywhere.
+        split: split that is trained on; empty for ``train``.
         prompt_column: column of the prompt in a file or hub data set.
         answer_column: column of the answer.
-        verifier: how answers of a file or hub data set are checked.
+        verifier: how answers of a file or hub data set are checked: a verifier's name, or ``auto`` for exact.
         template: text with ``{prompt}`` in it, put around each prompt; empty for the task's own.
         train_prompts: rows to train on.
         held_out_prompts: rows to hold out.
@@ -76,7 +80,7 @@ class DataRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a named data set lives on the hub.
+    """Where a data set is on the hub.
 
     Attributes:
         hub: repository name.
@@ -90,7 +94,7 @@ class Source:
 
 
 def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
-    """All rows of a split: of the request's own file or folder, else of the hub.
+    """All rows of a split: of the file or folder that the request names, else of the hub.
 
     Args:
         request: names the file or folder, and may override the configuration.
@@ -99,7 +103,7 @@ def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: the hub was asked and did not deliver; says what to do.
+        OSError: the hub did not deliver; the message says what to do.
         ValueError: the data cannot be read, or the configuration or split does not exist.
     """
     place = request.path or source.hub
@@ -107,7 +111,7 @@ def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
         columns = read_columns(place)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if request.path and not Path(place).is_dir():
-        raise FileNotFoundError(f"there is no file or folder {place}; a file ends in {', '.join(READABLE)}")
+        raise FileNotFoundError(f"there is no file or folder {place}; the name of a file ends in {', '.join(READABLE)}")
     if Path(place).is_dir() and not (Path(place) / "README.md").exists():
         # By name: datasets itself looks for "train" and "test" anywhere in the path.
         for builder, pattern in _LAYOUTS:
@@ -144,12 +148,12 @@ def _load(place: str, config: str | None, split: str, **options: Any) -> list[Ro
 
 
 def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str], Row]) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows to hold out of a named data set, each in an order that is the same for every run.
+    """Rows to train on and to hold out of a published data set, each in an order that is the same for every run.
 
     Args:
         request: how many, and whether from a copy.
-        source: where the data set lives.
-        as_row: makes a row of prompt, answer and id of a row as read and of what an error calls it.
+        source: where the data set is on the hub.
+        as_row: makes a row with prompt, answer and id from a row as stored and from the name of that row in errors.
 
     Raises:
         ValueError: there are too few rows, or a row lacks a column.
@@ -157,8 +161,9 @@ def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str
     """
 
     def rows_of(split: str) -> list[Row]:
-        rows, place = read_rows(request, source, split), request.path or request.dataset
-        return mixed(distinct(as_row(row, f"{place}, row {at}") for at, row in enumerate(rows, start=1)))
+        stored, place = read_rows(request, source, split), request.path or request.dataset
+        rows = distinct(as_row(row, f"{place}, row {at}") for at, row in enumerate(stored, start=1))
+        return shuffled(rows, random.Random(0))  # noqa: S311 - reproducible data, not a secret
 
     no_splits = Path(request.path).suffix in READABLE
     held_out = None
@@ -170,7 +175,7 @@ def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str
 def split_rows(
     request: DataRequest, train: Sequence[Row], held_out: Sequence[Row] | None
 ) -> tuple[list[Row], list[Row]]:
-    """The first rows for training, and those held out: of a split of their own, else the next ones of the first.
+    """The first rows for training, and the rows held out: those of ``held_out``, else the next ones.
 
     Rows to train on whose prompt is also held out are left out.
 
@@ -210,23 +215,22 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def mixed(rows: Sequence[Row]) -> list[Row]:
-    """The rows in a random order that is the same in every run, so that the first ones are a fair sample."""
-    rng = random.Random(0)  # noqa: S311 - reproducible data, not a secret
-    order = sorted((rng.random(), position) for position in range(len(rows)))
-    return [rows[position] for _, position in order]
+def shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
+    """The items in random order; the same state of ``rng`` gives the same order in every version of Python."""
+    order = sorted((rng.random(), position) for position in range(len(items)))
+    return [items[position] for _, position in order]
 
 
 def text_id(source: str, text: str) -> str:
-    """An id for a prompt that stays the same whatever the order of the rows."""
+    """An id for a prompt that does not depend on the order of the rows."""
     return f"{source}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
 def column(row: Row, name: str, where: str) -> Any:
-    """A value that must be there.
+    """A required value of a row.
 
     Raises:
-        ValueError: there is none; the columns there are get named.
+        ValueError: it is missing; the message lists the columns.
     """
     if name not in row:
         raise ValueError(f"{where}: no column {name!r}; columns are {', '.join(row)}")
@@ -235,8 +239,21 @@ def column(row: Row, name: str, where: str) -> Any:
     return row[name]
 
 
+def checked_answer(answer: str, verifier: Verifier, where: str) -> str:
+    """The answer of a row, if a completion can match it.
+
+    Raises:
+        ValueError: it can never be matched; the row is named.
+    """
+    try:
+        gold_answer(answer, verifier)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return answer
+
+
 def refuse(request: DataRequest, *names: str) -> None:
-    """Refuse settings that mean nothing to a task.
+    """Refuse settings that do not apply to a task.
 
     Raises:
         ValueError: one of them was given.

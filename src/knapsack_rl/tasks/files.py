@@ -1,19 +1,26 @@
-"""Data sets of one's own: a JSONL, CSV or parquet file, or any data set of the hub, with a column mapping."""
+"""Your own data sets: a JSONL, CSV or parquet file, or any data set of the hub, with column names as settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from knapsack_rl.offline.tables import READABLE
-from knapsack_rl.tasks.data import DataRequest, Reward, Row, Source, TaskData, column, read_rows, refuse, split_rows
-from knapsack_rl.tasks.gsm8k import gsm8k_reward
-from knapsack_rl.tasks.matching import exact_match_reward
-from knapsack_rl.tasks.math_answers import MathVerifier, math_reward
+from knapsack_rl.tasks.data import (
+    DataRequest,
+    Row,
+    Source,
+    TaskData,
+    checked_answer,
+    column,
+    read_rows,
+    refuse,
+    split_rows,
+)
+from knapsack_rl.tasks.math_process import require_math
+from knapsack_rl.tasks.verifier import REWARDS, Verifier
 
 MAX_COMPLETION_TOKENS = 256
-
-VERIFIERS: dict[str, Reward] = {"exact": exact_match_reward, "number": gsm8k_reward, "math": math_reward}
-"""Verifiers that need no more than the answer, by name."""
 
 
 def columns_task(request: DataRequest) -> TaskData:
@@ -22,29 +29,28 @@ def columns_task(request: DataRequest) -> TaskData:
     A prompt is text, or a list of chat messages, which must then be so in every row.
 
     Raises:
-        ValueError: a column is missing, or there are too few rows.
+        ValueError: a column is missing, an answer can never be matched, or there are too few rows.
         FileNotFoundError: a path that looks like a file does not exist.
         OSError: the hub did not deliver.
         ImportError: the verifier needs an extra.
     """
-    reward = VERIFIERS["exact" if request.verifier == "auto" else request.verifier]
-    if reward is math_reward:
-        MathVerifier()  # says now, and not after the first generation, that its package is missing
+    verifier = cast(Verifier, "exact" if request.verifier == "auto" else request.verifier)
+    if verifier != "exact":
+        require_math()
     if Path(request.dataset).suffix in READABLE:
         refuse(request, "path", "config", "split")
-        source = Source(hub=str(request.dataset))
-    else:
-        source = Source(hub=request.dataset)
-    rows = read_rows(request, source, request.split or "train")
-    train, held_out = split_rows(
-        request, [_as_row(row, at, request) for at, row in enumerate(rows[: request.wanted])], None
-    )
+    rows = read_rows(request, Source(hub=request.dataset), request.split or "train")[: request.wanted]
+    train, held_out = split_rows(request, [_as_row(row, at, request, verifier) for at, row in enumerate(rows)], None)
     return TaskData(
-        train=train, held_out=held_out, reward=reward, max_completion_tokens=MAX_COMPLETION_TOKENS, chat=True
+        train=train,
+        held_out=held_out,
+        reward=REWARDS[verifier],
+        max_completion_tokens=MAX_COMPLETION_TOKENS,
+        chat=True,
     )
 
 
-def _as_row(row: Row, position: int, request: DataRequest) -> Row:
+def _as_row(row: Row, position: int, request: DataRequest, verifier: Verifier) -> Row:
     where = f"{request.dataset}, row {position + 1}"
     found = []
     for setting, name in (("prompt_column", request.prompt_column), ("answer_column", request.answer_column)):
@@ -59,6 +65,6 @@ def _as_row(row: Row, position: int, request: DataRequest) -> Row:
         prompt = request.framed(str(prompt))
     return {
         "prompt": prompt,
-        "answer": str(answer),
+        "answer": checked_answer(str(answer), verifier, where),
         "prompt_id": row.get("prompt_id", f"{Path(request.dataset).name}:{position}"),
     }

@@ -1,4 +1,4 @@
-"""The process that compares formulas: ``python -m knapsack_rl.tasks.math_worker MEGABYTES SECONDS``.
+"""The worker process that compares formulas: ``python -m knapsack_rl.tasks.math_worker MEGABYTES SECONDS``.
 
 Reads a JSON line ``[right, given]`` of LaTeX texts, writes ``1``, ``0``, or ``-`` where it ran out of time or memory.
 The process itself only imports sympy, which takes seconds, and forks a child that compares. A child that takes too long
@@ -77,6 +77,7 @@ def _make_comparison() -> Equal:
     for module, name in ((sympy_parser, "parse_expr"), (sympy_parser, "eval_expr"), (parsing, "parse_expr")):
         assert hasattr(module, name), f"sympy has no {module.__name__}.{name}: this release is not supported"
         setattr(module, name, _only_numbers)
+    _without_generated_code()
     from math_verify import LatexExtractionConfig, parse, verify
 
     latex = [LatexExtractionConfig()]
@@ -89,15 +90,35 @@ def _make_comparison() -> Equal:
         return bool(one and other and verify(one, other, timeout_seconds=None)) and not far(one[0], other[0])
 
     def far(one: Any, other: Any) -> bool:
-        # math-verify rounds decimals to six places whatever their size, which makes every tiny number equal to 0.
+        # math-verify rounds decimals to six places, and takes exact numbers that differ by less than 1e-15 for equal,
+        # whatever their size, which makes every tiny number equal to 0.
         both = (one, other)
-        if not all(getattr(e, "is_number", False) for e in both) or not any(e.has(sympy.Float) for e in both):
+        if one == other or not all(getattr(number, "is_number", False) for number in both):
             return False
-        a, b = (e.evalf(20) for e in both)
-        return bool(abs(a - b) > 1e-6 * max(abs(a), abs(b)))
+        exact = not any(number.has(sympy.Float) for number in both)
+        if exact and any(number.has(sympy.UnevaluatedExpr) for number in both):  # 50% may be 50, too
+            return False
+        a, b, difference = (number.doit().evalf(20) for number in (one, other, one - other))
+        # A difference that is exactly 0 may come out as a number of no significant digit, far below 1e-90.
+        return bool(abs(difference) > max((1e-15 if exact else 1e-6) * max(abs(a), abs(b)), 1e-90))
 
     assert equal("\\frac{1}{2}", "0.5") and equal("x^2-1", "(x-1)(x+1)") and not equal("\\pi", "3.14"), "self-check"
     return equal
+
+
+def _without_generated_code() -> None:
+    """Replace the code that sympy writes and executes for polynomials of several symbols by functions of sympy."""
+    from sympy.polys import monomials
+
+    def mulpow(one: tuple[int, ...], other: tuple[int, ...], power: int) -> tuple[int, ...]:
+        return tuple(a + b * power for a, b in zip(one, other, strict=True))
+
+    functions: dict[str, Callable[..., Any]] = {"mulpow": mulpow}
+    for name in ("mul", "pow", "ldiv", "div", "lcm", "gcd"):
+        functions[name] = getattr(monomials, f"monomial_{name}")
+    for name, function in functions.items():
+        assert hasattr(monomials.MonomialOps, name), f"sympy has no MonomialOps.{name}: this release is not supported"
+        setattr(monomials.MonomialOps, name, lambda operations, function=function: function)
 
 
 class _Child:
@@ -112,7 +133,7 @@ class _Child:
                 for own in (0, self._requests, self._replies):
                     os.close(own)
                 _compare(equal, requests, replies, megabytes, seconds)
-            except BaseException:  # noqa: BLE001 - told, and then the child ends without its parent's clean-up
+            except BaseException:  # noqa: BLE001 - printed, and then the child ends without its parent's clean-up
                 traceback.print_exc()
             finally:
                 os._exit(0)
@@ -167,7 +188,7 @@ def main(megabytes: int, seconds: float) -> None:
     sys.setrecursionlimit(2000)
     equal = _make_comparison()
     child = _Child(equal, megabytes, seconds)
-    assert child.ask(b'["x+x", "2x"]\n', 60.0) == b"1\n", "self-check under guard and limits"
+    assert child.ask(b'["x+y", "\\\\frac{x^2-y^2}{x-y}"]\n', 60.0) == b"1\n", "self-check under guard and limits"
     os.write(replies, b"ready\n")
     for line in sys.stdin.buffer:
         try:

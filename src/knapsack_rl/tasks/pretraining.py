@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer
@@ -21,21 +21,14 @@ from tokenizers.pre_tokenizers import Split
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from knapsack_rl.tasks.arithmetic import EOS_TOKEN, PAD_TOKEN, Problem
+from knapsack_rl.tasks.arithmetic import EOS_TOKEN, PAD_TOKEN
+from knapsack_rl.tasks.generated import Problem, Sampler
 
 TOKENS = (PAD_TOKEN, EOS_TOKEN, *"0123456789+=")
 VOCABULARY = {token: index for index, token in enumerate(TOKENS)}
 PAD_ID, EOS_ID = VOCABULARY[PAD_TOKEN], VOCABULARY[EOS_TOKEN]
-SAMPLES = 8  # per prompt: the spectrum is what a uniform budget of eight rollouts would see
+SAMPLES = 8  # per prompt: the spectrum that a uniform budget of eight rollouts would see
 IGNORED = -100  # the label that the loss leaves out
-
-
-class Sampler(Protocol):
-    """Draws problems for pre-training, none that is reserved for training or evaluation."""
-
-    def sample(self, count: int, rng: random.Random) -> list[Problem]:
-        """Draw problems."""
-        ...
 
 
 @dataclass(frozen=True)

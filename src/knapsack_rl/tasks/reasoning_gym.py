@@ -1,8 +1,8 @@
-"""Any task of reasoning-gym: about a hundred generators of problems with verifiers, no network.
+"""Any task of reasoning-gym: about a hundred generators of problems with verifiers, without a network.
 
-A data set is named ``reasoning-gym:TASK``, and its knobs as in a web address:
-``reasoning-gym:chain_sum?min_terms=2&max_terms=3``. Its verifiers give wrong answers some hundredths; a success is a
-score of 1. The answer of a completion is what stands in its last ``<answer>...</answer>``, else the whole of it.
+A data set is named ``reasoning-gym:TASK``; its knobs follow as in a URL:
+``reasoning-gym:chain_sum?min_terms=2&max_terms=3``. Its verifiers give wrong answers a few hundredths of a point; a
+success is a score of 1. The answer is the content of the last ``<answer>...</answer>``, else the whole completion.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl
 
-from knapsack_rl.tasks.data import DataRequest, Row, TaskData, refuse
-from knapsack_rl.tasks.extraction import MAX_TEXT, same_length, text_of
+from knapsack_rl.tasks.data import FILE_SETTINGS, DataRequest, Row, TaskData, refuse, split_rows
+from knapsack_rl.tasks.verifier import MAX_TEXT, same_length, tagged_answer, text_of
 
 TEMPLATE = "{prompt}\nThink, then write the answer alone between <answer> and </answer>."
 MAX_COMPLETION_TOKENS = 256
@@ -22,19 +22,20 @@ FULL_SCORE = 1.0
 
 
 def reasoning_gym_task(request: DataRequest) -> TaskData:
-    """Problems of a generator, the same ones for every run.
+    """Problems of a generator, the same for every run.
 
     Raises:
         ImportError: reasoning-gym is not installed.
         ValueError: there is no such task, it has no such knob, or a setting of files was given.
     """
-    refuse(request, "path", "config", "split", "verifier", "prompt_column", "answer_column")
+    refuse(request, *FILE_SETTINGS)
     name, _, query = request.dataset.partition(":")[2].partition("?")
     problems = _problems(name, query, request.wanted)
     rows = [_row(request, name, problems[index], index) for index in range(request.wanted)]
+    train, held_out = split_rows(request, rows, None)
     return TaskData(
-        train=rows[: request.train_prompts],
-        held_out=rows[request.train_prompts :],
+        train=train,
+        held_out=held_out,
         reward=_reward_for(problems),
         max_completion_tokens=MAX_COMPLETION_TOKENS,
         chat=True,
@@ -65,7 +66,7 @@ def _knobs(query: str) -> dict[str, Any]:
     for name, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
         if name in ("seed", "size"):
             raise ValueError(
-                f"{name} is no knob: train_prompts and held_out_prompts decide how many problems there are"
+                f"{name} is not a knob: train_prompts and held_out_prompts decide how many problems there are"
             )
         try:
             knobs[name] = json.loads(text)
@@ -96,9 +97,9 @@ def _reward_for(problems: Any) -> Any:
 
 
 def answer_of(completion: Any) -> str | None:
-    """What a completion answers; None where it is too long to be read."""
+    """The answer in a completion; None if it is too long to be read."""
     text = text_of(completion)
     if len(text) > MAX_TEXT:
         return None
-    start = text.rfind("<answer>")
-    return (text[start + 8 :].partition("</answer>")[0] if start >= 0 else text).strip()
+    found = tagged_answer(text)
+    return (text if found is None else found).strip()

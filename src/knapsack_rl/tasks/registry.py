@@ -1,4 +1,4 @@
-"""Data sets by name: which task a name stands for."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 from knapsack_rl.tasks.arithmetic import arithmetic_task
 from knapsack_rl.tasks.countdown import countdown_task
-from knapsack_rl.tasks.dapo_math import dapo_math_task
 from knapsack_rl.tasks.data import DataRequest, TaskData
 from knapsack_rl.tasks.files import columns_task
-from knapsack_rl.tasks.gsm8k import gsm8k_task
-from knapsack_rl.tasks.math_problems import math_task
+from knapsack_rl.tasks.hub import dapo_math_task, gsm8k_task, math_task
 from knapsack_rl.tasks.reasoning_gym import reasoning_gym_task
 from knapsack_rl.tasks.running_sums import running_sums_task
 from knapsack_rl.tasks.sums import sums_task
@@ -28,15 +26,15 @@ TASKS: dict[str, Callable[[DataRequest], TaskData]] = {
 """Tasks by the name in front of a colon; any other name is a file or a hub data set."""
 
 ONE_COMPLETION = ("arithmetic", "running-sums")
-"""Tasks of which every prompt has one right completion, so that its probability is the success rate."""
+"""Tasks whose prompts have a single right completion each, so that its probability is the success rate."""
 
 
 def load_data(request: DataRequest) -> TaskData:
-    """The data that a run asks for.
+    """Load the data that a run asks for.
 
     Raises:
         ValueError: a setting does not fit the data set, or there are too few rows.
-        OSError: a file is not there, or the hub did not deliver.
+        OSError: a file does not exist, or the hub did not deliver.
         ImportError: the data set needs an extra; the message has the line that installs it.
     """
     task = TASKS.get(request.dataset.partition(":")[0])

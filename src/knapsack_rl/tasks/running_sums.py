@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
-from knapsack_rl.tasks.arithmetic import Problem, below, quotas, shuffled, to_rows
-from knapsack_rl.tasks.data import DataRequest, TaskData, refuse
-from knapsack_rl.tasks.matching import exact_match_reward
+from knapsack_rl.tasks.data import DataRequest, TaskData
+from knapsack_rl.tasks.generated import Problem, Splits, below, draw_distinct, draw_splits, splits_task
 
 FEWEST, MOST = 2, 7
 """Digits of a sum."""
@@ -26,23 +25,8 @@ MAX_POSITIONS = 32
 """The longest prompt has 14 characters."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunningSums:
-    """Three disjoint sets of problems.
-
-    Attributes:
-        pretrain: draws from every problem that is in neither of the other two.
-        train: prompts of the reinforcement learning run.
-        held_out: prompts on which the run is evaluated.
-    """
-
-    pretrain: RunningSumSampler
-    train: tuple[Problem, ...]
-    held_out: tuple[Problem, ...]
-
-
 class RunningSumSampler:
-    """Draws problems for pre-training, every number of digits as often, none that is reserved.
+    """Draws problems for pre-training, each number of digits equally often, none that is reserved.
 
     Args:
         reserved: problems that are never drawn.
@@ -66,10 +50,10 @@ class RunningSumSampler:
         return found
 
 
-def make_running_sums(seed: int = 0, train: int = 2048, held_out: int = 512) -> RunningSums:
-    """Draw disjoint sets of problems, every number of digits alike as far as there are enough problems.
+def make_running_sums(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits:
+    """Draw disjoint sets of problems, equally many of each number of digits as far as there are enough problems.
 
-    At most half of the problems of a number of digits are reserved. The draw depends on nothing but the arguments.
+    The draw depends on nothing but the arguments, see :func:`knapsack_rl.tasks.generated.draw_splits`.
 
     Args:
         seed: any integer.
@@ -77,43 +61,20 @@ def make_running_sums(seed: int = 0, train: int = 2048, held_out: int = 512) -> 
         held_out: number of held-out problems, at least 1.
 
     Raises:
-        ValueError: a size is below 1 or there are too few problems.
+        ValueError: a size is below 1, or both together exceed half of all problems.
     """
-    sizes = range(FEWEST, MOST + 1)
-    caps = [9**size // 2 for size in sizes]
-    if train < 1 or held_out < 1 or train + held_out > sum(caps):
-        raise ValueError(
-            f"train and held_out must be at least 1 and at most {sum(caps)} together, got {train}, {held_out}"
-        )
-    rng = random.Random(seed)  # noqa: S311 - reproducible data, not a secret
-    totals = quotas(train + held_out, [1.0] * len(caps), caps)
-    for_evaluation = quotas(held_out, [float(total) for total in totals], totals)
-    training: list[Problem] = []
-    evaluation: list[Problem] = []
-    for size, total, kept in zip(sizes, totals, for_evaluation, strict=True):
-        drawn: dict[str, Problem] = {}
-        while len(drawn) < total:
-            problem = _draw(size, rng)
-            drawn.setdefault(problem.prompt, problem)
-        evaluation += list(drawn.values())[:kept]
-        training += list(drawn.values())[kept:]
-    return RunningSums(RunningSumSampler([*training, *evaluation]), shuffled(training, rng), shuffled(evaluation, rng))
+
+    def draw(index: int, count: int, rng: random.Random) -> list[Problem]:
+        return draw_distinct(count, rng, partial(_draw, FEWEST + index))
+
+    sizes = [9**digits for digits in range(FEWEST, MOST + 1)]
+    training, evaluation = draw_splits(seed, train, held_out, [1.0] * len(sizes), sizes, draw)
+    return Splits(RunningSumSampler([*training, *evaluation]), training, evaluation)
 
 
 def running_sums_task(request: DataRequest) -> TaskData:
-    """The generated sums: every seed trains and is judged on the same prompts.
-
-    Raises:
-        ValueError: a setting of files was given, or more problems are asked for than there are.
-    """
-    refuse(request, "path", "config", "split", "verifier", "template", "prompt_column", "answer_column")
-    sums = make_running_sums(train=request.train_prompts, held_out=max(request.held_out_prompts, 1))
-    return TaskData(
-        train=to_rows(sums.train),
-        held_out=to_rows(sums.held_out[: request.held_out_prompts]),
-        reward=exact_match_reward,
-        max_completion_tokens=MAX_COMPLETION_TOKENS,
-    )
+    """The generated sums; errors are those of :func:`knapsack_rl.tasks.generated.splits_task`."""
+    return splits_task(request, make_running_sums, MAX_COMPLETION_TOKENS)
 
 
 def _draw(size: int, rng: random.Random) -> Problem:

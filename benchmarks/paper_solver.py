@@ -8,7 +8,7 @@ import numpy as np
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 
 
-@numba.njit(cache=True)
+@numba.njit  # not cached: a cache holds the name by which this module was imported
 def paper_dynamic_program(values: FloatArray, budget: int, low: int, high: int) -> IntArray:
     """Loop over prompts, budgets and rollouts, as the paper describes its solver: O(M B N_up).
 

@@ -1,17 +1,15 @@
-r"""Verifier for MATH-style answers: formulas that are equal though written differently.
+"""The worker process in which formulas are compared, as its client sees it.
 
 Equality of formulas is decided by the package math-verify, which builds on sympy. Neither bounds time or memory, and
-parts of both evaluate text as Python, so they run in a process of their own, see
-:mod:`knapsack_rl.tasks.math_worker`: it has a memory limit, gets a formula's text and nothing else, and is killed and
-forked anew if an answer takes too long. What can be decided without it is: answers equal as text or as numbers.
-
-The answer is the content of the last ``\boxed{}``, else the last line. A completion of more than 100,000 characters or
-an answer of more than 512 is wrong without being parsed.
+parts of both evaluate text as Python. So they run in a separate process, :mod:`knapsack_rl.tasks.math_worker`. It has a
+memory limit, receives the text of the two formulas and nothing else, and is killed and forked anew when a comparison
+takes too long.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -20,12 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
-
-from knapsack_rl.tasks.extraction import BOX, MAX_ANSWER, MAX_TEXT, last_boxed, same_length, text_of
-from knapsack_rl.tasks.gsm8k import final_number
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +26,21 @@ START_SECONDS = 120.0
 """Longest start of the worker, which imports sympy; on a busy machine that takes its time."""
 
 GRACE_SECONDS = 5.0
-"""How much longer than a formula's time the worker may take to say that the time is over, before it is ended itself."""
+"""How long after the end of a comparison's time the worker may still reply before it is killed itself."""
 
 
-class MathVerifier:
-    """Compares MATH-style answers; formulas in a worker process, which starts with the first one.
+class MathProcess:
+    """Compares formulas in a worker process, which starts with the first one.
 
     Use it as a context manager, or call :meth:`close`; the worker also ends with the process that made it. Calls from
     several threads wait for each other.
 
     Args:
-        seconds: wall-clock time per formula, > 0; a formula that takes longer is wrong.
-        megabytes: address space of the worker, >= 512; a formula that needs more is wrong.
+        seconds: wall-clock time per comparison, > 0; one that takes longer is wrong.
+        megabytes: address space of the worker, >= 512; a comparison that needs more is wrong.
 
     Attributes:
-        refused: formulas that ran out of time or memory, or killed the worker in another way.
+        refused: comparisons that ran out of time or memory, or killed the worker in another way.
 
     Raises:
         ImportError: math-verify is not installed, or the system cannot fork processes (Windows).
@@ -55,10 +48,7 @@ class MathVerifier:
     """
 
     def __init__(self, seconds: float = 0.8, megabytes: int = 2048) -> None:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError('No module named math_verify. MATH-style answers need: pip install "knapsack-rl[math]"')
-        if not hasattr(os, "fork"):
-            raise ImportError("MATH-style answers need a system that can fork processes, such as Linux or macOS")
+        require_math()
         if not 0.0 < seconds < float("inf") or megabytes < 512:
             raise ValueError(f"seconds must be > 0 and megabytes >= 512, got {seconds} and {megabytes}")
         self.seconds, self.megabytes = seconds, megabytes
@@ -67,27 +57,8 @@ class MathVerifier:
         self._ready = False
         self._lock = threading.Lock()
 
-    def is_correct(self, completion: Any, answer: str) -> bool:
-        r"""Whether the answer in a completion equals the right one, as text, as a number or as a formula.
-
-        Args:
-            completion: text, or messages of which the last one counts; of any length.
-            answer: the right answer, or a solution with it in ``\boxed{}``.
-
-        Raises:
-            ValueError: the right answer is empty or longer than 512 characters.
-        """
-        right = _answer(answer)
-        if not right:
-            raise ValueError(f"answer must hold 1 to {MAX_ANSWER} characters, got {answer[:80]!r}")
-        given = _answer(text_of(completion))
-        if not given:
-            return False
-        if given == right:
-            return True
-        one, other = _number(given), _number(right)
-        if one is not None and other is not None:
-            return one == other
+    def equal(self, given: str, right: str) -> bool:
+        """Whether two formulas in LaTeX are equal; False if comparing them takes too much time or memory."""
         with self._lock:
             return self._ask(given, right)
 
@@ -101,7 +72,7 @@ class MathVerifier:
         with self._lock:
             self._end()
 
-    def __enter__(self) -> MathVerifier:
+    def __enter__(self) -> MathProcess:
         return self
 
     def __exit__(
@@ -135,7 +106,7 @@ class MathVerifier:
     def _launch(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", "-m", "knapsack_rl.tasks.math_worker", str(self.megabytes), str(self.seconds)]
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-        # A session of its own, so that it can be ended together with its child. No text of a model is in the command.
+        # A new session, so that it can be ended together with its child. No text of a model is in the command.
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, start_new_session=True)  # noqa: S603
 
     @staticmethod
@@ -174,38 +145,26 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
             os.killpg(worker.pid, signal.SIGKILL)
 
 
-def _answer(text: str) -> str:
-    """The answer in a text without white space and dollar signs around it; empty where there is none."""
-    if len(text) > MAX_TEXT:
-        return ""
-    found = (last_boxed(text) or "") if BOX in text else text.rstrip().rpartition("\n")[2]
-    found = found.strip().strip("$").strip()
-    return found if len(found) <= MAX_ANSWER else ""
-
-
-def _number(answer: str) -> Any:
-    """An answer that is nothing but a number, as a fraction; None for any other."""
-    return final_number(f"#### {answer}") if set(answer) <= set("0123456789.,/-+") else None
-
-
-_shared: list[MathVerifier] = []
-_shared_lock = threading.Lock()
-
-
-def math_reward(completions: Sequence[Any], answer: Sequence[str], **kwargs: Any) -> list[float]:
-    """TRL reward function: 1.0 where the completion's answer equals the right one, else 0.0; one worker per process.
-
-    Args:
-        completions: generated texts or messages.
-        answer: right answers, one per completion.
-        **kwargs: the other columns and objects TRL passes; not used.
+def require_math() -> None:
+    """Check that formulas can be compared here.
 
     Raises:
-        ValueError: the numbers of completions and answers differ, or an answer is empty or too long.
-        ImportError: math-verify is not installed.
+        ImportError: math-verify is not installed, or the system cannot fork processes (Windows).
     """
-    same_length(completions, answer)
-    with _shared_lock:
-        if not _shared:
-            _shared.append(MathVerifier())
-    return [float(_shared[0].is_correct(text, right)) for text, right in zip(completions, answer, strict=True)]
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError(
+            "No module named math_verify. Comparing answers as numbers or formulas needs: "
+            'pip install "knapsack-rl[math]"'
+        )
+    if not hasattr(os, "fork"):
+        raise ImportError("comparing formulas needs a system that can fork processes, such as Linux or macOS")
+
+
+def shared_process() -> MathProcess:
+    """The one worker of the calling process, with the default limits; a process that was forked gets another."""
+    return _process_of(os.getpid())
+
+
+@functools.cache
+def _process_of(pid: int) -> MathProcess:
+    return MathProcess()

@@ -1,4 +1,4 @@
-"""Rows in closed form and the search for the critical value: against sorting all marginals of a written-out table."""
+"""The greedy in blocks, and that of a table: against sorting all marginals of a written-out table."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
-from knapsack_rl.allocation import solver
-from knapsack_rl.allocation.rows import Rows
-from knapsack_rl.allocation.value import marginal_values
-from knapsack_rl.allocation.value_functions import KNAPSACK
-from strategies import Batch, batches, no_deadline
+from knapsack_rl.allocation import blocks, solver
+from knapsack_rl.allocation.value import KNAPSACK, marginal_values
+from strategies import Batch, Knapsack, batches, concave_tables, no_deadline
 
 SEED = 1965
 EXTREME = [0.0, 5e-324, 1e-300, 1e-160, 1e-17, 1e-9, 0.001, 0.5, 0.999, 1 - 1e-9, 1 - 2**-52, 1 - 2**-53, 1.0]
@@ -33,36 +31,50 @@ def by_sorting(table: NDArray, budget: int, lower, upper, tier=None, priority=No
     return lower + np.bincount(row[order[: budget - int(lower.sum())]], minlength=prompts)
 
 
+def in_blocks(rates: NDArray, budget: int, lower, upper, tier=None, priority=None) -> NDArray:
+    """The greedy in blocks for the paper's value of success rates."""
+    prompts = rates.size
+    return blocks.greedy_in_blocks(
+        lambda rows, columns: KNAPSACK.marginals(rates[rows], columns),
+        budget,
+        np.broadcast_to(lower, prompts).astype(np.int64),
+        np.broadcast_to(upper, prompts).astype(np.int64),
+        np.zeros(prompts, np.int64) if tier is None else tier,
+        np.zeros(prompts) if priority is None else priority,
+    )
+
+
 @no_deadline
 @given(batches(max_prompts=9, cap=40))
 def test_closed_form_rows_agree_with_sorting(batch: Batch) -> None:
     table = marginal_values(batch.rates, 40)
     expected = by_sorting(table, batch.budget, batch.lower, batch.upper, priority=batch.rates)
-    rows = KNAPSACK.rows(batch.rates)
-    assert solver.solve(rows, *batch[1:], priority=batch.rates).tolist() == expected.tolist()
+    assert in_blocks(*batch, priority=batch.rates).tolist() == expected.tolist()
     assert solver.solve(table, *batch[1:], priority=batch.rates).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("prompts", [63, 64, 127, 128, 300, 2100, 5000])
 @pytest.mark.parametrize("steps", [0, 16])
-def test_large_batches_agree_with_sorting(prompts: int, steps: int) -> None:
-    """Sizes around those at which a sample is taken; rates in sixteenths make thousands of ties."""
+@pytest.mark.parametrize("block", [2**10, 2**17])
+def test_large_batches_agree_with_sorting(prompts: int, steps: int, block: int, monkeypatch) -> None:
+    """Rates in sixteenths make thousands of ties."""
+    monkeypatch.setattr(blocks, "BLOCK", block)
     rng = np.random.default_rng(SEED + prompts)
     rates = rng.integers(0, steps + 1, prompts) / steps if steps else rng.beta(0.4, 0.4, prompts)
-    table, rows = marginal_values(rates, 40), KNAPSACK.rows(rates)
+    table = marginal_values(rates, 40)
     tier, priority = rng.integers(0, 4, prompts), rng.integers(0, 5, prompts).astype(float)
     lower = rng.integers(1, 5, prompts)
     upper = lower + rng.integers(0, 36, prompts)
     for share in (0.0, 1e-3, 0.1, 0.5, 0.99, 1.0):
         budget = int(lower.sum() + share * (upper - lower).sum())
         expected = by_sorting(table, budget, lower, upper, tier, priority).tolist()
-        for given_rows in (rows, table):
-            assert solver.solve(given_rows, budget, lower, upper, tier=tier, priority=priority).tolist() == expected
+        assert solver.solve(table, budget, lower, upper, tier=tier, priority=priority).tolist() == expected
+        assert in_blocks(rates, budget, lower, upper, tier, priority).tolist() == expected
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "periodic"])
-def test_a_batch_whose_sample_misleads(order: str) -> None:
-    """The search starts from every 16th prompt: sorted batches, and one where only those have a value."""
+def test_any_order_of_the_blocks(order: str) -> None:
+    """The floor rises from block to block: sorted batches, and one where every 16th prompt alone has a value."""
     rates = np.sort(np.random.default_rng(SEED).beta(0.4, 0.4, 4096))
     if order == "descending":
         rates = rates[::-1].copy()
@@ -70,25 +82,37 @@ def test_a_batch_whose_sample_misleads(order: str) -> None:
         rates = np.where(np.arange(4096) % 16 == 0, 0.4, 1e-6)
     table = marginal_values(rates, 64)
     for budget in (2 * 4096 + 5, 8 * 4096, 60 * 4096):
-        found = solver.solve(KNAPSACK.rows(rates), budget, 2, 64, priority=rates)
+        found = in_blocks(rates, budget, 2, 64, priority=rates)
         assert found.tolist() == by_sorting(table, budget, 2, 64, priority=rates).tolist()
 
 
-@pytest.mark.parametrize("cap", [2, 100, 128, 129, 130, 257, 3000])
-def test_extreme_rates_with_caps_around_the_blocks(cap: int) -> None:
-    """Long rows are walked in blocks of 128, whose marginals may differ from the table's in the last digits."""
-    table = marginal_values(EXTREME, cap)
-    rows = KNAPSACK.rows(np.array(EXTREME))
+@pytest.mark.parametrize("cap", [2, 32, 33, 34, 128, 257, 3000])
+def test_extreme_rates_with_caps_around_the_columns_of_a_round(cap: int) -> None:
+    table, rates = marginal_values(EXTREME, cap), np.array(EXTREME)
     for budget in {2 * 13, 2 * 13 + 1, 8 * 13, 13 * cap // 2, 13 * cap - 1, 13 * cap}:
         if not 2 * 13 <= budget <= 13 * cap:
             continue
-        found, expected = solver.solve(rows, budget, 2, cap), by_sorting(table, budget, 2, cap)
-        assert found.sum() == budget
-        assert found.min() >= 2
-        assert found.max() <= cap
-        value, best = (sum(float(table[i, :n].sum()) for i, n in enumerate(c)) for c in (found, expected))
-        assert value == pytest.approx(best, rel=1e-12, abs=0.0)
-        assert solver.total_value(rows, found) == pytest.approx(value, rel=1e-11)
+        found = in_blocks(rates, budget, 2, cap)
+        assert found.tolist() == by_sorting(table, budget, 2, cap).tolist()
+        value = sum(float(table[i, :n].sum()) for i, n in enumerate(found))
+        assert kr.allocate(rates, budget, 2, cap).expected_value == pytest.approx(value, rel=1e-11)
+
+
+@no_deadline
+@given(concave_tables(max_prompts=6), st.integers(1, 40))
+def test_any_falling_rows(instance: Knapsack, block: int) -> None:
+    table = np.maximum(instance.marginals, 0.0)
+    before, blocks.BLOCK = blocks.BLOCK, block
+    found = blocks.greedy_in_blocks(
+        lambda rows, columns: table[rows, :columns],
+        instance.budget,
+        instance.lower,
+        instance.upper,
+        np.zeros(len(table), np.int64),
+        np.zeros(len(table)),
+    )
+    blocks.BLOCK = before
+    assert found.tolist() == by_sorting(table, *instance[1:]).tolist()
 
 
 def test_counts_around_a_block_follow_the_definition_in_fractions() -> None:
@@ -155,32 +179,11 @@ def test_unseen_prompts_share_one_row() -> None:
 
 def test_no_table_is_made_for_many_prompts() -> None:
     rates = np.random.default_rng(SEED).random(50_000)
-    kr.allocate(rates[:100], 800)  # compiles
     tracemalloc.start()
     kr.allocate(rates, 400_000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 50_000 * 8 * 20  # twenty numbers per prompt; a table has 128
-
-
-@no_deadline
-@given(
-    st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6),
-    st.integers(1, 30),
-    st.data(),
-)
-def test_any_geometric_rows(parts, cap: int, data: st.DataObject) -> None:
-    rows = Rows(*(np.array(column) for column in zip(*parts, strict=True)))
-    budget = data.draw(st.integers(len(parts), cap * len(parts)))
-    expected = by_sorting(rows.as_table(cap), budget, 1, cap)
-    assert solver.solve(rows, budget, 1, cap).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("change", [{"weight": -0.5}, {"weight": np.nan}, {"first": 1.5}, {"second": -0.1}])
-def test_rows_that_would_rise_are_refused(change: dict[str, float]) -> None:
-    parts = {"weight": 1.0, "first": 0.5, "second": 0.5} | change
-    with pytest.raises(ValueError, match="geometric rows need weights >= 0 and ratios in"):
-        solver.solve(Rows(**{name: np.array([0.5, number]) for name, number in parts.items()}), 4, 1, 9)
+    assert peak < 50_000 * 8 * 32  # numbers per prompt, of which the budget takes 12; a table has 128
 
 
 @pytest.mark.slow
