@@ -254,7 +254,7 @@ def tally(rows: Sequence[Row]) -> tuple[int, int, float]:
 
 
 def _gap(gap: float) -> str:
-    return "0" if gap == 0.0 else f"{gap:.0e}"
+    return "0" if gap == 0.0 else f"{gap:.0e}" if gap < 1e-3 else f"{100 * gap:.1f} %"
 
 
 def _share(rows: Sequence[Row]) -> str:
@@ -351,7 +351,9 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     times = []
     for prompts in sorted({row["prompts"] for row in select(rows, part="time")}):
         cells = [milliseconds(rows, prompts, method, costs=costs) for method, costs in methods]
-        times.append((prompts, *("–" if np.isnan(cell) else f"{cell:,.3g}" for cell in cells)))
+        times.append(
+            (prompts, *("–" if np.isnan(cell) else f"{cell:.3g}" if cell < 1000 else f"{cell:,.0f}" for cell in cells))
+        )
     losses = [(name, *("{:.1f} ({:.1f} to {:.1f})".format(*lost(rows, name, rule)) for rule in RULES))
               for name in MIXTURES]  # fmt: skip
     return {

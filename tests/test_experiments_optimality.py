@@ -112,7 +112,7 @@ def test_text_and_figure_follow_the_rows(quick, tmp_path: Path) -> None:
     broken["optimal"] -= 1
     broken["largest_gap"] = 0.25
     assert optimality.findings(rows)[0].verdict == "does not hold"
-    assert "largest gap 2e-01" in optimality.findings(rows)[0].ours
+    assert "largest gap 25.0 %" in optimality.findings(rows)[0].ours
 
 
 def test_an_interrupted_experiment_goes_on_where_it_stopped(quick, monkeypatch: pytest.MonkeyPatch) -> None:
