@@ -50,26 +50,6 @@ def allocate(dice: random.Random, folder: Path) -> None:
         assert found.certificate.optimal == (found.certificate.gap == 0.0)
 
 
-def graded(dice: random.Random, folder: Path) -> None:
-    size, levels = dice.randrange(1, 5), [0.0, 0.5, 1.0]
-    table = [[dice.randrange(5) for _ in levels] for _ in range(size)] if dice.random() < 0.8 else numbers(dice, size)
-    scale = levels if dice.random() < 0.8 else numbers(dice, 3)
-    budget = dice.randrange(8, 30) if dice.random() < 0.8 else number(dice)
-    found = kr.allocate_graded(table, scale, budget, 2, 12)
-    check_counts(found.counts, size, budget)
-
-
-def epoch(dice: random.Random, folder: Path) -> None:
-    batches = [numbers(dice, dice.randrange(1, 4)) for _ in range(dice.randrange(4))]
-    budget = dice.randrange(40) if dice.random() < 0.8 else number(dice)
-    block = dice.choice((1, 1, 2, 4, number(dice)))
-    plan = kr.plan_epoch(batches, budget, 2, 12, rows_multiple=block, slack=dice.choice((0.25, 1.0, number(dice))))
-    assert sum(int(counts.sum()) for counts in plan) == budget
-    for batch, counts in zip(batches, plan, strict=True):
-        check_counts(counts, len(batch), counts.sum())
-        assert counts.sum() % block == 0 and counts.min() >= 2 and counts.max() <= 12
-
-
 def allocator(dice: random.Random, folder: Path) -> None:
     """A short life of an allocator; after an error the same object must still serve a sane batch."""
     unit = dice.choice(("rollouts", "rollouts", "tokens"))

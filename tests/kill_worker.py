@@ -1,8 +1,7 @@
-"""Trains tiny models in child processes, kills them at given moments, resumes, and writes what came out.
+"""Trains tiny models in child processes, kills them at given moments, resumes, and writes the outcome.
 
 Started by ``test_kill.py``: ``kill_worker.py FOLDER MOMENTS STEPS``, moments as JSON ``[[kind, step, delay], ...]``: a
-child is killed ``delay`` seconds after it said that it begins generation (g), the update (u) or the checkpoint (c) of a
-step.
+child is killed ``delay`` seconds after it announced the generation (g), the update (u) or the checkpoint (c) of a step.
 Everything is imported once; the children are forked.
 """
 
@@ -30,35 +29,35 @@ SAVE_EVERY = 2
 KNOWN = 16
 
 
-class Telling(KnapsackGRPOTrainer):
-    """Says what it is about to do."""
+class Announcing(KnapsackGRPOTrainer):
+    """Announces what it is about to do."""
 
     def __init__(self, *args: Any, pipe: int, **kwargs: Any) -> None:
         self.pipe = pipe
         super().__init__(*args, **kwargs)
 
-    def tell(self, kind: str, step: int) -> None:
+    def announce(self, kind: str, step: int) -> None:
         os.write(self.pipe, f"{kind}{step}\n".encode())
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self.tell("g", self.state.global_step + 1)
+        self.announce("g", self.state.global_step + 1)
         return super()._generate_and_score_completions(inputs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.tell("c", self.state.global_step)
+        self.announce("c", self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
 
 
-class TellUpdate(TrainerCallback):
-    def __init__(self, trainer: Telling) -> None:
+class AnnounceUpdate(TrainerCallback):
+    def __init__(self, trainer: Announcing) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.tell("u", state.global_step + 1)
+        self.trainer.announce("u", state.global_step + 1)
 
 
 def informed() -> KnapsackAllocator:
-    """One that knows every prompt, so that the first epoch is ragged too."""
+    """Return an allocator that knows every prompt, so that the first epoch is ragged too."""
     allocator = KnapsackAllocator()
     for k in range(24):
         successes = (0, 1, 8, 16)[k % 4]
@@ -67,13 +66,13 @@ def informed() -> KnapsackAllocator:
 
 
 def train(folder: Path, steps: int, pipe: int) -> None:
-    """Train, or go on where a child was killed, and write the end of the run."""
+    """Train, or continue where a child was killed, and write the end of the run."""
     resume = bool(complete_checkpoints(folder))
     settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": SAVE_EVERY, "save_total_limit": 2}
-    allocator = KnapsackAllocator() if resume else informed()  # what is known must come from the checkpoint
+    allocator = KnapsackAllocator() if resume else informed()  # its knowledge must come from the checkpoint
     extra = {"allocator": allocator, "pipe": pipe}
-    trainer = tiny.trainer(Telling, folder, extra=extra, log_allocations=True, **settings)
-    trainer.add_callback(TellUpdate(trainer))
+    trainer = tiny.trainer(Announcing, folder, extra=extra, log_allocations=True, **settings)
+    trainer.add_callback(AnnounceUpdate(trainer))
     trainer.train(resume_from_checkpoint=True if resume else None)
     state = trainer.allocator.state_dict()
     digest = hashlib.sha1(json.dumps(state["header"], sort_keys=True).encode())
@@ -98,13 +97,13 @@ def child(folder: Path, steps: int, moment: tuple[str, int, float] | None) -> bo
         os.close(reading)
         try:
             train(folder, steps, writing)
-        except BaseException:  # noqa: BLE001 - told, and then the child ends
+        except BaseException:  # noqa: BLE001 - printed before the child ends
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as told:
-        for line in told:
+    with os.fdopen(reading) as announced:
+        for line in announced:
             if moment is not None and line.strip() == f"{moment[0]}{moment[1]}":
                 time.sleep(moment[2])
                 os.kill(pid, signal.SIGKILL)
@@ -118,7 +117,7 @@ def child(folder: Path, steps: int, moment: tuple[str, int, float] | None) -> bo
 
 def main() -> None:
     place, moments, steps = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-    warm = informed()
+    warm = informed()  # first calls before the forks
     warm.allocate(["p1", "p2"], 8)
     warm.observe(["p1", "p1", "p2"], [1.0, 0.0, 1.0])
     gc.freeze()

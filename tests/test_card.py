@@ -1,4 +1,4 @@
-"""The README of a run folder says what was done, and nothing that was not."""
+"""The README of a run folder describes the run, and claims nothing else."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def header(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_a_card_tells_the_run(tmp_path):
+def test_a_card_describes_the_run(tmp_path):
     write_run(tmp_path / "run", steps=10, dataset="sums", model="org/small", min_rollouts=2, max_rollouts=64)
     (tmp_path / "run" / "model").mkdir()
-    told = {"kind": "collapse", "seen": "Seen.", "cause": "C.", "remedy": "R."}
-    write_rows(tmp_path / "run" / "warnings.jsonl", [{"step": 4} | told])
+    warning = {"kind": "collapse", "seen": "Seen.", "cause": "C.", "remedy": "R."}
+    write_rows(tmp_path / "run" / "warnings.jsonl", [{"step": 4} | warning])
     path = write_card(tmp_path / "run")
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "run" / "README.md"
@@ -54,8 +54,8 @@ def test_uniform_unfinished_and_local_runs_are_called_so(tmp_path):
 def test_text_of_others_stays_text(tmp_path):
     name = "a|b`c\n# <script>x</script> [l](http://e.test)"
     write_run(tmp_path / "<b>[x](y)", steps=3, model=name, dataset=name)
-    told = {"kind": "k", "seen": name, "cause": "c", "remedy": "r"}
-    write_rows(tmp_path / "<b>[x](y)" / "warnings.jsonl", [{"step": 1} | told])
+    warning = {"kind": "k", "seen": name, "cause": "c", "remedy": "r"}
+    write_rows(tmp_path / "<b>[x](y)" / "warnings.jsonl", [{"step": 1} | warning])
     text = write_card(tmp_path / "<b>[x](y)").read_text(encoding="utf-8")
     outside_code = "".join(text.split("`")[::2])
     assert "<" not in outside_code.replace("&lt;", "")

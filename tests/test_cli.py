@@ -84,32 +84,32 @@ def test_help_lists_the_commands(capsys):
     assert len(COMMANDS) == len(COMMAND_NAMES)
 
 
-@pytest.mark.parametrize("command", COMMAND_NAMES)
-def test_the_help_of_a_command_has_examples_that_parse(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    _, marker, examples = capsys.readouterr().out.partition("examples:\n")
-    assert marker
-    lines = [line.strip() for line in examples.splitlines() if line.strip()]
-    assert len(lines) >= 2
-    for line in lines:
-        words = line.split("   ")[0].split()  # what follows explains
-        assert words[:2] == ["knapsack-rl", command]
-        assert build_parser().parse_args(words[1:]).run
+def test_the_help_of_every_command_has_examples_that_parse(capsys):
+    parser = build_parser()
+    for command in COMMAND_NAMES:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        _, marker, examples = capsys.readouterr().out.partition("examples:\n")
+        lines = [line.strip() for line in examples.splitlines() if line.strip()]
+        assert marker and len(lines) >= 2, command
+        for line in lines:
+            words = line.split("   ")[0].split()  # the rest is an explanation
+            assert words[:2] == ["knapsack-rl", command]
+            assert parser.parse_args(words[1:]).run, line
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_the_help_tells_every_setting_and_its_default(command, capsys):
+def test_the_help_lists_every_setting_and_its_default(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     out = capsys.readouterr().out
     text = "".join(out.split())  # lines are broken at spaces and hyphens
     varied = ("allocation", "seed", "threads") if command == "compare" else ()
     for spec in SETTINGS:
-        told = f"\n  --{spec.name.replace('_', '-')} " in out
-        assert told == (spec.name not in varied), spec.name
-        if told:
+        listed = f"\n  --{spec.name.replace('_', '-')} " in out
+        assert listed == (spec.name not in varied), spec.name
+        if listed:
             assert "".join(f"{spec.metadata['help']} (default: {spec.default})".split()) in text
 
 
@@ -131,9 +131,8 @@ def test_an_unknown_command_is_refused(misused):
     assert "invalid choice: 'alocate'" in misused("alocate")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_an_unknown_flag_is_refused_with_what_was_probably_meant(misused):
+    for arguments, message in (
         (("train", "--promt-column", "question"), "--promt-column question (did you mean --prompt-column?)"),
         (("train", "--rollouts-per-promt=4"), "--rollouts-per-promt=4 (did you mean --rollouts-per-prompt?)"),
         (
@@ -144,11 +143,8 @@ def test_an_unknown_command_is_refused(misused):
         (("report", "run", "--formatt=png"), "--formatt=png (did you mean --format?)"),
         (("train", "--xyzzy"), "--xyzzy (knapsack-rl train --help lists what there is)"),
         (("train", "qa.jsonl"), "qa.jsonl (knapsack-rl train --help lists what there is)"),
-    ],
-)
-def test_an_unknown_flag_is_refused_with_what_was_probably_meant(misused, arguments, message):
-    command = arguments[0]
-    assert misused(*arguments) == f"knapsack-rl {command}: error: unrecognized arguments: {message}"
+    ):
+        assert misused(*arguments) == f"knapsack-rl {arguments[0]}: error: unrecognized arguments: {message}"
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -317,18 +313,17 @@ def fed_in_order(rows, *arguments, **settings):
     return allocator, list(dict.fromkeys(row["prompt_id"] for row in rows))
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("estimator", ["bayes-filter", "empirical-bayes", "beta", "window"])
-def test_rewards_are_allocated_as_by_an_allocator_that_saw_them_step_by_step(cli, kind, estimator):
+def test_rewards_are_allocated_as_by_an_allocator_that_saw_them_step_by_step(cli, estimator):
     rows = reward_log()
-    out, _ = cli("allocate", write_table(rows, kind), "--estimator", estimator)
     allocator, prompts = fed_in_order(rows, estimator)
     expected = allocator.allocate(prompts, 8 * len(prompts))
-    ids, rates, counts = read_table(out)
-    assert ids == prompts
-    np.testing.assert_array_equal(rates, expected.success_rates)
-    assert counts == expected.counts.tolist()
-    assert len(set(counts)) > 2
+    for kind in ("csv", "jsonl", "parquet"):
+        ids, rates, counts = read_table(cli("allocate", write_table(rows, kind), "--estimator", estimator)[0])
+        assert ids == prompts, kind
+        np.testing.assert_array_equal(rates, expected.success_rates)
+        assert counts == expected.counts.tolist(), kind
+        assert len(set(counts)) > 2
 
 
 def test_the_order_of_steps_matters_and_is_that_of_their_numbers(cli):
@@ -378,7 +373,7 @@ def test_a_run_folder_is_a_log_of_rewards(cli, refused, path):
     assert ids == prompts
     assert counts == allocator.allocate(prompts, 8 * len(prompts)).counts.tolist()
     assert "give no options for them" in refused("allocate", path, "--reward-column", "score")
-    assert "--fallback goes with success rates" in refused("allocate", path, "--fallback")
+    assert "--fallback applies to success rates" in refused("allocate", path, "--fallback")
 
 
 def test_completions_of_trl_are_a_log_of_rewards(cli):
@@ -403,10 +398,9 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(
-    ("text", "flags", "message"),
-    [
-        ("success_rate\n0.5\nhalf\n", (), "column 'success_rate', row 2: 'half' is no number"),
+def test_bad_input_to_allocate_is_one_line(refused):
+    for text, flags, message in (
+        ("success_rate\n0.5\nhalf\n", (), "column 'success_rate', row 2: 'half' is not a number"),
         ("success_rate\n1.5\n", (), "1.5"),
         ("success_rate\n-0.5\n", (), "-0.5"),
         ("success_rate\n0.5\n", ("--budget", "-1"), "budget"),
@@ -414,15 +408,15 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
         ("success_rate\n0.5\n", ("--budget", "129"), "budget"),
         ("success_rate\n0.5\n", ("--min-rollouts", "-1"), "min_rollouts"),
         ("success_rate\n0.5\n", ("--min-rollouts", "9", "--max-rollouts", "8"), "min_rollouts"),
-        ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1: '' is no prompt id"),
+        ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1 is empty; every row needs a prompt id"),
         (
             "prompt_id,score\na,1\n",
             (),
-            "no column 'reward'; its columns are prompt_id, score (name another with --reward-column, or a column of "
-            "success rates, which 'success_rate' is not, with --rate-column)",
+            "no column 'reward'; its columns are prompt_id, score (name another with --reward-column, or name a column "
+            "of success rates instead of 'success_rate' with --rate-column)",
         ),
         ("id,reward\na,1\n", (), "no column 'prompt_id'; its columns are id, reward (name another with --id-column)"),
-        ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is no number"),
+        ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is not a number"),
         ("prompt_id,reward\na,inf\n", (), "reward"),
         ("prompt_id,step,reward\na,1,1\na,,1\n", (), "column 'step', row 2 is empty"),
         ("prompt_id,reward\na,1\n", ("--fallback",), "--estimator window"),
@@ -430,11 +424,9 @@ def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
         ("prompt_id,reward\na,1,2\n", (), "a row has 3 values"),
         ("prompt_id,reward\n", (), "holds no rows"),
         ("success_rate\n0.5\n", ("--output", "missing/found.csv"), "missing/found.csv"),
-    ],
-)
-def test_bad_input_to_allocate_is_one_line(refused, text, flags, message):
-    Path("table.csv").write_text(text)
-    assert message in refused("allocate", "table.csv", *flags)
+    ):
+        Path("table.csv").write_text(text)
+        assert message in refused("allocate", "table.csv", *flags), (text, flags)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(refused):
@@ -534,9 +526,8 @@ def test_a_number_may_have_an_exponent_without_a_point(cli):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_a_bad_configuration_file_is_one_line(refused, command):
+    for text, message in (
         ("step: 9\nlearning-rate: 1\n", "mine.yaml: unknown settings learning-rate, step; known are allocation, "),
         ("3: 9\n", "mine.yaml: unknown settings 3; known are allocation, "),
         ("3: 9\nstep: 9\n", "mine.yaml: unknown settings 3, step; known are allocation, "),
@@ -550,13 +541,11 @@ def test_a_number_may_have_an_exponent_without_a_point(cli):
         ("steps: 0\n", "mine.yaml: steps must be >= 1, got 0"),
         ("weighting: token\n", "mine.yaml: weighting must be one of rollout, prompt, got 'token'"),
         ("- steps\n", "mine.yaml must hold a mapping of settings, got list"),
-        ("steps: [1\nseed: 2\n", "mine.yaml is no YAML"),
-        ("steps: 9\n\tseed: 2\n", "mine.yaml is no YAML"),
-    ],
-)
-def test_a_bad_configuration_file_is_one_line(refused, command, text, message):
-    Path("mine.yaml").write_text(text)
-    assert refused(command, "--config", "mine.yaml").startswith(message)
+        ("steps: [1\nseed: 2\n", "mine.yaml is not valid YAML"),
+        ("steps: 9\n\tseed: 2\n", "mine.yaml is not valid YAML"),
+    ):
+        Path("mine.yaml").write_text(text)
+        assert refused(command, "--config", "mine.yaml").startswith(message), text
 
 
 def test_a_missing_configuration_file_is_one_line(refused):
@@ -586,7 +575,7 @@ def test_resume_takes_no_other_settings(refused):
     Path("run/config.yaml").write_text("steps: 9\nseed: 4\n")
     Path("mine.yaml").write_text("steps: 9\n")
     for flags in (("--steps", 9), ("--seed", 0), ("--config", "mine.yaml"), ("--output", "other")):
-        assert "--resume goes on with the run's own settings" in refused("train", "--resume", "run", *flags)
+        assert "--resume uses the settings of the run" in refused("train", "--resume", "run", *flags)
 
 
 def test_resume_prints_the_configuration_of_the_run(cli):
@@ -596,7 +585,7 @@ def test_resume_prints_the_configuration_of_the_run(cli):
     assert printed == TrainSettings(steps=9, seed=4).to_yaml()
 
 
-# -- What is told before the training libraries are loaded -------------------------------------------------------------
+# -- Reported before the training libraries are loaded ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -622,9 +611,11 @@ ENOUGH = ("--train-prompts", 32, "--held-out-prompts", 8, "--prompts-per-step", 
 
 @pytest.mark.usefixtures("too_early")
 @pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_common_mistakes_are_reported_before_the_slow_imports(refused, command):
+    write_questions()
+    Path("empty").mkdir()
+    write_model(Path("run/model"))
+    for flags, message in (
         (("--model", "missing/"), "there is no model folder missing/; a model is arithmetic-base or smollm2-135m, a "),
         (("--model", "./missing"), "there is no model folder ./missing; "),
         (("--model", "a/b/missing"), "there is no model folder a/b/missing; "),
@@ -646,13 +637,8 @@ ENOUGH = ("--train-prompts", 32, "--held-out-prompts", 8, "--prompts-per-step", 
             "qa.jsonl holds 40 rows, but train_prompts + held_out_prompts is 2560; lower them, for example "
             "--train-prompts 32 --held-out-prompts 8",
         ),
-    ],
-)
-def test_what_was_mistyped_is_told_before_the_slow_imports(refused, command, flags, message):
-    write_questions()
-    Path("empty").mkdir()
-    write_model(Path("run/model"))
-    assert refused(command, *flags).startswith(message)
+    ):
+        assert refused(command, *flags).startswith(message), flags
     assert not Path("runs").exists()
 
 
@@ -702,6 +688,13 @@ def test_what_cannot_be_resumed_is_refused_before_the_slow_imports(refused):
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pages without plots, which take most of their time; ``test_report.py`` draws them."""
+    monkeypatch.setattr("knapsack_rl.report.page.plot", lambda *_: "")
+
+
+@pytest.mark.usefixtures("without_plots")
 def test_report_of_one_run(cli):
     write_run(Path("runs/one"), steps=4)
     assert cli("report", "runs/one") == ("report: runs/one/report.html\n", "")
@@ -715,6 +708,7 @@ def two_runs():
     return ["runs/knapsack", "runs/uniform"]
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(("flags", "page"), [((), "comparison.html"), (("--output", "pages/c.html"), "pages/c.html")])
 def test_report_of_several_runs_is_a_comparison(cli, two_runs, flags, page):
     out, err = cli("report", *two_runs, *flags)
@@ -761,6 +755,7 @@ def test_the_plots_as_pictures(cli, two_runs):
     assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in both)
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_where_the_page_of_a_run_goes(cli, refused, two_runs):
     assert cli("report", two_runs[0], "--output", "pages/mine.html")[0] == "report: pages/mine.html\n"
     assert "Training run knapsack" in Path("pages/mine.html").read_text(encoding="utf-8")

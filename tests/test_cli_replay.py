@@ -55,12 +55,12 @@ def test_a_replay_as_json_is_json_alone(log, capsys, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "no file or folder nowhere"),
-        (["log.csv"], "no usual column for the prompt"),
+        (["log.csv"], "none of the usual columns for the prompt"),
         (
             ["log.csv", "--id-column", "q", "--reward-column", "score"],
             "has no column 'score'; its columns are iteration",
         ),
-        (["log.csv", "--id-column", "grade", "--reward-column", "q"], "is no number"),
+        (["log.csv", "--id-column", "grade", "--reward-column", "q"], "is not a number"),
         (["log.csv", *COLUMNS, "--seeds", "0"], "seeds must be a whole number >= 1, got 0"),
     ],
 )

@@ -23,8 +23,8 @@ def _quick_looks(monkeypatch):
     monkeypatch.setattr(compare, "POLL_SECONDS", 0.02)
 
 
-class Told:
-    """Keeps what it was told of a comparison's progress."""
+class Noted:
+    """Notes the progress of a comparison."""
 
     def __init__(self):
         self.events, self.most = [], 0
@@ -157,20 +157,20 @@ def processes(monkeypatch):
 
 @pytest.mark.parametrize("jobs", [1, 2, 3, 9])
 def test_no_more_processes_run_than_asked_for(tmp_path, processes, jobs):
-    runs, told = plan(SMALL, ["uniform", "knapsack"], [0, 1, 2], tmp_path), Told()
-    assert execute(runs, jobs=jobs, progress=told) == []
-    assert told.most == min(jobs, 6)
+    runs, noted = plan(SMALL, ["uniform", "knapsack"], [0, 1, 2], tmp_path), Noted()
+    assert execute(runs, jobs=jobs, progress=noted) == []
+    assert noted.most == min(jobs, 6)
     assert [process.folder for process in processes] == [run.folder for run in runs]
-    started = [event[1] for event in told.events if event[0] == "started"]
+    started = [event[1] for event in noted.events if event[0] == "started"]
     assert started == [run.settings.label for run in runs]
-    assert sorted(event[1:] for event in told.events if event[0] == "ended") == sorted(
+    assert sorted(event[1:] for event in noted.events if event[0] == "ended") == sorted(
         (run.settings.label, 0) for run in runs
     )
 
 
 def test_each_process_trains_its_run_with_one_thread(tmp_path, processes):
     (run,) = plan(SMALL, ["paper"], [4], tmp_path)
-    execute([run], jobs=1, progress=Told())
+    execute([run], jobs=1, progress=Noted())
     config = run.folder / "config.yaml"
     assert processes[0].command == [
         *(sys.executable, "-m", "knapsack_rl", "train", "--quiet"),
@@ -189,7 +189,7 @@ def test_an_interrupted_run_is_resumed_from_its_checkpoint(tmp_path, processes):
     (run.folder / "config.yaml").write_text(run.settings.to_yaml())
     (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
     (run.folder / "log.txt").write_text("before\n")
-    execute([run], jobs=1, progress=Told())
+    execute([run], jobs=1, progress=Noted())
     assert processes[0].command[3:] == ["train", "--quiet", "--resume", str(run.folder)]
     assert (run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert (run.folder / "log.txt").read_text() == "before\nsaid\n"
@@ -200,22 +200,22 @@ def test_what_was_left_without_a_whole_checkpoint_is_begun_again(tmp_path, proce
     (run.folder / "checkpoint-1").mkdir(parents=True)  # its last file is missing
     (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
     (run.folder / "allocations.jsonl").write_text('{"step": 1}\n')
-    execute([run], jobs=1, progress=Told())
+    execute([run], jobs=1, progress=Noted())
     assert "--resume" not in processes[0].command
     assert not (run.folder / "metrics.jsonl").exists()
     assert not (run.folder / "allocations.jsonl").exists()
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, processes, monkeypatch):
-    runs, told = plan(SMALL, POLICIES, [0], tmp_path), Told()
+    runs, noted = plan(SMALL, POLICIES, [0], tmp_path), Noted()
     monkeypatch.setattr(Training, "failing", ("uniform-n4-seed0",))
-    assert execute(runs, jobs=2, progress=told) == [runs[1]]
-    assert ("ended", "uniform-n4-seed0", 2) in told.events
+    assert execute(runs, jobs=2, progress=noted) == [runs[1]]
+    assert ("ended", "uniform-n4-seed0", 2) in noted.events
     assert [run.finished for run in runs] == [True, False, True, True]
 
 
 def test_an_interruption_waits_for_the_processes(tmp_path, processes):
-    class Interrupting(Told):
+    class Interrupting(Noted):
         def advanced(self, running):
             raise KeyboardInterrupt
 
@@ -226,10 +226,10 @@ def test_an_interruption_waits_for_the_processes(tmp_path, processes):
 
 def test_a_folder_with_other_settings_is_refused_before_anything_starts(tmp_path, processes):
     runs = plan(SMALL, ["uniform", "knapsack"], [0], tmp_path)
-    execute(runs, jobs=2, progress=Told())
+    execute(runs, jobs=2, progress=Noted())
     others = plan(dataclasses.replace(SMALL, learning_rate=1e-3), ["paper", "knapsack"], [0], tmp_path)
     with pytest.raises(ValueError, match="knapsack-n2-seed0 holds a run with other settings; choose another output"):
-        execute(others, jobs=2, progress=Told())
+        execute(others, jobs=2, progress=Noted())
     assert len(processes) == 2
     assert not others[0].folder.exists()
 
@@ -240,17 +240,17 @@ def test_a_folder_with_other_settings_is_refused_before_anything_starts(tmp_path
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """(runs, progress, output) of two policies with one seed, trained side by side."""
-    output, told = tmp_path_factory.mktemp("compare"), Told()
+    output, noted = tmp_path_factory.mktemp("compare"), Noted()
     runs = plan(SMALL, ["uniform", "knapsack"], [0], output)
-    failed = execute(runs, jobs=2, progress=told)
+    failed = execute(runs, jobs=2, progress=noted)
     assert failed == [], [(run.folder / "log.txt").read_text()[-2000:] for run in failed]
-    return runs, told, output
+    return runs, noted, output
 
 
 def test_a_comparison_trains_every_run(compared):
-    runs, told, _ = compared
-    assert told.most == 2
-    assert sorted(event[1:] for event in told.events if event[0] == "ended") == [
+    runs, noted, _ = compared
+    assert noted.most == 2
+    assert sorted(event[1:] for event in noted.events if event[0] == "ended") == [
         ("knapsack-n2-seed0", 0),
         ("uniform-n2-seed0", 0),
     ]
@@ -267,9 +267,9 @@ def test_a_comparison_trains_every_run(compared):
 
 def test_a_finished_comparison_starts_nothing(compared, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
-    told = Told()
-    assert execute(compared[0], jobs=2, progress=told) == []
-    assert told.events == []
+    noted = Noted()
+    assert execute(compared[0], jobs=2, progress=noted) == []
+    assert noted.events == []
 
 
 def arguments(output, *more):

@@ -41,9 +41,9 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("engine", RIGHT.values(), ids=RIGHT)
-@pytest.mark.parametrize("mean", [2, 3, 4, 8])
-def test_right_engines_pass(engine, mean):
-    kr.check_engine(engine, mean_rollouts=mean, seed=mean)
+def test_right_engines_pass(engine):
+    for mean in (2, 3, 4, 8):
+        kr.check_engine(engine, mean_rollouts=mean, seed=mean)
 
 
 def reshaped(size, function=normalised):
@@ -81,13 +81,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("engine", "broken"), WRONG.values(), ids=WRONG)
-def test_wrong_engines_are_told_what_is_wrong(engine, broken):
+def test_wrong_engines_fail_the_properties_that_they_break(engine, broken):
     with pytest.raises(ConformanceError) as caught:
         kr.check_engine(engine)
-    told = {name for name in PROPERTIES if f"  - {name}: " in str(caught.value)}
-    assert broken <= told
+    reported = {name for name in PROPERTIES if f"  - {name}: " in str(caught.value)}
+    assert broken <= reported
     if len(broken) == 1 and broken != {"shape"}:
-        assert told == broken
+        assert reported == broken
 
 
 def test_labels_that_are_taken_for_positions_are_caught():

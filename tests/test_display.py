@@ -1,4 +1,4 @@
-"""What ``knapsack-rl train`` shows while it runs."""
+"""The display of ``knapsack-rl train`` while it runs."""
 
 import io
 import logging
@@ -52,7 +52,7 @@ def test_the_panel_shows_the_newest_numbers(capsys):
     assert "knapsack-n8-seed7: 64 prompts x 8 rollouts" in lines
     assert any(line.startswith("step") and "3/20" in line for line in lines)
     assert {"reward 0.250 ▃", "held-out accuracy 0.125", "effective prompts 0.75 ▆", "largest budget 17"} <= set(lines)
-    assert "rollouts a second -" in lines  # the first step also compiles
+    assert "rollouts per second -" in lines  # the first step is a warm-up
     assert f"hard {'█' * 12} 50%" in lines
     assert "easy 0%" in lines
 
@@ -60,7 +60,7 @@ def test_the_panel_shows_the_newest_numbers(capsys):
 FINDING = Finding("collapse", 9, "Few [bold]prompts[/bold] carry.", "A cause.", "A remedy.")
 
 
-def test_every_display_tells_a_warning(capsys, caplog):
+def test_every_display_shows_a_warning(capsys, caplog):
     for display in (PlainLines(), Panel()):
         display.start(TrainSettings(steps=20), first_step=0)
         display.warn(FINDING)
@@ -92,7 +92,7 @@ def test_the_pace_leaves_out_the_first_step_and_counts_evaluations():
     pace = Pace(TrainSettings(steps=1000, prompts_per_step=4, rollouts_per_prompt=5), clock=lambda: next(times))
     pace.row({"step": 1, "loss": 0.1})
     assert (pace.left, math.isnan(pace.rollouts_per_second)) == ("", True)
-    pace.row({"step": 1, "held_out/accuracy": 0.5})  # takes no time of its own: the next step's includes it
+    pace.row({"step": 1, "held_out/accuracy": 0.5})  # its time counts with the next step
     pace.row({"step": 2, "loss": 0.1})
     assert pace.seconds == 100.0
     assert pace.left == "27 h 43 min"

@@ -125,7 +125,7 @@ def test_remarks_say_what_limits_the_result():
     )
     notes = " ".join(dry_run(log, Settings(seeds=1)).notes)
     assert "a note" in notes
-    assert "2 visits in the median" in notes
+    assert "the median prompt has 2 visits" in notes
     assert "rollouts without a reward were left out" in notes
     assert "rewards are graded" in notes
     assert "1 of 33 prompts were visited once" in " ".join(dry_run(once, Settings(seeds=1)).notes)
@@ -134,14 +134,14 @@ def test_remarks_say_what_limits_the_result():
 @pytest.mark.parametrize(
     ("ids", "steps", "message"),
     [
-        (["a"] * 8, [1, 1, 1, 1, 2, 2, 2, 2], "fewer than two prompts"),
+        (["a"] * 8, [1, 1, 1, 1, 2, 2, 2, 2], "at least two prompts"),
         (list("aabbccdd"), [1, 1, 1, 1, 2, 2, 2, 2], "no prompt is visited twice.*column that stays the same"),
         (list("abababab"), [1, 1, 2, 2, 3, 3, 4, 4], "each of one rollout"),
     ],
 )
 def test_a_log_that_says_nothing_is_refused(ids, steps, message):
     log = RewardLog.from_rollouts(ids, np.array(steps, float), np.array([0, 1] * 4, float), source="made up")
-    with pytest.raises(ValueError, match=f"made up: .*{message}"):
+    with pytest.raises(ValueError, match=f"made up holds .*{message}"):
         dry_run(log)
 
 
@@ -149,7 +149,7 @@ def test_a_log_that_says_nothing_is_refused(ids, steps, message):
 def test_a_log_without_any_value_is_no_error(rate, tmp_path):
     found = dry_run(make_log(np.full(8, rate), epochs=3, batch=4), Settings(seeds=1))
     assert found.recorded.value == 0
-    assert "there is nothing to buy" in summary(found)
+    assert "there is nothing to save" in summary(found)
     json.dumps(found.as_dict(), allow_nan=False)
     assert "Dry run" in write_dry_run(found, tmp_path / "page.html").read_text()
 
@@ -175,7 +175,7 @@ def test_impossible_settings_are_refused(settings, message):
         dry_run(make_log(RATES[:8], epochs=2), settings)
 
 
-def test_progress_is_told():
+def test_progress_is_reported():
     lines = []
     settings = Settings(seeds=1)
     dry_run(make_log(RATES[:8], epochs=2, batch=8), settings, lines.append)

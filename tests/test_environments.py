@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from cases import message_of
 from experiments.trace import SPLITS, load_trace
 from knapsack_rl.offline.environments import MIXTURES, Replay, Synthetic, Trace, draw_rates, shuffled_batches
 
@@ -38,29 +39,26 @@ def test_points_are_exact_and_weighted():
     assert rates.mean() == pytest.approx(0.75, abs=0.03)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_every_named_mixture_gives_rates(name):
-    rates = draw_rates(name, 50, np.random.default_rng(0))
-    assert rates.shape == (50,)
-    assert ((rates >= 0) & (rates <= 1)).all()
+def test_every_named_mixture_gives_rates():
+    for name in MIXTURES:
+        rates = draw_rates(name, 50, np.random.default_rng(0))
+        assert rates.shape == (50,), name
+        assert ((rates >= 0) & (rates <= 1)).all(), name
 
 
-@pytest.mark.parametrize(
-    ("mixture", "message"),
-    [
+def test_invalid_mixtures_are_refused():
+    for mixture, message in (
         ("gaussian", "'gaussian' is not understood; write late-training, bimodal, hard, or terms"),
         ("0.5*uniform", "sum to 0.5"),
         ("uniform + uniform", "sum to 2"),
         ("beta(1)", "two numbers above 0"),
         ("beta(0,1)", "two numbers above 0"),
         ("beta(a,1)", "could not convert"),
-        ("point(1.5)", r"one number in \[0, 1\]"),
+        ("point(1.5)", "one number in [0, 1]"),
         ("1.2.3*uniform", "could not convert"),
-    ],
-)
-def test_what_is_no_mixture_is_refused(mixture, message):
-    with pytest.raises(ValueError, match=message):
-        draw_rates(mixture, 3, np.random.default_rng(0))
+    ):
+        found = message_of(ValueError, draw_rates, mixture, 3, np.random.default_rng(0))
+        assert message in found, (mixture, found)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -128,10 +126,9 @@ def test_a_seed_fixes_everything():
     assert (one.rates(np.arange(50)) != other.rates(np.arange(50))).any()
 
 
-@pytest.mark.parametrize("settings", [{"walk": -0.1}, {"gain": float("nan")}, {"drift": float("inf")}])
-def test_impossible_dynamics_are_refused(settings):
-    with pytest.raises(ValueError, match="finite"):
-        Synthetic(**settings).start(0)
+def test_impossible_dynamics_are_refused():
+    for settings in ({"walk": -0.1}, {"gain": float("nan")}, {"drift": float("inf")}):
+        assert "finite" in message_of(ValueError, Synthetic(**settings).start, 0), settings
 
 
 # -- traces -----------------------------------------------------------------------------------------------------------
@@ -194,10 +191,9 @@ def test_visits_in_order_of_time_become_a_trace():
     assert trace.successes.tolist() == [2, 5, 1, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        (([], [], []), "no visit"),
+def test_a_malformed_trace_is_refused():
+    for columns, message in (
+        (([], [], []), "no visits"),
         (([0, 1], [1], [1]), "equally long"),
         (([1, 1], [1, 1], [1, 1]), "from 0 without gaps"),
         (([0, 2], [1, 1], [1, 1]), "from 0 without gaps"),
@@ -205,17 +201,15 @@ def test_visits_in_order_of_time_become_a_trace():
         (([0], [2], [1]), "no more successes"),
         (([0], [0], [0]), "at least one rollout"),
         (([0], [-1], [1]), "whole numbers >= 0"),
-    ],
-)
-def test_a_malformed_trace_is_refused(columns, message):
-    with pytest.raises(ValueError, match=message):
-        Trace(*(np.array(column, dtype=np.int64) for column in columns))
+    ):
+        found = message_of(ValueError, Trace, *(np.array(column, dtype=np.int64) for column in columns))
+        assert message in found, (columns, found)
 
 
-@pytest.mark.parametrize("bandwidth", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_bandwidth_is_positive(bandwidth):
-    with pytest.raises(ValueError, match="bandwidth"):
-        Trace(np.array([0]), np.array([1]), np.array([2])).smooth(bandwidth)
+def test_a_bandwidth_is_positive():
+    trace = Trace(np.array([0]), np.array([1]), np.array([2]))
+    for bandwidth in (0.0, -1.0, float("nan"), float("inf")):
+        assert "bandwidth" in message_of(ValueError, trace.smooth, bandwidth), bandwidth
 
 
 def test_a_replay_walks_through_the_visits_and_holds_the_last():

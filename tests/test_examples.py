@@ -39,7 +39,7 @@ def steps(output):
 
 
 @pytest.mark.slow
-def test_a_loop_of_ones_own_learns(tmp_path):
+def test_your_own_loop_learns(tmp_path):
     found = steps(run("own_loop.py", "--steps", 60, folder=tmp_path))
     assert [int(step) for step, _, _ in found] == list(range(1, 61))
     rewards = [float(reward) for _, reward, _ in found]
@@ -135,7 +135,9 @@ def serve():
 
     def start(**settings):
         server = Endpoint(**settings)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, args=(0.01,), daemon=True
+        ).start()  # looks often: shutdown waits for it
         servers.append(server)
         return server
 

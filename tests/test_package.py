@@ -17,7 +17,7 @@ from knapsack_rl.cli import COMMANDS, main
 from run_folders import write_run
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("py.typed", "tasks/base_model/model.safetensors", "experiments/data/LICENSE")
+SHIPPED = ("py.typed", "tasks/base_model/model.safetensors")
 
 
 def call(*command, ok=True, **options):
@@ -104,9 +104,9 @@ def test_the_command_line_works_without_extras(installed, tmp_path):
         (["completion", "bash"], "knapsack-rl[completion]"),
         (["report", "nowhere"], None),
     ):
-        told = call(script, *flags, ok=False, **clean(tmp_path))
-        assert told.startswith("knapsack-rl: ") and "Traceback" not in told
-        assert extra is None or f'pip install "{extra}' in told
+        output = call(script, *flags, ok=False, **clean(tmp_path))
+        assert output.startswith("knapsack-rl: ") and "Traceback" not in output
+        assert extra is None or f'pip install "{extra}' in output
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_bash_completes_commands_flags_and_values(line, offered, capsys, tmp_pat
     assert set(call(bash, "-c", ask, cwd=tmp_path).split()) == offered
 
 
-def test_without_shtab_the_install_line_is_told(monkeypatch, capsys):
+def test_without_shtab_the_error_gives_the_install_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     assert 'pip install "knapsack-rl[completion]"' in capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_a_page_shows_prompts_with_their_completions(folder):
     page = write_report(folder).read_text(encoding="utf-8")
     assert "Hardest prompts" in page and "Most improved prompts" in page
     assert "Prompts lost again" not in page  # of that prompt no completion was kept
-    assert "Completions were kept of 2 of 6 prompts" in page
+    assert "Completions were kept for 2 of 6 prompts" in page
     assert page.count("first words") == 2  # once a prompt, though it is also the newest failure
     assert "last\nwords" in page and "What is never?" in page and "seven" in page
     assert "0 of 30 rollouts succeeded in 3 visits; 0% at the first, 0% at the last" in page
@@ -89,12 +89,12 @@ def test_a_page_tells_that_answers_are_reversed_where_they_are(tmp_path, dataset
 
 
 def test_a_page_lists_the_warnings(folder):
-    told = {"kind": "collapse", "seen": "Seen & done.", "cause": "The cause.", "remedy": "The remedy."}
-    write_rows(folder / "warnings.jsonl", [{"step": 2} | told], tail='{"step": 3, "ki')
+    warning = {"kind": "collapse", "seen": "Seen & done.", "cause": "The cause.", "remedy": "The remedy."}
+    write_rows(folder / "warnings.jsonl", [{"step": 2} | warning], tail='{"step": 3, "ki')
     page = write_report(folder).read_text(encoding="utf-8")
     for text in ("Seen &amp; done.", "First seen at step 2.", "Likely cause: The cause.", "The remedy."):
         assert text in page
-    assert RunLog.load(folder).warnings == ({"step": 2} | told,)
+    assert RunLog.load(folder).warnings == ({"step": 2} | warning,)
 
 
 def test_metrics_are_grouped_and_none_is_missing(folder):

@@ -82,6 +82,15 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A run folder with its page."""
+    folder = tmp_path_factory.mktemp("reported") / "run"
+    write_run(folder, steps=30)
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
 @pytest.fixture
 def folders(tmp_path):
     made = []
@@ -92,31 +101,28 @@ def folders(tmp_path):
     return made
 
 
-def test_report_holds_every_plot_and_the_figures(folder):
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    page = read(path)
+def test_report_holds_every_plot_and_the_figures(reported):
+    page = read(reported / "report.html")
     assert page.plots() == RUN_PLOTS
     assert page.tags.count("figcaption") == len(RUN_PLOTS)
     check_self_contained(page)
-    run = RunLog.load(folder)
+    run = RunLog.load(reported)
     assert f"{run.rollouts.sum():,}" in page.texts
     assert f"{100 * run.held_out[1][-1]:.1f} %" in page.texts
     assert "cold start" in page.texts
     assert "unfinished" not in page.source
 
 
-def test_plots_hold_marks(folder):
-    source = write_report(folder).read_text(encoding="utf-8")
+def test_plots_hold_marks(reported):
+    source = (reported / "report.html").read_text(encoding="utf-8")
     for svg in re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL):
         assert svg.count("<path") > 10
         assert "<text" in svg
 
 
-def test_report_is_reproducible_and_leaves_the_style_alone(folder):
-    before = dict(rcParams)
-    first = write_report(folder).read_bytes()
-    assert write_report(folder).read_bytes() == first
+def test_report_is_reproducible_and_leaves_the_style_alone(reported, tmp_path):
+    before, first = dict(rcParams), (reported / "report.html").read_bytes()
+    assert write_report(reported, tmp_path / "again.html").read_bytes() == first
     assert dict(rcParams) == before
 
 
@@ -173,7 +179,7 @@ def test_unfinished_runs_say_so(tmp_path):
         (tmp_path / "none" / name).unlink()
     page = read(write_report(tmp_path / "none"))
     assert "This run is unfinished: 0 of 40 planned steps are recorded." in page.texts
-    assert "No held-out evaluation is recorded, so nothing can be said about accuracy." in page.texts
+    assert "No held-out evaluation is recorded, so the accuracy is unknown." in page.texts
     assert page.plots() == []
 
     page = read(write_comparison([tmp_path / "none"], tmp_path / "page.html"))
@@ -294,7 +300,7 @@ def test_runs_that_differ_in_a_setting_are_not_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "matplotlib.figure"])
-def test_missing_matplotlib_tells_the_install_line(folder, monkeypatch, module):
+def test_missing_matplotlib_gives_the_install_line(folder, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "knapsack-rl\[plots\]"'):
         write_report(folder)

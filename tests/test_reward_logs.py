@@ -1,4 +1,4 @@
-"""Reading rewards of earlier runs: formats as their writers write them, and what is wrong with a file."""
+"""Reading rewards of earlier runs: formats as their writers write them, and faulty files."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def test_names_can_be_given(tmp_path):
     assert groups(log) == {(1, "x"): (2, 1, True)}
 
 
-@pytest.mark.parametrize("text", ["True", "true", "TRUE"])
-def test_truth_in_a_csv_is_a_number(text, tmp_path):
-    log = read_reward_log(table(tmp_path / "log.csv", {"step": [1, 1], "id": ["x", "x"], "correct": [text, "False"]}))
-    assert groups(log) == {(1, "x"): (2, 1, True)}
+def test_truth_in_a_csv_is_a_number(tmp_path):
+    for text in ("True", "true", "TRUE"):
+        columns = {"step": [1, 1], "id": ["x", "x"], "correct": [text, "False"]}
+        assert groups(read_reward_log(table(tmp_path / "log.csv", columns))) == {(1, "x"): (2, 1, True)}, text
 
 
 def test_empty_rewards_are_left_out(tmp_path):
@@ -113,9 +113,12 @@ def test_empty_rewards_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("prompt_id", r"no usual column for the prompt \(prompt_id, .*its columns are step, reward: .*--id-column"),
-        ("step", "no usual column for the step .*its columns are prompt_id, reward: .*--step-column"),
-        ("reward", "no usual column for the reward .*its columns are step, prompt_id: .*--reward-column"),
+        (
+            "prompt_id",
+            r"none of the usual columns for the prompt \(prompt_id, .*its columns are step, reward: .*--id-column",
+        ),
+        ("step", "none of the usual columns for the step .*its columns are prompt_id, reward: .*--step-column"),
+        ("reward", "none of the usual columns for the reward .*its columns are step, prompt_id: .*--reward-column"),
     ],
 )
 def test_a_missing_column_is_named_with_those_found(missing, message, tmp_path):
@@ -131,7 +134,7 @@ def test_a_wrong_name_is_named_with_those_found(tmp_path):
 
 
 def test_text_for_a_reward_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="column 'reward', row 1: 'good' is no number"):
+    with pytest.raises(ValueError, match="column 'reward', row 1: 'good' is not a number"):
         read_reward_log(table(tmp_path / "log.csv", PLAIN | {"reward": ["good"] * 5}))
 
 
@@ -204,14 +207,16 @@ def test_a_generation_that_trl_logs_again_counts_once(tmp_path):
 
 def test_several_reward_functions_need_a_choice(tmp_path):
     trl_file(tmp_path, 1, ["p", "p"], ["a", "b"], {"format": [1.0, 1.0], "accuracy": [0.0, 1.0]})
-    with pytest.raises(ValueError, match="the reward could be format, accuracy; name the outcome with --reward-column"):
+    with pytest.raises(
+        ValueError, match=r"unclear: several columns may hold it \(format, accuracy\); name it with --reward-column"
+    ):
         read_reward_log(tmp_path)
     assert read_reward_log(tmp_path, ColumnNames(reward="accuracy")).successes.tolist() == [1]
 
 
 def test_completions_without_a_number_are_refused(tmp_path):
     trl_file(tmp_path, 1, ["p"], ["a"], {"remark": ["fine"]})
-    with pytest.raises(ValueError, match="the reward is none of step, prompt, completion, remark, advantage"):
+    with pytest.raises(ValueError, match="none of step, prompt, completion, remark, advantage holds numbers"):
         read_reward_log(tmp_path)
 
 
@@ -244,7 +249,7 @@ def test_what_trl_itself_writes_is_read(tmp_path):
 
 def test_a_run_folder_is_read(tmp_path):
     rows = write_run(tmp_path / "run", steps=6)
-    (tmp_path / "run" / "config.yaml").unlink()  # a trainer of one's own writes none
+    (tmp_path / "run" / "config.yaml").unlink()  # your own training loop writes none
     log = read_reward_log(tmp_path / "run")
     expected = {
         (row["step"], prompt): (row["scored"][k], row["successes"][k], row["effective"][k])
@@ -260,7 +265,7 @@ def test_a_run_folder_knows_its_columns(tmp_path):
         read_reward_log(tmp_path / "run", success=0.5)
 
 
-# -- what is no log ---------------------------------------------------------------------------------------------------
+# -- folders without a log --------------------------------------------------------------------------------------------
 
 
 def test_other_folders_are_refused_with_what_is_in_them(tmp_path):

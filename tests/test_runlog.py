@@ -63,12 +63,10 @@ def test_effective_ratios(run, rows):
     assert not np.allclose(run.effective_rollout_ratio, run.effective_prompt_ratio)
 
 
-def test_coverage_and_difficulty(run, rows):
+def test_difficulty(run, rows):
     for t, row in enumerate(rows):
         pairs = list(zip(row["successes"], row["scored"], strict=True))
         classes = [class_of(good, total) for good, total in pairs]
-        assert run.covered_success[t] == sum(good > 0 for good, _ in pairs)
-        assert run.covered_failure[t] == sum(good < total for good, total in pairs)
         assert run.difficulty_shares[t] == pytest.approx([classes.count(k) / len(classes) for k in range(5)])
         assert run.all_correct_share[t] == pytest.approx(classes.count(0) / len(classes))
         assert run.all_wrong_share[t] == pytest.approx(classes.count(4) / len(classes))

@@ -1,4 +1,4 @@
-"""The store of sample completions: bounded, the same everywhere, and what it keeps is what it says."""
+"""The store of sample completions: bounded, reproducible, and true to the completions."""
 
 from __future__ import annotations
 

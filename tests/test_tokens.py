@@ -172,7 +172,9 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, object], mess
 def test_unit_and_value_are_saved(tmp_path: Path) -> None:
     allocator = observed(budget_unit="tokens", value=VARIANCE)
     allocator.save(tmp_path / "state.npz")
-    twin = KnapsackAllocator.load(tmp_path / "state.npz")
+    with pytest.raises(ValueError, match=r"pass it again as value="):  # no file may name code to run
+        KnapsackAllocator.load(tmp_path / "state.npz")
+    twin = KnapsackAllocator.load(tmp_path / "state.npz", value=VARIANCE)
     ids = ["a", "b", "c", "new"]
     assert (twin.budget_unit, twin.value) == ("tokens", VARIANCE)
     assert twin.allocate(ids, 20_000).counts.tolist() == allocator.allocate(ids, 20_000).counts.tolist()

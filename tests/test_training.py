@@ -7,6 +7,7 @@ import logging
 import logging.handlers
 import math
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import knapsack_rl as kr
 import tiny
+from cases import message_of
 from knapsack_rl.cli import main
 from knapsack_rl.cli.display import Quiet
 from knapsack_rl.report import RunLog
@@ -107,19 +109,21 @@ ANY_VALUE = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in OUT_OF_RANGE.items() for value in bad])
-def test_a_value_out_of_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"(?=.*{name if name != 'updates_per_step' else 'updates'}).*{value}"):
-        TrainSettings(**{name: value})
+def test_a_value_out_of_range_is_refused():
+    for name, bad in OUT_OF_RANGE.items():
+        for value in bad:
+            message = message_of(ValueError, TrainSettings, **{name: value})
+            shown = name if name != "updates_per_step" else "updates"
+            assert shown in message and re.search(str(value), message), (name, value, message)
 
 
-@pytest.mark.parametrize("spec", FIELDS, ids=lambda spec: spec.name)
-def test_a_value_of_another_type_is_refused(spec):
-    kind = type(spec.default).__name__
+def test_a_value_of_another_type_is_refused():
     others = {"int": [1.0, "8", True, None, [8]], "float": ["1", True, None], "str": [1, None, True, b"a"]}
-    for value in others[kind]:
-        with pytest.raises(ValueError, match=rf"^{spec.name} must be {kind}, got "):
-            TrainSettings(**{spec.name: value})
+    for spec in FIELDS:
+        kind = type(spec.default).__name__
+        for value in others[kind]:
+            message = message_of(ValueError, TrainSettings, **{spec.name: value})
+            assert message.startswith(f"{spec.name} must be {kind}, got "), (spec.name, value, message)
 
 
 def test_every_setting_was_given_a_bad_value():
@@ -571,7 +575,7 @@ def test_a_run_leaves_a_whole_folder(done):
     assert done.display.stopped == 1
 
 
-def test_metrics_and_allocations_tell_the_same(done):
+def test_metrics_and_allocations_agree(done):
     metrics = [row for row in lines(done.folder / "metrics.jsonl") if "loss" in row]
     for row, step in zip(metrics, lines(done.folder / "allocations.jsonl"), strict=True):
         assert row["reward"] == pytest.approx(sum(step["successes"]) / done.settings.budget)
@@ -664,7 +668,7 @@ def test_the_command_line_interrupts_and_resumes(trained, tmp_path, monkeypatch,
     folder = tmp_path / "run"
     assert main(["train", "--config", str(tmp_path / "mine.yaml"), "--output", str(folder)]) == 130
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == (f"interrupted after step 2; go on with: knapsack-rl train --resume {folder}")
+    assert out.splitlines()[-1] == (f"interrupted after step 2; continue with: knapsack-rl train --resume {folder}")
     monkeypatch.undo()
     assert main(["train", "--resume", str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -701,7 +705,7 @@ def test_a_run_whose_model_was_not_saved_is_finished_by_resuming(trained, tmp_pa
 
 
 @pytest.mark.usefixtures("plain_reports")
-def test_a_model_and_a_file_of_ones_own(tmp_path):
+def test_your_own_model_and_file(tmp_path):
     tiny.model().save_pretrained(tmp_path / "start")
     tiny.tokenizer().save_pretrained(tmp_path / "start")
     rows = [{"prompt": f"{k}+{k % 7}=", "answer": str(k % 10), "prompt_id": k} for k in range(10)]
@@ -737,7 +741,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path, capsys):
     assert "Traceback" not in err
 
 
-# -- What a run leaves for its reader ---------------------------------------------------------------------------------
+# -- Files of a run for its readers -----------------------------------------------------------------------------------
 
 
 def test_a_run_keeps_samples_of_its_prompts(done):
@@ -770,16 +774,16 @@ def test_warnings_go_to_the_display_and_into_the_folder(trained, tmp_path, monke
     monkeypatch.setattr("knapsack_rl.runs.watch.FEW_PROMPTS", 1.1)  # every share of prompts is below it
     monkeypatch.setattr(WarningLog.__init__, "__kwdefaults__", {"window": 2})
 
-    class Told(Watching):
-        told = ()
+    class Warned(Watching):
+        findings = ()
 
         def warn(self, finding):
-            self.told = (*self.told, finding)
+            self.findings = (*self.findings, finding)
 
-    display = Told()
+    display = Warned()
     train(trained(allocation="knapsack").settings, tmp_path / "run", display)
     rows = lines(tmp_path / "run" / "warnings.jsonl")
-    assert [finding.kind for finding in display.told] == [row["kind"] for row in rows]
+    assert [finding.kind for finding in display.findings] == [row["kind"] for row in rows]
     assert ("collapse", 2) in [(row["kind"], row["step"]) for row in rows]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert all(html.escape(row["remedy"]) in page for row in rows)
@@ -804,16 +808,18 @@ def test_a_warning_of_the_hub_comes_once(caplog):
     hub = logging.getLogger("huggingface_hub")
     before = hub.propagate
     with quiet_libraries():
-        hub.warning("told by a handler of its own")
+        hub.warning("shown by its own handler")
         assert caplog.records == []
     assert hub.propagate is before
 
 
-def test_weights_that_are_saved_once_are_not_told_to_be_missing():
+def test_tied_weights_are_not_reported_as_missing():
     model = torch.nn.ModuleDict({"embed": torch.nn.Linear(3, 3, bias=False), "head": torch.nn.Linear(3, 3, bias=False)})
     trainer = logging.getLogger("transformers.trainer")
 
-    def told(names, text="There were missing keys in the checkpoint model loaded: ", quiet=quiet_about_tied_weights):
+    def warnings_of(
+        names, text="There were missing keys in the checkpoint model loaded: ", quiet=quiet_about_tied_weights
+    ):
         heard = logging.handlers.BufferingHandler(capacity=10)  # caplog hears it once or twice, by release of pytest
         trainer.addHandler(heard)
         try:
@@ -823,9 +829,9 @@ def test_weights_that_are_saved_once_are_not_told_to_be_missing():
             trainer.removeHandler(heard)
         return len(heard.buffer)
 
-    assert told(["head.weight"]) == 1  # a weight of its own
+    assert warnings_of(["head.weight"]) == 1  # a separate weight
     model["head"].weight = model["embed"].weight
-    assert told(["head.weight"]) == 0
-    assert told(["head.weight", "other.weight"]) == 1
-    assert told(["head.weight"], "There were unexpected keys in the checkpoint model loaded: ") == 1
-    assert told(["head.weight"], quiet=contextlib.nullcontext) == 1  # only while the body runs
+    assert warnings_of(["head.weight"]) == 0
+    assert warnings_of(["head.weight", "other.weight"]) == 1
+    assert warnings_of(["head.weight"], "There were unexpected keys in the checkpoint model loaded: ") == 1
+    assert warnings_of(["head.weight"], quiet=contextlib.nullcontext) == 1  # only while the body runs

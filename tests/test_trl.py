@@ -745,7 +745,7 @@ def test_resuming_a_stock_checkpoint_warns_and_works(tmp_path, caplog):
 def test_a_damaged_state_stops_the_resume(tmp_path):
     checkpointed(tmp_path, informed=True, steps=3).train()
     (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="no readable allocator state"):
+    with pytest.raises(ValueError, match="not a readable allocator state"):
         checkpointed(tmp_path, informed=True).train(resume_from_checkpoint=True)
 
 

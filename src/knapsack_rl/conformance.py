@@ -1,4 +1,4 @@
-"""Does an engine compute right advantages for groups of unequal size? A test to run against its own function."""
+"""Check that an engine computes correct advantages for groups of unequal size."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ PROPERTIES = {
     "equal rewards": "a group whose rewards are all equal has advantage zero",
     "own group": "rewards of other groups do not change the advantages of a group",
     "group of one": "a group of one rollout has advantage zero",
-    "row order": "rows in another order have the same advantages",
-    "labels": "other names for the same groups give the same advantages",
+    "row order": "reordering the rows does not change their advantages",
+    "labels": "renaming the groups does not change the advantages",
 }
-"""What is checked, by name."""
+"""The checks by name, each with the property that must hold."""
 
 LIKELY = {
     "own group": "groups are probably found by position, as reshape(-1, N) does, not by id",
-    "centre": "groups are probably found by position, as reshape(-1, N) does, or no group mean is taken off",
-    "equal rewards": "groups are probably mixed, or no group mean is taken off",
-    "group of one": "it probably gets its raw reward: allocate 0 or at least 2 rollouts to every prompt, and mind that "
-    "failed rollouts shorten groups",
-    "row order": "rows of a group probably have to stand together",
+    "centre": "groups are probably found by position, as reshape(-1, N) does, or no group mean is subtracted",
+    "equal rewards": "groups are probably mixed up, or no group mean is subtracted",
+    "group of one": "it probably gets its raw reward: allocate 0 or at least 2 rollouts to every prompt, and remember "
+    "that failed rollouts shorten groups",
+    "row order": "rows of a group probably have to be adjacent",
 }
 
 
@@ -42,7 +42,7 @@ class ConformanceError(AssertionError):
 @dataclass(frozen=True)
 class _Case:
     sizes: tuple[int, ...]
-    group_R: IntArray  # noqa: N815 - the suffix tells the shape
+    group_R: IntArray  # noqa: N815 - the suffix names the shape
     rewards: FloatArray
 
 
@@ -55,20 +55,20 @@ def check_engine(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> None:
-    """Test an engine's advantage function on ragged groups; silence means that it passed.
+    """Test an engine's advantage function on ragged groups; return silently if it passes.
 
     The batches have as many rollouts as uniform groups of ``mean_rollouts`` would have, so an engine that reshapes
-    raises no error of its own. What is tested are properties (see ``PROPERTIES``) and no values, so any constant in
-    the denominator, either kind of standard deviation and baselines as RLOO's pass.
+    does not fail by itself. The tests check properties (see ``PROPERTIES``) rather than values, so any constant in the
+    denominator, either kind of standard deviation and baselines such as RLOO's pass.
 
     Args:
         advantage_function: takes (R,) whole-number group ids and (R,) float64 rewards, returns (R,) advantages. Wrap
-            the engine's own function so.
-        mean_rollouts: N of the uniform groups, >= 2: what the engine is configured with.
-        scale: what the engine divides by. With ``"batch"`` other groups may change the scale of a group's advantages,
-            not their proportions.
-        allow: names of properties not to insist on, for example ``("group of one",)``.
-        tolerance: largest difference that counts as none; an engine in float32 has about 1e-6.
+            the engine's own function accordingly.
+        mean_rollouts: N of the uniform groups, >= 2, as the engine is configured.
+        scale: the standard deviation that the engine divides by. With ``"batch"`` other groups may change the scale of
+            a group's advantages, but not their proportions.
+        allow: names of properties that may fail, for example ``("group of one",)``.
+        tolerance: largest difference that is ignored; an engine in float32 has errors of about 1e-6.
         seed: of the test batches.
 
     Raises:
@@ -90,7 +90,7 @@ def check_engine(
     for case in _cases(mean_rollouts, rng):
         try:
             found = _violations(advantage_function, case, scale, tolerance, rng)
-        except Exception as error:  # noqa: BLE001 - whatever the engine raises is a finding
+        except Exception as error:  # noqa: BLE001 - any exception of the engine is a finding
             failures.setdefault("shape", f"it raised {type(error).__name__}: {error}, for groups of {case.sizes}")
             continue
         for name, detail in found.items():

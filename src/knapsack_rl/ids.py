@@ -1,4 +1,4 @@
-"""Prompt ids: what they may be, and an order that depends on nothing else."""
+"""Prompt ids: which values are allowed, and an order that depends on the ids alone."""
 
 from __future__ import annotations
 
@@ -10,22 +10,38 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-
-from knapsack_rl.allocation.checks import FloatArray, IntArray
+from numpy.typing import NDArray
 
 PromptId = str | int
 """A string or a whole number that names the same prompt in every epoch; ``7`` and ``"7"`` are different prompts."""
-
 
 LARGEST_ID = 10**300
 """Python refuses to print whole numbers much longer than this, so they could be neither logged nor saved."""
 
 
+def refusal(prompt_id: Any) -> str | None:
+    """Return why a value cannot be a prompt id, with the remedy; None for a string or a whole number."""
+    if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int, np.integer)):
+        remedy = "decode it" if isinstance(prompt_id, bytes) else "convert it with str() or int()"
+        return (
+            f"is {prompt_id!r} ({type(prompt_id).__name__}); a prompt id is a string or a whole number that stays the "
+            f"same in every epoch: {remedy}"
+        )
+    if not isinstance(prompt_id, str) and abs(int(prompt_id)) > LARGEST_ID:
+        return "is a number of more than 300 digits; give such an id as a string"
+    return None
+
+
 def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> list[PromptId]:
-    """Return ids as plain ``str`` and ``int``; ``name`` is what an error calls them.
+    """Return ids as plain ``str`` and ``int``; numpy's integers and strings become Python's.
+
+    Args:
+        prompt_ids: the ids.
+        name: how an error refers to them.
 
     Raises:
-        ValueError: an id is neither (``None``, a float, a bool, a list...), or one string is given instead of several.
+        ValueError: an id is neither (``None``, a float, a bool, bytes, a list...), or a single string is given instead
+            of several ids.
     """
     if isinstance(prompt_ids, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of ids, got the single string {prompt_ids!r}")
@@ -35,50 +51,47 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
     kinds = {*map(type, ids)}
     if kinds <= {str} or (kinds == {int} and min(ids) >= -LARGEST_ID and max(ids) <= LARGEST_ID):  # the usual cases
         return ids
-    for position, given in enumerate(ids):
-        prompt_id = given.item() if isinstance(given, np.generic) else given
-        if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int)):
-            raise ValueError(
-                f"{name}[{position}] is {prompt_id!r}; a prompt id is a string or a whole number that stays the "
-                "same in every epoch"
-            )
-        if not isinstance(prompt_id, str) and abs(prompt_id) > LARGEST_ID:
-            raise ValueError(f"{name}[{position}] is a number of more than 300 digits; give such an id as a string")
-        ids[position] = prompt_id
+    for position, prompt_id in enumerate(ids):
+        reason = refusal(prompt_id)
+        if reason:
+            raise ValueError(f"{name}[{position}] {reason}")
+        ids[position] = prompt_id.item() if isinstance(prompt_id, np.generic) else prompt_id
     return ids
 
 
 def check_batch(prompt_ids: Iterable[Any]) -> list[PromptId]:
-    """Return the ids of a batch: at least one, none twice.
+    """Return the ids of a batch after checking that there is at least one and that none repeats.
 
     Raises:
-        ValueError: there is none, or one repeats or is no id.
+        ValueError: the batch is empty, an id repeats, or a value cannot be an id.
     """
     ids = check_prompt_ids(prompt_ids)
     if not ids:
         raise ValueError("prompt_ids is empty; a batch needs at least one prompt")
     if len(set(ids)) < len(ids):
         twice = next(prompt_id for prompt_id, times in Counter(ids).items() if times > 1)
-        raise ValueError(f"prompt id {twice!r} stands twice in the batch; give every prompt its own id, once a batch")
+        raise ValueError(
+            f"prompt id {twice!r} appears twice in the batch; give every prompt its own id and list it once"
+        )
     return ids
 
 
 def hash_of(prompt: Any) -> str:
-    """An id for a prompt that has none, from its text or messages."""
+    """Return an id for a prompt that has none, from its text or messages."""
     text = json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def numbered(prompt_ids: Sequence[PromptId]) -> tuple[list[PromptId], IntArray]:
-    """The distinct ids in the order of their first row, and (R,) the place of each row's id among them."""
+def numbered(prompt_ids: Sequence[PromptId]) -> tuple[list[PromptId], NDArray[np.int64]]:
+    """Return the distinct ids in the order of their first row, and (R,) the index of each row's id among them."""
     place = {prompt_id: k for k, prompt_id in enumerate(dict.fromkeys(prompt_ids))}
     return list(place), np.array([place[prompt_id] for prompt_id in prompt_ids], dtype=np.int64)
 
 
-def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
-    """A number per prompt that depends on its id alone, the same in every process: the last tie-break."""
+def stable_order(prompt_ids: Sequence[PromptId]) -> NDArray[np.float64]:
+    """Return (P,) numbers that depend on the ids alone, the same in every process: the last tie-break."""
     crc32 = zlib.crc32
-    # A number starts from another checksum than a string, so 7 and "7" differ.
+    # Numbers and strings start from different checksums, so 7 and "7" differ.
     order = [
         crc32(i.encode("utf-8", "surrogatepass")) if isinstance(i, str) else crc32(b"%d" % i, 1) for i in prompt_ids
     ]
@@ -86,7 +99,7 @@ def stable_order(prompt_ids: Sequence[PromptId]) -> FloatArray:
 
 
 def other_type(prompt_id: PromptId) -> PromptId | None:
-    """The id that looks the same and has the other type: ``"7"`` for 7 and the reverse; None if there is none."""
+    """Return the id that looks the same but has the other type (``"7"`` for 7 and the reverse), None without one."""
     if not isinstance(prompt_id, str):
         return str(prompt_id)
     digits = prompt_id.removeprefix("-")

@@ -1,8 +1,8 @@
 """State on disk: one npz file of plain arrays, written atomically, with a checksum. Never a pickle.
 
 The file is an uncompressed zip archive of npy members, which ``numpy.load`` reads too, and a member ``header.npy`` with
-JSON. Zip keeps a crc32 of every member; the header, written last, keeps one over names, sizes and checksums of all
-others. So a changed byte of content, a member too many or too few, and one under another's name are all found.
+JSON. Zip stores a crc32 of every member; the header, written last, holds one over names, sizes and checksums of all the
+others. So a changed byte of content, a surplus or missing member, and swapped members are all detected.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ import numpy as np
 
 HEADER = "header"
 CHECKSUM = "checksum"
-"""Key of the header."""
-
-LAST_WITHOUT_CHECKSUM = 2
-"""Files of versions 1 and 2 have none."""
+"""Key in the header."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Write a file as a whole: a temporary file in the same folder, fsync, rename, fsync of the folder.
+    """Write a file in one piece: a temporary file in the same folder, fsync, rename, fsync of the folder.
 
-    A reader sees the old file or the new one, never a part. If the body raises, the old file stays.
+    A reader sees the old file or the new one, never a part of it. If the body raises, the old file stays.
 
     Raises:
         OSError: the file cannot be written.
@@ -52,7 +49,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where a folder can be opened (not on Windows)."""
+    """Make a rename durable where a folder can be opened (not on Windows)."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -72,7 +69,7 @@ def write_state(path: str | os.PathLike[str], header: Mapping[str, Any], arrays:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an array holds Python objects, or a name is the header's.
+        ValueError: an array holds Python objects, or is named like the header.
     """
     for name, array in arrays.items():
         if array.dtype.hasobject:
@@ -94,7 +91,7 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None
 
 
 def _checksum(members: Iterable[zipfile.ZipInfo]) -> int:
-    """One number over names, sizes and checksums of all members but the header."""
+    """Return one checksum over names, sizes and checksums of all members except the header."""
     listed = sorted((m.filename, m.file_size, m.CRC) for m in members if m.filename != f"{HEADER}.npy")
     return zlib.crc32(json.dumps(listed).encode())
 
@@ -103,20 +100,20 @@ DAMAGE = (
     *(OSError, ValueError, KeyError, IndexError, EOFError, NotImplementedError, TypeError, AttributeError),
     *(RuntimeError, OverflowError, MemoryError, SyntaxError, zipfile.BadZipFile, zlib.error),
 )
-"""What reading a damaged archive may raise; an encrypted member, for one, is a RuntimeError."""
+"""Exceptions that reading a damaged archive may raise; an encrypted member, for example, raises RuntimeError."""
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read what :func:`write_state` wrote, in this version or an earlier one.
+    """Read a file that :func:`write_state` wrote.
 
-    Memory is bounded by the size of the file: compressed members are refused.
+    Memory is bounded by the size of the file, because compressed members are refused.
 
     Returns:
         (header, arrays by name).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged or none of ours; it is left as it is.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, damaged or not a state file; it is left as it is.
     """
     if Path(path).is_dir():
         raise ValueError(f"{os.fspath(path)} is a folder, not a state file")
@@ -130,23 +127,24 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, 
             header = json.loads(arrays.pop(HEADER).tobytes())
             if not isinstance(header, dict):
                 raise ValueError(f"its header is a {type(header).__name__}, not a mapping")
-            if CHECKSUM not in header and header.get("version", 0) > LAST_WITHOUT_CHECKSUM:
+            if CHECKSUM not in header:
                 raise ValueError("its checksum is missing")
-            if header.pop(CHECKSUM, expected := _checksum(members)) != expected:
+            if header.pop(CHECKSUM) != _checksum(members):
                 raise ValueError("its checksum does not match its content")
         except (*DAMAGE, RecursionError) as error:
             raise ValueError(
-                f"{os.fspath(path)} is no readable allocator state ({error}); the file was left as it is. Use an "
+                f"{os.fspath(path)} is not a readable allocator state ({error}); the file was left unchanged. Use an "
                 "earlier checkpoint, or start with a new allocator"
             ) from error
     return header, arrays
 
 
 PIECE = 2**22
+"""Bytes read at a time."""
 
 
 def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
-    """Bytes of a member, which cannot be more than the file has."""
+    """Return the bytes of a member, which cannot exceed the size of the file."""
     assert archive.fp is not None
     if member.file_size > os.fstat(archive.fp.fileno()).st_size:
         raise ValueError(f"{member.filename} is longer than the file")
@@ -155,7 +153,7 @@ def _check_size(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
 
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{member.filename} is compressed, which no state is")
+        raise ValueError(f"{member.filename} is compressed; state files are not")
     content = np.empty(_check_size(archive, member), np.uint8)
     at = 0
     with archive.open(member) as file:  # reading it to its end is what makes zipfile compare its checksum
@@ -171,6 +169,6 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
         raise ValueError(f"{member.filename} has npy version {version}")
     shape, fortran, dtype = readers[version](start)
     if dtype.hasobject:
-        raise ValueError(f"{member.filename} holds a pickle, which is never read")
+        raise ValueError(f"{member.filename} holds a pickle, which is never loaded")
     data = content[start.tell() :].view(dtype)
     return data.reshape(shape, order="F" if fortran else "C")

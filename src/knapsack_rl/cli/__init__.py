@@ -15,7 +15,7 @@ COMMANDS = (train, compare, report, allocate, replay, verl_args, completion)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``knapsack-rl`` with all its commands."""
+    """Return the parser of ``knapsack-rl`` with all its commands."""
     parser = CommandParser(
         prog="knapsack-rl",
         description="Train language models with reinforcement learning, each step's rollouts allocated by a knapsack.",
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        Exit status: 0 done, 2 bad input or a missing extra, 130 interrupted.
+        Exit status: 0 success, 1 a failed run, 2 bad input or a missing extra, 130 interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         hint = ""
         if isinstance(error, ImportError) and "pip install" not in str(error):
-            hint = f'. This command needs: pip install "knapsack-rl[{getattr(parsed, "extras", "all")}]"'
+            hint = f'. This command needs: pip install "knapsack-rl[{parsed.extras}]"'
         sys.stderr.write(f"knapsack-rl: {error}{hint}\n")
         return 2
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.allocation.policies import Allocation, allocate
 from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.cli.parser import add_bounds, add_command
 from knapsack_rl.estimation.named import ESTIMATORS
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.reward_logs import ColumnNames, read_reward_log
@@ -38,31 +39,43 @@ EXAMPLES = """examples:
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "allocate",
-        help="success rates or reward logs in, rollouts per prompt out",
-        description="Allocate a rollout budget over the prompts of a file. A file with a column of success rates is "
-        "taken at its word; a file of rewards, one row per rollout, goes through an estimator, step by step; so does a "
-        "run folder, or one of TRL's completions or verl's dumps.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        summary="success rates or reward logs in, rollouts per prompt out",
+        description="Allocate a rollout budget over the prompts of a file. Success rates in a column are used as they "
+        "are. Rewards, one row per rollout, pass through an estimator step by step, and so do a run folder, TRL's "
+        "completions and verl's dumps.",
+        examples=EXAMPLES,
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSONL or parquet; or a folder")
+    parser.add_argument("file", type=Path, metavar="FILE", help="CSV, JSONL or parquet file, or a folder")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--budget", type=int, help="rollouts in all")
-    budget.add_argument("--rollouts-per-prompt", type=int, help="mean rollouts per prompt (default: 8)")
-    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
-    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
-    parser.add_argument("--fallback", action="store_true", help="with success rates: the paper's fallback rule")
-    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="with rewards")
-    parser.add_argument("--success-threshold", type=float, default=0.0, help="a reward above it is a success")
-    parser.add_argument("--id-column", default=ID_COLUMN, metavar="NAME")
-    parser.add_argument("--rate-column", default="success_rate", metavar="NAME")
-    parser.add_argument("--reward-column", default=REWARD_COLUMN, metavar="NAME")
-    parser.add_argument("--step-column", default=STEP_COLUMN, metavar="NAME", help="orders the visits of a prompt")
-    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="(default: csv)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: standard output)")
-    parser.set_defaults(run=run)
+    budget.add_argument("--budget", type=int, metavar="N", help="total number of rollouts")
+    budget.add_argument("--rollouts-per-prompt", type=int, metavar="N", help="mean rollouts per prompt (default: 8)")
+    add_bounds(parser)
+    parser.add_argument("--fallback", action="store_true", help="for success rates: apply the paper's fallback rule")
+    parser.add_argument(
+        "--estimator",
+        choices=list(ESTIMATORS),
+        default="bayes-filter",
+        help="estimator for rewards (default: bayes-filter)",
+    )
+    parser.add_argument(
+        "--success-threshold",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="a reward above this is a success (default: 0)",
+    )
+    parser.add_argument("--id-column", default=ID_COLUMN, metavar="NAME", help="prompt ids (default: %(default)s)")
+    parser.add_argument(
+        "--rate-column", default="success_rate", metavar="NAME", help="success rates (default: %(default)s)"
+    )
+    parser.add_argument("--reward-column", default=REWARD_COLUMN, metavar="NAME", help="rewards (default: %(default)s)")
+    parser.add_argument("--step-column", default=STEP_COLUMN, metavar="NAME", help="training steps (default: step)")
+    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="format of the output (default: csv)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: standard output)")
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -80,7 +93,7 @@ def run(parsed: argparse.Namespace) -> int:
     ]
     text = _as_json(rows, allocation) if parsed.format == "json" else _as_csv(rows)
     if parsed.output:
-        parsed.output.write_bytes(text.encode())  # what cannot be encoded fails before the file is opened
+        parsed.output.write_bytes(text.encode())  # an encoding error comes before the file is opened
     else:
         sys.stdout.write(text)
     if allocation.reason:
@@ -105,14 +118,16 @@ def _from_rates(columns: Columns, parsed: argparse.Namespace) -> tuple[list[Prom
 
 def _from_rewards(columns: Columns, parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]:
     ids = identities(_column(columns, parsed.id_column, parsed.file, "--id-column"), parsed.id_column)
-    flag = f"--reward-column, or a column of success rates, which {parsed.rate_column!r} is not, with --rate-column"
+    flag = f"--reward-column, or name a column of success rates instead of {parsed.rate_column!r} with --rate-column"
     rewards = numbers(_column(columns, parsed.reward_column, parsed.file, flag), parsed.reward_column)
     steps = np.zeros(len(ids))
     if parsed.step_column in columns:
         steps = numbers(columns[parsed.step_column], parsed.step_column)
         if np.isnan(steps).any():
             row = int(np.flatnonzero(np.isnan(steps))[0]) + 1
-            raise ValueError(f"column {parsed.step_column!r}, row {row} is empty; every row needs a step, or none")
+            raise ValueError(
+                f"column {parsed.step_column!r}, row {row} is empty; give every row a step, or remove the column"
+            )
     return _observed(ids, rewards, steps, parsed.success_threshold, parsed)
 
 
@@ -132,21 +147,21 @@ def _from_folder(parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation
 def _observed(
     ids: list[PromptId], rewards: FloatArray, steps: NDArray[Any], success: float, parsed: argparse.Namespace
 ) -> tuple[list[PromptId], Allocation]:
-    """The next allocation of an allocator that saw these rollouts, step by step."""
+    """Return the next allocation of an allocator that observed these rollouts step by step."""
     if parsed.fallback:
-        raise ValueError("--fallback goes with success rates; for rewards use --estimator window, the paper's rule")
+        raise ValueError("--fallback applies to success rates; for rewards use --estimator window, the paper's rule")
     allocator = KnapsackAllocator(parsed.estimator, parsed.min_rollouts, parsed.max_rollouts, success=success)
     for step in np.unique(steps):
         rows = np.flatnonzero(steps == step)
         allocator.observe([ids[row] for row in rows], rewards[rows])
     prompts = list(dict.fromkeys(ids))
-    with _quiet("knapsack_rl.allocator"):  # what it warns of is the reason that is printed
+    with _quiet("knapsack_rl.allocator"):  # its warning is the reason that is printed
         return prompts, allocator.allocate(prompts, _budget(parsed, len(prompts)))
 
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """A logger silent below errors while the body runs."""
+    """Silence a logger below errors while the body runs."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -157,7 +172,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _column(columns: Columns, name: str, path: Path, flag: str) -> list[Any]:
-    """A column that a flag names."""
+    """Return a column whose name a flag sets."""
     try:
         return column(columns, name, path)
     except ValueError as error:

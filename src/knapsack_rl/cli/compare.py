@@ -7,37 +7,54 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from knapsack_rl.cli.parser import add_command
 from knapsack_rl.cli.settings_flags import SETTINGS_USAGE, add_flags, settings_of
 from knapsack_rl.training.compare import POLICIES, Run, execute, plan
 
 EXAMPLES = """examples:
   knapsack-rl compare                                     four policies x three seeds, two at a time
   knapsack-rl compare --policies uniform knapsack --seeds 0 1 2 3 4 --steps 200
-  knapsack-rl compare --output runs/mine                  again after an interruption: goes on where it stopped
+  knapsack-rl compare --output runs/mine                  repeated after an interruption: resumes where it stopped
 """
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compare",
-        usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs JOBS] [--output FOLDER] " + SETTINGS_USAGE,
-        help="train several policies over several seeds and report them side by side",
+        run,
+        usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs N] [--output FOLDER] " + SETTINGS_USAGE,
+        summary="train several policies over several seeds and report them side by side",
         description="Train uniform N, uniform 2N, the paper's rule and the knapsack from the same start over several "
         "seeds, one torch thread each, and write one report. Finished runs in the output folder are kept.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        extras="trl,plots",
     )
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES, metavar="POLICY")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), metavar="FOLDER")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=list(POLICIES),
+        choices=POLICIES,
+        metavar="POLICY",
+        help=f"policies to train (default: {' '.join(POLICIES)})",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="seeds (default: 0 1 2)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="parallel runs (default: 2)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/compare"),
+        metavar="FOLDER",
+        help="parent of the run folders (default: %(default)s)",
+    )
     add_flags(parser, without=("allocation", "seed", "threads"))
-    parser.set_defaults(run=run, extras="trl,plots")
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Train what is missing, write the comparison, print its table; exit status 1 if a run failed."""
+    """Train the missing runs, write the comparison and print its table; exit status 1 if a run failed."""
     settings = settings_of(parsed)
     if parsed.print_config:
         sys.stdout.write(settings.to_yaml())
@@ -60,11 +77,11 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 class Lines:
-    """A line when a run starts or ends; on a terminal a status line of the steps done."""
+    """Prints a line when a run starts or ends, and on a terminal a status line with the steps done."""
 
     def started(self, run: Run) -> None:
-        """Say that a run started."""
-        self._say(f"started {run.settings.label} ({run.settings.steps} steps of {run.settings.budget} rollouts)")
+        """Print that a run started."""
+        self._print(f"started {run.settings.label} ({run.settings.steps} steps of {run.settings.budget} rollouts)")
 
     def advanced(self, running: Sequence[Run]) -> None:
         """Rewrite the status line."""
@@ -73,8 +90,8 @@ class Lines:
             print("\r\x1b[K" + "   ".join(parts), end="", flush=True)
 
     def ended(self, run: Run, status: int) -> None:
-        """Say how a run ended."""
-        self._say(f"{'finished' if run.finished else f'stopped (exit status {status})'} {run.settings.label}")
+        """Print how a run ended."""
+        self._print(f"{'finished' if run.finished else f'stopped (exit status {status})'} {run.settings.label}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(("\r\x1b[K" if sys.stdout.isatty() else "") + text, flush=True)

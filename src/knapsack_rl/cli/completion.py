@@ -5,29 +5,32 @@ from __future__ import annotations
 import argparse
 import sys
 
+from knapsack_rl.cli.parser import add_command
+
 SHELLS = ("bash", "zsh", "fish")
 
 EXAMPLES = """examples:
-  knapsack-rl completion bash    print it; for good: ... > ~/.local/share/bash-completion/completions/knapsack-rl
-  knapsack-rl completion zsh     print it; for good: ... > a folder of $fpath, as _knapsack-rl
+  knapsack-rl completion bash    install: ... > ~/.local/share/bash-completion/completions/knapsack-rl
+  knapsack-rl completion zsh     install: ... > a folder of $fpath, as _knapsack-rl
 """
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "completion",
-        help="print a script that completes commands and flags in your shell",
+        run,
+        summary="print a script that completes commands and flags in your shell",
         description="Print a completion script. To try it in bash: source <(knapsack-rl completion bash)",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        extras="completion",
     )
     parser.add_argument("shell", choices=SHELLS)
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print the script of the whole command line."""
+    """Print the completion script."""
     try:
         import shtab
     except ImportError as error:

@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from knapsack_rl.cli.progress import PLAIN_EVERY_SECONDS
 from knapsack_rl.runs.watch import Finding
 from knapsack_rl.training.recorder import Display, Quiet
 from knapsack_rl.training.settings import TrainSettings
 
-PLAIN_EVERY_SECONDS = 10.0
 BAR = 24
 TREND = 32
 """Steps in a trend line."""
@@ -31,18 +31,18 @@ SMOOTHING = 0.9
 
 
 def make_display(*, quiet: bool) -> Display:
-    """A display fit for standard output."""
+    """Return a display that fits standard output."""
     if quiet:
         return Quiet()
     return Panel() if sys.stdout.isatty() else PlainLines()
 
 
 class Pace:
-    """Seconds a step, evaluations included, and what follows from them; the first step also compiles and is left out.
+    """Seconds per step, evaluations included, and figures derived from them; the first step, a warm-up, is left out.
 
     Args:
         settings: of the run.
-        clock: seconds; for tests.
+        clock: returns seconds; for tests.
     """
 
     def __init__(self, settings: TrainSettings, clock: Any = time.monotonic) -> None:
@@ -52,7 +52,7 @@ class Pace:
         self.step = 0
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """A step was trained, or an evaluation made."""
+        """Take in the row of a step or an evaluation."""
         if "loss" not in row:
             return
         now = self._clock()
@@ -63,12 +63,12 @@ class Pace:
 
     @property
     def rollouts_per_second(self) -> float:
-        """Rollouts generated and trained on in a second; NaN before the second step."""
+        """Rollouts generated and trained on per second; NaN before the second step."""
         return self._settings.budget / self.seconds if self.seconds > 0 else math.nan
 
     @property
     def left(self) -> str:
-        """Time to the end of the run in words; empty before the second step."""
+        """Remaining time of the run in words; empty before the second step."""
         if math.isnan(self.seconds):
             return ""
         minutes, seconds = divmod(round(self.seconds * (self._settings.steps - self.step)), 60)
@@ -79,16 +79,16 @@ class Pace:
 
 
 class PlainLines:
-    """One line for every evaluation and warning, and for a step now and then."""
+    """Prints a line for every evaluation and warning, and for some steps."""
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
-        """Say what runs."""
+        """Print the shape of the run."""
         self._steps, self._pace = settings.steps, Pace(settings)
         self._shown = float("-inf")
         print(f"{settings.label}: {settings.steps} steps of {settings.budget} rollouts", flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
-        """Print an evaluation, or a step if the last line is some seconds old."""
+        """Print an evaluation, or a step if the last line is at least some seconds old."""
         self._pace.row(row)
         if "held_out/accuracy" in row:
             print(
@@ -107,15 +107,15 @@ class PlainLines:
             )
 
     def warn(self, finding: Finding) -> None:
-        """Print it."""
+        """Print the finding."""
         print(f"warning, {finding}", flush=True)
 
     def stop(self) -> None:
-        """Nothing is left open."""
+        """Do nothing."""
 
 
 class Panel:
-    """A live panel: progress, throughput, rewards, effective ratios, where the budget goes, and what goes wrong."""
+    """A live panel with progress, throughput, rewards, effective ratios, the split of the budget, and warnings."""
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
         """Open the panel."""
@@ -133,7 +133,7 @@ class Panel:
         self._tokens = (0.0, 0.0)
         self._live = Live(self._view(), console=Console(), refresh_per_second=4)
         self._live.start()
-        # Log lines would tear the panel: they go through it, and stand above.
+        # Log lines would garble the panel, so they go through it and appear above.
         self._handlers = [
             (handler, handler.setStream(sys.stderr))
             for handler in logging.getLogger().handlers
@@ -152,12 +152,12 @@ class Panel:
         self._live.update(self._view())
 
     def warn(self, finding: Finding) -> None:
-        """Show it under the numbers."""
+        """Show the finding below the numbers."""
         self._warnings.append(finding)
         self._live.update(self._view())
 
     def stop(self) -> None:
-        """Leave the last view standing."""
+        """Close the panel; its last view stays on screen."""
         self._live.stop()
         for handler, stream in self._handlers:
             if stream is not None:
@@ -165,7 +165,7 @@ class Panel:
 
     def _view(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        table.add_row("rollouts a second", _form(self._pace.rollouts_per_second, "{:,.0f}"), self._tokens_text())
+        table.add_row("rollouts per second", _form(self._pace.rollouts_per_second, "{:,.0f}"), self._tokens_text())
         for name, key, form in NUMBERS:
             table.add_row(name, _form(self._newest.get(key), form), "")
         for name, key, form in TRENDS:
@@ -181,11 +181,11 @@ class Panel:
     def _tokens_text(self) -> str:
         before, now = self._tokens
         rate = (now - before) / self._pace.seconds if before and self._pace.seconds > 0 else math.nan
-        return f"{rate:,.0f} tokens a second" if math.isfinite(rate) else ""
+        return f"{rate:,.0f} tokens per second" if math.isfinite(rate) else ""
 
 
 NUMBERS = (
-    ("seconds a step", "step_time", "{:.2f}"),
+    ("seconds per step", "step_time", "{:.2f}"),
     ("held-out accuracy", "held_out/accuracy", "{:.3f}"),
     ("largest budget", "knapsack/budget_max", "{:.0f}"),
 )
@@ -201,6 +201,6 @@ def _form(number: float | None, form: str) -> str:
 
 
 def _trend(past: deque[float]) -> str:
-    """Shares from 0 to 1 as a line of blocks; what lies outside is drawn at the edge."""
+    """Return shares from 0 to 1 as a line of blocks; values outside are clipped."""
     top = len(LEVELS) - 1
     return "".join(LEVELS[min(max(round(number * top), 0), top)] for number in past)

@@ -1,28 +1,74 @@
-"""An argument parser whose errors help: the command's own usage, and the flag that was probably meant."""
+"""The argument parser of the command line: errors with the usage of the command and the flag probably meant."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Refuses unknown flags itself, where the stock parser leaves those of a command to the main one."""
+    """Rejects unknown flags itself; the stock parser leaves those of a command to the main parser."""
 
-    def parse_known_args(  # type: ignore[override] # the stock one is overloaded
+    def parse_known_args(  # type: ignore[override] # the base method is overloaded
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Parse; ends the program with an error if something is not known."""
+        """Parse; exit with an error if an argument is unknown."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
         return parsed, unknown
 
     def _meant(self, unknown: Iterable[str]) -> str:
-        """The flags that look like those given."""
+        """Return a hint at the flags that resemble those given."""
         known = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         typed = (word.partition("=")[0] for word in unknown if word.startswith("--"))
         close = [found for word in typed for found in difflib.get_close_matches(word, known, n=1)]
         return f" (did you mean {', '.join(close)}?)" if close else f" ({self.prog} --help lists what there is)"
+
+
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    description: str,
+    examples: str,
+    extras: str = "all",
+    usage: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add a command and return its parser.
+
+    Args:
+        commands: the commands of the main parser.
+        name: of the command.
+        run: runs the command; returns the exit status.
+        summary: its line in the list of commands.
+        description: the text above its options.
+        examples: the text below its options.
+        extras: extras of the package that it needs, named if an import fails.
+        usage: in place of a usage that lists every flag.
+    """
+    parser = commands.add_parser(
+        name,
+        usage=usage,
+        help=summary,
+        description=textwrap.fill(description, 100),  # the formatter keeps the lines of the examples
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, extras=extras)
+    return parser
+
+
+def add_bounds(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that bound the rollouts of a prompt."""
+    parser.add_argument(
+        "--min-rollouts", type=int, default=2, metavar="N", help="fewest rollouts of a prompt (default: 2)"
+    )
+    parser.add_argument(
+        "--max-rollouts", type=int, default=128, metavar="N", help="most rollouts of a prompt (default: 128)"
+    )

@@ -1,4 +1,4 @@
-"""Progress of long work that is no training run: a bar on a terminal, plain lines now and then elsewhere."""
+"""Progress of long work other than training: a bar on a terminal, occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PLAIN_EVERY_SECONDS = 10.0
+"""Least time between plain lines."""
 
 
 @contextmanager
 def progress(total: int, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Gives a function to call with a line of text after each of ``total`` pieces of work.
+    """Yield a function to call with a line of text after each of ``total`` pieces of work.
 
-    Everything goes to standard error, so that results can be piped. Without rich, or without a terminal, a plain
-    line is printed at most every ten seconds.
+    All output goes to standard error, so results can be piped. Without rich or a terminal, a plain line is printed at
+    most every ten seconds.
 
     Args:
         total: pieces of work.

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from knapsack_rl.cli.parser import add_bounds, add_command
 from knapsack_rl.cli.progress import progress
 from knapsack_rl.estimation.named import ESTIMATORS
 
@@ -13,38 +14,47 @@ EXAMPLES = """examples:
   knapsack-rl replay runs/uniform-n8-seed0                      a run folder of this package
   knapsack-rl replay outputs/my-grpo-run                        TRL with log_completions=True: completions_*.parquet
   knapsack-rl replay dumps/rollouts --reward-column acc         verl with trainer.rollout_data_dir: 1.jsonl, ...
-  knapsack-rl replay rewards.csv --id-column question           any table with a row per rollout
+  knapsack-rl replay rewards.csv --id-column question           any table with one row per rollout
 """
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "replay",
-        help="what another allocation would have made of an earlier run, from its reward log",
-        description="A dry run on the rewards of an earlier run, before any rollout is paid for: effective ratios and "
-        "value of the run as it was and under each policy, at the same and at half the budget, and the rollouts saved "
-        "at equal value. Assumes that success rates do not react to the allocation.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        summary="estimate from an earlier run's reward log what other allocations would have achieved",
+        description="A dry run on the rewards of an earlier run, before paying for any rollout: effective ratios and "
+        "value of the recorded run and of each policy, at the same budget and at half of it, and the rollouts saved at "
+        "equal value. Assumes that success rates do not react to the allocation.",
+        examples=EXAMPLES,
+        extras="plots",
     )
     parser.add_argument("logs", type=Path, metavar="LOGS", help="run folder, folder of logs, CSV, JSONL or parquet")
-    parser.add_argument("--id-column", metavar="NAME", help="what identifies a prompt in every step")
-    parser.add_argument("--step-column", metavar="NAME", help="the training step")
-    parser.add_argument("--reward-column", metavar="NAME", help="the outcome")
+    parser.add_argument("--id-column", metavar="NAME", help="column of prompt ids, the same in every step")
+    parser.add_argument("--step-column", metavar="NAME", help="column of training steps")
+    parser.add_argument("--reward-column", metavar="NAME", help="column of outcomes")
     parser.add_argument(
         "--success-threshold", type=float, metavar="X", help="a reward above X is a success (default: 0)"
     )
-    parser.add_argument("--estimator", choices=list(ESTIMATORS), default="bayes-filter", help="of the knapsack")
-    parser.add_argument("--min-rollouts", type=int, default=2, help="fewest rollouts of a prompt (default: 2)")
-    parser.add_argument("--max-rollouts", type=int, default=128, help="most rollouts of a prompt (default: 128)")
-    parser.add_argument("--bandwidth", type=float, default=2.5, help="of the smoothing, in visits (default: 2.5)")
+    parser.add_argument(
+        "--estimator",
+        choices=list(ESTIMATORS),
+        default="bayes-filter",
+        help="estimator of the knapsack (default: bayes-filter)",
+    )
+    add_bounds(parser)
+    parser.add_argument(
+        "--bandwidth", type=float, default=2.5, metavar="X", help="bandwidth of the smoothing, in visits (default: 2.5)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="replays of each policy (default: 3)")
-    parser.add_argument("--output", type=Path, default=Path("replay.html"), metavar="FILE", help="the page to write")
-    parser.add_argument("--no-page", action="store_true", help="write no page (matplotlib is not needed then)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("replay.html"), metavar="FILE", help="page to write (default: %(default)s)"
+    )
+    parser.add_argument("--no-page", action="store_true", help="write no page (then matplotlib is not needed)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
-    parser.set_defaults(run=run, extras="plots")
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -7,39 +7,42 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from knapsack_rl.cli.parser import add_command
+
 FORMATS = ("html", "png", "svg", "json")
 EXAMPLES = """examples:
   knapsack-rl report runs/knapsack-n8-seed0                write report.html into the run folder
   knapsack-rl report runs/compare/*-seed*                  compare runs: comparison.html and a table
-  knapsack-rl report runs/knapsack-n8-seed0 --format png   each plot as a picture, in RUN/figures
-  knapsack-rl report runs/compare/*-seed* --format json    the figures for a program, on standard output
+  knapsack-rl report runs/knapsack-n8-seed0 --format png   write each plot as a picture into RUN/figures
+  knapsack-rl report runs/compare/*-seed* --format json    print the figures for other programs
 """
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "report",
-        help="write the report of a run, or of several side by side",
-        description="Write a self-contained HTML page: of one run its report, of several a comparison by policy. Or "
-        "the plots of that page as pictures, or its figures as JSON.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        summary="write the report of a run, or compare several runs",
+        description="Write a self-contained HTML page: the report of one run, or a comparison of several by policy. "
+        "Also writes the plots of that page as pictures, or its figures as JSON.",
+        examples=EXAMPLES,
+        extras="plots",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--format", choices=FORMATS, default="html", help="what to write (default: html)")
+    parser.add_argument("--format", choices=FORMATS, default="html", help="format of the report (default: html)")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="PATH",
-        help="page to write, or folder of the pictures (default: in the run folder; for several runs comparison.html "
-        "or comparison-figures in this one)",
+        help="page to write, or folder for the pictures (default: in the run folder; for several runs comparison.html "
+        "or comparison-figures in the current folder)",
     )
-    parser.set_defaults(run=run, extras="plots")
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Write the page, pictures or figures and say where they are."""
+    """Write the page, pictures or figures and print where they are."""
     folders = [str(folder) for folder in parsed.runs]
     if parsed.format == "json":
         if parsed.output:
@@ -75,7 +78,7 @@ def print_figures(folders: Sequence[str]) -> None:
 
 
 def print_pictures(folders: Sequence[str], kind: str, output: Path | None) -> None:
-    """Write every plot of the page into a file and print the names of the files."""
+    """Write every plot of the page to a file and print the file names."""
     from knapsack_rl.report import RunLog
     from knapsack_rl.report.comparison import policies
     from knapsack_rl.report.comparison_page import comparison_plots

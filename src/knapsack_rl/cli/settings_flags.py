@@ -10,13 +10,13 @@ from pathlib import Path
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
 SETTINGS_USAGE = "[--config FILE] [--print-config] [--SETTING VALUE ...]"
-"""In place of a usage that names every flag, which would hide the error below it."""
+"""Replaces a usage that lists every flag, which would hide the error below it."""
 
 
 def add_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
-    """Add ``--config`` and one flag per setting; a flag not given leaves the setting to the file or its default."""
+    """Add ``--config`` and one flag per setting; without a flag, the file or the default applies."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags override it")
-    parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and exit")
     group = parser.add_argument_group("settings (also keys of the YAML file)")
     for spec in dataclasses.fields(TrainSettings):
         if spec.name in without:
@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ())
 
 
 def settings_of(parsed: argparse.Namespace) -> TrainSettings:
-    """Settings from the YAML file and the flags given.
+    """Return the settings of the YAML file and the flags.
 
     Raises:
         ValueError: a setting is unknown or not allowed.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl.cli.parser import add_command
 from knapsack_rl.cli.settings_flags import SETTINGS_USAGE, add_flags, settings_of
 from knapsack_rl.runs.files import CONFIG_FILE, find_start, read_config
 from knapsack_rl.training.lock import refuse_if_owned
@@ -23,27 +24,28 @@ EXAMPLES = """examples:
   knapsack-rl train --model smollm2-135m --dataset sums   a real model without a hub
   knapsack-rl train --model Qwen/Qwen2.5-1.5B-Instruct --dataset gsm8k --rollouts-per-pass 16 --vllm colocate
   knapsack-rl train --model my-model/ --dataset reasoning-gym:chain_sum?max_terms=3
-  knapsack-rl train --resume runs/knapsack-n8-seed0       go on after an interruption
+  knapsack-rl train --resume runs/knapsack-n8-seed0       continue after an interruption
 """
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "train",
+        run,
         usage="%(prog)s [--output FOLDER | --resume FOLDER] [--quiet] " + SETTINGS_USAGE,
-        help="train a language model and write a report",
+        summary="train a language model and write a report",
         description="Train a causal language model with GRPO on verifiable prompts. Without arguments: the shipped "
-        "model on generated arithmetic, its rollouts allocated by the knapsack. On several accelerators: torchrun "
+        "model on generated arithmetic, its rollouts allocated by the knapsack. On several accelerators use torchrun "
         "--nproc_per_node 8 -m knapsack_rl train ..., or accelerate launch with a file of configs/.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=EXAMPLES,
+        extras="trl,plots",
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="run folder (default: runs/ALLOCATION-nN-seedS)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue the run in this folder")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     add_flags(parser)
-    parser.set_defaults(run=run, extras="trl,plots")
 
 
 def run(parsed: argparse.Namespace, make_trainer: Callable[..., Any] | None = None) -> int:
@@ -58,9 +60,7 @@ def run(parsed: argparse.Namespace, make_trainer: Callable[..., Any] | None = No
         folder = parsed.resume
         changed = [name for name, given in vars(parsed).items() if name.startswith("setting_") and given is not None]
         if changed or parsed.config or parsed.output:
-            raise ValueError(
-                "--resume goes on with the run's own settings; give no other settings, --config or --output"
-            )
+            raise ValueError("--resume uses the settings of the run; give no other settings, --config or --output")
     else:
         settings = settings_of(parsed)
         folder = parsed.output or Path("runs") / settings.label
@@ -68,7 +68,7 @@ def run(parsed: argparse.Namespace, make_trainer: Callable[..., Any] | None = No
         sys.stdout.write(settings.to_yaml())
         return 0
     if is_main_process():
-        # What comes after this imports for many seconds; what was mistyped is told before.
+        # The imports below take many seconds; common mistakes are reported before them.
         from knapsack_rl.training.checks import check_inputs
 
         check_inputs(settings)
@@ -88,7 +88,7 @@ def run(parsed: argparse.Namespace, make_trainer: Callable[..., Any] | None = No
         return 0 if outcome.finished else 130
     minutes = (time.monotonic() - started) / 60
     if not outcome.finished:
-        print(f"interrupted after step {outcome.steps}; go on with: knapsack-rl train --resume {folder}")
+        print(f"interrupted after step {outcome.steps}; continue with: knapsack-rl train --resume {folder}")
         return 130
     print(f"trained {outcome.steps} steps in {minutes:.1f} min; run folder: {folder}")
     if outcome.report:

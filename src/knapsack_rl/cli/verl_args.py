@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from knapsack_rl.cli.parser import add_command
 from knapsack_rl.verl.launch import SETTINGS_KEY, SWITCHES, VerlSettings, check_config, overrides, parse_overrides
 
 EXAMPLES = """examples:
@@ -16,15 +17,16 @@ EXAMPLES = """examples:
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verl-args",
-        help="overrides that switch Knapsack RL on in a launch of verl",
+        run,
+        summary="print the overrides that switch Knapsack RL on in a launch of verl",
         description="Print the overrides to add to a launch of verl (0.9 or 0.10, v1 trainer), and check those that "
-        "the launch already has. Needs no verl.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "the launch already has. Works without verl.",
+        examples=EXAMPLES,
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of your launch, to be checked")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of your launch to check")
     for field in dataclasses.fields(VerlSettings):
         flag = "--" + field.name.replace("_", "-")
         text, choices = field.metadata["help"], field.metadata["choices"]
@@ -40,7 +42,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
                 help=f"{text} (default: {field.default})",
             )
     parser.add_argument("--one-line", action="store_true", help="without line continuations")
-    parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""What another allocation would have made of a run, from its reward log alone, before any rollout is paid for.
+"""Dry run: replay the reward log of a run under other allocations, before paying for any rollout.
 
-Each prompt's success rate over time is its recorded counts, smoothed over neighbouring visits with a Gaussian kernel.
-The recorded batches are replayed: every policy sees only rewards drawn from these rates. The assumption to keep in
-mind: the rates are those of the recorded run, they do not react to the allocation.
+The success rate of each prompt over time comes from its recorded counts, smoothed over neighbouring visits with a
+Gaussian kernel. The recorded batches are replayed, and every policy sees only rewards drawn from these rates. This
+assumes that the rates of the recorded run do not react to the allocation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from knapsack_rl.allocation.value import value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.offline.environments import Replay, Trace
 from knapsack_rl.offline.reward_logs import RewardLog
-from knapsack_rl.offline.scoring import figures
-from knapsack_rl.offline.simulate import PolicyMaker, allocated, known_rates, simulate, uniform
-from knapsack_rl.runs.calibration import Calibration, calibrate
+from knapsack_rl.offline.scoring import figures, pooled_calibration
+from knapsack_rl.offline.simulate import PolicyMaker, Simulation, allocated, known_rates, simulate, uniform
+from knapsack_rl.runs.calibration import Calibration
 from knapsack_rl.runs.curves import rollouts_to_reach
 from knapsack_rl.runs.files import finite_or_none
 
 BUDGETS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
-"""Shares of the recorded budget that are tried; rollouts at equal value are interpolated between them."""
+"""Shares of the recorded budget to try; rollouts at equal value are interpolated between them."""
 
 SHOWN_BUDGETS = (1.0, 0.5)
 KNAPSACK = "knapsack"
@@ -40,10 +40,10 @@ ASSUMPTION = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How to replay.
+    """Settings of a dry run.
 
     Attributes:
-        bandwidth: of the smoothing kernel, in visits.
+        bandwidth: standard deviation of the smoothing kernel, in visits.
         seeds: number of replays of each policy, from seed 0 on.
         estimator: of the knapsack policy, a name of ``ESTIMATORS``.
         min_rollouts: N_low.
@@ -57,7 +57,7 @@ class Settings:
     max_rollouts: int = 128
 
     def policies(self) -> dict[str, PolicyMaker]:
-        """The policies to replay, by label."""
+        """Return the policies to replay, by label."""
         bounds = (self.min_rollouts, self.max_rollouts)
         return {
             "uniform": uniform(),
@@ -95,15 +95,15 @@ class DryRun:
     """The result of a dry run.
 
     Attributes:
-        log: what was replayed.
-        settings: how.
-        recorded: the run as it was: its own ratios, and the value of its counts at the smoothed rates.
-        rows: every policy at every budget tried, budgets descending.
+        log: the replayed log.
+        settings: settings of the replay.
+        recorded: the recorded run: its ratios, and the value of its counts at the smoothed rates.
+        rows: every policy at every budget, budgets descending.
         equal_value: by policy, rollouts that buy the recorded value; NaN if the recorded budget does not buy it. A
             number at the smallest budget tried is an upper bound.
         rates: (V,) smoothed rate of each visit, in the order of the log.
         calibration: the knapsack's predictions at the recorded budget.
-        notes: what to know when reading the result.
+        notes: limits of the result.
     """
 
     log: RewardLog
@@ -116,24 +116,24 @@ class DryRun:
     notes: Sequence[str]
 
     def row(self, policy: str, budget: float) -> Row:
-        """The row of a policy at a budget."""
+        """Return the row of a policy at a budget."""
         return next(row for row in self.rows if (row.policy, row.budget) == (policy, budget))
 
     def saved(self, policy: str) -> float:
-        """Share of the rollouts that a policy saves at equal value; NaN if it needs more than were spent."""
+        """Return the share of rollouts that a policy saves at equal value; NaN if it needs more than were spent."""
         return 1.0 - self.equal_value[policy] / self.recorded.rollouts
 
     def at_least(self, policy: str) -> bool:
-        """Whether even the smallest budget tried buys the recorded value, so that more may be saved."""
+        """Return whether even the smallest budget buys the recorded value, so that the saving is a lower bound."""
         return self.equal_value[policy] <= min(row.rollouts for row in self.rows if row.policy == policy)
 
     @property
     def shown(self) -> list[Row]:
-        """The run as it was, then every policy at the same and at half the budget."""
+        """The recorded run, then every policy at the same budget and at half of it."""
         return [self.recorded, *(row for budget in SHOWN_BUDGETS for row in self.rows if row.budget == budget)]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values; None where a number is not known."""
+        """Return JSON values; None for an unknown number."""
         log = self.log
         return {
             "log": {
@@ -162,7 +162,7 @@ class DryRun:
 
 
 def simulations(settings: Settings) -> int:
-    """How many simulations a dry run makes at most."""
+    """Return the largest number of simulations of a dry run."""
     return len(settings.policies()) * len(BUDGETS) * settings.seeds
 
 
@@ -170,17 +170,19 @@ def dry_run(log: RewardLog, settings: Settings | None = None, done: Callable[[st
     """Replay a log under each policy and budget.
 
     Args:
-        log: what was recorded.
-        settings: how to replay.
+        log: the recorded rewards.
+        settings: settings of the replay; None for the defaults.
         done: called with a line of text after each simulation.
 
     Raises:
-        ValueError: the log cannot say anything (one prompt, no prompt visited twice, groups of one), or a setting is
-            out of range.
+        ValueError: the log carries no information (one prompt, no prompt visited twice, groups of one), or a setting
+            is out of range.
     """
     settings = settings or Settings()
     check_whole("seeds", settings.seeds, minimum=1)
-    KnapsackAllocator(settings.estimator, settings.min_rollouts, settings.max_rollouts)  # refuses what cannot work
+    KnapsackAllocator(
+        settings.estimator, settings.min_rollouts, settings.max_rollouts
+    )  # raises for settings that cannot work
     _check_enough(log)
     trace = Trace.from_visits(log.prompt, log.successes, log.totals)
     batches = np.split(log.prompt, np.flatnonzero(np.diff(log.step)) + 1)
@@ -198,104 +200,101 @@ def dry_run(log: RewardLog, settings: Settings | None = None, done: Callable[[st
         effective_rollouts=float(log.totals[log.effective].sum() / log.totals.sum()),
         effective_prompts=float(log.effective.mean()),
     )
-    rows: list[Row] = []
-    curves: dict[str, FloatArray] = {}
-    predicted, effective = [], []
+    budgets = [share for share in BUDGETS if share in SHOWN_BUDGETS or share * log.totals.mean() >= 2]
+    rows: dict[str, list[Row]] = {}
     for name, make in settings.policies().items():
-        budgets = [share for share in BUDGETS if share in SHOWN_BUDGETS or share * log.totals.mean() >= 2]
-        values = np.empty((len(budgets), settings.seeds))
-        for k, share in enumerate(budgets):
-            by_seed = []
+        rows[name] = []
+        for share in budgets:
+            runs = []
             for seed in range(settings.seeds):
-                run = simulate(
-                    environment,
-                    make,
-                    seed,
-                    [round(share * rollouts) for rollouts in spent],
-                    min_rollouts=settings.min_rollouts,
-                    max_rollouts=settings.max_rollouts,
+                runs.append(
+                    simulate(
+                        environment,
+                        make,
+                        seed,
+                        [round(share * rollouts) for rollouts in spent],
+                        min_rollouts=settings.min_rollouts,
+                        max_rollouts=settings.max_rollouts,
+                    )
                 )
-                by_seed.append(figures(run, first_visit=0))
-                values[k, seed] = run.values.sum()
-                if name == KNAPSACK and share == 1.0:
-                    predicted.append(run.predicted[run.counts > 0])
-                    effective.append(run.effective[run.counts > 0])
                 if done is not None:
                     done(f"{name} at {share:.0%} of the budget, seed {seed}")
-            rows.append(
-                Row(
-                    policy=name,
-                    budget=share,
-                    rollouts=_mean(by_seed, "rollouts"),
-                    value=float(values[k].mean()),
-                    value_deviation=float(values[k].std(ddof=1)) if settings.seeds > 1 else math.nan,
-                    effective_rollouts=_mean(by_seed, "effective_rollouts"),
-                    effective_prompts=_mean(by_seed, "effective_prompts"),
-                )
-            )
-        curves[name] = values.mean(axis=1)
-    equal = {}
-    for name, curve in curves.items():
-        spendings = [row.rollouts for row in rows if row.policy == name]
-        # Rounding apart: a policy that does exactly what was recorded reaches the recorded value.
-        equal[name] = rollouts_to_reach(spendings, curve, recorded.value * (1 - 1e-9))
-    order = {name: k for k, name in enumerate(curves)}
+            rows[name].append(_row(name, share, runs))
+            if name == KNAPSACK and share == 1.0:
+                calibration = pooled_calibration(runs)
+    # Allow for rounding: a policy that repeats the recorded run must reach the recorded value.
+    target = recorded.value * (1 - 1e-9)
     return DryRun(
         log=log,
         settings=settings,
         recorded=recorded,
-        rows=sorted(rows, key=lambda row: (-row.budget, order[row.policy])),
-        equal_value=equal,
+        rows=[row for at_share in reversed(list(zip(*rows.values(), strict=True))) for row in at_share],
+        equal_value={
+            name: rollouts_to_reach([row.rollouts for row in curve], [row.value for row in curve], target)
+            for name, curve in rows.items()
+        },
         rates=rates,
-        calibration=calibrate(np.concatenate(predicted), np.concatenate(effective)),
+        calibration=calibration,
         notes=[*log.notes, *_remarks(log)],
+    )
+
+
+def _row(policy: str, budget: float, runs: Sequence[Simulation]) -> Row:
+    """Return the row of a policy at a budget from its simulations, one per seed."""
+    values = np.array([run.values.sum() for run in runs])
+    each = [figures(run, first_visit=0) for run in runs]
+    mean = {name: float(np.mean([row[name] for row in each])) for name in each[0]}
+    return Row(
+        policy=policy,
+        budget=budget,
+        rollouts=mean["rollouts"],
+        value=float(values.mean()),
+        value_deviation=float(values.std(ddof=1)) if values.size > 1 else math.nan,
+        effective_rollouts=mean["effective_rollouts"],
+        effective_prompts=mean["effective_prompts"],
     )
 
 
 def _check_enough(log: RewardLog) -> None:
     prompts, visits = len(log.prompt_ids), log.prompt.size
-    what = f"{log.source}: {prompts} prompts, {log.steps.size} steps, {visits} groups"
+    found = f"{log.source} holds {prompts} prompts, {log.steps.size} steps and {visits} groups"
     if prompts < 2:
-        raise ValueError(f"{what}. There is nothing to allocate between fewer than two prompts")
+        raise ValueError(f"{found}. Allocation needs at least two prompts")
     if np.bincount(log.prompt).max() < 2:
         raise ValueError(
-            f"{what}, and no prompt is visited twice. Allocation learns from earlier visits, so this log cannot say "
-            "what it would do. If prompt ids are made anew in every step, name a column that stays the same"
+            f"{found}, and no prompt is visited twice. Allocation learns from earlier visits, so this log cannot show "
+            "its effect. If prompt ids change in every step, name a column that stays the same"
         )
     if log.totals.max() < 2:
-        raise ValueError(f"{what}, each of one rollout. A group of one has no gradient; is the prompt column right?")
+        raise ValueError(f"{found}, each of one rollout. A group of one has no gradient; check the prompt column")
 
 
 def _remarks(log: RewardLog) -> list[str]:
-    """What limits the result."""
+    """Return the limits of the result."""
     visits = np.bincount(log.prompt)
     once = int((visits == 1).sum())
     remarks = []
     if once:
         remarks.append(
-            f"{once} of {visits.size} prompts were visited once: their rate is what that one group showed, and no "
-            "policy could have known anything of them"
+            f"{once} of {visits.size} prompts were visited once: their rate is that of the single group, and no "
+            "policy could have known anything about them"
         )
     if np.median(visits) < 4:
         remarks.append(
-            f"prompts have {np.median(visits):g} visits in the median: rates from so few are noisy, and noise looks "
-            "like room for improvement; take the result as a hint"
+            f"the median prompt has {np.median(visits):g} visits: rates from so few are noisy, and noise looks like "
+            "room for improvement; take the result as a hint"
         )
     if log.totals.min() < log.totals.max():
-        remarks.append(f"groups hold {log.totals.min()} to {log.totals.max()} rollouts; each step's total is kept")
+        remarks.append(f"groups hold {log.totals.min()} to {log.totals.max()} rollouts; the total of each step is kept")
     if log.unscored:
         remarks.append(f"{log.unscored} rollouts without a reward were left out")
     mixed = (log.successes > 0) & (log.successes < log.totals)
     if log.graded and (log.effective != mixed).any():
         remarks.append(
             f"rewards are graded: {int((log.effective & ~mixed).sum())} groups differ in reward without holding both a "
-            "success and a failure. The run as it was counts them as effective, the replay does not"
+            "success and a failure. The recorded run counts them as effective, the replay does not"
         )
     return remarks
-
-
-def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
-    return float(np.mean([row[name] for row in rows]))
 
 
 def _json(row: Row) -> dict[str, Any]:

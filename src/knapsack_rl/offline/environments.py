@@ -1,7 +1,7 @@
-"""Prompts whose true success rates are known: synthetic ones that may learn, and a recorded run replayed.
+"""Prompts with known true success rates: synthetic ones, which may learn, and a replayed recorded run.
 
-An :class:`Environment` starts an :class:`Episode` from a seed; the seed fixes the rates, the batches and every random
-move, so policies that are compared meet the same prompts in the same order.
+An :class:`Environment` starts an :class:`Episode` from a seed. The seed fixes the rates, the batches and all random
+movement, so compared policies see the same prompts in the same order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIXTURES = {
     "bimodal": "0.5*beta(30,1) + 0.5*beta(1,30)",
     "hard": "0.5*beta(1,30) + 0.2*point(0) + 0.3*uniform",
 }
-"""Named distributions of success rates: late in uniform training, the two ends alone, a data set that is too hard."""
+"""Named distributions of success rates: late in uniform training, both ends only, a data set that is too hard."""
 
 _TERM = re.compile(
     r"(?:(?P<weight>[\d.]+)\*)?(?:(?P<uniform>uniform)|beta\((?P<beta>[^()]*)\)|point\((?P<point>[^()]*)\))"
@@ -38,11 +38,11 @@ class Episode(Protocol):
     """Prompt indices of each step, distinct within a step."""
 
     def rates(self, prompts: IntArray) -> FloatArray:
-        """(M,) true success rates of these prompts now."""
+        """Return (M,) current true success rates of these prompts."""
         ...
 
     def train(self, prompts: IntArray, effective: BoolArray) -> None:
-        """Go on by one step: these prompts were visited, and these groups held both outcomes."""
+        """Advance by one step in which these prompts were visited and these groups held both outcomes."""
         ...
 
 
@@ -50,24 +50,24 @@ class Environment(Protocol):
     """Starts episodes."""
 
     def start(self, seed: int) -> Episode:
-        """The episode of a seed."""
+        """Return the episode of a seed."""
         ...
 
 
 def draw_rates(mixture: str, prompts: int, rng: np.random.Generator) -> FloatArray:
-    """Success rates drawn from a named mixture.
+    """Draw success rates from a mixture.
 
     Args:
         mixture: a name of ``MIXTURES``, or terms such as ``"uniform"``, ``"beta(2,5)"``, ``"point(0)"``, each with a
             weight if there are several: ``"0.3*point(0) + 0.7*uniform"``. Weights sum to 1.
-        prompts: how many, >= 1.
+        prompts: number of rates, >= 1.
         rng: source of randomness.
 
     Returns:
         (prompts,) rates in [0, 1].
 
     Raises:
-        ValueError: the text is no mixture, or a number in it is out of range.
+        ValueError: the text does not describe a mixture, or a number in it is out of range.
     """
     size = check_whole("prompts", prompts, minimum=1)
     terms = _parse(mixture)
@@ -79,19 +79,21 @@ def draw_rates(mixture: str, prompts: int, rng: np.random.Generator) -> FloatArr
 
 
 def _parse(mixture: str) -> list[tuple[float, tuple[float, ...]]]:
-    """(weight, parameters) of each term: two parameters for a Beta distribution, one for a point."""
+    """Return (weight, parameters) of each term: two parameters for a Beta distribution, one for a point."""
     text = MIXTURES.get(mixture, mixture).replace(" ", "")
     allowed = f"{', '.join(MIXTURES)}, or terms uniform, beta(a,b), point(p) such as '0.3*point(0) + 0.7*uniform'"
     terms: list[tuple[float, tuple[float, ...]]] = []
     for part in text.split("+"):
         match = _TERM.fullmatch(part)
         if match is None:
-            raise ValueError(f"{mixture!r} is no mixture of success rates: {part!r} is not understood; write {allowed}")
+            raise ValueError(
+                f"{mixture!r} is not a mixture of success rates: {part!r} is not understood; write {allowed}"
+            )
         try:
             weight = float(match["weight"] or 1.0)
             shape = tuple(float(number) for number in (match["beta"] or match["point"] or "1,1").split(","))
         except ValueError as error:
-            raise ValueError(f"{mixture!r} is no mixture of success rates: {error}; write {allowed}") from error
+            raise ValueError(f"{mixture!r} is not a mixture of success rates: {error}; write {allowed}") from error
         if match["beta"] is not None and (len(shape) != 2 or not all(0 < number < np.inf for number in shape)):
             raise ValueError(f"{part!r} needs two numbers above 0, as in beta(1,30)")
         if match["point"] is not None and (len(shape) != 1 or not 0 <= shape[0] <= 1):
@@ -99,12 +101,12 @@ def _parse(mixture: str) -> list[tuple[float, tuple[float, ...]]]:
         terms.append((weight, shape))
     total = sum(weight for weight, _ in terms)
     if abs(total - 1.0) > 1e-6:
-        raise ValueError(f"the weights of {mixture!r} sum to {total:g}, they must sum to 1")
+        raise ValueError(f"the weights of {mixture!r} sum to {total:g}, but they must sum to 1")
     return [(weight / total, shape) for weight, shape in terms]
 
 
 def shuffled_batches(prompts: int, epochs: int, batch_size: int, rng: np.random.Generator) -> list[IntArray]:
-    """Every prompt once an epoch, in a new order each time; the last batch of an epoch may be smaller."""
+    """Return batches with every prompt once per epoch, reshuffled each time; the last of an epoch may be smaller."""
     check_whole("epochs", epochs, minimum=1)
     check_whole("batch_size", batch_size, minimum=1)
     cuts = np.arange(batch_size, prompts, batch_size)
@@ -113,17 +115,17 @@ def shuffled_batches(prompts: int, epochs: int, batch_size: int, rng: np.random.
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Prompts drawn from a mixture; static, or learning.
+    """Prompts drawn from a mixture, static or learning.
 
-    In logits, a visited prompt moves by ``gain`` if its group was effective (held both outcomes), by a normal step of
-    standard deviation ``walk`` whatever happened, and all prompts move by ``drift`` in the course of an epoch. Rates
-    of exactly 0 and 1 stay. With all three at 0 the rates are static.
+    In logits, a visited prompt moves by ``gain`` if its group was effective (held both outcomes) and always by a normal
+    step of standard deviation ``walk``; all prompts move by ``drift`` over an epoch. Rates of exactly 0 and 1 stay.
+    With all three at 0 the rates are static.
 
     Attributes:
         mixture: see :func:`draw_rates`.
         prompts: number of prompts.
         epochs: visits of each prompt.
-        batch_size: prompts a step.
+        batch_size: prompts per step.
         gain: logits per effective group.
         drift: logits per epoch.
         walk: logits per visit, >= 0.
@@ -138,7 +140,7 @@ class Synthetic:
     walk: float = 0.0
 
     def start(self, seed: int) -> SyntheticEpisode:
-        """The episode of a seed."""
+        """Return the episode of a seed."""
         if not (np.isfinite([self.gain, self.drift]).all() and 0 <= self.walk < np.inf):
             raise ValueError(f"gain, drift and walk must be finite, walk >= 0, got {self.gain, self.drift, self.walk}")
         return SyntheticEpisode(self, seed)
@@ -155,19 +157,19 @@ class SyntheticEpisode:
         )
         rates = draw_rates(environment.mixture, environment.prompts, start)
         with np.errstate(divide="ignore"):
-            self._logits = np.log(rates) - np.log1p(-rates)  # infinite, and so for ever, at 0 and 1
+            self._logits = np.log(rates) - np.log1p(-rates)  # infinite, and forever so, at 0 and 1
         self._drift = 0.0
 
     def rates(self, prompts: IntArray) -> FloatArray:
-        """(M,) true success rates of these prompts now."""
+        """Return (M,) current true success rates of these prompts."""
         with np.errstate(over="ignore"):
             return 1.0 / (1.0 + np.exp(-(self._logits[prompts] + self._drift)))
 
     def train(self, prompts: IntArray, effective: BoolArray) -> None:
-        """Move what learns."""
+        """Move the prompts that learn."""
         environment = self._environment
         self._drift += environment.drift * prompts.size / environment.prompts
-        # Drawn whatever the policy did, so that the walk is the same for all policies.
+        # Drawn regardless of the policy, so that the walk is the same for all policies.
         step = environment.walk * self._steps.standard_normal(prompts.size)
         self._logits[prompts] += environment.gain * effective + step
 
@@ -177,7 +179,7 @@ class Trace:
     """Recorded outcomes of prompts, visit by visit.
 
     Attributes:
-        prompt: (V,) prompt of each visit, ascending from 0 without gaps; a prompt's visits stand in order of time.
+        prompt: (V,) prompt of each visit, ascending from 0 without gaps; visits of a prompt are in order of time.
         successes: (V,) successes of the visit.
         totals: (V,) rollouts of the visit, >= 1.
     """
@@ -190,7 +192,7 @@ class Trace:
         if not self.prompt.shape == self.successes.shape == self.totals.shape or self.prompt.ndim != 1:
             raise ValueError("prompt, successes and totals must be one-dimensional and equally long")
         if not self.prompt.size:
-            raise ValueError("the trace holds no visit")
+            raise ValueError("the trace holds no visits")
         gaps = np.diff(self.prompt, prepend=-1)
         if not np.isin(gaps, (0, 1)).all() or self.prompt[0] != 0:
             raise ValueError("prompt must ascend from 0 without gaps")
@@ -200,7 +202,7 @@ class Trace:
 
     @classmethod
     def from_visits(cls, prompt: ArrayLike, successes: ArrayLike, totals: ArrayLike) -> Trace:
-        """A trace from visits in order of time; prompts may be mixed and are numbered 0, 1, ... as they are."""
+        """Return a trace of visits in order of time; prompts are numbered from 0 and may be interleaved."""
         at, good, total = (np.asarray(column, dtype=np.int64) for column in (prompt, successes, totals))
         order = np.argsort(at, kind="stable")
         return cls(at[order], good[order], total[order])
@@ -219,13 +221,13 @@ class Trace:
         return self.visits.size
 
     def take(self, prompts: IntArray) -> Trace:
-        """The trace of some prompts, renumbered in the order given."""
+        """Return the trace of some prompts, renumbered in the given order."""
         rows = np.concatenate([np.arange(self.starts[i], self.starts[i] + self.visits[i]) for i in prompts])
         renumbered = np.repeat(np.arange(prompts.size), self.visits[prompts])
         return Trace(renumbered, self.successes[rows], self.totals[rows])
 
     def smooth(self, bandwidth: float) -> FloatArray:
-        """Success rate of each visit, smoothed over the prompt's own visits with a Gaussian kernel.
+        """Return the success rate of each visit, smoothed over the visits of its prompt with a Gaussian kernel.
 
         p(t) = sum_v K(t - v) successes(v) / sum_v K(t - v) totals(v), K(d) = exp(-d^2 / (2 bandwidth^2)).
 
@@ -241,7 +243,7 @@ class Trace:
         if not 0.0 < bandwidth < np.inf:
             raise ValueError(f"bandwidth must be a number of visits above 0, got {bandwidth!r}")
         rates = np.empty(self.prompt.size)
-        for length in np.unique(self.visits):  # prompts with equally many visits share one kernel matrix
+        for length in np.unique(self.visits):  # prompts with the same number of visits share one kernel matrix
             distance = np.subtract.outer(np.arange(length), np.arange(length)) / bandwidth
             kernel = np.exp(-0.5 * distance**2)
             rows = self.starts[self.visits == length][:, None] + np.arange(length)
@@ -251,16 +253,16 @@ class Trace:
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """A recorded run whose smoothed success rates are taken for the truth; they do not react to the policy.
+    """A recorded run whose smoothed success rates are taken as the truth; they do not react to the policy.
 
-    At its k-th visit a prompt has the smoothed rate of its k-th recorded visit; the last one holds from then on.
+    At its k-th visit a prompt has the smoothed rate of its k-th recorded visit; after the last one the rate stays.
 
     Attributes:
-        trace: what was recorded.
+        trace: the recorded visits.
         bandwidth: see :meth:`Trace.smooth`.
-        batches: prompt indices of each step; None shuffles all prompts into batches anew, by the seed.
-        batch_size: prompts a step, if shuffled.
-        epochs: visits of each prompt, if shuffled; None takes the most that were recorded of a prompt.
+        batches: prompt indices of each step; None shuffles all prompts into batches by the seed.
+        batch_size: prompts per step, if shuffled.
+        epochs: visits of each prompt, if shuffled; None takes the largest recorded number of visits.
     """
 
     trace: Trace
@@ -275,7 +277,7 @@ class Replay:
         return self.trace.smooth(self.bandwidth)
 
     def start(self, seed: int) -> ReplayEpisode:
-        """The episode of a seed."""
+        """Return the episode of a seed."""
         batches = self.batches
         if batches is None:
             epochs = int(self.trace.visits.max()) if self.epochs is None else self.epochs
@@ -293,10 +295,10 @@ class ReplayEpisode:
         self._visited = np.zeros(len(trace), dtype=np.int64)
 
     def rates(self, prompts: IntArray) -> FloatArray:
-        """(M,) smoothed rates at the visits that come next."""
+        """Return (M,) smoothed rates at the next visits of these prompts."""
         trace = self._trace
         return self._smoothed[trace.starts[prompts] + np.minimum(self._visited[prompts], trace.visits[prompts] - 1)]
 
     def train(self, prompts: IntArray, effective: BoolArray) -> None:
-        """Go on to the next visit of these prompts; nothing else moves."""
+        """Advance these prompts to their next visit; nothing else moves."""
         self._visited[prompts] += 1

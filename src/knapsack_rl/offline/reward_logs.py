@@ -1,7 +1,7 @@
-"""Rewards of an earlier run, as people have them: which prompt got which rewards in which step.
+"""Reward logs of earlier runs: which prompt got which rewards in which step.
 
-Read are run folders of this package, the completions that TRL writes (``log_completions=True``), the rollouts that verl
-dumps (``trainer.rollout_data_dir``), and any CSV, JSONL or parquet file with a row per rollout.
+The reader accepts run folders of this package, the completions that TRL writes (``log_completions=True``), the rollouts
+that verl dumps (``trainer.rollout_data_dir``), and any CSV, JSONL or parquet file with one row per rollout.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from knapsack_rl.runs.files import ALLOCATION_LOG
 ID_NAMES = ("prompt_id", "id", "uid", "index", "problem_id", "question_id", "prompt", "input", "question", "problem")
 STEP_NAMES = ("step", "global_step", "training_step", "iteration")
 REWARD_NAMES = ("reward", "score", "acc", "accuracy", "correct", "success", "is_correct")
-"""Column names that are tried in this order where none is given."""
+"""Column names tried in this order if none is given."""
 
 TRL_OWN = {"step", "prompt", "completion", "advantage", "images", "image"}
-"""Columns of TRL's completions that hold no reward; the others are reward functions, by name, and the user's own."""
+"""Columns of TRL's completions that do not hold rewards; the others are reward functions, by name, and user columns."""
 
 _TRL_FILE = re.compile(r"completions_(\d+)\.parquet")
 _VERL_FILE = re.compile(r"(\d+)\.jsonl")
@@ -37,10 +37,10 @@ _VERL_FILE = re.compile(r"(\d+)\.jsonl")
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """Names of the columns to read; None lets the reader look for usual ones.
+    """Names of the columns to read; None looks for the usual ones.
 
     Attributes:
-        prompt: what identifies a prompt in every step.
+        prompt: the id of a prompt, the same in every step.
         step: the training step.
         reward: the outcome.
     """
@@ -55,7 +55,7 @@ class RewardLog:
     """Groups of an earlier run; arrays over visits (one prompt in one step) have length V and ascend by step.
 
     Attributes:
-        source: what was read, in words.
+        source: description of the source.
         prompt_ids: distinct prompts in order of first visit.
         steps: (T,) step numbers, ascending.
         step: (V,) index into ``steps``.
@@ -65,7 +65,7 @@ class RewardLog:
         effective: (V,) whether the rewards of the group differed.
         unscored: rollouts without a reward, left out.
         graded: whether there are more than two distinct rewards.
-        notes: what a reader should know about how the log was read.
+        notes: remarks on how the log was read.
     """
 
     source: str
@@ -91,23 +91,25 @@ class RewardLog:
         source: str = "rewards",
         notes: Iterable[str] = (),
     ) -> RewardLog:
-        """Sum up rollouts; all rollouts of a prompt in a step are one group, wherever they stand.
+        """Sum up rollouts; all rollouts of a prompt in a step form one group, in whatever order they come.
 
         Args:
             prompt_ids: (R,) prompt of each rollout.
             steps: (R,) whole numbers.
             rewards: (R,) finite, or NaN for a rollout without a reward.
             success: a reward above this is a success, or a function of the rewards.
-            source: what was read, in words.
+            source: description of the source.
             notes: remarks to keep.
 
         Raises:
-            ValueError: a step is missing or no whole number, a reward is infinite, or nothing was scored.
+            ValueError: a step is missing or not a whole number, a reward is infinite, or no rollout has a reward.
         """
-        whole = (np.abs(steps) < 2.0**53) & (steps == np.floor(steps))  # of NaN neither holds
+        whole = (np.abs(steps) < 2.0**53) & (steps == np.floor(steps))  # both are false for NaN
         if not whole.all():
             row = int(np.flatnonzero(~whole)[0])
-            raise ValueError(f"{source}: the step of row {row + 1} is {steps[row]}; every row needs a whole number")
+            raise ValueError(
+                f"{source}: the step of row {row + 1} is {steps[row]}; every row needs a whole number as its step"
+            )
         scored = np.flatnonzero(~np.isnan(rewards))
         if not scored.size:
             raise ValueError(f"{source}: none of the {rewards.size} rollouts has a reward")
@@ -136,17 +138,17 @@ class RewardLog:
 def read_reward_log(
     path: str | Path, names: ColumnNames | None = None, success: SuccessRule | None = None
 ) -> RewardLog:
-    """Read whatever is at a path.
+    """Read the reward log at a path.
 
     Args:
         path: a run folder or its allocation log, a folder of TRL's completions (or one that holds ``completions/``), a
             folder of verl's dumps, or a CSV, JSONL or parquet file with a row per rollout.
-        names: columns to read, where the usual ones are not meant.
+        names: columns to read instead of the usual ones.
         success: a reward above this is a success, or a function of the rewards; None means above 0.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: nothing readable is there, or a column is missing; what was found is named.
+        FileNotFoundError: the path does not exist.
+        ValueError: the path holds no readable log, or a column is missing; the message lists what was found.
         ImportError: parquet needs pyarrow.
     """
     path, names = Path(path), names or ColumnNames()
@@ -171,13 +173,13 @@ def read_reward_log(
         return _from_tables(tables, verl, success, source=f"verl rollouts in {path}")
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise ValueError(
-        f"{path} holds no log that can be read: expected a run folder ({ALLOCATION_LOG}), TRL's "
+        f"{path} holds no readable log: expected a run folder ({ALLOCATION_LOG}), TRL's "
         f"completions_*.parquet or verl's N.jsonl; found {inside}"
     )
 
 
 def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    """Files of a folder whose names fit, by the number in the name."""
+    """Return the files of a folder whose names match, ordered by the number in the name."""
     found = [(int(match[1]), file) for file in folder.glob("*") if (match := pattern.fullmatch(file.name))]
     return [file for _, file in sorted(found)]
 
@@ -186,7 +188,7 @@ def _read_run(folder: Path) -> RewardLog:
     rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
     scored = visits.scored > 0
     if not scored.any():
-        raise ValueError(f"{folder}: no step with a scored rollout is in {ALLOCATION_LOG}")
+        raise ValueError(f"{folder / ALLOCATION_LOG} holds no step with a scored rollout")
     kept, prompt = np.unique(visits.prompt[scored], return_inverse=True)
     present, step = np.unique(visits.step[scored], return_inverse=True)
     return RewardLog(
@@ -207,7 +209,7 @@ def _read_trl(files: Sequence[Path], names: ColumnNames, success: SuccessRule | 
     previous, repeated = 0, 0
     for file in files:
         columns = read_columns(file)
-        # TRL logs its newest generation again at every later step that generates nothing.
+        # TRL logs its newest generation again at every later step that does not generate.
         rows = hash(repr([columns.get("prompt"), columns.get("completion")]))
         if rows == previous:
             repeated += 1
@@ -216,24 +218,26 @@ def _read_trl(files: Sequence[Path], names: ColumnNames, success: SuccessRule | 
         if not tables:
             reward = names.reward or _trl_reward(columns, file)
             names = ColumnNames(names.prompt or "prompt", names.step or "step", reward)
-        # Completions are long; what is not needed goes before the next file is read.
+        # Completions are long; only the needed columns stay in memory.
         needed = (names.prompt, names.step, names.reward)
         tables.append((file, {name: column(columns, name, file) for name in needed if name is not None}))
-    notes = [f"{repeated} files repeat the completions of the file before and were left out"] if repeated else []
+    notes = [f"{repeated} files repeat the completions of the previous file and were left out"] if repeated else []
     log = _from_tables(tables, names, success, source=source)
     if log.steps.size > 1 and np.diff(log.steps).min() > 1:
         every = int(np.diff(log.steps).min())
-        notes.append(f"at most every {every}th step is in the log; with logging_steps=1 all would be")
+        notes.append(f"the log holds at most every {every}th step; logging_steps=1 logs all of them")
     return replace(log, notes=(*log.notes, *notes))
 
 
 def _trl_reward(columns: Columns, file: Path) -> str:
-    """The one column that can be a reward."""
+    """Return the only column that can hold rewards."""
     able = [name for name, values in columns.items() if name not in TRL_OWN and _numeric(values)]
     if len(able) == 1:
         return able[0]
-    found = f"could be {', '.join(able)}" if able else f"is none of {', '.join(columns)}"
-    raise ValueError(f"{file}: the reward {found}; name the outcome with --reward-column")
+    found = (
+        f"several columns may hold it ({', '.join(able)})" if able else f"none of {', '.join(columns)} holds numbers"
+    )
+    raise ValueError(f"{file}: the reward column is unclear: {found}; name it with --reward-column")
 
 
 def _numeric(values: Sequence[Any]) -> bool:
@@ -245,7 +249,7 @@ def _numeric(values: Sequence[Any]) -> bool:
 def _from_tables(
     tables: Iterable[tuple[Path, Columns]], names: ColumnNames, success: SuccessRule | None, *, source: str
 ) -> RewardLog:
-    """Tables with a row per rollout, one after the other; the first decides on the columns."""
+    """Read tables with a row per rollout one after the other; the first determines the columns."""
     ids: list[PromptId] = []
     steps: list[FloatArray] = []
     rewards: list[FloatArray] = []
@@ -275,19 +279,19 @@ def _usual(columns: Columns, usual: Sequence[str], file: Path, what: str, flag: 
         if name in columns:
             return name
     raise ValueError(
-        f"{file} has no usual column for the {what} ({', '.join(usual)}); its columns are {', '.join(columns)}: "
-        f"name one with {flag}"
+        f"{file} has none of the usual columns for the {what} ({', '.join(usual)}); its columns are "
+        f"{', '.join(columns)}: name one with {flag}"
     )
 
 
 def _prompts(values: Sequence[Any], name: str) -> list[PromptId]:
-    """Prompts as ids; a conversation (a list of messages) by its JSON text."""
+    """Return prompts as ids; a conversation (a list of messages) is identified by its JSON text."""
     if not any(isinstance(value, (list, dict)) for value in values):
         return identities(values, name)
     return [json.dumps(value, sort_keys=True, ensure_ascii=False) for value in values]
 
 
 def _outcomes(values: Sequence[Any], name: str) -> FloatArray:
-    """Rewards as numbers; true and false, also as text, count as 1 and 0."""
+    """Return rewards as numbers; true and false, also as text, count as 1 and 0."""
     truth: dict[Any, float] = {"true": 1.0, "false": 0.0}
     return numbers([truth.get(value.lower(), value) if isinstance(value, str) else value for value in values], name)

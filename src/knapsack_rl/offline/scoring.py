@@ -1,9 +1,9 @@
-"""How good a policy was in a simulation: gain captured, effective ratios, calibration, discovery."""
+"""Figures of a simulated policy: gain captured, effective ratios, calibration, discovery."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ from knapsack_rl.runs.calibration import Calibration, calibrate
 from knapsack_rl.runs.files import finite_or_none
 
 FIRST_VISIT = 3
-"""Visits before this one (counted from 0) are left out of most figures: nobody knows anything yet."""
+"""Visits before this one (counted from 0) are left out of most figures, because nothing is known yet."""
 
 EARLY_VISITS = 1
-"""A prompt without a success in so many first visits counts as unsolved. In the first, all policies are uniform."""
+"""A prompt without a success in this many first visits, the first of them uniform in all policies, is unsolved."""
 
 PERCENT = ("gain_captured", "effective_rollouts", "effective_prompts", "predicted", "realised", "found_share")
 HEADINGS = {
@@ -51,16 +51,16 @@ class Result:
     calibration: Calibration
 
     def mean(self, figure: str) -> float:
-        """Mean over the seeds, NaN where a seed has none."""
+        """Return the mean over the seeds, NaN where a seed has no value."""
         return float(np.mean([row[figure] for row in self.by_seed.values()]))
 
     def deviation(self, figure: str) -> float:
-        """Standard deviation over the seeds (divisor n - 1), NaN for one seed."""
+        """Return the standard deviation over the seeds (divisor n - 1), NaN for one seed."""
         values = [row[figure] for row in self.by_seed.values()]
         return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values: labels, mean and standard deviation of each figure, figures by seed, reliability curve."""
+        """Return JSON values: labels, mean and deviation of each figure, figures by seed, reliability curve."""
         names = next(iter(self.by_seed.values()))
         return {
             "environment": self.environment,
@@ -79,10 +79,10 @@ class Result:
 
 
 def gain_captured(simulation: Simulation, first_visit: int = FIRST_VISIT) -> float:
-    """(value of the policy - value of uniform) / (value with rates known - value of uniform).
+    """Return (value of the policy - value of uniform) / (value with rates known - value of uniform).
 
-    Value is the sum over visits of V(N, p) at the true rate. Uniform and known rates are those of the same steps with
-    the same budget; where rates do not depend on the policy they are what these two policies earn when run alone.
+    Value is the sum over visits of V(N, p) at the true rate. Uniform and known rates refer to the same steps with the
+    same budget; where rates do not depend on the policy, they equal what these two policies earn when run alone.
 
     Args:
         simulation: one policy, one seed.
@@ -94,12 +94,12 @@ def gain_captured(simulation: Simulation, first_visit: int = FIRST_VISIT) -> flo
     late = simulation.visit >= first_visit
     base = float(simulation.values_if_uniform[late].sum())
     most = float(simulation.values_if_known[late].sum())
-    # What is left of equal sums is rounding.
+    # The difference of equal sums is rounding.
     return (float(simulation.values[late].sum()) - base) / (most - base) if most - base > 1e-9 * most else math.nan
 
 
 def discovery(simulation: Simulation, early: int = EARLY_VISITS) -> tuple[int, int]:
-    """(prompts without a success in their first visits, those of them with a success later)."""
+    """Return the number of prompts without a success in their first visits, and how many of them succeed later."""
     size = int(simulation.prompt.max()) + 1
     first = simulation.visit < early
     before = np.bincount(simulation.prompt[first], simulation.successes[first], minlength=size)
@@ -110,7 +110,7 @@ def discovery(simulation: Simulation, early: int = EARLY_VISITS) -> tuple[int, i
 
 
 def figures(simulation: Simulation, first_visit: int = FIRST_VISIT, early: int = EARLY_VISITS) -> dict[str, float]:
-    """The figures of one simulation; NaN where there is nothing to count.
+    """Return the figures of one simulation; NaN where there is nothing to count.
 
     Keys:
         gain_captured: see :func:`gain_captured`.
@@ -124,14 +124,14 @@ def figures(simulation: Simulation, first_visit: int = FIRST_VISIT, early: int =
 
     Args:
         simulation: one policy, one seed.
-        first_visit: visits before this one (from 0) are left out, except where every visit is said to count.
-        early: visits that make a prompt unsolved.
+        first_visit: visits before this one (from 0) are left out, except where noted.
+        early: visits without a success that make a prompt unsolved.
     """
     late = simulation.visit >= first_visit
     counts, effective = simulation.counts[late], simulation.effective[late]
     predicted = simulation.predicted[late]
-    told = np.isfinite(predicted) & (counts > 0)
     given = counts > 0
+    known = np.isfinite(predicted) & given
     unsolved, found = discovery(simulation, early)
     last = np.zeros(int(simulation.prompt.max()) + 1, dtype=np.int64)
     last[simulation.prompt] = np.arange(simulation.prompt.size)  # the latest visit stays
@@ -141,14 +141,24 @@ def figures(simulation: Simulation, first_visit: int = FIRST_VISIT, early: int =
         "rollouts": float(simulation.counts.sum()),
         "effective_rollouts": _ratio(counts[effective].sum(), counts.sum()),
         "effective_prompts": _ratio(effective.sum(), given.sum()),
-        "predicted": _ratio(predicted[told].sum(), told.sum()),
-        "realised": _ratio(effective[told].sum(), told.sum()),
+        "predicted": _ratio(predicted[known].sum(), known.sum()),
+        "realised": _ratio(effective[known].sum(), known.sum()),
         "brier": calibrate(predicted[given], effective[given]).brier,
         "unsolved": float(unsolved),
         "found": float(found),
         "found_share": _ratio(found, unsolved),
         "final_rate": float(simulation.rates[last[np.unique(simulation.prompt)]].mean()),
     }
+
+
+def pooled_calibration(simulations: Iterable[Simulation], first_visit: int = 0) -> Calibration:
+    """Return the calibration of the predictions of several simulations together, from a visit on."""
+    predicted, effective = [], []
+    for run in simulations:
+        counted = (run.visit >= first_visit) & (run.counts > 0)
+        predicted.append(run.predicted[counted])
+        effective.append(run.effective[counted])
+    return calibrate(np.concatenate(predicted), np.concatenate(effective))
 
 
 def compare(
@@ -175,29 +185,27 @@ def compare(
         done: called with a line of text after each simulation.
 
     Raises:
-        ValueError: there is no seed, or a seed stands twice.
+        ValueError: seeds is empty, or a seed repeats.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
+        raise ValueError(f"seeds must be distinct, and at least one is needed, got {list(seeds)}")
     results = []
     for where, environment in environments.items():
         for name, make in policies.items():
-            by_seed, predicted, effective = {}, [], []
+            runs = {}
             for seed in seeds:
-                run = simulate(environment, make, seed, budget, min_rollouts=min_rollouts, max_rollouts=max_rollouts)
-                by_seed[seed] = figures(run, first_visit)
-                late = (run.visit >= first_visit) & (run.counts > 0)
-                predicted.append(run.predicted[late])
-                effective.append(run.effective[late])
+                runs[seed] = simulate(
+                    environment, make, seed, budget, min_rollouts=min_rollouts, max_rollouts=max_rollouts
+                )
                 if done is not None:
                     done(f"{where}: {name}, seed {seed}")
-            pooled = calibrate(np.concatenate(predicted), np.concatenate(effective))
-            results.append(Result(where, name, by_seed, pooled))
+            by_seed = {seed: figures(run, first_visit) for seed, run in runs.items()}
+            results.append(Result(where, name, by_seed, pooled_calibration(runs.values(), first_visit)))
     return results
 
 
 def markdown_tables(results: Sequence[Result], headings: Mapping[str, str] = HEADINGS) -> str:
-    """One Markdown table for each environment; mean ± standard deviation over the seeds."""
+    """Return one Markdown table per environment: mean ± standard deviation over the seeds."""
     parts = []
     for where in dict.fromkeys(result.environment for result in results):
         rows = [result for result in results if result.environment == where]
@@ -215,7 +223,7 @@ def markdown_tables(results: Sequence[Result], headings: Mapping[str, str] = HEA
 
 
 def cell(figure: str, mean: float, deviation: float = math.nan) -> str:
-    """A figure as text with its deviation, "–" where there is none."""
+    """Return a figure as text with its deviation, "–" for NaN."""
     if math.isnan(mean):
         return "–"
     scale, digits, unit = (100, 1, " %") if figure in PERCENT else (1, 0, "") if figure == "found" else (1, 3, "")

@@ -1,4 +1,4 @@
-"""Tables that people have: CSV, JSON lines and parquet files, read into columns."""
+"""CSV, JSON lines and parquet files, read into columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.allocation.checks import FloatArray
-from knapsack_rl.ids import PromptId
+from knapsack_rl.ids import PromptId, refusal
 
 Columns = dict[str, list[Any]]
 
@@ -23,8 +23,8 @@ def read_columns(path: str | Path) -> Columns:
         Column name to values; a key missing from a JSON object is ``None``. CSV values are strings.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the kind is unknown, the file is malformed, or it holds no rows.
+        FileNotFoundError: the file does not exist.
+        ValueError: the suffix is unknown, the file is malformed, or it holds no rows.
         ImportError: parquet needs pyarrow.
     """
     path = Path(path)
@@ -45,7 +45,7 @@ def _read_csv(path: Path) -> Columns:
             header = next(reader, [])
             rows = [row for row in reader if row]
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num} is no CSV: {error}") from error
+            raise ValueError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
     if len(set(header)) < len(header):
         raise ValueError(f"{path}: column names repeat: {', '.join(header)}")
     for row in rows:
@@ -64,8 +64,8 @@ def _read_json_lines(path: Path) -> Columns:
                 continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # broken, a number of 5,000 digits, or nested without end
-                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+            except (ValueError, RecursionError) as error:  # broken, a number of 5,000 digits, or endless nesting
+                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}")
             rows.append(row)
@@ -84,7 +84,7 @@ def _read_parquet(path: Path) -> Columns:
     except FileNotFoundError:
         raise
     except (pyarrow.ArrowException, ValueError, OSError) as error:  # damaged data is an OSError without a number
-        raise ValueError(f"{path} is no readable parquet file: {error}") from error
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
 
 
 READABLE: dict[str, Callable[[Path], Columns]] = {
@@ -96,10 +96,10 @@ READABLE: dict[str, Callable[[Path], Columns]] = {
 
 
 def column(columns: Columns, name: str, path: str | Path) -> list[Any]:
-    """A column by name.
+    """Return a column by name.
 
     Raises:
-        ValueError: there is no such column; the ones there are named.
+        ValueError: the column does not exist; the message lists those that do.
     """
     if name not in columns:
         raise ValueError(f"{path} has no column {name!r}; its columns are {', '.join(columns)}")
@@ -107,27 +107,28 @@ def column(columns: Columns, name: str, path: str | Path) -> list[Any]:
 
 
 def numbers(values: Sequence[Any], name: str) -> FloatArray:
-    """Values as float64; empty strings, ``None`` and "nan" become NaN.
+    """Return values as (R,) float64; empty strings, ``None`` and "nan" become NaN.
 
     Raises:
-        ValueError: a value is no number; its row is named.
+        ValueError: a value is not a number; the message names its row.
     """
     parsed = np.empty(len(values))
     for row, value in enumerate(values):
         try:
             parsed[row] = np.nan if value in (None, "") else float(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"column {name!r}, row {row + 1}: {value!r} is no number") from error
+            raise ValueError(f"column {name!r}, row {row + 1}: {value!r} is not a number") from error
     return parsed
 
 
 def identities(values: Sequence[Any], name: str) -> list[PromptId]:
-    """Values as prompt ids.
+    """Return values as prompt ids.
 
     Raises:
-        ValueError: a value is neither a string nor a whole number, or is empty; its row is named.
+        ValueError: a value is empty or cannot be a prompt id (see :mod:`knapsack_rl.ids`); the message names its row.
     """
-    for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise ValueError(f"column {name!r}, row {row + 1}: {value!r} is no prompt id (a string or whole number)")
+    for row, value in enumerate(values, start=1):
+        reason = "is empty; every row needs a prompt id" if value == "" or value is None else refusal(value)
+        if reason:
+            raise ValueError(f"column {name!r}, row {row} {reason}")
     return list(values)

@@ -1,4 +1,4 @@
-"""What a run did, read from its folder: derived figures, plots, and self-contained HTML pages.
+"""Reports of runs from their folders: derived figures, plots, and self-contained HTML pages.
 
 Plots need matplotlib (``pip install "knapsack-rl[plots]"``); it is imported when a page is drawn.
 """

@@ -1,4 +1,4 @@
-"""Compare runs: which policy each run follows, and one row of figures per policy over its seeds."""
+"""Compare runs: group them by policy and compute one row of figures per policy over its seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOOTHING = 3
 LAST_EVALUATIONS = 3
 """Evaluations whose mean is the accuracy at the end of a run."""
 
-# Settings that may vary between seeds of one policy, because they do not change what is learned.
+# Settings that may vary between seeds of one policy, because they do not affect learning.
 _INCIDENTAL = {"seed", "threads", "report_to", "save_every", "eval_every"}
 
 
@@ -41,21 +41,21 @@ class Policy:
     def compared(self) -> dict[int | str, RunLog]:
         """The finished runs by seed; all runs as long as none is finished.
 
-        A mean over runs at different points of their training would describe none of them.
+        A mean over runs at different stages of training would be meaningless.
         """
         return {seed: run for seed, run in self.runs.items() if run.finished} or self.runs
 
     def per_seed(self, measure: Callable[[RunLog], float]) -> dict[int | str, float]:
-        """A measure of each compared run, seeds without a finite value left out."""
+        """Return a measure of each compared run; seeds without a finite value are left out."""
         values = {seed: measure(run) for seed, run in self.compared.items()}
         return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
 def policies(runs: Sequence[RunLog]) -> list[Policy]:
-    """Group runs by policy: uniform ones first, by N, then the others in the order given.
+    """Group runs by policy: uniform ones first, by N, then the others in the given order.
 
-    The label names the allocation and N. Where runs of the same name differ in a setting that changes what is
-    learned (the estimator, the model, ...), that setting joins the label.
+    The label names the allocation and N. Where runs with the same name differ in a setting that affects learning
+    (the estimator, the model, ...), the label includes that setting.
 
     Raises:
         ValueError: If two runs have the same label and the same seed.
@@ -71,7 +71,7 @@ def policies(runs: Sequence[RunLog]) -> list[Policy]:
         for run in members:
             extra = ", ".join(f"{key} {run.config.get(key)}" for key in varying)
             label = f"{name} ({extra})" if extra else name
-            # Settings may hold halves of surrogate pairs, which no font renderer accepts.
+            # Settings may hold lone surrogates, which font renderers reject.
             label = label.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             uniform = run.config.get("allocation") == "uniform"
             policy = grouped.setdefault(label, Policy(label=label, runs={}, uniform=uniform))
@@ -85,7 +85,7 @@ def policies(runs: Sequence[RunLog]) -> list[Policy]:
 
 
 def baseline_of(groups: Sequence[Policy]) -> Policy | None:
-    """The uniform policy with the fewest rollouts per prompt, None without a uniform policy."""
+    """Return the uniform policy with the fewest rollouts per prompt, None without a uniform policy."""
     return min((policy for policy in groups if policy.uniform), key=_size, default=None)
 
 
@@ -95,9 +95,10 @@ def _size(policy: Policy) -> float:
 
 
 def accuracy_at_end(accuracy: Sequence[float] | NDArray[np.float64]) -> float:
-    """Held-out accuracy at the end of a run: the mean of its last three evaluations, NaN without any.
+    """Return held-out accuracy at the end of a run: the mean of its last three evaluations, NaN without any.
 
-    A single evaluation of a run that still moves is noisy. The first, before training, counts only if it is alone.
+    A single evaluation is noisy while the model still changes. The first evaluation, before training, counts only if
+    it is the only one.
     """
     last = np.asarray(accuracy[1:] if len(accuracy) > 1 else accuracy, dtype=np.float64)[-LAST_EVALUATIONS:]
     return float(last.mean()) if last.size else math.nan
@@ -109,9 +110,9 @@ def final_accuracy(run: RunLog) -> float:
 
 
 def mean_accuracy(run: RunLog) -> float:
-    """Held-out accuracy averaged over the rollouts of the run (trapezoids), NaN without two evaluations.
+    """Return held-out accuracy averaged over the rollouts of the run (trapezoids), NaN without two evaluations.
 
-    The end of a run is one moment; this says how good the model was on the way.
+    Unlike the accuracy at the end, this measures how good the model was during the whole run.
     """
     rollouts, accuracy = run.held_out
     known = np.isfinite(accuracy)
@@ -122,7 +123,7 @@ def mean_accuracy(run: RunLog) -> float:
 
 
 def accuracy_curve(policy: Policy, smoothing: int = 1) -> Curve:
-    """Held-out accuracy against rollouts generated, over the compared seeds of a policy.
+    """Return held-out accuracy against rollouts generated, averaged over the compared seeds of a policy.
 
     Args:
         policy: The runs.
@@ -133,10 +134,10 @@ def accuracy_curve(policy: Policy, smoothing: int = 1) -> Curve:
 
 
 def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
-    """One row of figures per policy.
+    """Return one row of figures per policy.
 
     Means are over seeds, intervals are half-widths of 95 % t-intervals of the mean; a figure that cannot be
-    computed (no evaluation yet, one seed only, no baseline) is None. The baseline is the uniform policy with
+    computed (no evaluation yet, a single seed, no baseline) is None. The baseline is the uniform policy with
     the fewest rollouts per prompt. Unfinished runs are left out of a policy that has finished ones.
 
     Keys of a row:
@@ -147,17 +148,17 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
         difference, difference_interval, difference_pairs: Final accuracy minus that of the baseline's run
             with the same seed, both finished, and the number of such pairs.
         mean_accuracy, mean_accuracy_interval: Held-out accuracy averaged over the rollouts of the run.
-        mean_difference, mean_difference_interval: The same minus the baseline's, as for the difference.
-        training_success: Mean success rate of the training prompts, each weighing the same, over the last 20 % of
-            the steps.
+        mean_difference, mean_difference_interval: The same minus the baseline's, computed like the difference.
+        training_success: Mean success rate of the training prompts, equally weighted, over the last 20 % of the
+            steps.
         effective_rollouts, effective_prompts: Share of rollouts and of groups with a gradient, over all steps.
         unsolved_share: Prompts whose last visit had no success.
         largest_allocation: Most rollouts that a prompt got in one step, over all seeds.
         target_accuracy: The baseline's accuracy at its end.
         rollouts_to_target, rollouts_ratio: Rollouts until the policy first reaches the target, and that
-            number over the baseline's own. Each run's curve is smoothed (centred moving average of three
+            number over the baseline's. Each run's curve is smoothed (centred moving average of three
             evaluations), curves are averaged over seeds, and the mean is interpolated linearly; the target is
-            the end of the baseline's curve made the same way. None if it is never reached.
+            the end of the baseline's curve computed the same way. None if it is never reached.
 
     Args:
         runs: Loaded runs, in any order.
@@ -214,7 +215,7 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
 
 
 def _gaps(policy: Policy, baseline: Policy, measure: Callable[[RunLog], float]) -> list[float]:
-    """A measure minus the baseline's, for each seed that both have finished."""
+    """Return a measure minus the baseline's for each seed that both have finished."""
     mine, base = policy.per_seed(measure), baseline.per_seed(measure)
     return [
         mine[seed] - base[seed]

@@ -22,9 +22,9 @@ from knapsack_rl.runs.log import FloatArray, RunLog
 
 _LEVELS = {
     "rollouts": "The effective gradient ratio (moving average, mean over seeds, band from lowest to highest). An "
-    "adaptive policy should lie above uniform; part of that is bought by moving budget to the groups that vary.",
-    "prompts": "The same counted by prompts, which moving budget alone cannot raise by much. A policy that lies "
-    "higher here reaches prompts from which nothing was learned before.",
+    "adaptive policy should lie above uniform; moving budget to the groups that vary explains part of that.",
+    "prompts": "The same counted by prompts, which moving budget alone cannot raise by much. A policy that is "
+    "higher here learns from prompts that taught nothing before.",
 }
 
 HEADER = (
@@ -50,13 +50,13 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
 
     Args:
         runs: Run folders.
-        output: The page to write, or an existing folder, which gets a `comparison.html`.
+        output: The page to write, or an existing folder in which to write `comparison.html`.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: If there are no runs, or two runs share policy and seed.
+        ValueError: If `runs` is empty, or two runs share policy and seed.
         FileNotFoundError: If a folder is not a run folder.
         ImportError: If matplotlib is not installed.
     """
@@ -68,7 +68,7 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
     body += [page.paragraph(text, "notice") for text in _notices(groups)]
     body.append(_findings(rows))
     body.append(page.heading("Figures by policy"))
-    # A column per policy: there are more figures than policies, and a screen is higher than it is wide.
+    # A column per policy: there are more figures than policies, and pages scroll vertically.
     columns = [_cells(row) for row in rows]
     figures = [(name, *cells) for name, *cells in zip(HEADER, *columns, strict=True)]
     body.append(page.table([str(cell) for cell in figures[0]], figures[1:], caption=_table_caption(rows)))
@@ -100,7 +100,7 @@ def _notices(groups: Sequence[Policy]) -> list[str]:
                 use = (
                     "it is left out of the figures and curves below"
                     if any(other.finished for other in policy.runs.values())
-                    else "its figures are those of its last step, and it is not set against the baseline"
+                    else "its figures are those of its last step, and it is not compared with the baseline"
                 )
                 planned = "" if run.planned_steps is None else f" of {run.planned_steps:,}"
                 notices.append(
@@ -111,12 +111,8 @@ def _notices(groups: Sequence[Policy]) -> list[str]:
     return notices
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f} %"
-
-
 def _interval(value: float | None, half: float | None, *, sign: bool = False) -> str | None:
-    """A share in percent with the half-width of its interval."""
+    """Return a share in percent with the half-width of its interval."""
     if value is None:
         return None
     number = f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
@@ -125,7 +121,7 @@ def _interval(value: float | None, half: float | None, *, sign: bool = False) ->
 
 
 def _findings(rows: Sequence[dict[str, Any]]) -> str:
-    """One sentence for each policy that can be set against the baseline."""
+    """Return one sentence for each policy that can be compared with the baseline."""
     baseline = next((row for row in rows if row["baseline"]), None)
     items: list[str] = []
     for row in rows:
@@ -151,7 +147,7 @@ def _findings(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of the comparison page as Markdown.
+    """Return the table of the comparison page as Markdown.
 
     Args:
         rows: From `comparison_table`.
@@ -180,10 +176,10 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
         "baseline"
         if row["baseline"]
         else _interval(row["mean_difference"], row["mean_difference_interval"], sign=True),
-        _percent(row["training_success"]),
-        _percent(row["effective_rollouts"]),
-        _percent(row["effective_prompts"]),
-        _percent(row["unsolved_share"]),
+        page.percent(row["training_success"]),
+        page.percent(row["effective_rollouts"]),
+        page.percent(row["effective_prompts"]),
+        page.percent(row["unsolved_share"]),
         None if row["largest_allocation"] is None else f"{row['largest_allocation']:,}",
         missed if reached is None else f"{reached:,.0f}",
         None if row["rollouts_ratio"] is None else f"{row['rollouts_ratio']:.2f} ×",
@@ -195,7 +191,7 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
     caption = (
         "Means over seeds; ± is the half-width of a 95 % t-interval of the mean. Differences are taken between runs "
         "of the same seed. Accuracy at the end is the mean of the last three evaluations. Success on training prompts "
-        "(every prompt weighs the same) is the mean over the last 20 % of the steps, gradient shares are over all "
+        "(equally weighted) is the mean over the last 20 % of the steps, gradient shares are over all "
         "steps. Unsolved: no success at the last visit."
     )
     if target is not None:
@@ -207,7 +203,7 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def comparison_plots(groups: Sequence[Policy]) -> list[page.Plot]:
-    """The plots of a comparison page, as far as the logs go."""
+    """Return the plots of a comparison page that the logs allow."""
     figures: list[page.Plot] = []
     accuracy = {policy.label: accuracy_curve(policy) for policy in groups}
     if any(curve.x.size > 1 for curve in accuracy.values()):
@@ -225,7 +221,7 @@ def comparison_plots(groups: Sequence[Policy]) -> list[page.Plot]:
             page.Plot(
                 "final",
                 "The mean of the last three evaluations of each run; the bar is the mean of the runs. Where the dots "
-                "of two policies mingle, the difference may be chance. Policies with a larger N have used more "
+                "of two policies overlap, the difference may be chance. Policies with a larger N have used more "
                 "rollouts.",
                 lambda ax: plots.final_values(finals, ax, quantity="held-out accuracy at the end"),
             )
@@ -248,28 +244,28 @@ def comparison_plots(groups: Sequence[Policy]) -> list[page.Plot]:
 
 
 def _trend(policy: Policy, share: Callable[[RunLog], FloatArray]) -> Curve:
-    """A share over the steps, each run smoothed before the seeds are averaged."""
+    """Return a share over the steps; each run is smoothed before the seeds are averaged."""
     runs = policy.compared.values()
     window = plots.trend_window(max(run.steps.size for run in runs))
     return mean_curve((run.steps, moving_average(share(run), window)) for run in runs)
 
 
 def _warnings(groups: Sequence[Policy]) -> list[str]:
-    """What the runs were warned of."""
-    told = [
+    """Return a table of all warnings."""
+    rows = [
         (f"{policy.label}, seed {seed}", f"{row['step']:,}", row["seen"])
         for policy in groups
         for seed, run in policy.runs.items()
         for row in run.warnings
     ]
-    if not told:
+    if not rows:
         return []
-    caption = "Each is told once in a run; the run's own page adds the likely cause and what to change"
-    return [page.heading("Warnings"), page.table(("run", "step", "seen"), told, caption=caption, numeric=False)]
+    caption = "Each is reported once per run; the page of the run adds the likely cause and the remedy"
+    return [page.heading("Warnings"), page.table(("run", "step", "seen"), rows, caption=caption, numeric=False)]
 
 
 def _settings(groups: Sequence[Policy]) -> list[str]:
-    """Tables of the settings that differ between policies, of those that do not, and of the runs."""
+    """Return tables of the settings that differ between policies, of common settings, and of the runs."""
     names = sorted({name for policy in groups for run in policy.runs.values() for name in run.config} - {"seed"})
     differing: list[tuple[object, ...]] = []
     common: list[tuple[object, ...]] = []
@@ -297,7 +293,7 @@ def _settings(groups: Sequence[Policy]) -> list[str]:
             "Differences other than the policy weaken the comparison",
         ),
         ("Common settings", ("setting", "value"), common, "The same in every run"),
-        ("Runs", ("run", "folder"), folders, "Each run's own page shows budgets, difficulty and calibration"),
+        ("Runs", ("run", "folder"), folders, "The page of each run shows budgets, difficulty and calibration"),
     ):
         if rows:
             table = page.table(header, rows, caption=caption, numeric=False)

@@ -20,7 +20,7 @@ HEADER = (
 
 
 def summary(result: DryRun) -> str:
-    """The result as Markdown: what was read, the table, rollouts at equal value, and what to keep in mind."""
+    """Return the result as Markdown: overview, table, rollouts at equal value, assumption and notes."""
     lines = [overview(result), "", f"| {' | '.join(HEADER)} |", "| --- " * len(HEADER) + "|"]
     lines += [f"| {' | '.join(cell or page.MISSING for cell in cells(result, row))} |" for row in result.shown]
     lines += [
@@ -35,7 +35,7 @@ def summary(result: DryRun) -> str:
 
 
 def overview(result: DryRun) -> str:
-    """What was read, in a sentence."""
+    """Return one sentence on the log."""
     log = result.log
     return (
         f"{log.source}: {log.totals.sum():,} rollouts, {log.prompt.size:,} groups of {len(log.prompt_ids):,} prompts, "
@@ -44,7 +44,7 @@ def overview(result: DryRun) -> str:
 
 
 def method(result: DryRun) -> str:
-    """How the figures came about, in two sentences."""
+    """Return two sentences on how the figures were computed."""
     settings = result.settings
     seeds = f"{settings.seeds} {'seed' if settings.seeds == 1 else 'seeds'}"
     return (
@@ -56,7 +56,7 @@ def method(result: DryRun) -> str:
 
 
 def cells(result: DryRun, row: Row) -> list[str | None]:
-    """A row of the table."""
+    """Return the cells of a row of the table."""
     relative, spread = None, ""
     if result.recorded.value > 0:
         scale = 100 / result.recorded.value
@@ -67,16 +67,16 @@ def cells(result: DryRun, row: Row) -> list[str | None]:
         f"{100 * row.budget:g} %",
         f"{row.rollouts:,.0f}",
         relative,
-        f"{100 * row.effective_rollouts:.1f} %",
-        f"{100 * row.effective_prompts:.1f} %",
+        page.percent(row.effective_rollouts),
+        page.percent(row.effective_prompts),
     ]
 
 
 def savings(result: DryRun, policy: str) -> str:
-    """Rollouts at equal value, in a sentence."""
+    """Return one sentence on the rollouts at equal value."""
     rollouts, saved = result.equal_value[policy], result.saved(policy)
     if result.recorded.value <= 0:
-        return f"{policy}: no group of this log has any value, so there is nothing to buy."
+        return f"{policy}: no group of this log has any value, so there is nothing to save."
     if math.isnan(rollouts):
         return f"{policy}: the recorded budget does not buy the value of the run."
     bound = "at most " if result.at_least(policy) else ""
@@ -90,7 +90,7 @@ def write_dry_run(result: DryRun, output: Path) -> Path:
     """Write the page.
 
     Args:
-        result: of :func:`knapsack_rl.offline.dry_run.dry_run`.
+        result: from :func:`knapsack_rl.offline.dry_run.dry_run`.
         output: the file to write.
 
     Raises:
@@ -100,7 +100,7 @@ def write_dry_run(result: DryRun, output: Path) -> Path:
     body = [f"<h1>{title}</h1>", page.paragraph(overview(result), "soft"), page.paragraph(ASSUMPTION, "notice")]
     body += [page.paragraph(f"{note[:1].upper()}{note[1:]}.", "soft") for note in result.notes]
     body.append(page.tiles(_tiles(result)))
-    body.append(page.heading("The run as it was, and as it would have been"))
+    body.append(page.heading("The recorded run and its alternatives"))
     table = [[cell if cell is not None else page.MISSING for cell in cells(result, row)] for row in result.shown]
     body.append(page.table(HEADER, table, caption="Means over the seeds ± standard deviation of the value"))
     body.append(page.heading("The value of the run for fewer rollouts"))
@@ -126,12 +126,12 @@ def _tiles(result: DryRun) -> list[tuple[str, str, str]]:
         (
             "prompts with a gradient",
             f"{100 * recorded.effective_prompts:.0f} → {100 * knapsack.effective_prompts:.0f} %",
-            "moving budget alone does not buy these",
+            "moving budget alone does not raise this",
         ),
         (
             "value",
             f"{100 * knapsack.value / recorded.value:.0f} %" if recorded.value > 0 else page.MISSING,
-            "of the run's, knapsack, same budget",
+            "of the recorded run's, knapsack, same budget",
         ),
     ]
 
@@ -149,8 +149,8 @@ def _plots(result: DryRun) -> list[str]:
         found.append(
             page.plot(
                 "value",
-                f'Where a curve crosses the dotted line it buys the value of the run. "{LIMIT}" is the limit of what '
-                "any allocation could buy.",
+                f'Where a curve crosses the dotted line it buys the value of the run. "{LIMIT}" is the upper limit of '
+                "any allocation.",
                 partial(plots.value_by_budget, curves, target=(result.recorded.rollouts, 100.0)),
             )
         )
@@ -169,8 +169,8 @@ def _plots(result: DryRun) -> list[str]:
     found.append(
         page.plot(
             "rates",
-            "The smoothed success rates that the replay takes for the truth, one entry per group. Much weight at the "
-            "two ends is what allocation can save on.",
+            "The smoothed success rates that the replay takes as the truth, one entry per group. Allocation can save "
+            "where many groups are at the two ends.",
             partial(plots.rate_histogram, result.rates),
         )
     )

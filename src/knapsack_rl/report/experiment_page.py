@@ -17,7 +17,7 @@ def write_experiment(results: Sequence[Result], output: Path, *, title: str, lea
         results: of one or more environments.
         output: the file to write.
         title: heading of the page.
-        lead: what was done, as plain text.
+        lead: description of the experiment, as plain text.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -39,8 +39,8 @@ def _plots(rows: Sequence[Result], number: int) -> list[str]:
     found = [
         page.plot(
             f"gain-{number}",
-            "0 % is uniform allocation, 100 % is what known success rates would buy. Dots are seeds, bars means; left "
-            "of 0 % a policy wastes more than it moves well.",
+            "0 % is uniform allocation, 100 % is allocation by the true success rates. Dots are seeds, bars means. "
+            "Below 0 % a policy loses more than it gains.",
             partial(plots.final_values, gains, quantity="gain captured"),
         )
     ]
@@ -50,7 +50,7 @@ def _plots(rows: Sequence[Result], number: int) -> list[str]:
             page.plot(
                 f"reliability-{number}",
                 "Predicted against realised chance that a group carries a gradient, in ten bins. On the diagonal a "
-                "prediction can be trusted; below it the policy promises too much.",
+                "prediction can be trusted; below it the policy is too optimistic.",
                 partial(plots.reliability, curves),
             )
         )

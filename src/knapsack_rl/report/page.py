@@ -1,13 +1,14 @@
 """Parts of a self-contained HTML page: escaped text, tables, inline SVG plots and the frame around them.
 
-A page needs no other resource and runs no script; its policy forbids both, so that text from a data set or a
-model stays text.
+A page loads no other resources and runs no scripts. Its content security policy forbids both, so text from a data set
+or a model stays text.
 """
 
 from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,20 +82,25 @@ summary { cursor: pointer; font-weight: 600; }
 
 
 def escape(value: object) -> str:
-    """Any value as HTML text, shortened where it would flood the page."""
+    """Return any value as HTML text, shortened to ``LONGEST_TEXT`` characters."""
     text = str(value)
     if len(text) > LONGEST_TEXT:
         text = text[: LONGEST_TEXT - 1] + "…"
     return html.escape(text, quote=True)
 
 
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share as a percentage, a dash for None and NaN."""
+    return MISSING if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f} %"
+
+
 def _prose(text: str) -> str:
-    """Running text, escaped; a number is not parted from its percent sign."""
+    """Return running text, escaped; a number and its percent sign stay on one line."""
     return re.sub(r"(?<=\d) %", "&nbsp;%", html.escape(text))
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A complete page; the title is escaped, the body must be HTML."""
+    """Return a complete page; the title is escaped, the body must be HTML."""
     content = "\n".join(part for part in body if part)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -113,23 +119,23 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def write(target: Path, title: str, body: Iterable[str]) -> Path:
-    """Write a page and return where; half a surrogate pair in an id or a setting, which UTF-8 lacks, becomes ?."""
+    """Write a page and return its path; lone surrogates, which UTF-8 cannot encode, become "?"."""
     target.write_text(document(title, body), encoding="utf-8", errors="replace")
     return target
 
 
 def paragraph(text: str, style: str = "") -> str:
-    """An escaped paragraph, optionally of a CSS class."""
+    """Return an escaped paragraph, optionally with a CSS class."""
     return f'<p class="{style}">{_prose(text)}</p>' if style else f"<p>{_prose(text)}</p>"
 
 
 def heading(text: str) -> str:
-    """An escaped second-level heading."""
+    """Return an escaped second-level heading."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Key figures: name, value and a short remark, all escaped."""
+    """Return key figures: name, value and a short remark, all escaped."""
     cells = (
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{_prose(remark)}</small></dd></div>"
         for name, value, remark in items
@@ -138,7 +144,7 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str, numeric: bool = True) -> str:
-    """A table whose first column names the row; every cell is escaped.
+    """Return a table whose first column names the row; every cell is escaped.
 
     Args:
         header: Column titles.
@@ -163,25 +169,25 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, caption: s
 
 
 def details(summary: str, parts: Iterable[str]) -> str:
-    """Parts that the reader opens; the summary is escaped."""
+    """Return a collapsed section; the summary is escaped."""
     return f"<details><summary>{html.escape(summary)}</summary>{''.join(parts)}</details>"
 
 
 def sample(label: str, text: str) -> str:
-    """A text of others as it stands, line breaks included, under a label."""
+    """Return a text verbatim (line breaks included, escaped) under a label."""
     return f'<p class="soft">{html.escape(label)}</p><code class="sample">{html.escape(text) or "(empty)"}</code>'
 
 
 def plots(figures: Iterable[str]) -> str:
-    """Figures side by side where the screen is wide enough."""
+    """Return figures side by side where the screen is wide enough."""
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
 def plot(name: str, caption: str, draw: Callable[[Axes], Axes]) -> str:
-    """A captioned inline SVG.
+    """Return a captioned inline SVG.
 
     Args:
-        name: Unique name of the plot on its page; keeps the ids inside the SVG apart.
+        name: Unique name of the plot on its page; keeps ids inside the SVGs distinct.
         caption: What to look for, as plain text.
         draw: Draws on the Axes it is given.
 
@@ -207,11 +213,11 @@ class Plot:
 
 
 def save_plots(specs: Iterable[Plot], folder: Path, kind: str) -> list[Path]:
-    """Write each plot into a file of its own, with its caption among the file's metadata.
+    """Write each plot into a separate file, with its caption in the metadata.
 
     Args:
         specs: What to draw.
-        folder: Where; made if missing.
+        folder: Target folder; created if missing.
         kind: "png" or "svg".
 
     Raises:
@@ -229,13 +235,13 @@ def save_plots(specs: Iterable[Plot], folder: Path, kind: str) -> list[Path]:
 
 
 def _undated(kind: str) -> dict[str, None]:
-    """No date and no program in the file, so that the same run gives the same bytes."""
+    """Return metadata without date and program, so that the same run gives the same bytes."""
     return {"Creator": None, "Date": None} if kind == "svg" else {"Software": None}
 
 
 @contextmanager
 def _drawn(name: str, draw: Callable[[Axes], Axes]) -> Iterator[tuple[Figure, str]]:
-    """A figure and its title; styles hold inside the body, where it is to be saved."""
+    """Yield a figure and its title; styles apply inside the body, where the figure must be saved."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -251,7 +257,7 @@ def _drawn(name: str, draw: Callable[[Axes], Axes]) -> Iterator[tuple[Figure, st
         }
     )
     with style, warnings.catch_warnings():
-        # The browser chooses the font, so it does not matter which signs matplotlib's own font lacks.
+        # The browser chooses the font, so glyphs missing from matplotlib's font do not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(4.8, 3.2), layout="constrained")
         yield figure, draw(figure.add_subplot()).get_title(loc="left")
@@ -268,7 +274,7 @@ def _svg(name: str, draw: Callable[[Axes], Axes]) -> str:
 def _inline(svg: str, title: str) -> str:
     """Cut a stand-alone SVG file down to what belongs inside an HTML page."""
     svg = svg[svg.index("<svg") :]
-    # Its style element would apply to the whole page; the page's own style carries the rule instead.
+    # Its style element would apply to the whole page; the page's style holds the rule instead.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every plot, and nothing refers to them

@@ -1,15 +1,15 @@
 """Plots of training runs: each function takes data and an Axes, draws, and returns the Axes.
 
 The caller chooses figure, backend and style; importing this module does not import matplotlib.
-Colours are those of Okabe and Ito, which stay apart under the common forms of colour blindness; curves that
-share an Axes also differ in line style, so that they survive a grey print.
+The colours are those of Okabe and Ito, distinguishable under the common forms of colour blindness. Curves that
+share an Axes also differ in line style, so that they survive a greyscale print.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -34,20 +34,19 @@ CURVE_STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 CLASS_COLOURS = (BLUE, SKY, YELLOW, ORANGE, VERMILION)
 
-
 PERCENT = (-2, 102)
-"""Limits of an axis of shares: a curve at 0 or 100 % does not hide under the frame."""
+"""Limits of an axis of shares, so that a curve at 0 or 100 % is not hidden by the frame."""
 LEAST_SPAN = 10.0
-"""Points that an axis of accuracies spans at least, so that no change is not drawn as a large one."""
+"""Fewest points that an axis of accuracies spans, so that a small change does not look large."""
 
 
 def trend_window(steps: int) -> int:
-    """An odd smoothing window of about one twentieth of the steps, at least 1."""
+    """Return an odd smoothing window of about one twentieth of the steps, at least 1."""
     return 2 * (steps // 40) + 1
 
 
 def effective_ratios(steps: ArrayLike, rollout_level: ArrayLike, prompt_level: ArrayLike, ax: Axes) -> Axes:
-    """Share of rollouts and share of prompts with a gradient, each step (faint) and its moving average.
+    """Draw the shares of rollouts and prompts with a gradient: single steps (faint) and moving averages.
 
     Args:
         steps: Training steps (T).
@@ -74,7 +73,7 @@ def held_out_accuracy(
     *,
     greedy: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Axes:
-    """Held-out accuracy against the rollouts generated so far.
+    """Draw held-out accuracy against the rollouts generated so far.
 
     Args:
         rollouts: Rollouts generated before each evaluation.
@@ -101,7 +100,7 @@ def held_out_accuracy(
 
 
 def budget_histogram(counts: ArrayLike, ax: Axes) -> Axes:
-    """How many visits received how many rollouts, with a logarithmic count so that the tail shows.
+    """Draw a histogram of rollouts per visit with a logarithmic count axis, so that the tail is visible.
 
     Args:
         counts: Rollouts of each visit.
@@ -126,7 +125,7 @@ def budget_histogram(counts: ArrayLike, ax: Axes) -> Axes:
 
 
 def budget_by_estimate(data: BudgetByEstimate, ax: Axes) -> Axes:
-    """Mean budget against the estimated success rate, with bars from the 10 % to the 90 % quantile.
+    """Draw the mean budget against the estimated success rate, with bars from the 10 % to the 90 % quantile.
 
     Args:
         data: `RunLog.budget_by_estimate`; the group of unseen prompts is drawn left of zero.
@@ -148,7 +147,7 @@ def budget_by_estimate(data: BudgetByEstimate, ax: Axes) -> Axes:
 
 
 def difficulty_over_time(steps: ArrayLike, shares: ArrayLike, ax: Axes) -> Axes:
-    """Moving average of the share of each difficulty class, stacked.
+    """Draw moving averages of the shares of the difficulty classes, stacked.
 
     Args:
         steps: Training steps (T).
@@ -156,7 +155,7 @@ def difficulty_over_time(steps: ArrayLike, shares: ArrayLike, ax: Axes) -> Axes:
         ax: Where to draw.
     """
     x, trend = np.asarray(steps), moving_average(shares, trend_window(np.size(steps)))
-    # The hardest class lies at the bottom, so that easier reads as higher; the legend keeps the same order.
+    # The hardest class is at the bottom, so that easier means higher; the legend has the same order.
     ax.stackplot(
         x,
         100 * trend.T[::-1],
@@ -176,7 +175,7 @@ def difficulty_over_time(steps: ArrayLike, shares: ArrayLike, ax: Axes) -> Axes:
 
 
 def transitions(matrix: ArrayLike, ax: Axes) -> Axes:
-    """Prompts by difficulty class of the first and the last visit; numbers are prompts, shades shares of a row.
+    """Draw prompts by difficulty class of first and last visit; numbers are prompts, shades are shares of a row.
 
     Args:
         matrix: Counts in the order of `DIFFICULTY_CLASSES`, rows first visit, columns last visit, shape (5, 5).
@@ -202,7 +201,7 @@ def transitions(matrix: ArrayLike, ax: Axes) -> Axes:
 
 
 def calibration(data: Calibration, ax: Axes) -> Axes:
-    """Realised against predicted share of groups with a gradient, with 95 % Wilson intervals.
+    """Draw the realised against the predicted share of groups with a gradient, with 95 % Wilson intervals.
 
     Args:
         data: The result of `RunLog.calibration`.
@@ -211,54 +210,38 @@ def calibration(data: Calibration, ax: Axes) -> Axes:
     share, size, z = data.realised, data.visits, 1.96
     centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
     half = z * np.sqrt(share * (1 - share) / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
-    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfect")
+    _diagonal(ax, label="perfect")
     ax.vlines(100 * data.predicted, 100 * (centre - half), 100 * (centre + half), color=BLUE, linewidth=1.4)
     ax.plot(100 * data.predicted, 100 * share, color=BLUE, marker="o", markersize=4.5, linewidth=1.2, label="this run")
-    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
-    ax.set(xlim=(0, 100), ylim=(0, 100))
-    _legend(ax)
-    return _finish(ax, "Predicted against realised gradients")
+    return _finish_calibration(ax)
 
 
 def reliability(curves: Mapping[str, Calibration], ax: Axes) -> Axes:
-    """Realised against predicted share of groups with a gradient, one curve per policy.
+    """Draw the realised against the predicted share of groups with a gradient, one curve per policy.
 
     Args:
         curves: Binned predictions by label of the policy.
         ax: Where to draw.
     """
-    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1)
+    _diagonal(ax)
     for index, (label, data) in enumerate(curves.items()):
-        ax.plot(
-            100 * data.predicted,
-            100 * data.realised,
-            color=CURVE_COLOURS[index % len(CURVE_COLOURS)],
-            linestyle=CURVE_STYLES[index % len(CURVE_STYLES)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=4,
-            linewidth=1.4,
-            label=_label(label),
-        )
-    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
-    ax.set(xlim=(0, 100), ylim=(0, 100))
-    _legend(ax)
-    return _finish(ax, "Predicted against realised gradients")
+        look = _look(index) | {"marker": _marker(index), "markersize": 4, "linewidth": 1.4}
+        ax.plot(100 * data.predicted, 100 * data.realised, label=_label(label), **look)
+    return _finish_calibration(ax)
 
 
 def value_by_budget(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes, *, target: tuple[float, float]
 ) -> Axes:
-    """Value against rollouts spent, one curve per policy.
+    """Draw value against rollouts spent, one curve per policy.
 
     Args:
         curves: Rollouts, and value in percent of the target's, by label of the policy.
         ax: Where to draw.
-        target: Rollouts and value of the run that was recorded.
+        target: Rollouts and value of the recorded run.
     """
     for index, (label, (rollouts, values)) in enumerate(curves.items()):
-        colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
-        marker = MARKERS[index % len(MARKERS)]
-        ax.plot(rollouts, values, color=colour, linestyle=style, marker=marker, markersize=4, label=_label(label))
+        ax.plot(rollouts, values, marker=_marker(index), markersize=4, label=_label(label), **_look(index))
     ax.axhline(target[1], color=GREY, linestyle=":", linewidth=1.2)
     ax.plot([target[0]], [target[1]], color=BLACK, marker="*", markersize=11, linestyle="none", label="as it was")
     ax.set(xlabel="rollouts", ylabel="value, the run = 100")
@@ -269,7 +252,7 @@ def value_by_budget(
 
 
 def ratio_pairs(pairs: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
-    """Share of rollouts and share of prompts with a gradient, one row per policy.
+    """Draw the shares of rollouts and prompts with a gradient, one row per policy.
 
     Args:
         pairs: Both shares (0 to 1) by label of the policy.
@@ -279,7 +262,7 @@ def ratio_pairs(pairs: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
     shares = 100 * np.array(list(pairs.values()), dtype=np.float64).reshape(len(pairs), 2)
     ax.hlines(rows, shares.min(axis=1), shares.max(axis=1), color=GREY, linewidth=1)
     for column, (label, colour, marker) in enumerate((("rollouts", BLUE, "o"), ("prompts", VERMILION, "s"))):
-        size = 9 - 4 * column  # where both shares are equal, the square lies on the circle
+        size = 9 - 4 * column  # where both shares are equal, the square is on top of the circle
         ax.plot(shares[:, column], rows, marker, color=colour, markersize=size, label=label)
     ax.set_yticks(rows, [textwrap.fill(_label(label), 24) for label in pairs])
     ax.set_ylim(len(pairs) - 0.5, -0.5)
@@ -289,7 +272,7 @@ def ratio_pairs(pairs: Mapping[str, tuple[float, float]], ax: Axes) -> Axes:
 
 
 def rate_histogram(rates: ArrayLike, ax: Axes) -> Axes:
-    """How many visits have which success rate.
+    """Draw a histogram of the success rates of visits.
 
     Args:
         rates: Success rates, 0 to 1.
@@ -303,7 +286,7 @@ def rate_histogram(rates: ArrayLike, ax: Axes) -> Axes:
 
 
 def accuracy_by_policy(curves: Mapping[str, Curve], ax: Axes) -> Axes:
-    """Mean held-out accuracy against rollouts generated, one curve per policy, band from lowest to highest seed.
+    """Draw mean held-out accuracy against rollouts, one curve per policy, with a band from lowest to highest seed.
 
     Args:
         curves: Rollouts and accuracy (0 to 1) by label of the policy.
@@ -317,12 +300,12 @@ def accuracy_by_policy(curves: Mapping[str, Curve], ax: Axes) -> Axes:
 
 
 def ratios_by_policy(curves: Mapping[str, Curve], ax: Axes, *, level: str) -> Axes:
-    """Effective gradient ratio over the steps, one curve per policy, band from lowest to highest seed.
+    """Draw the effective gradient ratio over the steps, one curve per policy, with a band over the seeds.
 
     Args:
         curves: Steps and ratio (0 to 1) by label of the policy.
         ax: Where to draw.
-        level: What is counted, "rollouts" or "prompts".
+        level: "rollouts" or "prompts", the units counted.
     """
     _bands(curves, ax)
     ax.set(xlabel="training step", ylabel=f"{level} with a gradient (%)", ylim=PERCENT)
@@ -331,15 +314,15 @@ def ratios_by_policy(curves: Mapping[str, Curve], ax: Axes, *, level: str) -> Ax
 
 
 def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: str) -> Axes:
-    """One dot per seed and a bar at the mean, one row per policy.
+    """Draw one dot per seed and a bar at the mean, one row per policy.
 
     Args:
         values: Shares (0 to 1) of each seed by label of the policy.
         ax: Where to draw.
-        quantity: What the dots measure; the title of the plot.
+        quantity: Name of the measured quantity, the title of the plot.
     """
     for row, shares in enumerate(values.values()):
-        colour = CURVE_COLOURS[row % len(CURVE_COLOURS)]
+        colour = _look(row)["color"]
         points = 100 * np.asarray(shares, dtype=np.float64)
         ax.plot(points, np.full(points.size, row), "o", color=colour, alpha=0.7, markersize=6)
         if points.size:
@@ -351,24 +334,47 @@ def final_values(values: Mapping[str, Sequence[float]], ax: Axes, *, quantity: s
     return _finish(ax, quantity[:1].upper() + quantity[1:])
 
 
+def _look(index: int) -> dict[str, Any]:
+    """Return colour and line style of a curve by its place."""
+    return {
+        "color": CURVE_COLOURS[index % len(CURVE_COLOURS)],
+        "linestyle": CURVE_STYLES[index % len(CURVE_STYLES)],
+    }
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def _diagonal(ax: Axes, label: str | None = None) -> None:
+    ax.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label=label)
+
+
+def _finish_calibration(ax: Axes) -> Axes:
+    ax.set(xlabel="predicted chance of a gradient (%)", ylabel="groups with a gradient (%)")
+    ax.set(xlim=(0, 100), ylim=(0, 100))
+    _legend(ax)
+    return _finish(ax, "Predicted against realised gradients")
+
+
 def _bands(curves: Mapping[str, Curve], ax: Axes) -> None:
     for index, (label, curve) in enumerate(curves.items()):
         if curve.x.size < 2:
-            continue  # no line to draw; the policy keeps its colour for the other plots
-        colour, style = CURVE_COLOURS[index % len(CURVE_COLOURS)], CURVE_STYLES[index % len(CURVE_STYLES)]
-        ax.fill_between(curve.x, 100 * curve.low, 100 * curve.high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(curve.x, 100 * curve.mean, color=colour, linestyle=style, linewidth=1.8, label=_label(label))
+            continue  # no line to draw; the policy keeps its colour in the other plots
+        look = _look(index)
+        ax.fill_between(curve.x, 100 * curve.low, 100 * curve.high, color=look["color"], alpha=0.15, linewidth=0)
+        ax.plot(curve.x, 100 * curve.mean, linewidth=1.8, label=_label(label), **look)
     _legend(ax)
 
 
 def _label(text: str) -> str:
-    """Text of others as a label: the one way by which it reaches matplotlib.
+    """Return untrusted text as a label; all such text reaches matplotlib through this function.
 
-    What has no sign of its own (control characters, half a surrogate pair, marks that turn the direction of writing)
-    becomes one, and a leading underscore, with which matplotlib hides a curve from the legend, is moved. Of a text that
-    does not fit the middle goes, because what sets labels apart is often at the end.
+    Unprintable characters (control characters, lone surrogates, marks that reverse the writing direction) are replaced,
+    and a space is put before a leading underscore, with which matplotlib would hide the curve from the legend. A text
+    that is too long loses its middle, because labels often differ at the end.
     """
-    shown = "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in text)
     shown = f" {shown}" if shown.startswith("_") else shown
     return shown if len(shown) <= 52 else f"{shown[:24]}…{shown[-27:]}"
 
@@ -378,17 +384,17 @@ def _legend(ax: Axes) -> None:
 
 
 def _accuracies(ax: Axes) -> None:
-    """Widen and cut the vertical axis to what percentages can be."""
+    """Set the vertical axis to at least ``LEAST_SPAN`` points inside the range of percentages."""
     low, high = ax.get_ylim()
     missing = max(LEAST_SPAN - (high - low), 0.0) / 2
     low, high = low - missing, high + missing
-    # What one end has to give up at 0 or 100 % goes to the other.
+    # The part cut off at 0 or 100 % is added at the other end.
     low, high = low - max(high - PERCENT[1], 0.0), high + max(PERCENT[0] - low, 0.0)
     ax.set_ylim(max(low, PERCENT[0]), min(high, PERCENT[1]))
 
 
 def _counting(axis: Axis, *, largest: int | None = None) -> None:
-    """Label an axis with whole numbers, 12,000 rather than 12000 or 10^4.
+    """Label an axis with whole numbers: 12,000 rather than 12000 or 10^4.
 
     Args:
         axis: The axis.

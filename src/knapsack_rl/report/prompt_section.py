@@ -1,12 +1,10 @@
-"""The prompts of a run page that are worth reading: hardest, most improved and lost again, with sample completions."""
+"""Prompts worth reading on the page of a run: hardest, most improved and lost again, with sample completions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from knapsack_rl.report import page
 from knapsack_rl.runs.log import RunLog
@@ -15,12 +13,12 @@ SHOWN = 6
 """Prompts in each list."""
 
 REVERSED = "The task arithmetic writes answers with their digits reversed: 12+30= has the answer 24."
-"""Without it a reader of right answers thinks them wrong."""
+"""Without this note correct answers look wrong to a reader."""
 
 
 @dataclass(frozen=True)
 class PromptHistory:
-    """What happened to one prompt.
+    """The history of one prompt.
 
     Attributes:
         prompt_id: Its id.
@@ -40,13 +38,9 @@ class PromptHistory:
 
 
 def histories(run: RunLog) -> list[PromptHistory]:
-    """Every prompt with a scored visit, in the order of prompts."""
-    visits, size = run.visits, len(run.prompt_ids)
-    if not size:
-        return []
-    seen = np.bincount(visits.prompt, visits.scored > 0, minlength=size)
-    rollouts = np.bincount(visits.prompt, visits.counts, minlength=size)
-    successes = np.bincount(visits.prompt, visits.successes, minlength=size)
+    """Return the history of every prompt with a scored visit, in the order of prompts."""
+    visits = run.visits
+    seen, rollouts, successes = (run.by_prompt(x) for x in (visits.scored > 0, visits.counts, visits.successes))
     first, last = run.first_and_last
     return [
         PromptHistory(
@@ -63,25 +57,25 @@ def histories(run: RunLog) -> list[PromptHistory]:
 
 
 def worst(found: list[PromptHistory], count: int = SHOWN) -> list[PromptHistory]:
-    """Prompts without a success at their last visit, the smallest share of successes first, then most rollouts."""
+    """Return prompts without a success at their last visit: smallest share of successes first, then most rollouts."""
     unsolved = [one for one in found if one.last == 0]
     return sorted(unsolved, key=lambda one: (one.successes / one.rollouts, -one.rollouts))[:count]
 
 
 def best(found: list[PromptHistory], count: int = SHOWN) -> list[PromptHistory]:
-    """Prompts whose success rate rose most from their first to their last visit; of equal ones those that cost most."""
+    """Return prompts whose success rate rose most from first to last visit; ties go to those with most rollouts."""
     risen = [one for one in found if one.last > one.first]
     return sorted(risen, key=lambda one: (one.first - one.last, -one.rollouts))[:count]
 
 
 def lost(found: list[PromptHistory], count: int = SHOWN) -> list[PromptHistory]:
-    """Prompts whose success rate fell by more than a half."""
+    """Return prompts whose success rate fell by more than one half."""
     fallen = [one for one in found if one.first - one.last > 0.5]
     return sorted(fallen, key=lambda one: (one.last - one.first, -one.rollouts))[:count]
 
 
 def prompt_section(run: RunLog) -> list[str]:
-    """The lists as parts of a page; of a run without samples the prompts are named by their ids."""
+    """Return the lists as parts of a page; without samples, prompts are shown by their ids."""
     found = histories(run)
     if run.samples:
         found = [one for one in found if one.prompt_id in run.samples]
@@ -91,18 +85,18 @@ def prompt_section(run: RunLog) -> list[str]:
             "Hardest prompts",
             worst(found),
             "No success at the last visit, and the smallest share of successes for the most rollouts. Read the "
-            "completions: is the answer wrong, cut off, or right and refused by the verifier?",
+            "completions: is the answer wrong, truncated, or correct but rejected by the verifier?",
         ),
         (
             "Most improved prompts",
             best(found),
-            "The largest rise from the first visit to the last. Read whether the first completion and the newest "
-            "success differ by what should be learned, or by a trick.",
+            "The largest rise from the first visit to the last. Check whether the newest success shows the intended "
+            "skill, or a trick.",
         ),
         (
             "Prompts lost again",
             lost(found),
-            "The success rate fell by more than half of the rollouts between the first visit and the last.",
+            "The success rate fell by more than 50 points between the first visit and the last.",
         ),
     )
     for title, chosen, caption in lists:
@@ -115,8 +109,8 @@ def prompt_section(run: RunLog) -> list[str]:
         parts.insert(1, page.paragraph(REVERSED, "soft"))  # below the first heading
     if parts and len(run.samples) < len(run.prompt_ids):
         kept = (
-            f"Completions were kept of {len(run.samples):,} of {len(run.prompt_ids):,} prompts, chosen by their ids "
-            "alone; the lists are of these."
+            f"Completions were kept for {len(run.samples):,} of {len(run.prompt_ids):,} prompts, chosen by their ids "
+            "alone; the lists show only these."
             if run.samples
             else "No completions were kept in this run."
         )
@@ -135,7 +129,7 @@ def _card(one: PromptHistory, sample: Mapping[str, Any] | None) -> str:
     if sample["prompt"] != str(one.prompt_id):
         parts.append(page.sample("Prompt", sample["prompt"]))
     if sample.get("answer") is not None:
-        parts.append(page.sample("Right answer", str(sample["answer"])))
+        parts.append(page.sample("Correct answer", str(sample["answer"])))
     shown = [("First completion", sample.get("first"))]
     shown += [(f"Newest {kind}", sample.get(kind)) for kind in ("success", "failure")]
     done: list[Any] = []

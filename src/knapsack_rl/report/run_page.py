@@ -19,7 +19,7 @@ SHOWN_PROMPTS = 10
 
 
 def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page of a run; an unfinished run gives a page that says so.
+    """Write the page of a run; the page of an unfinished run says so.
 
     Args:
         folder: A folder written by training.
@@ -29,7 +29,7 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
         The path of the page.
 
     Raises:
-        FileNotFoundError: If this is not a run folder.
+        FileNotFoundError: If the folder is not a run folder.
         ImportError: If matplotlib is not installed.
     """
     run = RunLog.load(folder)
@@ -64,14 +64,10 @@ def _notices(run: RunLog) -> list[str]:
         planned = "" if run.planned_steps is None else f" of {run.planned_steps:,} planned"
         notices.append(f"This run is unfinished: {run.steps.size:,}{planned} steps are recorded.")
     if not run.held_out[1].size:
-        notices.append("No held-out evaluation is recorded, so nothing can be said about accuracy.")
+        notices.append("No held-out evaluation is recorded, so the accuracy is unknown.")
     elif run.held_out[1].size == 1:
         notices.append("Only one held-out evaluation is recorded, so there is no curve yet.")
     return notices
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %" if math.isfinite(share) else page.MISSING
 
 
 def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
@@ -82,17 +78,17 @@ def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
     seconds = run.seconds[np.isfinite(run.seconds)]
     planned = run.steps.size if run.planned_steps is None else run.planned_steps
     return [
-        ("Held-out accuracy", _percent(float(end)), f"last evaluation; {since}: {_percent(float(start))}"),
+        ("Held-out accuracy", page.percent(float(end)), f"last evaluation; {since}: {page.percent(float(start))}"),
         ("Rollouts generated", f"{run.rollouts.sum():,}", f"{run.steps.size:,} of {planned:,} steps"),
         *(
             (
                 f"{level} with a gradient",
-                _percent(tail_mean(ratio)),
-                f"last 20 % of steps; first 20 %: {_percent(tail_mean(ratio[::-1]))}",
+                page.percent(tail_mean(ratio)),
+                f"last 20 % of steps; first 20 %: {page.percent(tail_mean(ratio[::-1]))}",
             )
             for level, ratio in levels
         ),
-        ("Unsolved prompts", _percent(run.unsolved_share), "no success at their last visit"),
+        ("Unsolved prompts", page.percent(run.unsolved_share), "no success at their last visit"),
         (
             "Largest allocation",
             f"{run.max_budget.max():,}" if run.steps.size else page.MISSING,
@@ -107,7 +103,7 @@ def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
 
 
 def run_plots(run: RunLog) -> list[page.Plot]:
-    """The plots of a run's page, as far as its log goes."""
+    """Return the plots of a run's page that its log allows."""
     figures: list[page.Plot] = []
     rollouts, accuracy = run.held_out
     if accuracy.size > 1:
@@ -115,8 +111,8 @@ def run_plots(run: RunLog) -> list[page.Plot]:
         figures.append(
             page.Plot(
                 "accuracy",
-                "Success on held-out problems. Look at how many rollouts each gain costs, and whether the curve "
-                "has flattened; single evaluations are noisy.",
+                "Success on held-out problems. Check how many rollouts each gain costs, and whether the curve has "
+                "flattened; single evaluations are noisy.",
                 lambda ax: plots.held_out_accuracy(rollouts, accuracy, ax, greedy=greedy),
             )
         )
@@ -144,8 +140,8 @@ def run_plots(run: RunLog) -> list[page.Plot]:
     figures.append(
         page.Plot(
             "estimates",
-            "Who receives the budget: the mean, with a bar from the 10 % to the 90 % quantile. Prompts thought "
-            "hard but solvable should get the most, prompts thought solved the least.",
+            "Who receives the budget: the mean, with a bar from the 10 % to the 90 % quantile. Prompts estimated as "
+            "hard but solvable should get the most, those estimated as solved the least.",
             lambda ax: plots.budget_by_estimate(run.budget_by_estimate, ax),
         )
     )
@@ -153,7 +149,7 @@ def run_plots(run: RunLog) -> list[page.Plot]:
         page.Plot(
             "difficulty",
             "Success rates observed in each step (moving average): 1, [0.8, 1), (0.2, 0.8), (0, 0.2] and 0. "
-            "The two outer classes carry no gradient. A small group lands in them more easily.",
+            "The two outer classes carry no gradient; small groups fall into them more easily.",
             lambda ax: plots.difficulty_over_time(run.steps, run.difficulty_shares, ax),
         )
     )
@@ -180,16 +176,16 @@ def run_plots(run: RunLog) -> list[page.Plot]:
 
 
 def _warnings(run: RunLog) -> list[str]:
-    """What went wrong, one box each."""
+    """Return one box per warning."""
     if not run.warnings:
         return []
     parts = [page.heading("Warnings")]
-    for told in run.warnings:
-        seen = page.escape(told["seen"])
+    for warning in run.warnings:
+        seen = page.escape(warning["seen"])
         parts.append(
-            f'<div class="notice"><p><strong>{seen}</strong> First seen at step {told["step"]:,}.</p>'
-            + page.paragraph(f"Likely cause: {told['cause']}")
-            + page.paragraph(f"What to change: {told['remedy']}")
+            f'<div class="notice"><p><strong>{seen}</strong> First seen at step {warning["step"]:,}.</p>'
+            + page.paragraph(f"Likely cause: {warning['cause']}")
+            + page.paragraph(f"Remedy: {warning['remedy']}")
             + "</div>"
         )
     return parts
@@ -199,7 +195,7 @@ def _tables(run: RunLog) -> list[str]:
     tables: list[str] = []
     reasons = Counter(reason for reason in run.reasons if reason)
     if reasons:
-        tables.append(page.heading("What the allocator reported"))
+        tables.append(page.heading("Reports of the allocator"))
         tables.append(
             page.table(
                 ("reason", "steps"),
@@ -221,16 +217,17 @@ def _most_rollouts(run: RunLog) -> list[str]:
     if not visits.counts.size:
         return []
     size = len(run.prompt_ids)
-    rollouts = np.bincount(visits.prompt, visits.counts, minlength=size)
-    successes = np.bincount(visits.prompt, visits.successes, minlength=size)
-    seen = np.bincount(visits.prompt, minlength=size)
+    everyone = np.ones(visits.prompt.size)
+    seen, rollouts, successes = (run.by_prompt(x) for x in (everyone, visits.counts, visits.successes))
     last = np.full(size, -1)
-    last[visits.prompt[visits.scored > 0]] = visits.difficulty[visits.scored > 0]  # the latest visit stays
+    last[visits.prompt[visits.scored > 0]] = visits.difficulty[
+        visits.scored > 0
+    ]  # the latest visit overwrites earlier ones
     top = np.argsort(-rollouts, kind="stable")[:SHOWN_PROMPTS]
     rows = [
         (
             run.prompt_ids[i],
-            f"{seen[i]:,}",
+            f"{seen[i]:,.0f}",
             f"{rollouts[i]:,.0f}",
             f"{successes[i]:,.0f}",
             DIFFICULTY_CLASSES[last[i]] if last[i] >= 0 else None,
@@ -251,7 +248,7 @@ METRIC_GROUPS = (
     ("Completions", ("completions/", "num_tokens", "entropy")),
     ("Optimizer", ("loss", "grad_norm", "learning_rate", "clip_ratio", "kl", "epoch", "step_time")),
 )  # fmt: skip
-"""Name of a group of metrics, and how the names of its members begin."""
+"""Groups of metrics: title, and prefixes of the metrics' names."""
 
 
 def _training_metrics(run: RunLog) -> list[str]:
@@ -267,5 +264,5 @@ def _training_metrics(run: RunLog) -> list[str]:
     tables = [page.table(header, rows, caption=title) for title, rows in grouped.items() if rows]
     if not tables:
         return []
-    lead = page.paragraph("Means over the steps; the training reward depends on which prompts get rollouts.", "soft")
+    lead = page.paragraph("Means over the steps. The training reward depends on which prompts get rollouts.", "soft")
     return [page.details(f"Training metrics ({sum(map(len, grouped.values()))})", [lead, *tables])]

@@ -1,4 +1,4 @@
-"""The figures of one run as plain values, for a program."""
+"""The figures of one run as plain values, for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from knapsack_rl.runs.log import RunLog
 
 
 def run_summary(run: RunLog) -> dict[str, Any]:
-    """What a run's page shows as numbers; None where there is nothing to tell, and no NaN.
+    """Return the numbers on the page of a run; None where a figure is unknown, never NaN.
 
     Keys:
         folder, config, finished, steps, planned_steps, rollouts: The run.
@@ -23,8 +23,8 @@ def run_summary(run: RunLog) -> dict[str, Any]:
         all_correct, all_wrong, largest_allocation, unsolved_share: Over the end of the run.
         transitions: Prompts by class of the first (rows) and last visit (columns), in the order of `classes`.
         calibration: Predicted and realised share of groups with a gradient by bin, and the Brier scores.
-        reasons: What the allocator reported, with the number of steps.
-        warnings: What the run was warned of.
+        reasons: Reasons that the allocator reported, each with its number of steps.
+        warnings: Warnings of the run.
     """
     rollouts, accuracy = run.held_out
     calibration = run.calibration()
@@ -52,7 +52,7 @@ def run_summary(run: RunLog) -> dict[str, Any]:
             "brier_of_average": finite_or_none(calibration.brier_constant),
         },
         "reasons": dict(Counter(reason for reason in run.reasons if reason)),
-        "warnings": [dict(told) for told in run.warnings],
+        "warnings": [dict(warning) for warning in run.warnings],
     }
 
 

@@ -19,8 +19,8 @@ class Calibration:
         predicted: Mean prediction of the bin.
         realised: Share of groups in the bin that carried a gradient.
         visits: Groups in the bin.
-        brier: Mean squared error of all predictions (0 is perfect); NaN without predictions.
-        brier_constant: The same error for someone who always predicts the overall share.
+        brier: Mean squared error of all predictions (0 is perfect); NaN if there are none.
+        brier_constant: The same error of a constant prediction, the overall share.
     """
 
     predicted: FloatArray
@@ -31,7 +31,7 @@ class Calibration:
 
 
 def calibrate(predicted: ArrayLike, effective: ArrayLike, bins: int = 10) -> Calibration:
-    """Compare predictions with what happened.
+    """Compare predictions with outcomes.
 
     Args:
         predicted: (V,) predicted probability of a non-zero gradient; NaN entries are left out.
@@ -39,8 +39,8 @@ def calibrate(predicted: ArrayLike, effective: ArrayLike, bins: int = 10) -> Cal
         bins: Number of bins of equal width over [0, 1].
     """
     chance, outcome = np.asarray(predicted, dtype=np.float64), np.asarray(effective, dtype=np.float64)
-    told = np.isfinite(chance)
-    chance, outcome = chance[told], outcome[told]
+    known = np.isfinite(chance)
+    chance, outcome = chance[known], outcome[known]
     place = np.clip((chance * bins).astype(np.int64), 0, bins - 1)
     visits = np.bincount(place, minlength=bins)
     filled = visits > 0

@@ -1,4 +1,4 @@
-"""Curves of training runs: smoothing, averaging over seeds, crossing a target, and intervals of a mean."""
+"""Curves of training runs: smoothing, averages over seeds, rollouts to a target, and intervals of a mean."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FloatArray = NDArray[np.float64]
+from knapsack_rl.allocation.checks import FloatArray
 
 
 def ratio(part: NDArray[Any], whole: NDArray[Any]) -> FloatArray:
-    """Divide, with NaN where the whole is zero."""
+    """Return part / whole, NaN where the whole is zero."""
     whole = np.broadcast_to(whole, part.shape)
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
 
@@ -49,7 +49,7 @@ def moving_average(values: ArrayLike, window: int) -> FloatArray:
 def rollouts_to_reach(rollouts: ArrayLike, accuracy: ArrayLike, target: float) -> float:
     """Rollouts at which a curve first reaches a target, with linear interpolation between evaluations.
 
-    The curve is taken as it is. The first crossing of a noisy curve comes too early, so smooth it before:
+    The curve is not smoothed here. The first crossing of a noisy curve comes too early, so smooth it first:
     comparisons pass `moving_average(accuracy, 3)`, a centred mean of three evaluations (two at the ends),
     averaged over seeds.
 
@@ -60,6 +60,9 @@ def rollouts_to_reach(rollouts: ArrayLike, accuracy: ArrayLike, target: float) -
 
     Returns:
         The rollouts, or NaN if the target is never reached.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     x, y = np.asarray(rollouts, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
     if x.shape != y.shape:
@@ -94,8 +97,8 @@ class Curve:
 def mean_curve(curves: Iterable[tuple[ArrayLike, ArrayLike]]) -> Curve:
     """Average curves that may have been measured at different points.
 
-    Each curve is interpolated linearly on all measured points inside the range that every curve covers, so a
-    curve that ends early ends the mean: a mean over fewer curves would jump there. Curves without a finite
+    Each curve is interpolated linearly at all measured points inside the range that every curve covers. The mean
+    therefore ends with the shortest curve: a mean over fewer curves would jump there. Curves without a finite
     point are left out.
 
     Args:
@@ -129,7 +132,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t distribution with a whole number of degrees of freedom.
 
     The distribution function has a closed form in theta = atan(t / sqrt(degrees)) (Abramowitz and Stegun 26.7.3
-    and 26.7.4), which is inverted by bisection; so no statistics package is needed to draw an interval.
+    and 26.7.4), which is inverted by bisection, so drawing an interval needs no statistics package.
 
     Args:
         probability: Between 0.5 (included) and 1 (excluded).

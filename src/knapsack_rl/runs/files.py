@@ -1,4 +1,4 @@
-"""The files of a run folder: settings, and JSON lines that a crash may have cut short."""
+"""The files of a run folder: settings, and JSON lines that a crash may have truncated."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ ALLOCATION_LOG = "allocations.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 STATE_FILE = "knapsack_allocator.npz"
-"""State of the allocator inside a checkpoint, written last: its presence marks a complete one."""
+"""State of the allocator inside a checkpoint. It is written last, so its presence marks a complete checkpoint."""
 QUEUE_FILE = "waiting_prompts.json"
-"""Prompts that wait for their turn, inside a checkpoint of a run with a varying number of prompts per step."""
+"""Prompts waiting for their turn, inside a checkpoint of a run whose steps vary in their number of prompts."""
 GENERATED_FILE = "generated.json"
-"""Rollouts and tokens generated up to a checkpoint."""
+"""Rollouts and tokens generated before a checkpoint."""
 MODEL_FOLDER = "model"
 """The trained model; its presence marks a finished run."""
 
 SHOWN_FOLDERS = 5
-"""Run folders that a message names."""
+"""Number of run folders that a message lists."""
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run that can be resumed from, by ascending step."""
+    """Return the checkpoints from which a run can resume, by ascending step."""
     complete = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).exists()]
     return sorted(complete, key=steps_of)
 
 
 def find_start(folder: Path, *, resume: bool) -> Path | None:
-    """The checkpoint that a run goes on from, or None for a new run.
+    """Return the checkpoint from which a run continues, or None for a new run.
 
     Raises:
-        FileExistsError: the folder already holds a run and `resume` is not asked for.
-        FileNotFoundError: `resume` is asked for and there is no folder, or no complete checkpoint in it.
+        FileExistsError: the folder already holds a run and `resume` is false.
+        FileNotFoundError: `resume` is true and the folder does not exist or holds no complete checkpoint.
     """
     if resume:
         if not folder.is_dir():
@@ -50,18 +50,20 @@ def find_start(folder: Path, *, resume: bool) -> Path | None:
         if not complete:
             raise FileNotFoundError(
                 f"{folder} holds no complete checkpoint to resume from; the run ended before its first one (see "
-                "save_every), so start it again in another folder (--output), or delete this one"
+                "save_every). Start it again in another folder (--output), or delete this one"
             )
         return complete[-1]
     if (folder / METRICS_FILE).exists():
         resumable = complete_checkpoints(folder) and not (folder / MODEL_FOLDER).is_dir()
-        way = f"resume it (--resume {folder}), " if resumable else ""
-        raise FileExistsError(f"{folder} already holds a run; {way}delete it, or choose another folder (--output)")
+        resume_hint = f"resume it (--resume {folder}), " if resumable else ""
+        raise FileExistsError(
+            f"{folder} already holds a run; {resume_hint}delete it, or choose another folder (--output)"
+        )
     return None
 
 
 def steps_of(checkpoint: Path) -> int:
-    """Optimizer updates after which a checkpoint was written, from its name."""
+    """Return the number of optimizer updates before a checkpoint, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -69,7 +71,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a run's settings.
 
     Raises:
-        FileNotFoundError: If there is no such file; run folders one level below are named.
+        FileNotFoundError: If the file does not exist; the message lists run folders one level below.
         ValueError: If the file holds no mapping.
     """
     if not path.parent.is_dir():
@@ -86,11 +88,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file; only plain values are made, never objects.
+    """Read a YAML file of plain values; objects are never constructed.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no YAML.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not YAML.
     """
     import yaml
 
@@ -99,16 +101,23 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def finite_number(value: object) -> float | None:
+    """Return a finite number, None for anything else (bool included)."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
 
 
 def finite_or_none(number: float) -> float | None:
-    """A number for JSON, which has neither NaN nor infinities."""
+    """Return a number for JSON: None in place of NaN and infinities, which JSON lacks."""
     return float(number) if math.isfinite(number) else None
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line; if a crash left the last line torn, it is ended first, so that only it is lost."""
+    """Append one JSON line; a line torn by a crash is ended first, so that no other line is lost with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if file.tell():
@@ -119,7 +128,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a line that is no JSON object (a write cut short by a crash) is skipped and logged.
+    """Read JSON lines, none if the file is missing; a line that is not a JSON object (a torn write) is skipped.
 
     Raises:
         ValueError: If a row has no whole number under `step`.
@@ -127,7 +136,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    # A line may be torn inside a multi-byte character; replacing it leaves the skipping to the JSON parser.
+    # A line may be torn inside a multi-byte character; with the character replaced, the JSON parser rejects the line.
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -146,7 +155,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def by_step(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join rows of the same step, later keys over earlier ones, ascending by step."""
+    """Merge the rows of each step, ascending by step; later values replace earlier ones."""
     joined: dict[int, dict[str, Any]] = {}
     for row in rows:
         joined.setdefault(row["step"], {}).update(row)

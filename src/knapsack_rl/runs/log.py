@@ -1,8 +1,8 @@
-"""A run folder as arrays: what was allocated, what came of it, and the measures of the method.
+"""A run folder as arrays: allocations, their outcomes, and the measures of the method.
 
 `RunLog.load` reads the three files that training writes (`config.yaml`, `metrics.jsonl`,
 `allocations.jsonl`). A *visit* is one prompt in one step; arrays over all visits have length V, arrays over
-recorded steps have length T. Nothing here needs a training library, so a log can be studied anywhere.
+recorded steps have length T. No training library is needed, so a log can be studied anywhere.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from knapsack_rl.runs.files import (
     SAMPLES_FILE,
     WARNINGS_FILE,
     by_step,
+    finite_number,
     read_config,
     read_rows,
 )
@@ -42,8 +43,8 @@ WARNING_TEXTS = ("kind", "seen", "cause", "remedy")
 class BudgetByEstimate:
     """Rollouts per visit, grouped by the success rate estimated before it.
 
-    Estimates of exactly 0 and exactly 1 are groups of their own, because allocation rules treat unsolved
-    and solved prompts apart; in between lie ten bins of width 0.1. Unseen prompts come last with a NaN
+    Estimates of exactly 0 and exactly 1 form separate groups, because allocation rules treat unsolved and
+    solved prompts differently; in between lie ten bins of width 0.1. Unseen prompts come last with a NaN
     estimate. Only groups with visits are listed.
 
     Attributes:
@@ -70,12 +71,12 @@ class RunLog:
         config: The run's settings.
         prompt_ids: Distinct prompts in the order of their first visit.
         steps: Recorded training steps, ascending (T).
-        reasons: What the allocator said about each step (T).
+        reasons: What the allocator reported about each step, empty if nothing (T).
         seconds: Time that each allocation took (T), NaN if not logged.
         visits: The per-visit arrays.
         metrics: Logged metrics, one mapping per step, ascending, nulls left out.
-        warnings: What the run was warned of, in order; each has `step`, `kind`, `seen`, `cause` and `remedy`.
-        samples: Sample completions by prompt id, as `SampleStore` keeps them.
+        warnings: Warnings of the run in order, each with `step`, `kind`, `seen`, `cause` and `remedy`.
+        samples: Sample completions by prompt id, as kept by `SampleStore`.
     """
 
     folder: Path
@@ -93,24 +94,23 @@ class RunLog:
     def load(cls, folder: str | Path) -> RunLog:
         """Read a run folder; the log files may be missing or end in a torn line.
 
-        Where a step was logged more than once (after a resume), the later entry counts.
+        If a step was logged more than once (after a resume), the last entry counts.
 
         Args:
             folder: A folder that holds `config.yaml` or an allocation log, or the allocation log itself.
 
         Raises:
-            FileNotFoundError: If there is neither.
+            FileNotFoundError: If the folder has neither.
             ValueError: If a file's content does not follow the schema.
         """
         folder = Path(folder)
         if folder.name == ALLOCATION_LOG:
             folder = folder.parent
-        # A run of verl or of a script on TRL has no configuration of ours.
+        # A run of verl, or of a script on TRL, has no configuration in our format.
         bare = (folder / ALLOCATION_LOG).is_file() and not (folder / CONFIG_FILE).is_file()
         config = {} if bare else read_config(folder / CONFIG_FILE)
         rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
         metrics = by_step(read_rows(folder / METRICS_FILE))
-        told = read_rows(folder / WARNINGS_FILE)
         return cls(
             folder=folder,
             config=config,
@@ -121,7 +121,8 @@ class RunLog:
             visits=visits,
             metrics=tuple({key: value for key, value in row.items() if value is not None} for row in metrics),
             warnings=tuple(
-                {key: str(row.get(key, "")) for key in WARNING_TEXTS} | {"step": row["step"]} for row in told
+                {key: str(row.get(key, "")) for key in WARNING_TEXTS} | {"step": row["step"]}
+                for row in read_rows(folder / WARNINGS_FILE)
             ),
             samples={row["prompt_id"]: row for row in read_samples(folder / SAMPLES_FILE)},
         )
@@ -130,23 +131,28 @@ class RunLog:
 
     @property
     def planned_steps(self) -> int | None:
-        """Steps the configuration asks for, None if it does not say."""
+        """Steps set in the configuration, None if it does not say."""
         steps = self.config.get("steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def finished(self) -> bool:
-        """Whether as many steps are recorded as planned (any step at all, if no plan is known), or the model is there.
+        """Whether all planned steps are recorded (at least one if no plan is known), or the model was saved.
 
-        A rule that generates in rounds ends at a number of rollouts, before its last step.
+        A rule that generates in rounds ends at a number of rollouts, possibly before its last step.
         """
         recorded = self.steps.size > 0 and self.steps.size >= (self.planned_steps or 0)
         return recorded or (self.folder / MODEL_FOLDER).is_dir()
 
+    def by_prompt(self, values: ArrayLike) -> FloatArray:
+        """Sum a per-visit array over the visits of each prompt, in the order of `prompt_ids`."""
+        weights = np.asarray(values, dtype=np.float64)
+        return np.bincount(self.visits.prompt, weights=weights, minlength=len(self.prompt_ids)).astype(np.float64)
+
     # Per step
 
     def _sum(self, values: ArrayLike) -> FloatArray:
-        """Sum a per-visit array within each step."""
+        """Sum a per-visit array over each step."""
         weights = np.asarray(values, dtype=np.float64)
         return np.bincount(self.visits.step, weights=weights, minlength=self.steps.size).astype(np.float64)
 
@@ -172,24 +178,14 @@ class RunLog:
 
     @cached_property
     def training_success(self) -> FloatArray:
-        """Mean over the scored prompts of a step of their share of successes: every prompt weighs the same."""
+        """Mean share of successes over the scored prompts of each step; every prompt has the same weight."""
         visits = self.visits
         rates = ratio(visits.successes, visits.scored)
         return ratio(self._sum(np.nan_to_num(rates)), self._sum(visits.scored > 0))
 
     @cached_property
-    def covered_success(self) -> IntArray:
-        """Prompts with at least one success in each step."""
-        return self._sum(self.visits.successes > 0).astype(np.int64)
-
-    @cached_property
-    def covered_failure(self) -> IntArray:
-        """Prompts with at least one scored failure in each step."""
-        return self._sum(self.visits.successes < self.visits.scored).astype(np.int64)
-
-    @cached_property
     def difficulty_shares(self) -> FloatArray:
-        """Share of each difficulty class among the step's scored groups, shape (T, 5)."""
+        """Share of each difficulty class among the scored groups of each step, shape (T, 5)."""
         shares = [self._sum(self.visits.difficulty == index) for index in range(len(DIFFICULTY_CLASSES))]
         return ratio(np.stack(shares, axis=1), self._sum(self.visits.scored > 0)[:, None])
 
@@ -221,21 +217,22 @@ class RunLog:
     # Logged metrics
 
     def metric(self, name: str) -> tuple[IntArray, FloatArray]:
-        """Steps and values of a logged metric, only where it is a finite number."""
-        rows = [row for row in self.metrics if _is_number(row.get(name))]
-        steps = np.array([row["step"] for row in rows], dtype=np.int64)
-        return steps, np.array([row[name] for row in rows], dtype=np.float64)
+        """Steps and values of a logged metric where it is a finite number."""
+        return self._logged("step", name)
 
     @cached_property
     def held_out(self) -> tuple[IntArray, FloatArray]:
-        """The held-out curve: rollouts generated before each evaluation, and the mean success there."""
+        """The held-out curve: rollouts generated before each evaluation, and its mean success."""
         return self.against_rollouts("held_out/accuracy")
 
     def against_rollouts(self, name: str) -> tuple[IntArray, FloatArray]:
-        """Rollouts generated so far and values of a logged metric, only where both are finite numbers."""
-        rows = [row for row in self.metrics if _is_number(row.get(name)) and _is_number(row.get("rollouts"))]
-        rollouts = np.array([row["rollouts"] for row in rows], dtype=np.int64)
-        return rollouts, np.array([row[name] for row in rows], dtype=np.float64)
+        """Rollouts generated so far and values of a logged metric where both are finite numbers."""
+        return self._logged("rollouts", name)
+
+    def _logged(self, position: str, name: str) -> tuple[IntArray, FloatArray]:
+        pairs = [(finite_number(row.get(position)), finite_number(row.get(name))) for row in self.metrics]
+        known = [(at, value) for at, value in pairs if at is not None and value is not None]
+        return np.array([at for at, _ in known], dtype=np.int64), np.array([value for _, value in known])
 
     # Over the whole run
 
@@ -252,7 +249,7 @@ class RunLog:
     def transitions(self) -> IntArray:
         """Prompts by class of their first (row) and last (column) scored visit, shape (5, 5).
 
-        Prompts with a single scored visit are left out: they have not had the time to move.
+        Prompts with a single scored visit are left out, because they could not have moved yet.
         """
         first, last = self.first_and_last
         again = first != last
@@ -287,7 +284,3 @@ class RunLog:
         """
         given = self.visits.counts > 0
         return calibrate(self.visits.predicted[given], self.visits.effective[given], bins)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""A bounded number of sample completions per prompt, kept beside a run's metrics."""
+"""A bounded number of sample completions per prompt, kept next to the metrics of a run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from knapsack_rl.runs.files import read_rows
 from knapsack_rl.state import atomic_file
 
 LONGEST = 600
-"""Characters kept of a text; of a longer one the middle goes."""
+"""Most characters kept of a text; a longer text loses its middle."""
 
 
 class SampleStore:
-    """Keeps of each prompt its first completion, its newest success and its newest failure.
+    """Keeps the first completion, the newest success and the newest failure of each prompt.
 
-    Of many prompts those are kept whose ids come first in an order that depends on the ids alone, so the choice is the
-    same in every process and after a resume, and has nothing to do with how a prompt fares. Size on disk is at most
-    about ``4 * prompts * longest`` characters.
+    If there are more than ``prompts``, it keeps those whose ids come first in an order that depends on the ids alone.
+    The choice is therefore the same in every process and after a resume, and independent of how a prompt fares. The
+    size on disk is at most about ``4 * prompts * longest`` characters.
 
     Args:
         prompts: most prompts kept, >= 1.
@@ -73,17 +73,17 @@ class SampleStore:
         row["success" if success else "failure"] = shown
 
     def write(self, path: Path) -> None:
-        """Replace the file by what is kept, one JSON line per prompt.
+        """Replace the file with the kept samples, one JSON line per prompt.
 
         Raises:
-            OSError: the file cannot be written; an older one is as it was.
+            OSError: the file cannot be written; an existing one stays unchanged.
         """
         with atomic_file(path) as file:
             for row in self._rows.values():
                 file.write(json.dumps(row).encode() + b"\n")
 
     def read(self, path: Path) -> None:
-        """Go on from a file, if it is there."""
+        """Continue from a file, if it exists."""
         for row in read_samples(path):
             if self._admit(row["prompt_id"]):
                 self._rows[row["prompt_id"]] = row
@@ -106,7 +106,7 @@ class SampleStore:
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Rows of a sample file that have the shape that :class:`SampleStore` writes; none if there is no file."""
+    """Return the rows of a sample file that have the shape written by :class:`SampleStore`; none if it is missing."""
     return [row for row in read_rows(Path(path)) if _whole(row)]
 
 

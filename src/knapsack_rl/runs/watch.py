@@ -1,7 +1,7 @@
-"""What goes wrong in a run, read from its metrics: each signature is told once, with a likely cause and a setting.
+"""Signs of trouble in the metrics of a run, each reported once with a likely cause and the setting to change.
 
-:class:`Watch` sees rows of metrics and nothing else, so it serves any trainer, a finished log, and tests.
-:class:`WarningLog` writes what it finds into the run folder.
+:class:`Watch` reads rows of metrics and nothing else, so it works with any trainer, a finished log, and tests.
+:class:`WarningLog` writes its findings into the run folder.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.runs.files import append_row, read_rows
+from knapsack_rl.runs.files import append_row, finite_number, read_rows
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 25
-"""Rows averaged before anything is said: single steps are noisy."""
+"""Rows averaged before anything is reported, because single steps are noisy."""
 
 FEW_PROMPTS = 0.1
 """Share of prompts with a gradient below which gradients have collapsed."""
 BOUGHT = 0.2
-"""Share of rollouts minus share of prompts with a gradient above which the first one is bought."""
+"""Share of rollouts minus share of prompts with a gradient above which the budget buys the former with the latter."""
 LONGEST_OVER_MEAN = 4.0
-"""Longest completion over the mean from which a step waits for stragglers ..."""
+"""Ratio of the longest completion to the mean above which a step waits for stragglers ..."""
 SHORT = 64
 """... unless even the longest has fewer tokens than this."""
 UNEVEN = 1.25
-"""Tokens of the busiest process over the mean of the processes."""
+"""Ratio of the busiest process's tokens to the mean over processes that counts as uneven."""
 LOST = 0.15
-"""Share of solved prompts that fail at their next visit. With success rates spread evenly and two rollouts chance alone
-gives 0.10."""
+"""Share of solved prompts that fail at their next visit. With evenly spread success rates and two rollouts, chance
+alone gives 0.10."""
 FEWEST_SOLVED = 50
-"""Solved prompts that must have been seen again before their losses are judged."""
+"""Solved prompts that must have been visited again before losses are judged."""
 FORGOTTEN = 0.1
-"""Held-out accuracy below its best by more than this, over two evaluations."""
+"""Drop of held-out accuracy below its best, over two evaluations, that counts as forgetting."""
 MISCALIBRATED = 0.15
-"""Difference between the predicted and the realised share of groups with a gradient."""
+"""Difference between predicted and realised share of groups with a gradient that counts as miscalibrated."""
 TRUNCATED = 0.3
-"""Share of completions that end at the length limit."""
+"""Share of completions ending at the length limit that counts as truncation."""
 
 ROLLOUTS = "knapsack/effective_gradient_ratio"
 PROMPTS = "knapsack/effective_prompt_ratio"
@@ -60,14 +60,14 @@ WATCHED = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A signature of failure.
+    """A sign of trouble.
 
     Attributes:
         kind: ``"collapse"``, ``"bought"``, ``"stragglers"``, ``"oscillation"``, ``"miscalibration"`` or
             ``"truncation"``.
         step: the step at which it was found.
-        seen: what was measured.
-        cause: what it most likely comes from.
+        seen: the measurement.
+        cause: the most likely cause.
         remedy: the setting to change.
     """
 
@@ -78,65 +78,65 @@ class Finding:
     remedy: str
 
     def __str__(self) -> str:
-        """All of it in a line."""
+        """Return the whole finding as one line."""
         return f"step {self.step}: {self.seen} {self.cause} {self.remedy}"
 
 
 class Watch:
-    """Looks for the signatures of failure in rows of metrics.
+    """Looks for signs of trouble in rows of metrics.
 
-    Each is told once, when the mean over a full window of rows passes its threshold. Keys are those of
-    ``metrics.jsonl`` and of the TRL trainer's log; what a row lacks is not judged.
+    Each is reported once, when the mean over a full window of rows passes its threshold. Keys are those of
+    ``metrics.jsonl`` and of the TRL trainer's log; metrics missing from a row are not judged.
 
     Args:
         window: rows averaged, >= 1.
-        told: kinds that were told before, for a run that is resumed.
+        reported: kinds reported before, for a run that is resumed.
 
     Raises:
         ValueError: the window is below 1.
     """
 
-    def __init__(self, *, window: int = WINDOW, told: Iterable[str] = ()) -> None:
+    def __init__(self, *, window: int = WINDOW, reported: Iterable[str] = ()) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self._window = window
         self._recent = {name: deque[float](maxlen=window) for name in WATCHED}
         self._held_out: list[float] = []
-        self._told = set(told)
+        self._reported = set(reported)
 
     def row(self, row: Mapping[str, Any]) -> list[Finding]:
-        """Take in a row with its ``step``; returns what is found for the first time."""
+        """Take in a row with its ``step``; return the findings that are new."""
         for name, numbers in self._recent.items():
-            number = _number(row.get(name))
+            number = finite_number(row.get(name))
             if number is not None:
                 numbers.append(number)
             elif name == LOST_AGAIN and row.get(SOLVED_BEFORE) == 0:
-                numbers.append(0.0)  # keeps its place beside the number of prompts that it is a share of
-        accuracy = _number(row.get(HELD_OUT))
+                numbers.append(0.0)  # stays aligned with the number of prompts of which it is a share
+        accuracy = finite_number(row.get(HELD_OUT))
         if accuracy is not None:
             self._held_out.append(accuracy)
         found = []
         for kind, rule in _RULES.items():
-            told = None if kind in self._told else rule(self)
-            if told is not None:
-                self._told.add(kind)
-                found.append(Finding(kind, int(row.get("step", 0)), *told))
+            texts = None if kind in self._reported else rule(self)
+            if texts is not None:
+                self._reported.add(kind)
+                found.append(Finding(kind, int(row.get("step", 0)), *texts))
         return found
 
     def mean(self, name: str) -> float:
-        """Mean over the window; NaN until it is full."""
+        """Return the mean over the window; NaN until it is full."""
         numbers = self._recent[name]
         return sum(numbers) / self._window if len(numbers) == self._window else math.nan
 
     def lost_share(self) -> float:
-        """Share of the prompts solved at their last visit that failed at this one; NaN while there are too few."""
+        """Return the share of prompts solved at their last visit that failed at this one; NaN if there are too few."""
         solved, lost = self._recent[SOLVED_BEFORE], self._recent[LOST_AGAIN]
         if len(solved) < self._window or len(lost) < self._window or sum(solved) < FEWEST_SOLVED:
             return math.nan
         return sum(share * size for share, size in zip(lost, solved, strict=True)) / sum(solved)
 
     def forgotten(self) -> tuple[float, float]:
-        """Best held-out accuracy so far, and how far the two newest evaluations both lie below it."""
+        """Return the best held-out accuracy so far, and how far both newest evaluations lie below it."""
         if len(self._held_out) < 3:
             return math.nan, math.nan
         best = max(self._held_out)
@@ -144,42 +144,45 @@ class Watch:
 
 
 def watch_rows(rows: Iterable[Mapping[str, Any]], *, window: int = WINDOW) -> list[Finding]:
-    """Everything that a finished log shows, in the order of its rows."""
+    """Return all findings of a finished log, in the order of its rows."""
     watch = Watch(window=window)
     return [finding for row in rows for finding in watch.row(row)]
 
 
 class WarningLog:
-    """Watches a run and writes each finding into a file, as one JSON line; a resumed run repeats none.
+    """Watches a run and writes each finding to a file as one JSON line; a resumed run repeats none.
 
     Args:
         path: the file, ``warnings.jsonl`` of the run folder.
-        tell: called with each finding; by default it is logged as a warning.
+        on_finding: called with each finding; by default it is logged as a warning.
         window: rows averaged, >= 1.
     """
 
-    def __init__(self, path: Path, tell: Callable[[Finding], None] | None = None, *, window: int = WINDOW) -> None:
-        self._path, self._tell = path, tell or _log
-        self._watch = Watch(window=window, told=[str(row.get("kind")) for row in read_rows(path)])
+    def __init__(
+        self, path: Path, on_finding: Callable[[Finding], None] | None = None, *, window: int = WINDOW
+    ) -> None:
+        self._path, self._on_finding = path, on_finding or _log
+        self._watch = Watch(window=window, reported=[str(row.get("kind")) for row in read_rows(path)])
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Take in a row of metrics."""
         for finding in self._watch.row(row):
-            self._tell(finding)
+            self._on_finding(finding)
             try:
                 append_row(self._path, dataclasses.asdict(finding))
             except OSError as error:
-                logger.warning("%s could not be written (%s); the run goes on", self._path, error)
+                logger.warning("%s could not be written (%s); the run continues", self._path, error)
 
 
 def _log(finding: Finding) -> None:
     logger.warning("%s", finding)
 
 
-_Told = tuple[str, str, str] | None
+_Texts = tuple[str, str, str] | None
+"""Measurement, cause and remedy; None if the sign is absent."""
 
 
-def _collapse(watch: Watch) -> _Told:
+def _collapse(watch: Watch) -> _Texts:
     share = watch.mean(PROMPTS)
     if not share < FEW_PROMPTS:
         return None
@@ -188,16 +191,16 @@ def _collapse(watch: Watch) -> _Told:
     if solved > 0.7:
         return (
             seen,
-            f"{solved:.0%} of the groups are all right: the data set is used up.",
+            f"{solved:.0%} of the groups are entirely correct: the data set is used up.",
             "Stop here, or add harder prompts; min_rollouts 0 skips solved ones.",
         )
     if unsolved > 0.7:
         return (
             seen,
-            f"{unsolved:.0%} of the groups are all wrong: the prompts are out of reach, or the verifier refuses right "
-            "answers.",
-            "Read the sample completions first; then add easier prompts, or raise max_rollouts if the largest "
-            "allocation has reached it.",
+            f"{unsolved:.0%} of the groups are entirely wrong: the prompts are out of reach, or the verifier rejects "
+            "correct answers.",
+            "Read the sample completions first. Then add easier prompts, or raise max_rollouts if the largest "
+            "allocation reaches it.",
         )
     return (
         seen,
@@ -206,85 +209,85 @@ def _collapse(watch: Watch) -> _Told:
     )
 
 
-def _bought(watch: Watch) -> _Told:
+def _bought(watch: Watch) -> _Texts:
     rollouts, prompts = watch.mean(ROLLOUTS), watch.mean(PROMPTS)
     if not rollouts - prompts > BOUGHT:
         return None
     return (
         f"{rollouts:.0%} of the rollouts but only {prompts:.0%} of the prompts carry a gradient.",
-        "A few prompts get most of the budget, so the first share is bought and few prompts learn.",
+        "A few prompts get most of the budget: this raises the share of rollouts, but few prompts learn.",
         "Lower max_rollouts; with allocation 'paper' or estimator 'window' try 'bayes-filter'.",
     )
 
 
-def _stragglers(watch: Watch) -> _Told:
+def _stragglers(watch: Watch) -> _Texts:
     uneven, longest, mean = watch.mean(BALANCE), watch.mean(MAX_LENGTH), watch.mean(MEAN_LENGTH)
     if uneven > UNEVEN:
         return (
             f"The busiest process generates {uneven:.2f} times the mean of the processes.",
-            "Long completions sit together, because the rollouts of a prompt do.",
+            "Long completions fall on the same process, because the rollouts of a prompt do.",
             "Generate with a server that all processes share (use_vllm, vllm_mode 'server'), or cap "
             "max_completion_length (--max-completion-tokens).",
         )
     if longest >= SHORT and longest > LONGEST_OVER_MEAN * mean:
         return (
             f"The longest completion of a step has {longest:,.0f} tokens, {longest / mean:.1f} times the mean.",
-            "Every step waits for its longest completion while the other rows are done.",
-            "Lower max_completion_length (--max-completion-tokens), or generate with vLLM, which fills the gaps; in a "
-            "loop of your own use RolloutQueue.",
+            "Every step waits for its longest completion after the others have finished.",
+            "Lower max_completion_length (--max-completion-tokens), or generate with vLLM, which fills the gaps; in "
+            "your own training loop use RolloutQueue.",
         )
     return None
 
 
-def _oscillation(watch: Watch) -> _Told:
+def _oscillation(watch: Watch) -> _Texts:
     lost = watch.lost_share()
     if lost > LOST:
         return (
             f"{lost:.0%} of the prompts that were solved at their last visit now fail more often than not.",
-            "The policy forgets what it could: updates are too large, or solved prompts get too little weight.",
+            "The policy forgets what it had learned: updates are too large, or solved prompts get too little weight.",
             "Lower learning_rate, raise min_rollouts, or set kl_coefficient (TRL's beta) above 0.",
         )
     best, below = watch.forgotten()
     if below > FORGOTTEN:
         return (
             f"Held-out accuracy has fallen {100 * below:.0f} points below its best, {best:.0%}.",
-            "The policy forgets, or fits the prompts it trains on.",
+            "The policy forgets, or overfits the prompts it trains on.",
             "Lower learning_rate or train fewer steps; the checkpoint of the best evaluation may still be there.",
         )
     return None
 
 
-def _miscalibration(watch: Watch) -> _Told:
+def _miscalibration(watch: Watch) -> _Texts:
     predicted, realised = watch.mean(PREDICTED), watch.mean(REALISED)
     if predicted - realised > MISCALIBRATED:
         return (
-            f"A gradient was predicted for {predicted:.0%} of the groups, {realised:.0%} have one.",
-            "Success rates move faster than the estimates follow, or a prompt's rollouts resemble each other more than "
+            f"A gradient was predicted for {predicted:.0%} of the groups, but {realised:.0%} have one.",
+            "Success rates move faster than the estimates, or the rollouts of a prompt resemble each other more than "
             "chance allows.",
             "Visit prompts more often (fewer train_prompts), lower learning_rate, or check temperature; with estimator "
             "'beta', 'empirical-bayes' or 'window' try 'bayes-filter'.",
         )
     if realised - predicted > MISCALIBRATED:
         return (
-            f"A gradient was predicted for {predicted:.0%} of the groups, {realised:.0%} have one.",
+            f"A gradient was predicted for {predicted:.0%} of the groups, but {realised:.0%} have one.",
             "Rewards may have more than two levels, or the success threshold does not split them.",
-            "Set outcome_reward or success_threshold so that an outcome is a success or a failure.",
+            "Set outcome_reward or success_threshold so that every outcome is a success or a failure.",
         )
     return None
 
 
-def _truncation(watch: Watch) -> _Told:
+def _truncation(watch: Watch) -> _Texts:
     clipped = watch.mean(CLIPPED)
     if not clipped > TRUNCATED:
         return None
     return (
         f"{clipped:.0%} of the completions end at the length limit.",
-        "An answer that is cut off counts as wrong, so its prompt looks harder than it is.",
+        "A truncated answer counts as wrong, so its prompt looks harder than it is.",
         "Raise max_completion_length (--max-completion-tokens), or ask for shorter answers.",
     )
 
 
-_RULES: dict[str, Callable[[Watch], _Told]] = {
+_RULES: dict[str, Callable[[Watch], _Texts]] = {
     "collapse": _collapse,
     "bought": _bought,
     "stragglers": _stragglers,
@@ -292,10 +295,3 @@ _RULES: dict[str, Callable[[Watch], _Told]] = {
     "miscalibration": _miscalibration,
     "truncation": _truncation,
 }
-
-
-def _number(value: object) -> float | None:
-    """A finite number, None for anything else."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None

@@ -1,4 +1,4 @@
-"""The README of a run folder: what was trained, how, and what came of it."""
+"""The model card (README.md) of a run folder: model, settings, and results."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.report import RunLog
+from knapsack_rl.report.page import percent
 from knapsack_rl.runs.curves import tail_mean
 from knapsack_rl.runs.files import MODEL_FOLDER
+from knapsack_rl.runs.log import RunLog
 
 CARD_FILE = "README.md"
 
 
 def write_card(folder: Path) -> Path:
-    """Write the model card of a run, finished or not, into its folder and beside its model.
+    """Write the model card of a run, finished or not, into its folder and next to its model.
 
     Raises:
-        FileNotFoundError: this is not a run folder.
+        FileNotFoundError: the folder is not a run folder.
     """
     run = RunLog.load(folder)
     text = card(run, finished=(folder / MODEL_FOLDER).is_dir())
@@ -29,7 +30,7 @@ def write_card(folder: Path) -> Path:
 
 
 def card(run: RunLog, *, finished: bool) -> str:
-    """The model card as Markdown with a YAML header."""
+    """Return the model card as Markdown with a YAML header."""
     config, name = run.config, run.folder.resolve().name
     allocation = str(config.get("allocation", "?"))
     lines = [
@@ -42,18 +43,21 @@ def card(run: RunLog, *, finished: bool) -> str:
         f"# {_inline(name)}",
         "",
         f"{_code(config.get('model', '?'))}, trained on {_code(config.get('dataset', '?'))} by GRPO with "
-        + ("the same number of rollouts for every prompt" if allocation == "uniform" else "its rollouts allocated by a")
-        + ("." if allocation == "uniform" else " knapsack (arXiv 2509.25849)."),
+        + (
+            "the same number of rollouts for every prompt."
+            if allocation == "uniform"
+            else "its rollouts allocated by a knapsack (arXiv 2509.25849)."
+        ),
         "",
-        f"{_progress(run, finished)}",
+        _progress(run, finished),
         "",
         "| | |",
         "| --- | --- |",
         *(f"| {name} | {value} |" for name, value in _facts(run)),
         "",
-        "Accuracies are on prompts that were held out; nothing was measured on other tasks.",
+        "Accuracies are on held-out prompts; other tasks were not measured.",
         "",
-        "## Again",
+        "## Reproduce",
         "",
         "In this folder:",
         "",
@@ -69,7 +73,7 @@ def card(run: RunLog, *, finished: bool) -> str:
 
 
 def _hub_name(model: Any) -> list[str]:
-    """The header's line for a base model that the hub knows by this name; a local one has none."""
+    """Return the header line for a base model with a name on the hub; none for a local model."""
     name = str(model)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not Path(name).exists()
     return [f"base_model: {name}"] if on_hub else []
@@ -100,21 +104,17 @@ def _facts(run: RunLog) -> list[tuple[str, str]]:
     for label, metric in (("sampled", "held_out/accuracy"), ("greedy", "held_out/greedy_accuracy")):
         values = run.metric(metric)[1]
         if values.size:
-            facts.append((f"held-out accuracy, {label}", f"{_percent(values[-1])} (first: {_percent(values[0])})"))
+            facts.append((f"held-out accuracy, {label}", f"{percent(values[-1])} (first: {percent(values[0])})"))
     for label, ratio in (("rollouts", run.effective_rollout_ratio), ("prompts", run.effective_prompt_ratio)):
-        value = tail_mean(ratio) if ratio.size else math.nan
+        value = tail_mean(ratio)
         if math.isfinite(value):
-            facts.append((f"{label} with a gradient, last 20 % of the steps", _percent(value)))
+            facts.append((f"{label} with a gradient, last 20 % of the steps", percent(value)))
     facts += [(f"warning at step {row['step']}", _inline(row["seen"])) for row in run.warnings]
     return facts
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _inline(value: Any) -> str:
-    """Text of others on one line of a table, with what Markdown and HTML would read made harmless."""
+    """Return untrusted text for a table cell: one line, with Markdown and HTML escaped."""
     text = " ".join(str(value).split())
     for sign in "\\`*_[]<>|":
         text = text.replace(sign, f"\\{sign}" if sign not in "<>|" else {"<": "&lt;", ">": "&gt;", "|": "&#124;"}[sign])

@@ -1,4 +1,4 @@
-"""What can be told to be wrong with a run before the training libraries are loaded, which takes many seconds."""
+"""Checks of a run before the training libraries are loaded, which takes many seconds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from knapsack_rl.training.data import load_task
 from knapsack_rl.training.settings import MODEL_PRESETS, TrainSettings
 
 MODEL_FILES = ("config.json", "adapter_config.json")
-"""A folder with one of these holds a model, or adapters that name theirs."""
+"""A folder with one of these files holds a model, or adapters that name their model."""
 
 
 def check_inputs(settings: TrainSettings) -> None:
-    """Look for the model's folder and read a data file.
+    """Check that a model folder exists and that a data file can be read.
 
-    Names of the hub are left to the hub.
+    Names on the hub are not checked.
 
     Raises:
-        FileNotFoundError: a folder or file is not there, or the folder holds no model.
+        FileNotFoundError: a folder or file does not exist, or the folder holds no model.
         ValueError: the file lacks a column or rows, or cannot be read.
         ImportError: the data needs an extra.
     """
@@ -30,10 +30,10 @@ def check_inputs(settings: TrainSettings) -> None:
 
 
 def check_model(model: str) -> None:
-    """Refuse a folder without a model, and a path that leads nowhere.
+    """Reject a folder without a model and a path that does not exist.
 
     Raises:
-        FileNotFoundError: says what is there and what can be given.
+        FileNotFoundError: the message names what was found and what is allowed.
     """
     path = Path(model)
     if model in MODEL_PRESETS or _holds_model(path):
@@ -51,11 +51,11 @@ def _holds_model(folder: Path) -> bool:
 
 
 def is_path(model: str) -> bool:
-    """Whether this can be no name of the hub, which is NAME or OWNER/NAME."""
+    """Return whether this is a path rather than a name on the hub (NAME or OWNER/NAME)."""
     separators = {os.sep, os.altsep or os.sep}
     return model[:1] in {".", "~", *separators} or model[-1:] in separators or model.count("/") > 1
 
 
 def allowed_models() -> str:
-    """What a model may be, for messages."""
+    """Return the allowed kinds of model, for messages."""
     return f"a model is {' or '.join(MODEL_PRESETS)}, a Hugging Face folder, or a name on the hub"

@@ -53,11 +53,11 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Newest step in the metrics; 0 if there is none."""
+        """Newest step in the metrics; 0 without one."""
         path = self.folder / METRICS_FILE
         if not path.is_file():
             return 0
-        # The last line may be half written; the one before it is whole.
+        # The last line may be incomplete; the one before it is complete.
         for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()[-2:]):
             try:
                 return int(json.loads(line)["step"])
@@ -67,29 +67,29 @@ class Run:
 
 
 class Progress(Protocol):
-    """Where the progress of a comparison goes."""
+    """Receives the progress of a comparison."""
 
     def started(self, run: Run) -> None:
-        """A run's process was started."""
+        """Report that the process of a run was started."""
         ...
 
     def advanced(self, running: Sequence[Run]) -> None:
-        """Called about once a second with the runs under way."""
+        """Report the runs in progress, about once per second."""
         ...
 
     def ended(self, run: Run, status: int) -> None:
-        """A run's process ended with this exit status."""
+        """Report that the process of a run ended with this exit status."""
         ...
 
 
 def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int], output: Path) -> list[Run]:
-    """The runs of a comparison: every policy with every seed, seeds outermost.
+    """Return the runs of a comparison: every policy with every seed, seeds in the outer loop.
 
     Args:
         settings: shared settings; allocation, rollouts per prompt (N, doubled for ``"uniform-2n"``) and seed vary.
         policies: from ``POLICIES``.
         seeds: distinct seeds.
-        output: folder of the run folders.
+        output: parent of the run folders.
 
     Raises:
         ValueError: a policy is unknown, or a policy or seed repeats.
@@ -97,7 +97,7 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
     unknown = [policy for policy in policies if policy not in POLICIES]
     if unknown or len(set(policies)) < len(policies) or len(set(seeds)) < len(seeds) or not policies or not seeds:
         raise ValueError(
-            f"give distinct policies from {', '.join(POLICIES)} and distinct seeds, got {policies}, {seeds}"
+            f"give distinct policies from {', '.join(POLICIES)} and distinct seeds, got {policies} and {seeds}"
         )
     runs = []
     for seed in seeds:
@@ -118,9 +118,9 @@ def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
 
     Args:
         runs: from :func:`plan`.
-        jobs: processes side by side, each with one torch thread; 0 trains in this process, run after run and without
-            reports, which saves small runs the start of a process.
-        progress: told of what happens.
+        jobs: parallel processes, each with one torch thread; 0 trains in this process, one run after another and
+            without reports, which saves small runs the start of a process.
+        progress: receives the progress.
 
     Returns:
         The runs that did not finish.
@@ -147,7 +147,7 @@ def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
             for process in [process for process in running if process.poll() is not None]:
                 progress.ended(running.pop(process), process.returncode)
     finally:
-        # After Ctrl-C the children have got the signal too: they finish their step and save.
+        # After Ctrl-C the children have received the signal too: they finish their step and save.
         for process in running:
             process.wait()
     return [run for run in runs if not run.finished]
@@ -160,12 +160,12 @@ def _check_same_settings(run: Run) -> None:
 
 
 def _resumes(run: Run) -> bool:
-    """Whether the run goes on from a checkpoint; if not, its folder is made ready for a start."""
+    """Return whether the run continues from a checkpoint; otherwise prepare its folder for a fresh start."""
     run.folder.mkdir(parents=True, exist_ok=True)
     refuse_if_owned(run.folder)
     if complete_checkpoints(run.folder):
         return True
-    # What a run left that was stopped before its first checkpoint is of no use.
+    # Files of a run that was stopped before its first checkpoint are useless.
     for name in (METRICS_FILE, ALLOCATION_LOG, WARNINGS_FILE, SAMPLES_FILE):
         (run.folder / name).unlink(missing_ok=True)
     (run.folder / CONFIG_FILE).write_text(run.settings.to_yaml(), encoding="utf-8")

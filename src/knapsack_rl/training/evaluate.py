@@ -38,8 +38,8 @@ def held_out_accuracy(
 ) -> Accuracy:
     """Generate ``samples`` answers per prompt, and one greedy answer, and score them.
 
-    The same random numbers are used at every call and the training's generator is left as it was, so evaluating more
-    often changes nothing. Processes that train together share the work; all of them must call this and get the same
+    Every call uses the same random numbers and leaves the generator of the training as it was, so evaluating more often
+    changes nothing. Processes that train together share the work; all of them must call this, and all get the same
     result.
 
     Args:
@@ -49,7 +49,7 @@ def held_out_accuracy(
         reward: TRL reward function; a reward above 0 is a success.
         samples: answers per prompt, >= 1.
         temperature: > 0.
-        max_new_tokens: longest answer.
+        max_new_tokens: tokens of the longest answer.
     """
     was_training = model.training
     model.eval()
@@ -81,7 +81,7 @@ def _success_rate(
     device = next(model.parameters()).device
     successes = 0
     rank, processes = _place()
-    # Equally many rows for every process, or one would wait for the others: the last ones may stand in twice.
+    # Every process gets the same number of rows, or one would wait for the others; the last rows may be repeated.
     places = range(rank, rank + processes * -(-len(rows) // processes), processes)
     mine = [rows[place % len(rows)] for place in places]
     counted = sum(place < len(rows) for place in places)
@@ -104,14 +104,14 @@ def _success_rate(
 
 
 def _place() -> tuple[int, int]:
-    """Rank of this process and number of processes that train together."""
+    """Return the rank of this process and the number of processes that train together."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _tokens(tokenizer: Any, prompts: Sequence[Any]) -> Any:
-    """Padded tokens of prompts, which are texts or lists of chat messages."""
+    """Return padded tokens of prompts, which are texts or lists of chat messages."""
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True}
     if isinstance(prompts[0], str):
         return tokenizer(prompts, return_token_type_ids=False, **options)

@@ -1,4 +1,4 @@
-"""One process per run folder: a lock file that the operating system releases when its owner ends, however it does."""
+"""One process per run folder: a lock file that the operating system releases whenever and however its owner ends."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ LOCK_FILE = "run.lock"
 
 
 class FolderInUseError(FileExistsError):
-    """Another process writes this run folder."""
+    """Another process is writing to this run folder."""
 
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
     """Own a run folder while the body runs.
 
-    The file names the process that holds it, for a reader. What counts is the system's lock on it, which a killed
-    process cannot leave behind: a file without it is stale, is taken over, and that is logged. On Windows there is no
-    such lock and nothing is refused.
+    The file names its owner for human readers. Ownership itself is the system's lock on the file, which a killed
+    process cannot leave behind: a file without that lock is stale; it is taken over, which is logged. Windows has no
+    such lock, so there nothing is refused.
 
     Raises:
-        FolderInUseError: another process owns the folder; it is named.
+        FolderInUseError: another process owns the folder; the message names it.
     """
     path = folder / LOCK_FILE
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -42,20 +42,22 @@ def own_folder(folder: Path) -> Iterator[None]:
         _lock(descriptor, path)
         stale = _owner(descriptor)
         if stale:
-            logger.warning("%s was left by a run that was killed (%s): taken over", path, stale)
+            logger.warning("%s was left behind by a killed run (%s); it is taken over", path, stale)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         try:
             yield
         finally:
-            os.ftruncate(descriptor, 0)  # the file stays: removing it would let two others hold two different files
+            os.ftruncate(
+                descriptor, 0
+            )  # the file stays: if it were removed, two processes could hold two different files
     finally:
         os.close(descriptor)
 
 
 def refuse_if_owned(folder: Path) -> None:
-    """Raise :class:`FolderInUseError` if another process owns the folder; leave no trace in it."""
+    """Raise :class:`FolderInUseError` if another process owns the folder, without changing the folder."""
     path = folder / LOCK_FILE
     if path.exists():
         descriptor = os.open(path, os.O_RDWR)
@@ -66,22 +68,22 @@ def refuse_if_owned(folder: Path) -> None:
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    """Take the system's lock on the file, until it is closed."""
+    """Take the system's lock on the file until the file is closed."""
     if fcntl is None:
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FolderInUseError(
-            f"{path.parent} is being written by another run: {_owner(descriptor)}. Wait for it, stop it, or choose "
-            "another folder"
+            f"{path.parent} is in use by another run: {_owner(descriptor)}. Wait for it, stop it, or choose another "
+            "folder"
         ) from None
     except OSError as error:  # a file system without locks
-        logger.warning("%s cannot be locked (%s): see to it that no other run writes there", path, error)
+        logger.warning("%s cannot be locked (%s): make sure that no other run writes there", path, error)
 
 
 def _owner(descriptor: int) -> str:
-    """What the file says of its owner; empty if it says nothing."""
+    """Return the owner named in the file; empty if there is none."""
     text = os.pread(descriptor, 1000, 0).decode(errors="replace")
     try:
         owner = json.loads(text)

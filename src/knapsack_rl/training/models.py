@@ -1,4 +1,4 @@
-"""The model of a run: presets by name, precision, adapters, and where it generates."""
+"""The model of a run: presets by name, precision, adapters, batches, and generation by vLLM."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from knapsack_rl.training.smollm2 import smollm2_folder
 logger = logging.getLogger(__name__)
 
 PRESETS = {"arithmetic-base": base_model_path, "smollm2-135m": smollm2_folder}
-"""Where those of ``MODEL_PRESETS`` are."""
+"""Functions that return the folders of ``MODEL_PRESETS``."""
 
 
 def model_name(model: str) -> str:
-    """What ``from_pretrained`` takes for a model of the settings.
+    """Return the argument of ``from_pretrained`` for a model of the settings.
 
     Raises:
-        ImportError: a preset needs a package.
+        ImportError: a package that the preset needs is missing.
         OSError: a preset could not be fetched.
     """
     return str(PRESETS[model]()) if model in PRESETS else model
 
 
 def load_tokenizer(settings: TrainSettings) -> Any:
-    """The model's tokenizer, padding on the left.
+    """Return the model's tokenizer with padding on the left.
 
     Raises:
-        ImportError: a preset needs a package.
-        FileNotFoundError: a folder is not there, or holds no model.
-        OSError: there is no such model, or a preset could not be fetched.
+        ImportError: a package that the preset needs is missing.
+        FileNotFoundError: a folder does not exist or holds no model.
+        OSError: the model is unknown, or a preset could not be fetched.
     """
     check_model(settings.model)
     from_hub = settings.model not in PRESETS and not Path(settings.model).is_dir()
     if from_hub and not isinstance(try_to_load_from_cache(settings.model, "config.json"), str):
-        logger.warning("there is no folder %s here: asking the hub for a model of this name", settings.model)
+        logger.warning("there is no folder %s here; asking the hub for a model of this name", settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name(settings.model), padding_side="left")
     except (OSError, ValueError) as error:
         if settings.model in PRESETS:
             raise
-        where = "neither a folder here nor to be had from the hub" if from_hub else "a folder without a tokenizer"
+        where = "neither a folder here nor available from the hub" if from_hub else "a folder without a tokenizer"
         raise OSError(
             f"the model {settings.model} is {where}: {' '.join(str(error).split())[:300]} ({allowed_models()})"
         ) from error
@@ -62,17 +62,17 @@ def load_tokenizer(settings: TrainSettings) -> Any:
 
 
 def load_model(settings: TrainSettings, task: TaskData, tokenizer: Any, trained: Path | None = None) -> Any:
-    """The model, with the task's end of answers among its own.
+    """Return the model, with the task's end of answers added to its end tokens.
 
-    (TRL releases that end generation at the tokenizer's own end only let answers go on to the longest allowed.)
-    Weights that are trained stay in float32, so that small updates are not rounded away; those that LoRA freezes are
-    kept in the precision of the forward pass.
+    (TRL releases that stop only at the tokenizer's end token would otherwise generate up to the longest answer.)
+    Trained weights stay in float32, so that small updates are not rounded away; weights frozen by LoRA are kept in the
+    precision of the forward pass.
 
     Args:
-        settings: name the model, its precision and adapters.
-        task: names the end of answers.
+        settings: model, precision and adapters.
+        task: holds the text that ends answers.
         tokenizer: of the model.
-        trained: a checkpoint whose weights, or whose adapters, are taken instead.
+        trained: a checkpoint whose weights or adapters are loaded instead.
     """
     frozen = settings.lora_rank and in_bfloat16(settings)
     name = str(trained) if trained and not settings.lora_rank else model_name(settings.model)
@@ -90,17 +90,17 @@ def load_model(settings: TrainSettings, task: TaskData, tokenizer: Any, trained:
 
 
 def accelerated() -> bool:
-    """Whether there is an accelerator to train on."""
+    """Return whether an accelerator is available."""
     return torch.cuda.is_available()
 
 
 def in_bfloat16(settings: TrainSettings) -> bool:
-    """Whether forward and backward pass are in bfloat16."""
+    """Return whether forward and backward pass are in bfloat16."""
     return settings.precision == "bfloat16" or (settings.precision == "auto" and accelerated())
 
 
 def adapter(settings: TrainSettings) -> Any:
-    """The configuration of LoRA adapters; None where all weights are trained.
+    """Return the configuration of LoRA adapters; None if all weights are trained.
 
     Raises:
         ImportError: peft is not installed.
@@ -120,24 +120,24 @@ def adapter(settings: TrainSettings) -> Any:
 
 
 def batch_arguments(settings: TrainSettings) -> dict[str, Any]:
-    """How a step's rollouts are cut into updates, processes and passes; fields of TRL's configuration.
+    """Return the fields of TRL's configuration that split a step's rollouts into updates, processes and passes.
 
     Raises:
-        ValueError: the rollouts do not divide.
+        ValueError: the rollouts do not divide evenly.
     """
     processes = world_size()
     share, rest = divmod(settings.budget // settings.updates_per_step, processes)
     if rest:
         raise ValueError(
-            f"an update's {settings.budget // settings.updates_per_step} rollouts do not divide over {processes} "
-            "processes; change prompts_per_step or rollouts_per_prompt"
+            f"the {settings.budget // settings.updates_per_step} rollouts of an update do not divide evenly over "
+            f"{processes} processes; change prompts_per_step or rollouts_per_prompt"
         )
     at_once = settings.rollouts_per_pass or share
     passes, rest = divmod(share, at_once)
     if rest or at_once > share:
         raise ValueError(
-            f"rollouts_per_pass {at_once} does not divide the {share} rollouts that a process has per update; choose "
-            f"a divisor of {share}"
+            f"rollouts_per_pass {at_once} does not divide the {share} rollouts of a process per update; choose a "
+            f"divisor of {share}"
         )
     return {
         "per_device_train_batch_size": at_once,
@@ -147,11 +147,11 @@ def batch_arguments(settings: TrainSettings) -> dict[str, Any]:
 
 
 def vllm_arguments(settings: TrainSettings, stop: int | None) -> dict[str, Any]:
-    """Fields of TRL's configuration that let vLLM generate; none where it is off.
+    """Return the fields of TRL's configuration that make vLLM generate; none if it is off.
 
     Args:
-        settings: ``vllm`` says how.
-        stop: token that ends an answer besides the model's own.
+        settings: ``vllm`` selects how.
+        stop: token that ends an answer in addition to the model's.
 
     Raises:
         ImportError: vLLM is not installed.

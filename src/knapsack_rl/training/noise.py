@@ -1,4 +1,4 @@
-"""What libraries print that a user of ``knapsack-rl train`` need not see, turned off by their own switches."""
+"""Silence output of libraries that users of ``knapsack-rl train`` do not need, by the switches the libraries offer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 import transformers
 
 RENAMED = r"`(is_)?gradient_checkpointing` is deprecated"
-"""TRL's and transformers' own code uses the old name; there is nothing that a user could change."""
+"""TRL and transformers use the old name themselves; a user cannot change that."""
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """While the body runs: no progress bars of transformers and datasets, and not the warnings of :data:`RENAMED`.
 
-    Errors, and all other warnings, come through; those of huggingface_hub once and not twice.
+    Errors and all other warnings are shown, those of huggingface_hub once instead of twice.
     """
     bars = transformers.utils.logging.is_progress_bar_enabled()
     mapping = not datasets.are_progress_bars_disabled()
@@ -29,7 +29,7 @@ def quiet_libraries() -> Iterator[None]:
     datasets.disable_progress_bars()
     hub = logging.getLogger("huggingface_hub")
     propagated = hub.propagate
-    hub.propagate = False  # it has a handler of its own
+    hub.propagate = False  # it has its own handler
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=RENAMED, category=FutureWarning)
@@ -43,26 +43,26 @@ def quiet_libraries() -> Iterator[None]:
 
 
 MISSING = "There were missing keys in the checkpoint model loaded: "
-"""How transformers begins to tell that a checkpoint lacks weights."""
+"""Start of the warning of transformers that a checkpoint lacks weights."""
 
 
 @contextmanager
 def quiet_about_tied_weights(model: torch.nn.Module | None) -> Iterator[None]:
-    """While the body runs: no warning that a checkpoint lacks weights that are others by another name.
+    """Suppress the warning that a checkpoint lacks weights which are aliases of saved ones, while the body runs.
 
-    They are saved once, so nothing is missing; a warning that names any other weight comes through.
+    Tied weights are saved once, so nothing is missing. A warning that names any other weight is shown.
     """
     state = {} if model is None else model.state_dict()
     uses = Counter(weight.data_ptr() for weight in state.values())
     tied = {name for name, weight in state.items() if uses[weight.data_ptr()] > 1}
 
-    def told(record: logging.LogRecord) -> bool:
+    def shown(record: logging.LogRecord) -> bool:
         start, _, names = record.getMessage().partition(MISSING)
         return bool(start or not names or set(re.findall(r"'([^']+)'", names)) - tied)
 
     trainer = logging.getLogger("transformers.trainer")
-    trainer.addFilter(told)
+    trainer.addFilter(shown)
     try:
         yield
     finally:
-        trainer.removeFilter(told)
+        trainer.removeFilter(shown)

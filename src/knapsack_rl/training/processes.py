@@ -1,4 +1,4 @@
-"""Processes that train together, from what their launcher (torchrun, accelerate) tells them."""
+"""Processes that train together, as set by their launcher (torchrun, accelerate) in the environment."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the run folder."""
+    """Return whether this process writes the run folder."""
     return int(os.environ.get("RANK", "0")) == 0

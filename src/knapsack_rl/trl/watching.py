@@ -1,4 +1,4 @@
-"""A callback that watches a run of the trainer for signatures of failure."""
+"""A callback that watches a run of the trainer for signs of trouble."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from knapsack_rl.runs.watch import WINDOW, Finding, WarningLog
 
 
 class WatchCallback(TrainerCallback):
-    """Tells collapse, stragglers, oscillation and miscalibration, each once, and writes ``warnings.jsonl``.
+    """Reports collapse, stragglers, oscillation and miscalibration once each, and writes ``warnings.jsonl``.
 
-    Reads what the trainer logs, so ``logging_steps`` should be 1. Only the main process says anything.
+    Reads the log of the trainer, so ``logging_steps`` should be 1. Only the main process reports.
 
     Args:
-        tell: called with each finding; by default it is logged as a warning.
-        window: logged steps averaged before anything is said, >= 1.
+        on_finding: called with each finding; by default it is logged as a warning.
+        window: logged steps averaged before anything is reported, >= 1.
     """
 
-    def __init__(self, tell: Callable[[Finding], None] | None = None, *, window: int = WINDOW) -> None:
-        self._tell, self._window = tell, window
+    def __init__(self, on_finding: Callable[[Finding], None] | None = None, *, window: int = WINDOW) -> None:
+        self._on_finding, self._window = on_finding, window
         self._log: WarningLog | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Take in what was logged."""
+        """Take in a row of the log."""
         if not state.is_world_process_zero or not logs:
             return
         if self._log is None:
-            self._log = WarningLog(Path(args.output_dir) / WARNINGS_FILE, self._tell, window=self._window)
+            self._log = WarningLog(Path(args.output_dir) / WARNINGS_FILE, self._on_finding, window=self._window)
         self._log.row({"step": state.global_step} | logs)
