@@ -53,6 +53,7 @@ TARGETS: dict[str, tuple[calls.Target, float]] = {
     "conformance": (calls.conformance, 0.001),
     "allocator": (calls.allocator, 0.008),
     "states": (calls.states, 0.008),
+    "session": (calls.session, 0.005),
     "state files": (files.state_files, 0.008),
     "settings files": (files.settings_files, 0.005),
     "tables": (files.tables, 0.015),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -63,10 +64,46 @@ def allocator(dice: random.Random, folder: Path) -> None:
         check_counts(sane, 2, 9 if unit == "rollouts" else sane.sum())
         metrics = one.metrics()
         assert metrics["allocation_failures"] == 0, "the estimator failed"
-    assert one.transition_matrix().sum() == len(one.tracker)
     again = kr.KnapsackAllocator(one.estimator_name, one.min_rollouts, one.max_rollouts, budget_unit=unit)
     again.load_state_dict(one.state_dict())
     assert again.allocate(["sane", "b"], 8).counts.tolist() == one.allocate(["sane", "b"], 8).counts.tolist()
+
+
+def session(dice: random.Random, folder: Path) -> None:
+    """A run of random settings and outcomes: plans add up, whatever was observed; the state is that of another run."""
+    unit = dice.choice(("rollouts", "tokens"))
+    settings = kr.AllocationSettings(
+        allocation=dice.choice(("knapsack", "paper", "uniform")) if unit == "rollouts" else "knapsack",
+        estimator=dice.choice(ESTIMATORS),
+        budget_unit=unit,
+        min_rollouts=dice.choice((0, 1, 2)) if unit == "rollouts" else 2,
+        max_rollouts=dice.choice((4, 16)),
+        success_threshold=number(dice) if dice.random() < 0.2 else 0.0,
+    )
+    settings.check_allocation(dice.choice((2, 3)))
+    assert kr.AllocationSettings.of(settings) == settings and isinstance(settings.estimator_options, dict)
+    one = kr.Session(settings, folder=folder, log_allocations=dice.random() < 0.5, watch=dice.random() < 0.2)
+    for step in range(3):
+        batch, mean, multiple = [*ids(dice, dice.randrange(4)), "sane"], dice.choice((2, 3)), dice.choice((1, 4))
+        plan = one.plan(check_prompt_ids(batch), mean, multiple=multiple)
+        uniform = unit == "rollouts" or step == 0
+        check_counts(plan.counts, len(plan.ids), mean * len(batch) if uniform else plan.counts.sum())
+        assert plan.rows_of(batch).sum() == plan.counts.sum()
+        rows = plan.expand()
+        outcomes = [dice.choice((0.0, 1.0, 0.5, math.nan, math.inf)) for _ in rows]
+        lengths = [dice.randrange(9) for _ in rows] if dice.random() < 0.8 else None
+        if dice.random() < 0.2:
+            plan, rows = one.arrived([plan.ids[row] for row in rows])
+        one.observe(plan, rows, outcomes, lengths, step)
+        one.adopt(["sane"], np.array([3]))
+        assert one.predicted_lengths(["sane"]) is not None
+    one.warn_once("topic", "message")
+    assert one.survive("nothing", lambda: 1) == 1
+    assert not one.allocator.failures, one.allocator.failures
+    one.save(folder)
+    twin = kr.Session(settings)
+    twin.restore(folder / "knapsack_allocator.npz")
+    assert twin.plan(["sane", "b"], 2).counts.tolist() == one.plan(["sane", "b"], 2).counts.tolist()
 
 
 def _one_step(one: kr.KnapsackAllocator, dice: random.Random) -> None:

@@ -657,7 +657,7 @@ def test_foreign_files_are_refused_and_left_alone(content: str, tmp_path: Path) 
     else:
         buffer.write(b"PK\x03\x04 not really" if content == "zip" else b"hello\n")
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(ValueError, match=r"allocator state"):
+    with pytest.raises(ValueError, match=r"(no|not an?) .*allocator state"):
         kr.KnapsackAllocator.load(path)
     assert path.read_bytes() == buffer.getvalue()
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -303,7 +304,7 @@ def test_the_command_line_refuses_other_settings_and_no_jobs(compared, capsys):
 def test_a_run_that_fails_is_reported_and_leaves_its_output(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "torch.py").write_text('raise ImportError("torch is not for this machine")\n')
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"), prepend=os.pathsep)
     output = tmp_path / "runs"
     assert main(arguments(output, "--policies", "knapsack")) == 1
     out, err = capsys.readouterr()
