@@ -18,6 +18,7 @@ from knapsack_rl.offline.scoring import (
     discovery,
     figures,
     gain_captured,
+    markdown_tables,
 )
 from knapsack_rl.offline.simulate import Simulation, allocated, known_rates, simulate, uniform, uniform_counts
 
@@ -306,10 +307,15 @@ def test_the_reliability_curve_pools_the_seeds(results):
     assert curve.realised[place] == pytest.approx(effective[inside].mean())
 
 
-def test_results_are_json(results):
+def test_results_are_json_and_markdown(results):
     rows = [json.loads(json.dumps(row.as_dict(), allow_nan=False)) for row in results]
     assert rows[0]["mean"]["gain_captured"] == 0.0
     assert rows[0]["mean"]["predicted"] is None  # uniform predicts nothing
+    text = markdown_tables(results)
+    assert text.count("| policy | gain captured |") == 2
+    assert "| uniform | 0.0 ± 0.0 % |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
 
 
 def test_cells():

@@ -204,6 +204,24 @@ def compare(
     return results
 
 
+def markdown_tables(results: Sequence[Result], headings: Mapping[str, str] = HEADINGS) -> str:
+    """Return one Markdown table per environment: mean ± standard deviation over the seeds."""
+    parts = []
+    for where in dict.fromkeys(result.environment for result in results):
+        rows = [result for result in results if result.environment == where]
+        lines = [
+            f"**{where}** ({len(rows[0].by_seed)} seeds)",
+            "",
+            f"| policy | {' | '.join(headings.values())} |",
+            "| --- |" + " --- |" * len(headings),
+        ]
+        for result in rows:
+            cells = [cell(name, result.mean(name), result.deviation(name)) for name in headings]
+            lines.append(f"| {result.policy} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def cell(figure: str, mean: float, deviation: float = math.nan) -> str:
     """Return a figure as text with its deviation, "–" for NaN."""
     if math.isnan(mean):
