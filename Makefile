@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[all]" --group test --group package --group check --group docs --group bench
+	$(BIN)/python -m pip install --quiet --editable ".[all]" --group test --group package --group check --group docs --group experiments
 	touch $@
 
 train: $(INSTALLED)  ## train the shipped model with Knapsack RL and write its report
@@ -28,9 +28,9 @@ train: $(INSTALLED)  ## train the shipped model with Knapsack RL and write its r
 compare: $(INSTALLED)  ## train uniform N, uniform 2N, the paper's rule and the knapsack over three seeds
 	$(BIN)/knapsack-rl compare
 
-evidence: $(INSTALLED)  ## run every experiment of the evidence page (hours; goes on where it stopped), write the page
-	$(BIN)/knapsack-rl experiment all --output docs/evidence
-	$(BIN)/knapsack-rl experiment page
+evidence: $(INSTALLED)  ## run every experiment of the evidence page (hours; continues where it stopped), fill in the page
+	$(BIN)/python -m experiments all --output docs/evidence
+	$(BIN)/python -m experiments page
 
 # No test of the default suite takes a minute; one that hangs tells where, and ends the run.
 test: $(INSTALLED)  ## run the default test suite
@@ -78,7 +78,7 @@ TORCH_TESTS = $(addprefix tests/test_,$(addsuffix .py,compare data_sets display 
 $(PYTHON_VENV)/.made-with-$(subst /,_,$(PYTHON)): pyproject.toml
 	$(PYTHON) -m venv --clear $(PYTHON_VENV)
 	$(PYTHON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
-	$(PYTHON_VENV)/bin/python -m pip install --quiet --editable ".[plots,data,math,completion]" rich --group test
+	$(PYTHON_VENV)/bin/python -m pip install --quiet --editable ".[plots,data,math,completion]" rich --group test --group experiments
 	touch $@
 
 package: $(INSTALLED)  ## build wheel and sdist, install the wheel into an empty environment and try it

@@ -1,1 +1,1 @@
-"""Experiments that compare policies without training a model; ``knapsack-rl experiment NAME`` runs them."""
+"""Experiments behind the evidence page; ``python -m experiments NAME`` runs them."""

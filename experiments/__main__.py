@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import catalogue
-from experiments.contract import Options
+from experiments.contract import Options, markdown_table
 from experiments.pool import UnfinishedRunsError, train
-from experiments.statistics import markdown_table
 from experiments.trace import SPLITS
 from knapsack_rl.cli.progress import progress
 
 EXAMPLES = """examples:
   python -m experiments fallback --quick                       a first look, under a minute; its figures mean nothing
   python -m experiments fallback --output docs/evidence        five seeds; runs on record there are used again
-  python -m experiments all --output docs/evidence             every experiment of the page; goes on where it stopped
-  python -m experiments page                                   docs/evidence.md from docs/evidence/, without training
+  python -m experiments all --output docs/evidence             every experiment; continues where it stopped
+  python -m experiments page                                   fill in the pages from docs/evidence/, without training
+  python -m experiments readme                                 print the table of results of the README
   python -m experiments estimation --split development         estimators on a recorded run; the half for choosing
 """
 
-OTHERS = ("estimation", "all", "page")
+OTHERS = ("all", "page", "readme")
 PAGE_FOLDER = Path("docs/evidence")
 
 
@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; exit status 0 done, 1 if training runs did not finish, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
-        description="Experiments of the evidence page, by name; all: every one of them; page: write the page from rows "
-        "already there; estimation: what share of the possible gain each estimator captures on a recorded run.",
+        description="Measure the claims of the evidence page, by experiment; all: every experiment; page: fill in the "
+        "pages from rows measured before; readme: print the README's table of results.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="training runs; finished ones are used again (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="rows and plots; training runs whose rows are in it are not trained again "
-                        f"(default: runs/experiments; of page: {PAGE_FOLDER})")  # fmt: skip
+                        f"(default: runs/experiments; of page and readme: {PAGE_FOLDER})")  # fmt: skip
     parser.add_argument(
         "--split", choices=SPLITS, default="report", help="of estimation: prompts of the recorded run (default: report)"
     )
@@ -58,57 +58,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Run what was asked for, print what was found, write the files; exit status 1 if training runs did not finish."""
+    """Run a command, print the results, write the files; exit status 1 if training runs did not finish."""
     for name in ("seeds", "workers"):
         if getattr(parsed, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(parsed, name)}")
-    if parsed.name == "page":
+    if parsed.name in ("page", "readme"):
         from experiments import page
 
-        print(f"wrote {page.write(parsed.output or PAGE_FOLDER)}")
+        folder = parsed.output or PAGE_FOLDER
+        print(
+            page.readme_table(folder) if parsed.name == "readme" else f"wrote {', '.join(map(str, page.write(folder)))}"
+        )
         return 0
-    parsed.output = parsed.output or Path("runs/experiments")
-    if parsed.name == "estimation":
-        return _estimation(parsed)
-    options = Options(
-        seeds=parsed.seeds, quick=parsed.quick, workers=parsed.workers, runs=parsed.runs, record=parsed.output
-    )
+    output = parsed.output or Path("runs/experiments")
+    options = Options(parsed.seeds, parsed.quick, parsed.workers, parsed.runs, output, parsed.split)
     try:
         if parsed.name == "all":
             runs = catalogue.shared_runs(options)
             with progress(len(runs), quiet=parsed.quiet) as done:
                 train(runs, options, done)
         for name in catalogue.EXPERIMENTS if parsed.name == "all" else [parsed.name]:
-            _measure(name, options, parsed)
+            _measure(name, options, output, quiet=parsed.quiet)
     except UnfinishedRunsError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
 
 
-def _measure(name: str, options: Options, parsed: argparse.Namespace) -> None:
+def _measure(name: str, options: Options, output: Path, *, quiet: bool) -> None:
     experiment, started = catalogue.load(name), time.monotonic()
-    with progress(experiment.pieces(options), quiet=parsed.quiet) as done:
+    with progress(experiment.pieces(options), quiet=quiet) as done:
         rows = catalogue.run(name, options, done)
-    data, plot = catalogue.write(name, rows, parsed.output)
-    print(f"## {experiment.TITLE}\n")
+    data, plot = catalogue.write(name, rows, output)
+    print(f"## {name}\n")
     found = [(one.claim, one.paper, one.ours, one.verdict) for one in experiment.findings(rows)]
-    print(markdown_table(("claim", "paper", "here", "verdict"), found))
-    print(f"\n{experiment.paragraph(rows).strip()}\n")
+    if found:
+        print(markdown_table(("claim", "paper", "here", "verdict"), found) + "\n")
+    for title, table in experiment.tables(rows).items():
+        print(f"{title}:\n\n{table}\n")
     print(f"{time.monotonic() - started:.0f} s; rows: {data}; plot: {plot}\n", flush=True)
-
-
-def _estimation(parsed: argparse.Namespace) -> int:
-    from experiments import estimation
-
-    options = estimation.Options(split=parsed.split, seeds=parsed.seeds, quick=parsed.quick)
-    started = time.monotonic()
-    with progress(estimation.simulations(options), quiet=parsed.quiet) as done:
-        results = estimation.run(options, done)
-    print(estimation.table(results))
-    lines, page = estimation.write(results, parsed.output)
-    print(f"\n{time.monotonic() - started:.0f} s; figures: {lines}; page: {page}")
-    return 0
 
 
 if __name__ == "__main__":

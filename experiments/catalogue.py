@@ -1,47 +1,38 @@
-"""All experiments of the evidence page by name, their files, and the work of running one."""
+"""All experiments by name, and their files: rows as ``NAME.jsonl``, the plot as ``NAME.svg``."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from experiments import estimation, gradient_value, optimality, pool, robustness
+from experiments.claims import TRAINING
 from experiments.contract import Experiment, Options, Row
 
 if TYPE_CHECKING:
     from knapsack_rl.training.compare import Run
 
-EXPERIMENTS: dict[str, str] = {
-    "gradient-ratio": "gradient_ratio",
-    "fallback": "fallback_ablation",
-    "compute": "compute",
-    "budgets": "budgets",
-    "forgetting": "forgetting",
-    "robustness": "robustness",
-    "robustness-training": "robustness_training",
-    "optimality": "optimality",
-    "gradient-value": "gradient_value",
-    "tokens": "tokens",
-    "values-training": "values_training",
-    "replay": "replay_training",
-    "weighting": "weighting",
-    "rivals": "rivals",
-    "real-model": "real_model",
+EXPERIMENTS: dict[str, Experiment] = {
+    **TRAINING,
+    "robustness": cast(Experiment, robustness),
+    "optimality": cast(Experiment, optimality),
+    "gradient-value": cast(Experiment, gradient_value),
+    "estimation": cast(Experiment, estimation),
 }
-"""Name of the command and of the files to the module in this package, in the order of the page."""
+"""All experiments by name, in the order of the claims."""
 
 
 def load(name: str) -> Experiment:
-    """The module of an experiment.
+    """An experiment by name.
 
     Raises:
         ValueError: there is no such experiment.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
-    return cast(Experiment, import_module(f"experiments.{EXPERIMENTS[name]}"))
+    return EXPERIMENTS[name]
 
 
 def shared_runs(options: Options) -> list[Run]:
@@ -50,15 +41,12 @@ def shared_runs(options: Options) -> list[Run]:
     Trained before any experiment, they keep all workers busy; one experiment after the other leaves them idle while its
     last run ends.
     """
-    from experiments import pool
-
-    experiments = [load(name) for name in EXPERIMENTS]
-    arms = [arm for one in experiments if not hasattr(one, "TASK") for arm in getattr(one, "ARMS", ())]
+    arms = [arm for experiment in TRAINING.values() if not experiment.task for arm in experiment.arms]
     return pool.plan(list(dict.fromkeys(arms)), options)
 
 
 def run(name: str, options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Measure; rows of a quick run are marked, so that none gets onto the page.
+    """Measure; rows of a quick run are marked, so that none of them is shown on a page.
 
     Args:
         name: of ``EXPERIMENTS``.
@@ -70,7 +58,7 @@ def run(name: str, options: Options, done: Callable[[str], None]) -> list[Row]:
 
 
 def write(name: str, rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
-    """Write the rows as ``NAME.jsonl`` and the plot as ``NAME.svg``.
+    """Write rows and plot; returns both paths.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -92,20 +80,21 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path:
 
     path = folder / f"{name}.svg"
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
-        load(name).figure(rows).savefig(path, dpi=200, metadata={"Date": None})
+        load(name).draw(rows).savefig(path, dpi=200, metadata={"Date": None})
     return path
 
 
-def read(name: str, folder: Path) -> list[Row] | None:
-    """Rows that :func:`write` left, None if there are none.
+def read(name: str, folder: Path) -> list[Row]:
+    """Rows that :func:`write` left.
 
     Raises:
+        FileNotFoundError: there are none.
         ValueError: the rows are those of a quick run.
     """
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        return None
+        raise FileNotFoundError(f"there is no file {path}; run `python -m experiments {name} --output {folder}`")
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if any(row.get("quick") for row in rows):
-        raise ValueError(f"{path} holds a quick run, whose figures mean nothing; run `knapsack-rl experiment {name}`")
+        raise ValueError(f"{path} holds a quick run, whose figures mean nothing; run `python -m experiments {name}`")
     return rows

@@ -1,7 +1,4 @@
-"""What an experiment of the evidence page offers, so that the command and the page treat all alike.
-
-An experiment is a module with the functions of :class:`Experiment`; ``experiments.catalogue`` lists the modules.
-"""
+"""The parts of an experiment that the command and the pages use, whatever it measures."""
 
 from __future__ import annotations
 
@@ -10,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from experiments.trace import Split
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = dict[str, Any]
-"""One line of an experiment's JSONL file: plain JSON values, always with its seed."""
+"""One line of an experiment's JSONL file: plain JSON values."""
 
 Verdict = Literal["holds", "holds in part", "does not hold", "undecided"]
+
+QUICK_SEEDS = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Options:
         runs: folder of the training runs; finished runs in it are used again, half-done ones resumed.
         record: folder of rows measured earlier; training runs on record there are not trained again. None for no such
             folder.
+        split: prompts of the recorded run on which estimators are compared.
     """
 
     seeds: int = 5
@@ -37,16 +39,22 @@ class Options:
     workers: int = 2
     runs: Path = Path("runs/experiments")
     record: Path | None = None
+    split: Split = "report"
+
+    @property
+    def seed_range(self) -> range:
+        """Seeds that run: at most two in the quick version."""
+        return range(min(self.seeds, QUICK_SEEDS) if self.quick else self.seeds)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table on the evidence page.
+    """One line of the table of claims.
 
     Attributes:
-        claim: what is claimed, one sentence.
-        paper: the paper's figure, or "-" where it has none.
-        ours: what was measured, with spread and number of seeds.
+        claim: one sentence.
+        paper: the paper's figure, or "–" where it has none.
+        ours: measured here, with its spread.
         verdict: whether the claim held here.
     """
 
@@ -57,13 +65,10 @@ class Finding:
 
 
 class Experiment(Protocol):
-    """The functions of an experiment's module."""
-
-    TITLE: str
-    QUESTION: str
+    """A module or an object with these functions; everything after ``measure`` is computed from the rows alone."""
 
     def pieces(self, options: Options) -> int:
-        """Pieces of work that ``measure`` reports, for a progress bar."""
+        """Number of calls of ``done`` in ``measure``, for a progress bar."""
         ...
 
     def measure(self, options: Options, done: Callable[[str], None]) -> list[Row]:
@@ -71,13 +76,53 @@ class Experiment(Protocol):
         ...
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
-        """Lines of the table, computed from the rows alone."""
+        """Claims and verdicts."""
         ...
 
-    def paragraph(self, rows: Sequence[Row]) -> str:
-        """Markdown: how it was measured, the result, what went against us; every figure computed from the rows."""
+    def figures(self, rows: Sequence[Row]) -> Callable[[str], str]:
+        """A function from the name of a figure to its text; it raises ValueError for an unknown name."""
         ...
 
-    def figure(self, rows: Sequence[Row]) -> Figure:
+    def tables(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Markdown tables by name."""
+        ...
+
+    def draw(self, rows: Sequence[Row]) -> Figure:
         """The plot of the page."""
         ...
+
+
+def by_name(figures: dict[str, str]) -> Callable[[str], str]:
+    """Look a figure up.
+
+    Args:
+        figures: text by name.
+
+    Returns:
+        A function that raises ValueError for an unknown name and lists the nearest ones.
+    """
+    from difflib import get_close_matches
+
+    def text(name: str) -> str:
+        if name not in figures:
+            near = get_close_matches(name, figures, 3, 0.0)
+            raise ValueError(f"there is no figure {name!r}; the closest names are {', '.join(map(repr, near))}")
+        return figures[name]
+
+    return text
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def select(rows: Sequence[Row], **wanted: object) -> list[Row]:
+    """Rows whose values under the given keys are the given ones."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def seeds_of(rows: Sequence[Row]) -> int:
+    """Number of seeds in the rows."""
+    return len({row["seed"] for row in rows})

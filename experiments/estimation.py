@@ -1,21 +1,25 @@
 """How much of the gain between uniform allocation and known success rates does each estimator capture?
 
-Three kinds of truth: the recorded run with its rates smoothed, static synthetic mixtures, and prompts that learn. To
-see a new estimator in the table, name it in ``LISTED``.
+Three kinds of true rates: the recorded run with its rates smoothed, static synthetic mixtures, and prompts that learn.
+To see a new estimator in the table, name it in ``LISTED``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from experiments.trace import Split, load_trace
+from experiments.contract import Finding, Options, Row, by_name, markdown_table
+from experiments.trace import load_trace
 from knapsack_rl.offline.environments import Environment, Replay, Synthetic
-from knapsack_rl.offline.scoring import Result, compare, markdown_tables
+from knapsack_rl.offline.scoring import HEADINGS, cell, compare
 from knapsack_rl.offline.simulate import PolicyMaker, allocated, known_rates, uniform, watching
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LISTED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "paper": ("window", {}),
@@ -40,47 +44,22 @@ SYNTHETIC = {
 WATCHED = ", uniform allocation watched"
 """Ending of the label of an environment in which the policies only predict."""
 
-RESULTS_FILE, PAGE_FILE = "estimation.jsonl", "estimation.html"
+RECORDED = "recorded run"
+ROLLOUTS_PER_PROMPT, MIN_ROLLOUTS, MAX_ROLLOUTS = 8, 2, 128
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to run.
-
-    Attributes:
-        split: part of the recorded run's prompts.
-        seeds: number of seeds, from 0 on.
-        quick: fewer epochs, smaller synthetic environments, two seeds at most.
-        rollouts_per_prompt: N.
-        min_rollouts: N_low.
-        max_rollouts: N_up.
-    """
-
-    split: Split = "report"
-    seeds: int = 5
-    quick: bool = False
-    rollouts_per_prompt: int = 8
-    min_rollouts: int = 2
-    max_rollouts: int = 128
-
-    @property
-    def seed_list(self) -> list[int]:
-        """The seeds that run."""
-        return list(range(min(self.seeds, 2) if self.quick else self.seeds))
-
-
-def policies(options: Options) -> dict[str, PolicyMaker]:
+def policies() -> dict[str, PolicyMaker]:
     """The policies of the table."""
-    bounds = (options.min_rollouts, options.max_rollouts)
+    bounds = (MIN_ROLLOUTS, MAX_ROLLOUTS)
     estimated = {label: allocated(name, *bounds, **settings) for label, (name, settings) in LISTED.items()}
-    estimated["Bayes filter, may skip"] = allocated("bayes-filter", 0, options.max_rollouts)
+    estimated["Bayes filter, may skip"] = allocated("bayes-filter", 0, MAX_ROLLOUTS)
     return {"uniform": uniform(), "uniform 2N": uniform(2), **estimated, "rates known": known_rates(*bounds)}
 
 
 def watchers() -> dict[str, PolicyMaker]:
     """Uniform allocation, watched by each estimator.
 
-    Brier scores of policies that allocate differently are about different events; these are about the same ones.
+    Brier scores of policies that allocate differently refer to different events; these refer to the same ones.
     """
     return {label: watching(name, **settings) for label, (name, settings) in LISTED.items()}
 
@@ -95,55 +74,85 @@ def environments(options: Options) -> dict[str, Environment]:
     return found
 
 
-def simulations(options: Options) -> int:
-    """How many simulations :func:`run` makes."""
-    pairs = len(environments(options)) * len(policies(options)) + len(watchers())
-    return pairs * len(options.seed_list)
+def pieces(options: Options) -> int:
+    """Number of simulations."""
+    pairs = len(environments(options)) * len(policies()) + len(watchers())
+    return pairs * len(options.seed_range)
 
 
-def run(options: Options, done: Callable[[str], None] | None = None) -> list[Result]:
-    """Run everything.
-
-    Args:
-        options: what to run.
-        done: called with a line of text after each simulation.
-    """
+def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
+    """Simulate every policy in every environment; a row has the figures of all seeds."""
     places = environments(options)
     recorded = next(iter(places))
-    plans = ((places, policies(options)), ({recorded + WATCHED: places[recorded]}, watchers()))
-    return [
-        result
+    plans = ((places, policies()), ({recorded + WATCHED: places[recorded]}, watchers()))
+    results = [
+        result.as_dict()
         for where, chosen in plans
         for result in compare(
             where,
             chosen,
-            options.seed_list,
-            budget=options.rollouts_per_prompt,
-            min_rollouts=options.min_rollouts,
-            max_rollouts=options.max_rollouts,
+            options.seed_range,
+            budget=ROLLOUTS_PER_PROMPT,
+            min_rollouts=MIN_ROLLOUTS,
+            max_rollouts=MAX_ROLLOUTS,
             done=done,
         )
     ]
+    return [json.loads(json.dumps(result)) for result in results]  # keys of seeds become text, as in a file
 
 
-def table(results: list[Result]) -> str:
-    """Markdown tables, one for each environment."""
-    return markdown_tables(results)
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """None: the estimation page gives the figures, the evidence page has the claims."""
+    return []
 
 
-def write(results: list[Result], folder: Path) -> tuple[Path, Path]:
-    """Write the figures as JSON lines and the page with plots.
+def _place(row: Row) -> str:
+    where = str(row["environment"])
+    return ("watched" if where.endswith(WATCHED) else RECORDED) if where.startswith(RECORDED) else where
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from knapsack_rl.report.experiment_page import write_experiment
 
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = folder / RESULTS_FILE
-    lines.write_text("".join(json.dumps(result.as_dict()) + "\n" for result in results), encoding="utf-8")
-    lead = (
-        "Share of the gain between uniform allocation (0) and known success rates (1) that each policy captures at the "
-        'same budget, at visits 3 and later; "uniform 2N" spends twice the budget.'
+def _cell(row: Row, name: str) -> str:
+    mean, deviation = (math.nan if row[part][name] is None else row[part][name] for part in ("mean", "deviation"))
+    return cell(name, mean, deviation)
+
+
+def figures(rows: Sequence[Row]) -> Callable[[str], str]:
+    """Mean and deviation over seeds by name: "recorded run: Beta, gain captured", "watched: paper, Brier score"."""
+    return by_name(
+        {f"{_place(row)}: {row['policy']}, {long}": _cell(row, name) for row in rows for name, long in HEADINGS.items()}
     )
-    return lines, write_experiment(results, folder / PAGE_FILE, title="Estimators compared", lead=lead)
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """The recorded run, the predictions while all watch uniform allocation, and the gain in every environment."""
+    by_place: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_place.setdefault(_place(row), {})[row["policy"]] = row
+    synthetic = {where: found for where, found in by_place.items() if where not in (RECORDED, "watched")}
+    columns = ("gain_captured", "effective_rollouts", "effective_prompts")
+    watched = ("predicted", "realised", "brier")
+    recorded = list(by_place.get(RECORDED, {}).values())
+    shown = list(next(iter(synthetic.values()), {}))
+    return {
+        "recorded": markdown_table(
+            ("policy", *(HEADINGS[name] for name in columns)),
+            [(row["policy"], *(_cell(row, name) for name in columns)) for row in recorded],
+        ),
+        "watched": markdown_table(
+            ("estimator", *(HEADINGS[name] for name in watched)),
+            [(label, *(_cell(row, name) for name in watched)) for label, row in by_place.get("watched", {}).items()],
+        ),
+        "synthetic": markdown_table(
+            ("environment", *shown),
+            [(where, *(_cell(found[policy], "gain_captured") for policy in shown))
+             for where, found in synthetic.items()],
+        ),
+    }  # fmt: skip
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Gain captured in the recorded run, and reliability of the predictions."""
+    from experiments import plots
+
+    places = {_place(row): row["environment"] for row in rows}
+    return plots.estimators(rows, places[RECORDED], places["watched"])

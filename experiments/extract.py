@@ -1,4 +1,4 @@
-"""What the evidence page needs of a training run, as one small JSON row.
+"""A training run as one small JSON row, enough for the evidence page.
 
 Per evaluation: rollouts and tokens generated before it, held-out accuracy. Per stretch of steps: gradient ratios, class
 shares, largest allocation. Over the run: budgets, transitions, what became of prompts solved and unsolved at the start.
@@ -32,12 +32,13 @@ SOLVED, LOST, UNSOLVED = 0.9, 0.5, 1 / 64
 prompt is unsolved."""
 
 
-def extract(run: Run, arm: str) -> Row:
+def extract(run: Run, arm: str, rule: str = "") -> Row:
     """The row of a finished run.
 
     Args:
         run: a finished run.
         arm: name of its policy.
+        rule: that decided the rollouts of its steps, if it is not the allocation.
 
     Returns:
         JSON values; the keys are those of the parts below. ``exact`` is None for a task on which success rates can only
@@ -46,6 +47,7 @@ def extract(run: Run, arm: str) -> Row:
     log = RunLog.load(run.folder)
     return {
         "arm": arm,
+        "rule": rule,
         "seed": run.settings.seed,
         "settings": dataclasses.asdict(run.settings),
         "steps": int(log.steps.size),
@@ -141,7 +143,7 @@ def solved_once(visits: Visits) -> set[int]:
 
 
 def _exact(settings: TrainSettings, run: Run, log: RunLog) -> dict[str, float | None]:
-    """What became of the training prompts, by exact success rates before and after the run."""
+    """The training prompts by exact success rates before and after the run."""
     ids, start = success_rates(settings, None)
     _, end = success_rates(settings, run.folder / MODEL_FOLDER)
     easy, hard = start >= SOLVED, start < UNSOLVED

@@ -1,4 +1,4 @@
-"""Does predicted value mean gradient? V(N, p) and its rivals against measured gradients of single prompts.
+"""Is a prompt with a high V(N, p) one whose gradient is large, aligned and useful? Gradients of single prompts.
 
 On the shipped arithmetic model, as it is and at points of a training run of the main job: the norm of a prompt's GRPO
 gradient at group size N, its cosine to the gradient of a large batch of other prompts, and the slope along it of the
@@ -6,38 +6,33 @@ prompt's own success rate and of the mean of other prompts'. Success rates are e
 :mod:`experiments.gradient_measure`.
 
 ``fitted_value.json`` in the folder of the experiment's runs holds the value function that was fitted to the measured
-gains; a copy ships as ``experiments/data/fitted_value.json`` and is the value ``"fitted"``.
+gains; ``experiments/data/fitted_value.json`` is a copy and gives :func:`experiments.values.fitted`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.contract import Options, Row
-from experiments.gradient_fit import GROUP_SIZES, fit, write_fit
-from experiments.gradient_value_text import findings, paragraph
-from experiments.pieces import Piece, run_pieces, seeds_of
+from experiments.gradient_fit import GROUP_SIZES, Measured, draw, figures, findings, fit, tables, write_fit
+from experiments.pieces import Piece, run_pieces
+from experiments.values import FITTED_VALUE
 from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.runs.files import ALLOCATION_LOG, METRICS_FILE, MODEL_FOLDER, complete_checkpoints, steps_of
+from knapsack_rl.tasks import base_model_path
 from knapsack_rl.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from experiments.gradient_measure import ArithmeticModel, Directions, Pair
 
-    from experiments.gradient_groups import Directions
-    from experiments.gradient_measure import ArithmeticModel, Pair
+__all__ = ["draw", "figures", "findings", "measure", "pieces", "tables"]
 
-__all__ = ["QUESTION", "TITLE", "figure", "findings", "measure", "paragraph", "pieces"]
-
-TITLE = "Predicted value and measured gradient"
-QUESTION = "Is a prompt to which V(N, p) gives a high value one whose gradient is large, aligned and useful?"
-
-FIT_FILE = "fitted_value.json"
-SHIPPED_FIT = Path(__file__).parent / "data" / FIT_FILE
 
 STRATA = (0.001, 0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 """Prompts are drawn in equal numbers from between these success rates; beyond them gradients are next to never seen."""
@@ -84,7 +79,7 @@ def _pieces(options: Options) -> list[Piece]:
     sizes, steps = Sizes.of(options), QUICK_STEPS if options.quick else STEPS
     return [
         Piece(f"seed{seed}{'-quick' * options.quick}", measured_seed, (seed, steps, sizes, str(_folder(options))))
-        for seed in seeds_of(options)
+        for seed in options.seed_range
     ]
 
 
@@ -104,19 +99,17 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
         ImportError: the packages of the extra ``trl`` are not installed.
     """
     rows = run_pieces(_pieces(options), _folder(options), options.workers, done)
-    write_fit(fit(rows), _folder(options) / FIT_FILE)
+    write_fit(fit(Measured.of(rows)), _folder(options) / FITTED_VALUE.name)
     return rows
 
 
 def measured_seed(seed: int, steps: tuple[int, ...], sizes: Sizes, folder: str) -> list[Row]:
     """Rows of one training run, a piece per stage so that an interruption costs little."""
-    from experiments.gradient_stages import models_at
-
     settings = TrainSettings(**{"seed": seed, "threads": 1, "eval_every": 0} | dict(sizes.training))
     label = f"seed{seed}{'-quick' * bool(sizes.training)}"
     rows: list[Row] = []
     for step in steps:
-        model = models_at([step], settings, Path(folder) / f"training-{label}")[step]
+        model = model_at(step, settings, Path(folder) / f"training-{label}")
         piece = Piece(f"{label}-step{step}", measured_stage, (seed, step, sizes, str(model)))
         rows += run_pieces([piece], Path(folder) / "stages", 1, lambda _: None)
     return rows
@@ -126,8 +119,7 @@ def measured_stage(seed: int, step: int, sizes: Sizes, folder: str) -> list[Row]
     """Rows of one model: one of the stage, one for each prompt."""
     import torch
 
-    from experiments.gradient_groups import PromptScores
-    from experiments.gradient_measure import ArithmeticModel
+    from experiments.gradient_measure import ArithmeticModel, PromptScores
     from knapsack_rl.tasks import make_splits, to_rows
 
     torch.set_num_threads(1)
@@ -157,7 +149,7 @@ def measured_stage(seed: int, step: int, sizes: Sizes, folder: str) -> list[Row]
     ]
     for right, rollouts in zip(model.pairs(mine), pool, strict=True):
         if rollouts.rewards.all():
-            continue  # nothing is known of its failures
+            continue  # no failure was sampled
         scores = PromptScores(model, right, rollouts)
         by_size = {size: scores.groups(size, sizes.groups, along, rng) for size in GROUP_SIZES}
         row: Row = {"part": "prompt", "seed": seed, "step": step, "p": _short(scores.rate)}
@@ -181,8 +173,7 @@ def measured_stage(seed: int, step: int, sizes: Sizes, folder: str) -> list[Row]
 
 def _directions(model: ArithmeticModel, others: list[dict[str, Any]]) -> Directions:
     """Gradients of the other prompts: of a GRPO batch of 8 rollouts each, and of their mean success rate."""
-    from experiments.gradient_groups import Directions
-    from experiments.gradient_measure import policy_gradient
+    from experiments.gradient_measure import Directions, policy_gradient
 
     batch = policy_gradient(model, model.sample(others, 8))
     assert batch is not None, "a large batch holds mixed groups"
@@ -219,12 +210,43 @@ def _short(number: Any) -> float:
     return float(f"{float(number):.4g}")
 
 
-def figure(rows: Sequence[Row]) -> Figure:
-    """Gains against success rate, growth with N, and correlations.
+def model_at(step: int, settings: TrainSettings, folder: Path) -> Path:
+    """Folder of the model after a number of steps of a training run; 0 is the base model.
+
+    The run is that of ``knapsack-rl train`` with these settings, resumed from one number of steps to the next; models
+    in the folder are used again.
+
+    Args:
+        step: number of steps, >= 0, not below that of an earlier call.
+        settings: of the run; its ``steps`` are replaced, and its model is the shipped one.
+        folder: of the run and the models.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ValueError: the run already has more steps, and the model was not kept.
     """
-    from experiments.gradient_value_figure import draw
+    target = base_model_path() if step == 0 else folder / f"step-{step}"
+    if not target.is_dir():
+        _train_to(replace(settings, steps=step), folder / "run")
+        partial = folder / f"step-{step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder / "run" / MODEL_FOLDER, partial)
+        partial.rename(target)  # so that a model is either complete or absent
+    return target
 
-    return draw(rows)
+
+def _train_to(settings: TrainSettings, run: Path) -> None:
+    from knapsack_rl.training.recorder import Quiet
+    from knapsack_rl.training.run import train
+
+    checkpoints = complete_checkpoints(run)
+    if checkpoints and steps_of(checkpoints[-1]) > settings.steps:
+        raise ValueError(
+            f"the run in {run} is past {settings.steps} steps, at {steps_of(checkpoints[-1])}; delete it to train anew"
+        )
+    if not checkpoints:
+        # The files of a run that was stopped before its first checkpoint are of no use.
+        for name in (METRICS_FILE, ALLOCATION_LOG):
+            (run / name).unlink(missing_ok=True)
+    outcome = train(settings, run, Quiet(), resume=bool(checkpoints))
+    if not outcome.finished:
+        raise KeyboardInterrupt(f"the run in {run} was interrupted after {outcome.steps} steps")

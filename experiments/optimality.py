@@ -6,22 +6,24 @@ optimum for the true success rates.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.contract import Options, Row
+from experiments.contract import Finding, Options, Row, by_name, markdown_table, select
 from experiments.optimality_cases import (
     CASE_VALUES,
-    DECADES,
     EXACT,
+    FALLBACK_ON_TRUTH,
     HIGHS,
     MIXTURES,
     OURS,
     PAPER,
+    PAPER_RULE,
     PRICED_VALUES,
     RULES,
     Case,
@@ -31,8 +33,8 @@ from experiments.optimality_cases import (
     solve_by_paper,
     solve_ours,
 )
-from experiments.optimality_text import figure, findings, paragraph
-from experiments.pieces import Piece, run_pieces, seeds_of
+from experiments.pieces import Piece, run_pieces
+from experiments.statistics import bootstrap_interval
 from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.allocation.policies import allocate
 from knapsack_rl.allocation.value import value
@@ -40,10 +42,8 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.offline.environments import draw_rates
 from knapsack_rl.offline.simulate import uniform_counts
 
-__all__ = ["QUESTION", "TITLE", "figure", "findings", "measure", "paragraph", "pieces"]
-
-TITLE = "Solver optimality"
-QUESTION = "Does the solver find the optimum, how fast, and what does the paper's rule leave on the table?"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,12 @@ class Sizes:
         return cls(20, 10, 1, (16, 64), (64,), 16, 2, 256, 1) if options.quick else cls()
 
 
-PARTS = ("small", "medium", "timed", "rules")
-
-
 def _pieces(options: Options) -> list[Piece]:
-    work = {"small": small_gaps, "medium": medium_gaps, "timed": timed, "rules": rules}
     sizes = Sizes.of(options)
     return [
-        Piece(f"{part}-seed{seed}{'-quick' * options.quick}", work[part], (seed, sizes))
-        for seed in seeds_of(options)
-        for part in PARTS
+        Piece(f"{part.__name__}-seed{seed}{'-quick' * options.quick}", part, (seed, sizes))
+        for seed in options.seed_range
+        for part in (small_gaps, medium_gaps, timed, rules)
     ]
 
 
@@ -93,100 +89,71 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
     return run_pieces(_pieces(options), options.runs / "optimality", options.workers, done)
 
 
-class _Gaps:
-    """Gaps of one method over many instances, as a row."""
+def small_gaps(seed: int, sizes: Sizes) -> list[Row]:
+    """Small knapsacks against enumeration: one to four prompts, N_low 0 to 2, N_up up to 7."""
 
-    def __init__(self) -> None:
-        self.gaps: list[float] = []
-        self.infeasible = self.unsolved = self.certified = self.false_certificates = 0
+    def draw(rng: np.random.Generator, name: str, *, priced: bool) -> Case:
+        low = int(rng.integers(0, 3))
+        high = int(rng.integers(max(low, 1), 8))
+        return draw_case(rng, name, int(rng.integers(1, 5)), low, high, priced=priced)
 
-    def add(self, case: Case, counts: IntArray | None, best: float, scale: float) -> None:
-        if counts is None:
-            self.unsolved += 1
-        elif not case.feasible(counts):
-            self.infeasible += 1
-        else:
-            self.gaps.append((best - case.worth(counts)) / scale)
+    return _gaps(seed, "small", draw, (sizes.small, sizes.small_priced))
 
-    def row(self) -> dict[str, Any]:
-        gaps = np.array(self.gaps)
-        # Decade d holds gaps in (10^(d-1), 10^d]; what is at most EXACT is rounding and stands first.
-        place = np.where(gaps <= EXACT, 0, np.ceil(np.log10(np.maximum(gaps, EXACT))).astype(int) - DECADES[0])
-        return {
-            "instances": int(gaps.size) + self.infeasible + self.unsolved,
-            "optimal": int((gaps <= EXACT).sum()),
-            "infeasible": self.infeasible,
-            "unsolved": self.unsolved,
-            "largest_gap": float(gaps.max(initial=0.0)),
-            "histogram": np.bincount(np.clip(place, 0, len(DECADES) - 1), minlength=len(DECADES)).tolist(),
-            "certified": self.certified,
-            "false_certificates": self.false_certificates,
-        }
+
+def medium_gaps(seed: int, sizes: Sizes) -> list[Row]:
+    """Medium knapsacks against HiGHS: 8 to 24 prompts, N_low 0 to 2, N_up 8 to 32."""
+
+    def draw(rng: np.random.Generator, name: str, *, priced: bool) -> Case:
+        prompts, low, high = (int(rng.integers(*ends)) for ends in ((8, 25), (0, 3), (8, 33)))
+        return draw_case(rng, name, prompts, low, high, priced=priced)
+
+    return _gaps(seed, "medium", draw, (sizes.medium, sizes.medium))
+
+
+def _gaps(seed: int, size: str, draw: Callable[..., Case], instances: tuple[int, int]) -> list[Row]:
+    """A row for each kind of value and method, without costs and with them."""
+    rows: list[Row] = []
+    for priced, names, many in ((False, CASE_VALUES, instances[0]), (True, PRICED_VALUES, instances[1])):
+        for name in names:
+            rng = np.random.default_rng([seed, size == "medium", priced, CASE_VALUES.index(name)])
+            cases = [draw(rng, name, priced=priced) for _ in range(many)]
+            about = {"part": "gaps", "seed": seed, "size": size, "costs": priced, "value": name}
+            tallies = _compare(cases, enumerate_all=size == "small")
+            rows += [about | {"method": method} | tally for method, tally in tallies.items()]
+    return rows
 
 
 def _compare(cases: Sequence[Case], *, enumerate_all: bool) -> dict[str, dict[str, Any]]:
     """Rows by method; the yardstick is enumeration, or the best that any method found."""
-    gaps = {OURS: _Gaps()} | ({} if cases[0].costs is not None else {PAPER: _Gaps()})
-    if not enumerate_all:
-        gaps[HIGHS] = _Gaps()
+    gaps: dict[str, list[float]] = {}
+    certified = false_certificates = 0
     for case in cases:
         ours, certificate = solve_ours(case)
         found: dict[str, IntArray | None] = {OURS: ours}
-        if PAPER in gaps:
+        if case.costs is None:
             found[PAPER] = solve_by_paper(case)
-        if HIGHS in gaps:
+        if not enumerate_all:
             found[HIGHS] = solve_by_highs(case)
         candidates = [solve_by_enumeration(case)] if enumerate_all else list(found.values())
         best = max(case.worth(counts) for counts in candidates if counts is not None and case.feasible(counts))
         scale = max(abs(best), float(np.abs(case.table).max()), 1e-300)
         for method, counts in found.items():
-            gaps[method].add(case, counts, best, scale)
+            worth = case.worth(counts) if counts is not None and case.feasible(counts) else -math.inf
+            gaps.setdefault(method, []).append((best - worth) / scale)
         assert certificate is not None, "the knapsack's allocation has a certificate"
-        gaps[OURS].certified += certificate.optimal
-        gaps[OURS].false_certificates += best > certificate.upper_bound + EXACT * scale
-    return {method: tally.row() for method, tally in gaps.items()}
-
-
-def small_gaps(seed: int, sizes: Sizes) -> list[Row]:
-    """Small knapsacks against enumeration: one to four prompts, N_low 0 to 2, N_up up to 7."""
-    rows: list[Row] = []
-    for priced, names, instances in ((False, CASE_VALUES, sizes.small), (True, PRICED_VALUES, sizes.small_priced)):
-        for name in names:
-            rng = np.random.default_rng([seed, 0, priced, CASE_VALUES.index(name)])
-            cases = []
-            for _ in range(instances):
-                low = int(rng.integers(0, 3))
-                high = int(rng.integers(max(low, 1), 8))
-                cases.append(draw_case(rng, name, int(rng.integers(1, 5)), low, high, priced=priced))
-            rows += _gap_rows(seed, "small", name, cases, priced=priced)
-    return rows
-
-
-def medium_gaps(seed: int, sizes: Sizes) -> list[Row]:
-    """Medium knapsacks against HiGHS: 8 to 24 prompts, N_low 0 to 2, N_up 8 to 32."""
-    rows: list[Row] = []
-    for priced, names in ((False, CASE_VALUES), (True, PRICED_VALUES)):
-        for name in names:
-            rng = np.random.default_rng([seed, 1, priced, CASE_VALUES.index(name)])
-            cases = [
-                draw_case(
-                    rng,
-                    name,
-                    int(rng.integers(8, 25)),
-                    int(rng.integers(0, 3)),
-                    int(rng.integers(8, 33)),
-                    priced=priced,
-                )
-                for _ in range(sizes.medium)
-            ]
-            rows += _gap_rows(seed, "medium", name, cases, priced=priced)
-    return rows
-
-
-def _gap_rows(seed: int, size: str, name: str, cases: Sequence[Case], *, priced: bool) -> list[Row]:
-    about = {"part": "gaps", "seed": seed, "size": size, "costs": priced, "value": name}
-    tallies = _compare(cases, enumerate_all=size == "small")
-    return [about | {"method": method} | tally for method, tally in tallies.items()]
+        certified += certificate.optimal
+        false_certificates += best > certificate.upper_bound + EXACT * scale
+    return {
+        method: {
+            "instances": len(tally),
+            "optimal": sum(gap <= EXACT for gap in tally),
+            "failed": sum(gap == math.inf for gap in tally),  # infeasible, or nothing found in time
+            "largest_gap": max((gap for gap in tally if gap < math.inf), default=0.0),
+            "certified": certified if method == OURS else 0,
+            "false_certificates": false_certificates if method == OURS else 0,
+        }
+        for method, tally in gaps.items()
+    }
 
 
 def timed(seed: int, sizes: Sizes) -> list[Row]:
@@ -239,7 +206,7 @@ def _milliseconds(method: Callable[[], object], repeats: int) -> float:
 def rules(seed: int, sizes: Sizes) -> list[Row]:
     """Value that rules lose against the optimum for the true rates, after one visit of 16 rollouts to every prompt.
 
-    Rates stand still, so that all the loss is the rule's: of the noise in 16 rewards, and of what it makes of it.
+    Rates are constant, so that all the loss is the rule's: the noise in 16 rewards, and its response to it.
     """
     rows: list[Row] = []
     size = min(256, sizes.population)
@@ -249,7 +216,7 @@ def rules(seed: int, sizes: Sizes) -> list[Row]:
         outcome_R = rng.random((sizes.population, 16)) < rates[:, None]
         ids_R = np.repeat(np.arange(sizes.population), 16).tolist()
         allocators = {
-            "paper: window and fallback": KnapsackAllocator("window"),
+            PAPER_RULE: KnapsackAllocator("window"),
             "window without fallback": KnapsackAllocator("window", fallback=False),
             "empirical Bayes": KnapsackAllocator("empirical-bayes"),
         }
@@ -262,7 +229,7 @@ def rules(seed: int, sizes: Sizes) -> list[Row]:
             truth, budget = rates[batch], 8 * size
             counts = {name: allocator.allocate(batch.tolist(), budget).counts for name, allocator in allocators.items()}
             counts["uniform"] = uniform_counts(size, budget)
-            counts["fallback rule, true rates"] = allocate(truth, budget, fallback=True).counts
+            counts[FALLBACK_ON_TRUTH] = allocate(truth, budget, fallback=True).counts
             best += float(value(allocate(truth, budget).counts, truth).sum())
             for name in RULES:
                 sums[name] += float(value(counts[name], truth).sum())
@@ -271,3 +238,132 @@ def rules(seed: int, sizes: Sizes) -> list[Row]:
             for name, total in sums.items()
         ]
     return rows
+
+
+TIMED = 256
+"""Prompts of the paper's batch."""
+
+
+def tally(rows: Sequence[Row]) -> tuple[int, int, float]:
+    """(optimal instances, all instances, largest gap)."""
+    return (
+        sum(row["optimal"] for row in rows),
+        sum(row["instances"] for row in rows),
+        max((row["largest_gap"] for row in rows), default=0.0),
+    )
+
+
+def _gap(gap: float) -> str:
+    return "0" if gap == 0.0 else f"{gap:.0e}" if gap < 1e-3 else f"{100 * gap:.1f} %"
+
+
+def _share(rows: Sequence[Row]) -> str:
+    optimal, every, largest = tally(rows)
+    return f"{optimal:,} of {every:,} optimal, largest gap {_gap(largest)}"
+
+
+def milliseconds(rows: Sequence[Row], prompts: int, method: str, *, costs: bool = False) -> float:
+    """Median over the seeds; NaN where it was not measured."""
+    found = select(rows, part="time", prompts=prompts, method=method, costs=costs)
+    return float(np.median([row["milliseconds"] for row in found])) if found else float("nan")
+
+
+def lost(rows: Sequence[Row], mixture: str, rule: str) -> tuple[float, float, float]:
+    """(mean, lower, upper) per cent of the value that a rule loses."""
+    return bootstrap_interval([100 * row["lost"] for row in select(rows, part="rules", mixture=mixture, rule=rule)])
+
+
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """Optimality without and with costs, time, the loss of the paper's rule, and the certificate."""
+    ours = select(rows, part="gaps", method=OURS)
+    false = sum(row["false_certificates"] for row in ours)
+    found = []
+    for claim, paper, priced in (
+        ("The solver's allocations are optimal (a rollout costs one)", "exact by dynamic programming", False),
+        ("The solver's allocations are optimal where rollouts have costs", "–", True),
+    ):
+        which = select(ours, costs=priced)
+        optimal, every, largest = tally(which)
+        small, medium = (_share(select(which, size=size)) for size in ("small", "medium"))
+        exact, near = optimal == every and false == 0, largest < 1e-3 and false == 0
+        found.append(
+            Finding(
+                claim,
+                paper,
+                f"against enumeration: {small}; against HiGHS: {medium}",
+                "holds" if exact else "holds in part" if near else "does not hold",
+            )
+        )
+    prompts = max(row["prompts"] for row in select(rows, part="time", method=PAPER) if row["prompts"] <= TIMED)
+    own, paper_own = milliseconds(rows, prompts, OURS), milliseconds(rows, prompts, PAPER)
+    found.append(
+        Finding(
+            f"Solving is negligible ({prompts} prompts, budget {8 * prompts}, N_up 128)",
+            "1 to 2 s",
+            f"median {own:.2g} ms; the paper's dynamic program on the same machine {paper_own:.3g} ms",
+            "holds" if own < 1000 else "does not hold",
+        )
+    )
+    by_rule = {rule: [lost(rows, mixture, rule)[0] for mixture in MIXTURES] for rule in (PAPER_RULE, "empirical Bayes")}
+    theirs, bayes = by_rule.values()
+    better = sum(b < p for b, p in zip(bayes, theirs, strict=True))
+    found.append(
+        Finding(
+            "A mean of 16 rewards with the fallback rule is enough: little value is lost against known rates",
+            "–",
+            f"{min(theirs):.1f} to {max(theirs):.1f} % lost over {len(MIXTURES)} mixtures of constant rates "
+            f"(empirical Bayes: {min(bayes):.1f} to {max(bayes):.1f} %, less in {better})",
+            "holds" if max(theirs) < 1 else "holds in part" if max(theirs) < 10 else "does not hold",
+        )
+    )
+    proved, every = sum(row["certified"] for row in ours), tally(ours)[1]
+    found.append(
+        Finding(
+            "The certificate never claims more than is true",
+            "–",
+            f"{false} false certificates for {every:,} allocations, {proved:,} of them proved optimal",
+            "does not hold" if false else "holds",
+        )
+    )
+    return found
+
+
+def figures(rows: Sequence[Row]) -> Callable[[str], str]:
+    """Certificates, and losses by rates and rule."""
+    ours = select(rows, part="gaps", method=OURS)
+    gaps = [row["certified_gap"] for row in select(rows, part="time", method=OURS, costs=True)]
+    found = {
+        "instances": f"{tally(ours)[1]:,}",
+        "certified": f"{sum(row['certified'] for row in ours):,}",
+        "false certificates": f"{sum(row['false_certificates'] for row in ours):,}",
+        "largest certified gap": _gap(max(gaps, default=0.0)),
+        "small, with costs": _share(select(ours, size="small", costs=True)),
+        "medium, with costs": _share(select(ours, size="medium", costs=True)),
+    }
+    for mixture in MIXTURES:
+        found |= {f"{mixture}: {rule}, lost": f"{lost(rows, mixture, rule)[0]:.1f} %" for rule in RULES}
+    return by_name(found)
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """Times and losses."""
+    methods = ((OURS, False), (PAPER, False), (HIGHS, False), (OURS, True))
+    times = []
+    for prompts in sorted({row["prompts"] for row in select(rows, part="time")}):
+        cells = [milliseconds(rows, prompts, method, costs=costs) for method, costs in methods]
+        times.append(
+            (prompts, *("–" if np.isnan(cell) else f"{cell:.3g}" if cell < 1000 else f"{cell:,.0f}" for cell in cells))
+        )
+    losses = [(name, *("{:.1f} ({:.1f} to {:.1f})".format(*lost(rows, name, rule)) for rule in RULES))
+              for name in MIXTURES]  # fmt: skip
+    return {
+        "times": markdown_table(("prompts", OURS, PAPER, HIGHS, f"{OURS}, with costs"), times),
+        "losses": markdown_table(("rates", *RULES), losses),
+    }
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Gaps, time, and value lost by rules."""
+    from experiments import plots
+
+    return plots.solver(rows)

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from experiments.values import reward_variance, signal_to_noise
+from experiments import values
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.costs import ROUNDING, Certificate
 from knapsack_rl.allocation.policies import allocate
-from knapsack_rl.allocation.value import ValueLike, make_value_function
+from knapsack_rl.allocation.value import nonzero_gradient_probability
+from knapsack_rl.allocation.value import value as knapsack_value
 from knapsack_rl.offline.environments import draw_rates
 
 ANY_TABLE = "any table"
-"""Stands for values without a formula, which rise and fall."""
-LOST_VALUES: dict[str, ValueLike] = {"variance": reward_variance, "signal-to-noise": signal_to_noise}
-CASE_VALUES = ("knapsack", "nonzero-gradient", "variance", "signal-to-noise", ANY_TABLE)
+"""Values without a formula, which rise and fall."""
+FORMULAS: dict[str, Callable[[ArrayLike, ArrayLike], FloatArray]] = {
+    "knapsack": knapsack_value,
+    "nonzero-gradient": nonzero_gradient_probability,
+    "variance": values.reward_variance,
+    "signal-to-noise": values.signal_to_noise,
+}
+CASE_VALUES = (*FORMULAS, ANY_TABLE)
 PRICED_VALUES = ("knapsack", "signal-to-noise", ANY_TABLE)
 RATES = ("uniform", "late-training", "0.3*point(0) + 0.3*point(1) + 0.4*uniform", "hard")
 
 EXACT = 1e-12
 """Relative gaps up to this are rounding of sums."""
-DECADES = tuple(range(-12, 1))
-"""Powers of ten that bound the bins of gaps from above; the first bin holds rounding."""
 OURS, PAPER, HIGHS = "ours", "the paper's dynamic program", "HiGHS"
 
 FALLBACK_ON_TRUTH = "fallback rule, true rates"
@@ -49,10 +55,10 @@ class Case:
     """One knapsack.
 
     Attributes:
-        value: name of the value function, or ``ANY_TABLE``.
+        value: name of ``FORMULAS``, or ``ANY_TABLE``.
         rates: (M,) success rates.
         table: (M, high + 1) V[i, n].
-        budget: rollouts that are all handed out; with costs, what must not be exceeded.
+        budget: rollouts, all handed out; with costs, an upper limit.
         low: N_low of every prompt.
         high: N_up of every prompt.
         costs: (M,) whole numbers, cost of a rollout; None where each costs one.
@@ -96,7 +102,7 @@ def draw_case(rng: np.random.Generator, value: str, prompts: int, low: int, high
     if value == ANY_TABLE:
         table = np.concatenate([np.zeros((prompts, 1)), rng.normal(0.2, 1.0, (prompts, high)).cumsum(axis=1)], axis=1)
     else:
-        table = make_value_function(LOST_VALUES.get(value, value)).values(np.arange(high + 1), rates[:, None])
+        table = FORMULAS[value](np.arange(high + 1), rates[:, None])
     costs = rng.integers(20, 2001, prompts) if priced else None
     price = np.ones(prompts, np.int64) if costs is None else costs
     least, most = low * int(price.sum()), high * int(price.sum())
@@ -105,7 +111,8 @@ def draw_case(rng: np.random.Generator, value: str, prompts: int, low: int, high
 
 def solve_ours(case: Case) -> tuple[IntArray, Certificate | None]:
     """Counts and certificate of :func:`knapsack_rl.allocate`."""
-    value = case.table if case.value == ANY_TABLE else LOST_VALUES.get(case.value, case.value)
+    named = ("knapsack", "nonzero-gradient")
+    value = case.value if case.value in named else FORMULAS.get(case.value, case.table)
     found = allocate(case.rates, case.budget, case.low, case.high, costs=case.costs, value=value)
     return found.counts, found.certificate
 

@@ -1,85 +1,120 @@
-"""The evidence page, rebuilt from the committed rows: a table of claims, then a section for each experiment."""
+"""Pages written by hand with figures by name, filled in from the committed rows.
+
+A name in double braces is an experiment and one of its figures, ``{{compute: knapsack - uniform, mean over the run}}``,
+or one of its tables, ``{{compute: table accuracy}}``; ``{{claims}}`` is the table of all claims. The names are those of
+``figures`` and ``tables`` of each experiment; for training runs see :mod:`experiments.measures`.
+"""
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from experiments import catalogue
-from experiments.contract import Row
-from experiments.statistics import markdown_table
+from experiments.contract import Finding, markdown_table, seeds_of
+from experiments.names import fill
 
+TEMPLATES = Path(__file__).parent / "pages"
+PAGES = ("evidence.md", "estimation.md")
 HEADER = ("claim", "paper", "here", "command", "seeds", "verdict")
-
-NOT_MEASURED = "not measured yet"
-
-LEAD = """# Evidence
-
-What the paper claims, what was asked beyond it, and what was measured here, for and against. Every figure on this page
-is computed from the rows in `docs/evidence/`, and `knapsack-rl experiment page` writes the page anew from them without
-training anything; a test compares the two.
-
-**How.** Training runs use the TRL trainer on the small model that ships with the package (223,000 parameters, addition
-of one- to four-digit numbers): 400 steps of 64 prompts, N = 8 rollouts per prompt on average, 2,048 training prompts
-and 512 held-out ones, unless a section says otherwise. The learning rate was chosen once, for uniform allocation, on a
-seed that is not used here; nothing was chosen on the held-out prompts. Brackets after a figure of training runs are
-95 % t-intervals over seeds; differences are paired by seed. Costs count everything generated, also what a policy throws
-away. Accuracy at the end is the mean of the last three evaluations. Five seeds were planned; where there is a sixth, it
-was added after the five had been seen, to narrow the intervals. A claim holds if its whole interval does, in part if
-there is an effect in its direction but not surely of its size, and is undecided if the interval leaves it open. It is a
-small model on one task: what holds here may fail elsewhere, and the reverse.
-
-**Again.** `knapsack-rl experiment NAME` runs one experiment, two processes side by side; `all` runs every one. Finished
-runs are used again and half-done ones resumed. With `--output docs/evidence` the runs whose rows stand there are not
-trained again either, so that seeds can be added bit by bit; give another folder to measure everything anew. `--quick`
-is the same code on next to nothing.
-"""
+TABLE = "table "
 
 
-def build(folder: Path) -> str:
-    """The page as Markdown.
+class Evidence:
+    """Figures and tables by name, from the rows in a folder; each file is read once.
 
     Args:
-        folder: of the experiments' rows and plots; the page stands beside it.
-
-    Raises:
-        ValueError: rows of a quick run are among them.
+        folder: of the rows.
     """
-    table, sections = [], []
-    for name in catalogue.EXPERIMENTS:
-        experiment, rows = catalogue.load(name), catalogue.read(name, folder)
-        command = f"`knapsack-rl experiment {name}`"
-        heading = f"## {experiment.TITLE}\n\n*{experiment.QUESTION}*\n"
-        if rows is None:
-            table.append((experiment.QUESTION, "", NOT_MEASURED, command, "", ""))
-            sections.append(f"{heading}\nNot measured yet: {command}.\n")
-            continue
-        seeds = _seeds(rows)
-        for found in experiment.findings(rows):
-            table.append((found.claim, found.paper, found.ours, command, seeds, found.verdict))
-        plot = f"![{experiment.TITLE}]({folder.name}/{name}.svg)"
-        sections.append(f"{heading}\n{plot}\n\n{experiment.paragraph(rows).strip()}\n\n{command}\n")
-    return "\n".join([LEAD, markdown_table(HEADER, table) + "\n", *sections])
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._of: dict[str, _Figures] = {}
+
+    def __call__(self, name: str) -> str:
+        """The text of a name.
+
+        Raises:
+            FileNotFoundError: the experiment has no rows.
+            ValueError: there is no such experiment, figure or table.
+        """
+        if name == "claims":
+            return self.claims()
+        experiment, _, figure = name.partition(": ")
+        return self.of(experiment).text(figure)
+
+    def of(self, experiment: str) -> _Figures:
+        """Figures of one experiment."""
+        if experiment not in self._of:
+            self._of[experiment] = _Figures(experiment, self.folder)
+        return self._of[experiment]
+
+    def claims(self) -> str:
+        """The table of claims of all experiments."""
+        lines = []
+        for name in catalogue.EXPERIMENTS:
+            for found in self.of(name).findings:
+                command, seeds = f"`python -m experiments {name}`", seeds_of(self.of(name).rows)
+                lines.append((found.claim, found.paper, found.ours, command, seeds, found.verdict))
+        return markdown_table(HEADER, lines)
 
 
-def write(folder: Path) -> Path:
-    """Write the page beside the folder, and every plot anew; returns the page.
+class _Figures:
+    """Figures, tables and findings of one experiment, each kind computed once."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self._experiment = catalogue.load(name)
+        self.rows = catalogue.read(name, folder)
+        self._figure = self._experiment.figures(self.rows)
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        return self._experiment.findings(self.rows)
+
+    @cached_property
+    def tables(self) -> dict[str, str]:
+        return self._experiment.tables(self.rows)
+
+    def text(self, name: str) -> str:
+        if not name.startswith(TABLE):
+            return self._figure(name)
+        table = name.removeprefix(TABLE)
+        if table not in self.tables:
+            raise ValueError(f"there is no table {table!r}; there are {', '.join(self.tables)}")
+        return self.tables[table]
+
+
+def build(page: str, folder: Path) -> str:
+    """A filled page.
+
+    Args:
+        page: of ``PAGES``.
+        folder: of the rows.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: an experiment that the page names has no rows.
+        ValueError: the page names an unknown figure, or rows are those of a quick run.
+    """
+    note = f"<!-- Filled in by `python -m experiments page`; edit experiments/pages/{page}. -->\n\n"
+    return note + fill((TEMPLATES / page).read_text(encoding="utf-8"), Evidence(folder))
+
+
+def readme_table(folder: Path) -> str:
+    """The table of results in the README."""
+    return Evidence(folder)("compute: table readme")
+
+
+def write(folder: Path) -> list[Path]:
+    """Write the pages beside the folder, and every plot anew; returns the pages.
+
+    Raises:
+        FileNotFoundError: an experiment has no rows.
         ImportError: matplotlib is not installed.
-        ValueError: rows of a quick run are among them.
+        ValueError: a page names an unknown figure, or rows are those of a quick run.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; run the experiments first")
-    text = build(folder)
+    texts = {folder.parent / page: build(page, folder) for page in PAGES}
     for name in catalogue.EXPERIMENTS:
-        rows = catalogue.read(name, folder)
-        if rows is not None:
-            catalogue.draw(name, rows, folder)
-    page = folder.parent / "evidence.md"
-    page.write_text(text, encoding="utf-8")
-    return page
-
-
-def _seeds(rows: list[Row]) -> str:
-    return str(len({row["seed"] for row in rows}))
+        catalogue.draw(name, catalogue.read(name, folder), folder)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    return list(texts)

@@ -12,14 +12,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from experiments.contract import Options, Row
+from experiments.contract import Row
 
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece of an experiment, run in a process of its own.
+    """One piece of an experiment, run in a separate process.
 
     Attributes:
         name: of the piece; its file and its line of progress.
@@ -33,13 +33,8 @@ class Piece:
 
     @property
     def identity(self) -> str:
-        """What the kept rows are the answer to."""
+        """The question that kept rows answer."""
         return f"{self.work.__module__}.{self.work.__qualname__}{self.arguments!r}"
-
-
-def seeds_of(options: Options) -> range:
-    """The seeds that run: all of them, or two at most in the quick version."""
-    return range(min(options.seeds, 2) if options.quick else options.seeds)
 
 
 def run_pieces(pieces: Sequence[Piece], folder: Path, workers: int, done: Callable[[str], None]) -> list[Row]:
@@ -49,7 +44,7 @@ def run_pieces(pieces: Sequence[Piece], folder: Path, workers: int, done: Callab
         pieces: of distinct names.
         folder: where rows are kept, one file per piece.
         workers: processes side by side, >= 1; 1 works in this process.
-        done: told the name of each finished piece.
+        done: called with the name of each finished piece.
     """
     found: dict[str, list[Row]] = {}
     for piece in pieces:

@@ -1,9 +1,8 @@
 """Training runs that the experiments share: an arm is a policy with its settings, a run is an arm with a seed.
 
-Experiments name the arms they need. What is on record as a row is used again, what is finished in the pool's folder is,
-too, and what is half done is resumed.
-Every arm trains the shipped model on the same prompts with the same settings but for those named here; the learning
-rate was chosen once, for uniform allocation, on another seed.
+Rows on record and finished runs are used again, half-done runs are resumed. Every arm trains the shipped model on the
+same prompts and differs from the shared settings only as its line says; the learning rate was chosen once, for uniform
+allocation, on another seed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,6 @@ QUICK = TrainSettings(
     eval_samples=1,
     save_every=0,
 )
-QUICK_SEEDS = 2
 
 
 class UnfinishedRunsError(RuntimeError):
@@ -46,13 +43,15 @@ class Arm:
 
     Attributes:
         label: its name in tables and plots.
-        settings: what it changes of the shared settings.
+        settings: its changes to the shared settings.
+        rule: name of ``experiments.rules.RULES`` that decides the rollouts of a step; "" where the allocation does.
         multiple: rollouts per prompt over those of the shared settings.
     """
 
     label: str
     settings: Mapping[str, Any]
     multiple: int = 1
+    rule: str = ""
 
     def of(self, shared: TrainSettings, seed: int) -> TrainSettings:
         """Settings of one run."""
@@ -60,22 +59,29 @@ class Arm:
         bound = max(shared.max_rollouts, rollouts)
         return replace(shared, rollouts_per_prompt=rollouts, max_rollouts=bound, seed=seed, **self.settings)
 
+    @property
+    def module(self) -> tuple[str, ...]:
+        """Module, and its first arguments, that train a run."""
+        return ("experiments.train_rule", self.rule) if self.rule else Run.module
+
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
     "uniform-2n": Arm("uniform 2N", {"allocation": "uniform"}, 2),
     "uniform-3n": Arm("uniform 3N", {"allocation": "uniform"}, 3),
     "paper": Arm("paper", {"allocation": "paper"}),
-    "paper-without-fallback": Arm("paper without fallback", {"allocation": "paper-without-fallback"}),
+    "paper-without-fallback": Arm(
+        "paper without fallback", {"estimator": "window", "estimator_settings": "fallback=false"}
+    ),
     "empirical-bayes": Arm("empirical Bayes", {"estimator": "empirical-bayes"}),
     "knapsack": Arm("Bayes filter", {}),
     "knapsack-min1": Arm("Bayes filter, minimum 1", {"min_rollouts": 1}),
     "knapsack-min0": Arm("Bayes filter, minimum 0", {"min_rollouts": 0}),
-    "knapsack-per-prompt": Arm("Bayes filter, weighed per prompt", {"weighting": "prompt"}),
-    "paper-per-prompt": Arm("paper, weighed per prompt", {"weighting": "prompt", "allocation": "paper"}),
-    "oversample": Arm("oversample and drop (DAPO)", {"allocation": "oversample"}),
-    "skip": Arm("skip and drop (GRESO)", {"allocation": "skip"}),
-    "sequential": Arm("sample until balanced (Reinforce-Ada)", {"allocation": "sequential"}),
+    "knapsack-per-prompt": Arm("Bayes filter, weighted per prompt", {"weighting": "prompt"}),
+    "paper-per-prompt": Arm("paper, weighted per prompt", {"weighting": "prompt", "allocation": "paper"}),
+    "oversample": Arm("oversample and drop (DAPO)", {}, rule="oversample"),
+    "skip": Arm("skip and drop (GRESO)", {}, rule="skip"),
+    "sequential": Arm("sample until balanced (Reinforce-Ada)", {}, rule="sequential"),
     "knapsack-tokens": Arm("Bayes filter, budget in tokens", {"budget_unit": "tokens"}),
     "uniform-replay": Arm("uniform N, replay", {"allocation": "uniform", "replay": 8}),
     "knapsack-replay": Arm("Bayes filter, replay", {"replay": 8}),
@@ -92,34 +98,12 @@ ARMS: dict[str, Arm] = {
     "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "experiments.values:signal_to_noise"}),
     "value-fitted": Arm("Bayes filter, value: fitted to gradients", {"value": "experiments.values:fitted"}),
 }
-"""All arms by name, which is also that of their folders."""
+"""All arms by name, which also names the folders of their runs."""
 
 
 def label(arm: str) -> str:
     """Name of an arm in tables and plots."""
     return ARMS[arm].label
-
-
-def seeds_of(options: Options) -> range:
-    """Seeds that run."""
-    return range(min(options.seeds, QUICK_SEEDS) if options.quick else options.seeds)
-
-
-def with_at_most(seeds: int, options: Options) -> Options:
-    """The options of an experiment that has fewer seeds than the others."""
-    return replace(options, seeds=min(options.seeds, seeds))
-
-
-def experiment(
-    arms: Sequence[str],
-) -> tuple[Callable[[Options], int], Callable[[Options, Callable[[str], None]], list[Row]]]:
-    """The functions ``pieces`` and ``measure`` of an experiment that trains these arms and nothing else."""
-    return partial(pieces, arms), partial(measure, arms)
-
-
-def pieces(arms: Sequence[str], options: Options) -> int:
-    """Runs of these arms, those already finished included."""
-    return len(arms) * len(seeds_of(options))
 
 
 def root_of(options: Options) -> Path:
@@ -139,36 +123,32 @@ def plan(arms: Sequence[str], options: Options, task: str = "", **changes: Any) 
     shared = replace(QUICK if options.quick else FULL, **changes)
     folder = root_of(options)
     return [
-        Run(ARMS[arm].of(shared, seed), folder / f"{task}{arm}-seed{seed}")
-        for seed in seeds_of(options)
+        Run(ARMS[arm].of(shared, seed), folder / f"{task}{arm}-seed{seed}", ARMS[arm].module)
+        for seed in options.seed_range
         for arm in arms
     ]
 
 
-def measure(
-    arms: Sequence[str], options: Options, done: Callable[[str], None], task: str = "", **changes: Any
-) -> list[Row]:
+def measure(arms: Sequence[str], runs: Sequence[Run], options: Options, done: Callable[[str], None]) -> list[Row]:
     """Train what is neither on record nor finished, and return one row per run.
 
-    See :func:`~experiments.extract.extract` for what is in a row.
+    See :func:`~experiments.extract.extract` for the contents of a row.
 
     Args:
-        arms: names of ``ARMS``.
+        arms: those of :func:`plan`.
+        runs: from :func:`plan`.
         options: how much to measure.
         done: called with a line of text for each run.
-        task: as for :func:`plan`.
-        **changes: as for :func:`plan`.
 
     Raises:
         UnfinishedRunsError: a run did not finish; what is finished is kept.
         ValueError: a folder holds a run with other settings.
     """
-    runs = plan(arms, options, task, **changes)
     train(runs, options, done)
     known = Record.read(options.record)
     return [
-        known.row_of(run, arm) or extract(run, arm)
-        for run, arm in zip(runs, [*arms] * len(seeds_of(options)), strict=True)
+        known.row_of(run, arm) or extract(run, arm, _rule_of(run))
+        for run, arm in zip(runs, [*arms] * len(options.seed_range), strict=True)
     ]
 
 
@@ -176,12 +156,12 @@ class Record:
     """Rows measured earlier, found by the settings of their runs.
 
     Args:
-        rows: of any experiments; those that come from no training run of the pool are passed over.
+        rows: of any experiments; those that do not come from a training run are passed over.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
         # Settings that were added since a row was written have their default in it.
-        self._rows = [(settings_from(row["settings"], "a row"), row) for row in rows if _usable(row)]
+        self._rows = [(settings, row) for row in rows if (settings := _settings_of(row)) is not None]
 
     @classmethod
     def read(cls, folder: Path | None) -> Record:
@@ -190,20 +170,30 @@ class Record:
         return cls(json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines())
 
     def row_of(self, run: Run, arm: str | None = None) -> Row | None:
-        """The row of a run with the same settings, of the arm if one is named; None if there is none."""
+        """The row of a run with the same settings and rule, of the arm if one is named; None if there is none."""
         for settings, row in self._rows:
-            if settings == run.settings and arm in (None, row["arm"]):
+            if settings == run.settings and row.get("rule", "") == _rule_of(run) and arm in (None, row["arm"]):
                 return row
         return None
 
 
-def _usable(row: Row) -> bool:
+def _rule_of(run: Run) -> str:
+    return "" if run.module == Run.module else run.module[1]
+
+
+def _settings_of(row: Row) -> TrainSettings | None:
+    """Settings of a row; None for rows without any, of a quick run, or with settings that no longer exist."""
     known = {spec.name for spec in fields(TrainSettings)}
-    return {"arm", "settings"} <= set(row) and not row.get("quick") and set(row["settings"]) <= known
+    if not {"arm", "settings"} <= set(row) or row.get("quick") or not set(row["settings"]) <= known:
+        return None
+    try:
+        return settings_from(row["settings"], "a row")
+    except ValueError:
+        return None
 
 
 def missing(runs: Sequence[Run], options: Options) -> list[Run]:
-    """Those that are neither on record nor finished."""
+    """Runs that are neither on record nor finished."""
     known = Record.read(options.record)
     return [run for run in runs if not run.finished and not known.row_of(run)]
 
@@ -216,7 +206,7 @@ def train(runs: Sequence[Run], options: Options, done: Callable[[str], None]) ->
         ValueError: a folder holds a run with other settings.
     """
     if options.quick:
-        # Progress of the experiment is told by ``done``; bars of single files would lie between.
+        # ``done`` reports progress; bars of single files would appear between its lines.
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -227,7 +217,7 @@ def train(runs: Sequence[Run], options: Options, done: Callable[[str], None]) ->
     failed = execute(waiting, jobs=0 if options.quick else options.workers, progress=_Done(done))
     if failed:
         raise UnfinishedRunsError(
-            f"{len(failed)} of {len(runs)} runs did not finish; start the experiment again to go on, or see "
+            f"{len(failed)} of {len(runs)} runs did not finish; start the experiment again to resume them, or see "
             f"{failed[0].folder / 'log.txt'}"
         )
 
@@ -245,5 +235,5 @@ class _Done:
         """Nothing is done yet."""
 
     def ended(self, run: Run, status: int) -> None:
-        """Say how a run ended."""
+        """Report how a run ended."""
         self._done(f"{run.folder.name} {'finished' if run.finished else f'stopped (exit status {status})'}")

@@ -1,17 +1,19 @@
-"""Figures of the evidence page: means over seeds with 95 % t-intervals, paired by seed, and verdicts from them."""
+"""Means over seeds with 95 % t-intervals, paired differences, ratios of cost, and the verdicts they lead to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments.contract import Row, Verdict
-from knapsack_rl.report.comparison import SMOOTHING, accuracy_at_end
+from knapsack_rl.report.comparison import SMOOTHING
 from knapsack_rl.runs.curves import moving_average, rollouts_to_reach, t_interval
+
+RESAMPLES, SEED = 1000, 20250929
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Estimate:
         high: upper end.
         seeds: how many.
         bounds: seeds whose value is only a bound (the target was not reached).
+        least: smallest value of a seed.
+        most: largest value of a seed.
     """
 
     mean: float
@@ -31,6 +35,8 @@ class Estimate:
     high: float
     seeds: int
     bounds: int = 0
+    least: float = math.nan
+    most: float = math.nan
 
     def points(self) -> str:
         """As percentage points with sign: "+3.1 [+1.0, +5.2]"."""
@@ -47,14 +53,22 @@ class Estimate:
         return ("at least " if self.bounds else "") + self._text(lambda value: f"{value:.2f}") + " ×"
 
     def number(self) -> str:
-        """As a plain number."""
+        """As a plain number: "7.3 [7.0, 7.5]"."""
         return self._text(lambda value: f"{value:.1f}")
+
+    def count(self) -> str:
+        """The mean alone, as a whole number: "204,800"."""
+        return "–" if math.isnan(self.mean) else f"{self.mean:,.0f}"
+
+    def extremes(self) -> str:
+        """Least and most of the seeds, as whole numbers: "84 to 105"."""
+        return f"{self.least:.0f}" if self.least == self.most else f"{self.least:.0f} to {self.most:.0f}"
 
     def _text(self, show: Callable[[float], str], unit: str = "") -> str:
         if not math.isfinite(self.mean):
             return "–"
         interval = f" [{show(self.low)}, {show(self.high)}]" if math.isfinite(self.low) else ""
-        return show(self.mean) + unit + interval
+        return (show(self.mean) + unit + interval).replace("-", "−")
 
 
 def mean_of(values: Mapping[int, float]) -> Estimate:
@@ -64,7 +78,7 @@ def mean_of(values: Mapping[int, float]) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean, half = float(np.mean(known)), t_interval(known)
     width = math.nan if half is None else half
-    return Estimate(mean, mean - width, mean + width, len(known))
+    return Estimate(mean, mean - width, mean + width, len(known), least=min(known), most=max(known))
 
 
 def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
@@ -84,54 +98,20 @@ def per_seed(rows: Sequence[Row], arm: str, measure: Callable[[Row], float | Non
     return {seed: math.nan if value is None else float(value) for seed, value in found.items()}
 
 
-def compare(rows: Sequence[Row], arm: str, baseline: str, measure: Callable[[Row], float | None]) -> Estimate:
-    """A measure of an arm minus that of a baseline, paired by seed."""
-    return difference(per_seed(rows, arm, measure), per_seed(rows, baseline, measure))
-
-
-def summary(rows: Sequence[Row], arm: str, measure: Callable[[Row], float | None]) -> Estimate:
-    """Mean of a measure over the seeds of an arm."""
-    return mean_of(per_seed(rows, arm, measure))
-
-
-def final_accuracy(row: Row) -> float:
-    """Held-out accuracy at the end of a run: the mean of its last three evaluations."""
-    return accuracy_at_end(row["evaluations"]["accuracy"])
-
-
-def mean_accuracy(row: Row) -> float:
-    """Held-out accuracy averaged over the rollouts of the run (trapezoids)."""
-    rollouts, accuracy = (np.asarray(row["evaluations"][name], dtype=np.float64) for name in ("rollouts", "accuracy"))
-    return float(np.trapezoid(accuracy, rollouts) / (rollouts[-1] - rollouts[0]))
-
-
-def series_mean(name: str, last: float = 1.0) -> Callable[[Row], float]:
-    """Measure: mean of a series of a run over its last share of stretches."""
-
-    def measure(row: Row) -> float:
-        values = [value for value in row["series"][name] if value is not None]
-        return float(np.mean(values[-max(1, round(last * len(values))) :])) if values else math.nan
-
-    return measure
-
-
-def reached(row: Row, target: float, unit: str = "rollouts") -> float:
-    """What a run generated until its smoothed accuracy reached a target, NaN if it never did."""
-    curve = row["evaluations"]
-    return rollouts_to_reach(curve[unit], moving_average(curve["accuracy"], SMOOTHING), target)
-
-
 def relative_cost(rows: Sequence[Row], arm: str, reference: str, unit: str = "rollouts") -> Estimate:
-    """What an arm generates to reach the reference's final accuracy, over what the reference itself generates.
+    """Cost of an arm to reach the reference's final accuracy, over the cost of the reference itself.
 
     By seed: the target is the end of the smoothed curve of the reference's run with the same seed. A run that never
-    reaches it counts with all it generated, which bounds the ratio from below; ``bounds`` tells how many.
+    reaches it counts with all it generated, which bounds the ratio from below.
 
     Args:
         rows: runs of both arms.
         arm: the arm.
         reference: the arm whose accuracy is to be reached.
         unit: "rollouts" or "tokens".
+
+    Returns:
+        The factor; its ``bounds`` counts the runs that never reach the target.
     """
     references = {row["seed"]: row for row in rows if row["arm"] == reference}
     ratios, bounds = {}, 0
@@ -140,41 +120,68 @@ def relative_cost(rows: Sequence[Row], arm: str, reference: str, unit: str = "ro
             continue
         other = references[row["seed"]]
         target = float(moving_average(other["evaluations"]["accuracy"], SMOOTHING)[-1])
-        spent, base = reached(row, target, unit), reached(other, target, unit)
+        spent, base = _reached(row, target, unit), _reached(other, target, unit)
         if math.isnan(spent):
             spent, bounds = float(row["evaluations"][unit][-1]), bounds + 1
-        if base > 0:  # a target that is met before training says nothing
+        if base > 0:  # a target that is met before training is uninformative
             ratios[row["seed"]] = spent / base
     return factor(ratios, bounds)
 
 
-def judged(estimate: Estimate, threshold: float) -> Verdict:
-    """Whether a claim "at least ``threshold`` (> 0)" holds: decided by the interval.
+def _reached(row: Row, target: float, unit: str) -> float:
+    """Rollouts or tokens until a run's smoothed accuracy reached a target, NaN if it never did."""
+    curve = row["evaluations"]
+    return rollouts_to_reach(curve[unit], moving_average(curve["accuracy"], SMOOTHING), target)
 
-    It holds if the whole interval lies above the threshold; it does not if all of it lies below and includes zero or
-    less; in part if the interval lies above zero and below or around the threshold; else it is undecided.
+
+def at_least(estimate: Estimate, threshold: float = 0.0, neutral: float = 0.0) -> Verdict:
+    """Whether a claim "at least ``threshold``" holds: decided by the interval.
+
+    It holds if the whole interval lies above the threshold and above no effect, in part if it lies above no effect
+    only, and does not if all of it lies below the threshold or at no effect. Bounds from below can confirm a claim and
+    cannot refute it.
+
+    Args:
+        estimate: the measured effect.
+        threshold: the claimed effect.
+        neutral: no effect: 0 for differences, 1 for ratios.
     """
     if estimate.seeds < 2 or not math.isfinite(estimate.low):
         return "undecided"
-    if estimate.low >= threshold:
+    if estimate.low > neutral:
+        return "holds" if estimate.low >= threshold else "holds in part"
+    below = estimate.high < threshold or estimate.high <= neutral
+    return "does not hold" if below and not estimate.bounds else "undecided"
+
+
+def not_below(estimate: Estimate, floor: float) -> Verdict:
+    """Whether a change surely stays above a floor."""
+    if estimate.seeds < 2:
+        return "undecided"
+    if estimate.low >= floor:
         return "holds"
-    if estimate.low > 0:
-        return "holds in part"
-    return "does not hold" if estimate.high < threshold else "undecided"
+    return "does not hold" if estimate.high < floor else "undecided"
 
 
-def seeds_of(rows: Sequence[Row]) -> int:
-    """Number of seeds in the rows."""
-    return len({row["seed"] for row in rows})
+def in_every_seed(estimate: Estimate, threshold: float) -> Verdict:
+    """Whether each seed reaches a threshold."""
+    return "holds" if estimate.least >= threshold else "does not hold"
 
 
-def told(rows: Sequence[Row], estimate: str) -> str:
-    """A figure with its number of seeds, for the table."""
-    count = seeds_of(rows)
-    return f"{estimate} ({count} {'seed' if count == 1 else 'seeds'})"
+def bootstrap_interval(numbers: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, lower, upper): 95 % percentile interval of the mean over units drawn again with replacement.
 
+    Args:
+        numbers: (U,) one for each independent unit, such as a seed; U >= 1.
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; the first column is text."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+    Returns:
+        Equal numbers, or a single one, give equal ends.
+
+    Source: Efron 1979 (bootstrap).
+    """
+    mean = float(np.mean(numbers))
+    if len(numbers) < 2:
+        return mean, mean, mean
+    rng = np.random.default_rng(SEED)
+    found = stats.bootstrap((numbers,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=rng)
+    return mean, float(found.confidence_interval.low), float(found.confidence_interval.high)

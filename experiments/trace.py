@@ -1,6 +1,6 @@
-"""The recorded run that ships with the package, and its split into two halves.
+"""The recorded run in ``data/``, and its split into two halves.
 
-What it is, where it comes from and its licence: ``data/NOTICE`` and ``data/LICENSE``.
+Content, source and licence: ``data/NOTICE`` and ``data/LICENSE``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Experiments of the evidence page: statistics, extraction, catalogue, command and page."""
+"""Experiments: statistics, named figures, extraction, claims on made-up rows, pages and command."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,17 +13,16 @@ import pytest
 from scipy import stats
 
 from evidence_rows import run_row
-from experiments import catalogue, page, pool, statistics
-from experiments.contract import Options
+from experiments import catalogue, claims, measures, names, page, pool, statistics
+from experiments.__main__ import main
+from experiments.contract import QUICK_SEEDS, Options
 from experiments.extract import never_solved, solved_once
-from knapsack_rl.cli import main
 from knapsack_rl.report.comparison import accuracy_at_end
 from knapsack_rl.runs.log import Visits
 from knapsack_rl.training.settings import TrainSettings
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "docs" / "evidence"
-TRAINED = [name for name in catalogue.EXPERIMENTS if hasattr(catalogue.load(name), "ARMS")]
 
 # -- Statistics --------------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ def test_the_interval_of_a_mean_is_that_of_students_t():
     found = statistics.mean_of(values)
     low, high = stats.t.interval(0.95, 4, loc=np.mean(list(values.values())), scale=stats.sem(list(values.values())))
     assert (found.low, found.high) == pytest.approx((low, high))
-    assert (found.mean, found.seeds) == (pytest.approx(0.368), 5)
+    assert (found.mean, found.seeds, found.least, found.most) == (pytest.approx(0.368), 5, 0.30, 0.44)
 
 
 def test_differences_are_paired_by_seed():
@@ -46,29 +46,43 @@ def test_differences_are_paired_by_seed():
 def test_one_seed_has_no_interval_and_no_verdict():
     found = statistics.mean_of({3: 0.25})
     assert found.percent() == "25.0 %"
-    assert statistics.judged(found, 0.1) == "undecided"
+    assert statistics.at_least(found, 0.1) == statistics.not_below(found, 0.1) == "undecided"
     assert statistics.mean_of({0: math.nan}).points() == statistics.factor({}).times() == "–"
 
 
-def test_figures_are_told_with_their_interval():
-    found = statistics.Estimate(0.031, 0.010, 0.052, 5)
-    assert found.points() == "+3.1 [+1.0, +5.2]"
+def test_figures_show_their_interval():
+    found = statistics.Estimate(-0.031, -0.062, 0.0, 5)
+    assert found.points() == "−3.1 [−6.2, +0.0]"
     assert statistics.Estimate(0.8, 0.5, 1.2, 3, bounds=1).times() == "at least 0.80 [0.50, 1.20] ×"
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
+def test_the_interval_decides():
+    for low, high, verdict in (
         (0.25, 0.30, "holds"),
         (0.05, 0.30, "holds in part"),
         (0.01, 0.10, "holds in part"),
         (-0.10, 0.10, "does not hold"),
         (-0.30, -0.10, "does not hold"),
         (-0.10, 0.30, "undecided"),
-    ],
-)
-def test_the_interval_decides(low, high, verdict):
-    assert statistics.judged(statistics.Estimate((low + high) / 2, low, high, 5), 0.2) == verdict
+    ):
+        found = statistics.Estimate((low + high) / 2, low, high, 5)
+        ratio = statistics.Estimate(1 + found.mean, 1 + low, 1 + high, 5)
+        bound = statistics.Estimate(1 + found.mean, 1 + low, 1 + high, 5, bounds=1)
+        assert statistics.at_least(found, 0.2) == statistics.at_least(ratio, 1.2, 1.0) == verdict
+        assert statistics.at_least(bound, 1.2, 1.0) == verdict.replace("does not hold", "undecided")
+    assert statistics.at_least(statistics.Estimate(0.0, 0.0, 0.0, 5)) == "does not hold"
+    for low, high, verdict in ((-0.1, 0.3, "holds"), (-0.3, -0.25, "does not hold"), (-0.3, 0.1, "undecided")):
+        assert statistics.not_below(statistics.Estimate(0.0, low, high, 5), -0.2) == verdict
+
+
+def test_bootstrap_intervals_cover_the_mean_about_as_often_as_promised():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(40):
+        _, low, high = statistics.bootstrap_interval(rng.normal(size=40).tolist())
+        inside += low <= 0 <= high
+    assert 33 <= inside <= 40
+    assert statistics.bootstrap_interval([2.5]) == statistics.bootstrap_interval([2.5, 2.5]) == (2.5, 2.5, 2.5)
 
 
 def test_the_cost_of_the_same_accuracy():
@@ -93,12 +107,70 @@ def test_a_target_never_reached_is_a_lower_bound():
 
 def test_the_accuracy_at_the_end_and_on_the_way():
     row = run_row("uniform", 0, accuracy=(0.0, 0.1, 0.4, 0.5, 0.6))
-    assert statistics.final_accuracy(row) == pytest.approx(0.5)
+    assert measures.final_accuracy(row) == pytest.approx(0.5)
     assert accuracy_at_end([0.2, 0.6]) == 0.6  # the one before training does not count
     assert accuracy_at_end([0.2]) == 0.2
     assert math.isnan(accuracy_at_end([]))
-    assert statistics.mean_accuracy(row) == pytest.approx((0.0 / 2 + 0.1 + 0.4 + 0.5 + 0.6 / 2) / 4)
-    assert statistics.series_mean("all_wrong", 0.2)(row) == pytest.approx(0.2)
+    assert measures.mean_accuracy(row) == pytest.approx((0.0 / 2 + 0.1 + 0.4 + 0.5 + 0.6 / 2) / 4)
+    assert measures.series_mean(row, "all_wrong", last=0.2) == pytest.approx(0.2)
+    assert measures.series_mean(row, "all_wrong", "all_correct") == pytest.approx(0.6)
+
+
+def test_accuracy_at_equal_tokens_is_read_where_the_shortest_run_of_the_seed_ends():
+    rising = (0.0, 0.1, 0.2, 0.3, 0.4)
+    rows = measures.with_shortest(
+        [run_row(arm, seed, accuracy=rising, tokens=t) for arm, seed, t in (("a", 0, 400), ("b", 0, 800), ("b", 1, 80))]
+    )
+    assert [row["shortest"] for row in rows] == [400, 400, 80]
+    # A smoothed straight line is that line but for its ends.
+    assert measures.accuracy_at_equal_tokens(rows[1]) == pytest.approx(0.2)
+
+
+# -- Named figures -----------------------------------------------------------------------------------------------------
+
+
+def test_the_grammar_of_figures():
+    rows = [run_row("uniform", s, accuracy=(0.2, 0.5, 0.5, 0.5), rollouts=600) for s in (0, 1)]
+    rows += [run_row("paper", s, accuracy=(0.2, 0.6, 0.6, 0.6), rollouts=600, largest=20 + s) for s in (0, 1)]
+    figure = claims.TRAINING["compute"].figures(rows)
+    assert figure("paper, accuracy at the end") == "60.0 % [60.0, 60.0]"
+    assert figure("paper - uniform, accuracy at the end") == "+10.0 [+10.0, +10.0]"
+    assert figure("uniform - paper, accuracy at the end") == "−10.0 [−10.0, −10.0]"
+    assert figure("uniform, rollouts") == "600"
+    assert figure("paper, largest allocation") == "20 to 21"
+    assert figure("uniform / paper, rollouts").startswith("at least ")
+    for name, message in (
+        ("paper, magic", "measure must be one of accuracy at the end, "),
+        ("knapsack, accuracy at the end", "needs runs of the arm 'knapsack'; the rows hold paper, uniform"),
+        ("paper / uniform, accuracy", "a ratio is one of rollouts or tokens, got 'accuracy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            figure(name)
+
+
+def test_every_measure_of_a_run_is_defined():
+    rows = measures.with_shortest([run_row("uniform", seed) for seed in (0, 1)])
+    undefined = {"hardest became easiest"}  # never, in these rows
+    for name in measures.MEASURES:
+        estimate, text = measures.estimate(rows, f"uniform, {name}")
+        assert math.isfinite(estimate.mean) == (text != "–") or name in undefined, name
+
+
+def test_a_class_of_estimates_averages_its_visits():
+    row = run_row("knapsack", 0)
+    row["budget"]["by_estimate"] |= {"estimate": [0.0, 0.03, 0.5, None], "mean": [3.0, 6.0, 2.0, 8.0]}
+    row["budget"]["by_estimate"]["visits"] = [10, 20, 5, 7]
+    assert measures.rollouts_at(row, *measures.ESTIMATE_CLASSES["up to 0.05"]) == pytest.approx((30 + 120) / 30)
+    assert measures.rollouts_at(row, *measures.ESTIMATE_CLASSES["0.2 to 0.5"]) == 2.0
+    assert measures.rollouts_at(row, *measures.ESTIMATE_CLASSES["unseen"]) == 8.0
+    assert math.isnan(measures.rollouts_at(row, *measures.ESTIMATE_CLASSES["above 0.95"]))
+
+
+def test_names_are_filled_in():
+    assert names.fill("a {{one: x, y}} b{{two}}", {"one: x, y": "1", "two": "2"}.__getitem__) == "a 1 b2"
+    assert names.first_name("a {{one}} {{two}}") == "one"
+    with pytest.raises(ValueError, match="must name a figure"):
+        names.first_name("a one")
 
 
 # -- Extraction --------------------------------------------------------------------------------------------------------
@@ -110,6 +182,7 @@ def visits(prompt, scored, successes):
         step=np.arange(size),
         prompt=np.array(prompt),
         counts=np.array(scored),
+        arrived=np.array(scored),
         successes=np.array(successes),
         scored=np.array(scored),
         effective=np.zeros(size, dtype=bool),
@@ -144,16 +217,7 @@ def test_exact_success_rates_of_the_base_model():
         success_rates(TrainSettings(temperature=0.5), None)
 
 
-# -- Catalogue ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", catalogue.EXPERIMENTS)
-def test_an_experiment_offers_what_the_page_needs(name):
-    experiment = catalogue.load(name)
-    assert experiment.QUESTION.endswith("?")
-    assert experiment.pieces(Options(seeds=3, quick=True)) >= 1
-    for part in ("measure", "findings", "paragraph", "figure"):
-        assert callable(getattr(experiment, part)), part
+# -- Experiments and arms ----------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_experiment_is_named():
@@ -167,7 +231,7 @@ def test_arms_differ_from_the_shared_settings_in_what_they_name():
         changed = {key for key in vars(settings) if getattr(settings, key) != getattr(pool.FULL, key)}
         assert changed - {"seed"} <= {*arm.settings, "rollouts_per_prompt"}, name
         assert settings.budget == pool.FULL.budget * arm.multiple
-    assert len({str(arm.of(pool.FULL, 0)) for arm in pool.ARMS.values()}) == len(pool.ARMS)
+    assert len({(str(arm.of(pool.FULL, 0)), arm.rule) for arm in pool.ARMS.values()}) == len(pool.ARMS)
     assert len({arm.label for arm in pool.ARMS.values()}) == len(pool.ARMS)
 
 
@@ -176,9 +240,8 @@ def test_all_runs_of_the_shared_task_are_planned_once(tmp_path):
     runs = catalogue.shared_runs(options)
     assert len({run.folder for run in runs}) == len(runs)
     assert [run.settings.seed for run in runs] == [0] * (len(runs) // 2) + [1] * (len(runs) // 2)
-    for name in TRAINED:
-        if name != "tokens":
-            assert set(pool.plan(catalogue.load(name).ARMS, options)) <= set(runs)
+    for experiment in claims.TRAINING.values():
+        assert all(run in runs for run in experiment.plan(options)) == (not experiment.task)
     assert {run.settings.dataset for run in runs} == {"arithmetic"}
 
 
@@ -188,14 +251,15 @@ def test_experiments_share_the_runs_of_an_arm(tmp_path):
     assert first[1] == second[0]
     assert [run.settings.seed for run in first] == [0, 0, 1, 1]
     quick = pool.plan(["paper"], Options(seeds=5, quick=True, runs=tmp_path))
-    assert len(quick) == pool.QUICK_SEEDS
+    assert len(quick) == QUICK_SEEDS
     assert quick[0].folder != second[0].folder
+    assert claims.TRAINING["real-model"].pieces(Options(seeds=5, runs=tmp_path)) == 2 * 2
 
 
 def test_runs_on_record_are_not_trained_again(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(pool, "execute", lambda runs, *, jobs, progress: trained.extend(runs) or [])
-    monkeypatch.setattr(pool, "extract", lambda run, arm: {"arm": arm, "seed": run.settings.seed, "new": True})
+    monkeypatch.setattr(pool, "extract", lambda run, arm, rule: {"arm": arm, "seed": run.settings.seed, "new": True})
     arms, options = ("uniform", "paper"), Options(seeds=2, runs=tmp_path / "runs", record=tmp_path / "record")
     runs = pool.plan(arms, options)
     rows = [
@@ -203,27 +267,35 @@ def test_runs_on_record_are_not_trained_again(tmp_path, monkeypatch):
         run_row("paper", 0) | {"settings": asdict(runs[1].settings) | {"learning_rate": 0.5}},  # another run
         run_row("uniform", 1) | {"settings": asdict(runs[2].settings), "quick": True},
         run_row("paper", 1) | {"settings": asdict(runs[3].settings) | {"gone": 1}},  # of another release
+        run_row("paper", 1) | {"settings": asdict(runs[3].settings) | {"value": "gone"}},  # likewise
         run_row("paper", 1),  # made before rows held settings
         {"seed": 0, "gap": 0.0},  # of an experiment without training
     ]
     options.record.mkdir()
     (options.record / "weighting.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = []
-    found = pool.measure(arms, options, told.append)
+    reported = []
+    found = pool.measure(arms, runs, options, reported.append)
     assert trained == runs[1:]
-    assert told == ["uniform-seed0 was there"]
+    assert reported == ["uniform-seed0 was there"]
     assert found[0] == rows[0]
     assert all(row["new"] for row in found[1:])
     assert pool.missing(runs, Options(runs=options.runs)) == runs
 
 
-# -- Findings on made-up rows ------------------------------------------------------------------------------------------
+def test_the_committed_rows_are_on_record():
+    """Nothing that is on the page would be trained again."""
+    options = Options(seeds=5, record=EVIDENCE)
+    for name, experiment in claims.TRAINING.items():
+        assert pool.missing(experiment.plan(options), options) == [], name
+
+
+# -- Claims on made-up rows --------------------------------------------------------------------------------------------
 
 
 def rows_of(name, **by_arm):
     """Three seeds of each arm with a little spread; keywords change an arm's rows."""
     rows = []
-    for arm in catalogue.load(name).ARMS:
+    for arm in claims.TRAINING[name].arms:
         for seed in range(3):
             changes = dict(by_arm.get(arm.replace("-", "_"), {}))
             top = changes.pop("top", 0.7) + 0.001 * seed
@@ -232,132 +304,142 @@ def rows_of(name, **by_arm):
 
 
 def verdicts(name, **by_arm):
-    rows = rows_of(name, **by_arm)
-    return {found.claim: found.verdict for found in catalogue.load(name).findings(rows)}
+    return [found.verdict for found in claims.TRAINING[name].findings(rows_of(name, **by_arm))]
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_findings_paragraph_and_figure_come_from_the_rows_alone(name, tmp_path):
-    experiment, rows = catalogue.load(name), rows_of(name)
-    again = json.loads(json.dumps(rows))
-    assert experiment.findings(again) == experiment.findings(rows)
-    assert experiment.findings(rows)
-    text = experiment.paragraph(rows)
-    for arm in experiment.ARMS:
-        assert pool.label(arm) in text
-    data, plot = catalogue.write(name, rows, tmp_path)
-    assert catalogue.read(name, tmp_path) == rows
-    first = plot.read_bytes()
-    assert b"<svg" in first
-    catalogue.draw(name, rows, tmp_path)
-    assert plot.read_bytes() == first
-    assert data.name == f"{name}.jsonl"
+def test_claims_tables_and_plot_come_from_the_rows_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, experiment in claims.TRAINING.items():
+        rows = rows_of(name)
+        assert experiment.findings(json.loads(json.dumps(rows))) == experiment.findings(rows) != []
+        tables = "\n".join(experiment.tables(rows).values())
+        assert all(pool.label(arm) in tables for arm in experiment.arms) or name == "budgets"
+        data, plot = catalogue.write(name, rows, tmp_path)
+        assert catalogue.read(name, tmp_path) == rows
+        first = plot.read_bytes()
+        assert b"<svg" in first
+        catalogue.draw(name, rows, tmp_path)
+        assert plot.read_bytes() == first
+        assert data.name == f"{name}.jsonl"
 
 
-def test_a_ratio_raised_by_thirty_points_holds_and_by_ten_in_part():
-    claim = "paper: the effective gradient ratio rises by 20 to 40 points over uniform"
-    assert verdicts("gradient-ratio", paper={"ratio": 0.6})[claim] == "holds"
-    assert verdicts("gradient-ratio", paper={"ratio": 0.4})[claim] == "holds in part"
-    assert verdicts("gradient-ratio", paper={"ratio": 0.2})[claim] == "does not hold"
+def test_a_table_leaves_out_an_arm_against_itself():
+    lines = claims.TRAINING["weighting"].tables(rows_of("weighting"))["accuracy"].splitlines()
+    assert lines[2].startswith("| uniform N | 1,000 | 70.1 % [")
+    assert lines[2].split(" | ")[3::2] == ["–", "–"]
+    assert lines[2].endswith("| – |")
+    assert lines[3].split(" | ")[3] == "+0.0 [+0.0, +0.0]"
 
 
-def test_starvation_is_seen():
-    found = verdicts("fallback", paper={"per_unsolved_visit": 8.0}, paper_without_fallback={"per_unsolved_visit": 2.0})
-    assert found["Without the fallback unsolved prompts starve"] == "holds"
-    assert verdicts("fallback")["Without the fallback unsolved prompts starve"] == "does not hold"
+def test_verdicts_follow_the_rows():
+    for ratio, verdict in ((0.6, "holds"), (0.4, "holds in part"), (0.2, "does not hold")):
+        assert verdicts("gradient-ratio", paper={"ratio": ratio})[0] == verdict
+    starved = {"paper": {"per_unsolved_visit": 8.0}, "paper_without_fallback": {"per_unsolved_visit": 2.0}}
+    assert verdicts("fallback", **starved)[0] == "holds"
+    assert verdicts("fallback")[0] == "does not hold"
+    assert verdicts("forgetting", knapsack_min0={"solved_change": -0.10}) == ["holds", "holds", "does not hold"]
+    assert verdicts("budgets", paper={"largest": 128}) == ["holds", "does not hold"]
+    assert verdicts("compute", uniform_2n={"rollouts": 3000})[0] == "holds"
+    assert verdicts("replay", knapsack_replay={"unsolved_left": 0.2}) == ["holds", "does not hold"]
+    assert verdicts("rivals", skip={"top": 0.4}) == ["does not hold", "holds", "does not hold"]
 
 
-def test_regression_of_solved_prompts_is_seen():
-    found = verdicts("forgetting", knapsack_min0={"solved_change": -0.10})
-    assert found["Solved prompts do not regress at min_rollouts 0"] == "does not hold"
-    assert found["Solved prompts do not regress at min_rollouts 2"] == "holds"
+# -- Pages -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_largest_allocation_is_compared():
-    found = verdicts("budgets", paper={"largest": 128})
-    assert found["paper: single prompts get up to 93 rollouts"] == "holds"
-    assert found["Bayes filter: single prompts get up to 93 rollouts"] == "does not hold"
+@pytest.fixture(scope="module")
+def built():
+    return {name: page.build(name, EVIDENCE) for name in page.PAGES}
 
 
-# -- Page --------------------------------------------------------------------------------------------------------------
+def test_the_committed_pages_are_what_the_rows_give(built):
+    for name, text in built.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, "run `python -m experiments page`"
+        assert "{{" not in text
 
 
-def test_the_committed_page_is_what_the_rows_give():
-    assert (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8") == page.build(EVIDENCE)
+def test_every_experiment_has_its_plot_and_its_claims_on_the_page(built):
+    text = "".join(built.values())
+    for name in catalogue.EXPERIMENTS:
+        assert f"](evidence/{name}.svg)" in text
+        assert f"`python -m experiments {name}`" in text or name == "estimation"
+    for command in re.findall(r"python -m experiments ([a-z-]+)", text):
+        assert command in (*catalogue.EXPERIMENTS, "page")
+
+
+def test_an_unknown_name_on_a_page_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "TEMPLATES", tmp_path)
+    for name, message in (
+        ("magic: a", "experiment must be one of"),
+        ("compute: paper, magic", "measure must be one of"),
+        ("compute: table magic", "there is no table 'magic'; there are accuracy, readme"),
+        ("estimation: recorded run: Beta, gain", "closest names are .*'recorded run: Beta, gain captured'"),
+    ):
+        (tmp_path / "evidence.md").write_text(f"{{{{{name}}}}}")
+        with pytest.raises(ValueError, match=message):
+            page.build("evidence.md", EVIDENCE)
 
 
 def test_committed_rows_are_small_and_have_their_plot():
     for name in catalogue.EXPERIMENTS:
-        rows = catalogue.read(name, EVIDENCE)
-        if rows is not None:
-            for ending in ("jsonl", "svg"):
-                assert (EVIDENCE / f"{name}.{ending}").stat().st_size < 300_000, f"{name}.{ending}"
-            assert all("seed" in row for row in rows)
+        assert catalogue.read(name, EVIDENCE)
+        for ending in ("jsonl", "svg"):
+            assert (EVIDENCE / f"{name}.{ending}").stat().st_size < 300_000, f"{name}.{ending}"
 
 
-def test_the_page_says_what_was_not_measured(tmp_path):
-    folder = tmp_path / "evidence"
-    catalogue.write("fallback", rows_of("fallback"), folder)
-    assert page.write(folder) == tmp_path / "evidence.md"
-    text = (tmp_path / "evidence.md").read_text(encoding="utf-8")
-    assert text == page.build(folder)
-    sections = text.split("\n## ")
-    assert len(sections) == 1 + len(catalogue.EXPERIMENTS)
-    for name, section in zip(catalogue.EXPERIMENTS, sections[1:], strict=True):
-        assert ("Not measured yet" in section) == (name != "fallback")
-        assert f"`knapsack-rl experiment {name}`" in section
-    assert "evidence/fallback.svg" in text
+def test_quick_rows_do_not_get_onto_the_page(tmp_path):
+    catalogue.write("fallback", [row | {"quick": True} for row in rows_of("fallback")], tmp_path)
+    with pytest.raises(ValueError, match="holds a quick run, whose figures mean nothing"):
+        page.Evidence(tmp_path)("fallback: paper, accuracy at the end")
 
 
-def test_a_run_that_does_not_finish_is_told(tmp_path, monkeypatch, capsys):
+# -- Command -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_finish_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pool, "execute", lambda runs, *, jobs, progress: runs[:2])
-    assert main(["experiment", "fallback", "--seeds", "1", "--runs", str(tmp_path), "--output", str(tmp_path)]) == 1
+    assert main(["fallback", "--seeds", "1", "--runs", str(tmp_path), "--output", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert "2 of 5 runs did not finish" in err
     assert str(tmp_path / "uniform-seed0" / "log.txt") in err
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_quick_rows_do_not_get_onto_the_page(tmp_path):
-    catalogue.write("fallback", [row | {"quick": True} for row in rows_of("fallback")], tmp_path)
-    with pytest.raises(ValueError, match="holds a quick run, whose figures mean nothing"):
-        page.build(tmp_path)
-
-
-def test_the_command_writes_the_page_without_training(tmp_path, monkeypatch, capsys):
+def test_the_command_fills_in_the_pages_without_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["experiment", "page"]) == 2
-    assert "run the experiments first" in capsys.readouterr().err
+    assert main(["page"]) == 2
+    assert "run `python -m experiments" in capsys.readouterr().err
+    monkeypatch.setattr(catalogue, "EXPERIMENTS", {"weighting": claims.TRAINING["weighting"]})
+    monkeypatch.setattr(page, "TEMPLATES", tmp_path)
+    for name in page.PAGES:
+        (tmp_path / name).write_text("{{claims}} {{weighting: paper, accuracy at the end}}")
     catalogue.write("weighting", rows_of("weighting"), tmp_path / "docs" / "evidence")
-    assert main(["experiment", "page"]) == 0
-    assert capsys.readouterr().out == f"wrote {Path('docs/evidence.md')}\n"
+    assert main(["page"]) == 0
+    assert capsys.readouterr().out == f"wrote {Path('docs/evidence.md')}, {Path('docs/estimation.md')}\n"
+    assert "70.1 % [" in Path("docs/evidence.md").read_text()
 
 
-@pytest.mark.parametrize("flag", ["--seeds", "--workers"])
-def test_numbers_of_the_command_are_at_least_one(flag, capsys):
-    assert main(["experiment", "fallback", flag, "0"]) == 2
-    assert f"{flag} must be at least 1, got 0" in capsys.readouterr().err
+def test_bad_arguments_are_one_line(capsys):
+    for flag in ("--seeds", "--workers"):
+        assert main(["fallback", flag, "0"]) == 2
+        assert f"{flag} must be at least 1, got 0" in capsys.readouterr().err
+    for arguments in (["nothing"], ["estimation", "--split", "test"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert "invalid choice" in capsys.readouterr().err
 
 
-# -- Quick runs --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def quick_runs(tmp_path_factory):
-    """Runs shared by the quick experiments, as by the full ones."""
-    return tmp_path_factory.mktemp("quick")
-
-
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", claims.TRAINING)
 def test_a_quick_run_trains_prints_and_writes(name, quick_runs, tmp_path, capsys):
     pytest.importorskip("trl")
-    arguments = ["experiment", name, "--quick", "--seeds", "1", "--runs", str(quick_runs), "--output", str(tmp_path)]
-    assert main([*arguments, "--quiet"]) == 0
+    arguments = [name, "--quick", "--seeds", "1", "--runs", str(quick_runs), "--output", str(tmp_path), "--quiet"]
+    assert main(arguments) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"## {catalogue.load(name).TITLE}\n")
+    assert out.startswith(f"## {name}\n")
     assert err == ""
     rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-    assert [row["arm"] for row in rows] == list(catalogue.load(name).ARMS)
+    assert [row["arm"] for row in rows] == list(claims.TRAINING[name].arms)
     for row in rows:
         assert row["quick"]
         curve = row["evaluations"]
@@ -368,6 +450,12 @@ def test_a_quick_run_trains_prints_and_writes(name, quick_runs, tmp_path, capsys
         assert sum(row["budget"]["visits"]) >= pool.QUICK.steps
     # Again: nothing is trained, and the rows are the same.
     before = {path: path.stat().st_mtime_ns for path in quick_runs.rglob("*.jsonl")}
-    assert main([*arguments, "--quiet"]) == 0
+    assert main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in quick_runs.rglob("*.jsonl")} == before
     assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == rows
+
+
+@pytest.fixture(scope="module")
+def quick_runs(tmp_path_factory):
+    """Runs shared by the quick experiments, as by the full ones."""
+    return tmp_path_factory.mktemp("quick")

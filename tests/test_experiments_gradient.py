@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import gradient_fit, intervals
+from experiments import gradient_fit, values
 from experiments.contract import Options, Row
 from knapsack_rl.allocation.value import nonzero_gradient_probability
 
@@ -19,8 +19,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from experiments import gradient_value  # noqa: E402
-from experiments.gradient_groups import Directions, PromptScores, advantages_of  # noqa: E402
-from experiments.gradient_measure import ArithmeticModel, Rollouts, policy_gradient  # noqa: E402
+from experiments.gradient_measure import (  # noqa: E402
+    ArithmeticModel,
+    Directions,
+    PromptScores,
+    Rollouts,
+    advantages_of,
+    policy_gradient,
+)
 from knapsack_rl.tasks import base_model_path  # noqa: E402
 
 torch.set_num_threads(1)
@@ -188,22 +194,27 @@ def test_prompts_are_drawn_evenly_from_the_strata() -> None:
 
 
 def test_correlations_are_those_of_scipy() -> None:
+    """In one stage Spearman's and Pearson's coefficients are scipy's; over stages their mean."""
     rng = np.random.default_rng(0)
-    x = rng.integers(0, 5, 60).astype(float)
-    y = x + rng.normal(size=60)
-    assert intervals.pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
-    assert intervals.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert intervals.ranks(x) == pytest.approx(stats.rankdata(x))
-    assert math.isnan(intervals.pearson(x, np.ones(60)))
+    rows = made_up_rows(1.0, 2.0, noise=1.0)
+    measured = gradient_fit.Measured.of(rows)
+    x, y = rng.integers(0, 5, measured.by_target["own"].shape).astype(float), measured.by_target["own"]
+    for by_rank, scipys in ((True, stats.spearmanr), (False, stats.pearsonr)):
+        expected = np.mean([scipys(x[mine].ravel(), y[mine].ravel()).statistic for mine in measured.stages])
+        found = gradient_fit.correlation(measured, x, y, by_rank=by_rank)
+        assert found.mean == pytest.approx(expected)
+        assert found.low < found.mean < found.high
 
 
-def test_bootstrap_intervals_cover_the_mean_about_as_often_as_told() -> None:
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(40):
-        _, low, high = intervals.mean_interval(rng.normal(size=40))
-        inside += low <= 0 <= high
-    assert 33 <= inside <= 40
+def test_the_explained_share_is_that_of_least_squares() -> None:
+    measured = gradient_fit.Measured.of(made_up_rows(1.0, 2.0, noise=0.5))
+    predicted = np.random.default_rng(0).random(measured.by_target["own"].shape)
+    shares = []
+    for mine in measured.stages:
+        x, y = predicted[mine].ravel(), measured.by_target["own"][mine].ravel()
+        rest = np.linalg.lstsq(x[:, None], y, rcond=None)[1][0]
+        shares.append(1 - rest / (y @ y))
+    assert gradient_fit.explained(measured, predicted, "own") == pytest.approx(np.mean(shares))
 
 
 def made_up_rows(a: float, b: float, noise: float = 0.0) -> list[Row]:
@@ -222,13 +233,13 @@ def made_up_rows(a: float, b: float, noise: float = 0.0) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize(("a", "b"), [(1.0, 2.0), (1.5, 0.5), (0.0, 3.2)])
-def test_the_fit_finds_planted_exponents(a: float, b: float) -> None:
-    found = gradient_fit.fit(made_up_rows(a, b))
-    assert found["success_exponent"] == pytest.approx(a, abs=0.02)
-    assert found["failure_exponent"] == pytest.approx(b, abs=0.02)
-    assert found["explained"]["fitted"] > 0.999
-    assert found["prompts"] == 80
+def test_the_fit_finds_planted_exponents() -> None:
+    for a, b in ((1.0, 2.0), (1.5, 0.5), (0.0, 3.2)):
+        found = gradient_fit.fit(gradient_fit.Measured.of(made_up_rows(a, b)))
+        assert found["success_exponent"] == pytest.approx(a, abs=0.02)
+        assert found["failure_exponent"] == pytest.approx(b, abs=0.02)
+        assert found["explained"]["fitted"] > 0.999
+        assert found["prompts"] == 80
 
 
 def test_verdicts_follow_the_rows() -> None:
@@ -243,21 +254,23 @@ def test_the_quick_version(tmp_path: Path) -> None:
     for package in ("trl", "datasets", "matplotlib"):
         pytest.importorskip(package)
     options = Options(seeds=1, quick=True, workers=1, runs=tmp_path)
-    told: list[str] = []
-    rows = gradient_value.measure(options, told.append)
-    assert len(told) == gradient_value.pieces(options)
+    reported: list[str] = []
+    rows = gradient_value.measure(options, reported.append)
+    assert len(reported) == gradient_value.pieces(options)
     assert json.loads(json.dumps(rows)) == rows
     prompts = [row for row in rows if row["part"] == "prompt"]
     assert {row["step"] for row in prompts} == {0, 1}
     assert all(0 < row["p"] < 1 and len(row["own"]) == len(gradient_fit.GROUP_SIZES) for row in prompts)
-    assert gradient_value.measure(options, told.append) == rows  # from what the folder holds
+    assert gradient_value.measure(options, reported.append) == rows  # from what the folder holds
     assert json.loads((tmp_path / "gradient_value" / "fitted_value.json").read_text())["target"] == gradient_fit.TARGET
     assert len(gradient_value.findings(rows)) == 6
-    assert "Against us" in gradient_value.paragraph(rows)
-    gradient_value.figure(rows).savefig(tmp_path / "figure.svg")
+    assert gradient_value.figures(rows)("prompts") == str(len(prompts))
+    assert set(gradient_value.tables(rows)) == {"Spearman", "sizes"}
+    gradient_value.draw(rows).savefig(tmp_path / "figure.svg")
 
 
 def test_the_shipped_value_is_the_fit_to_the_shipped_rows() -> None:
     lines = (Path(__file__).parent.parent / "docs" / "evidence" / "gradient-value.jsonl").read_text().splitlines()
-    shipped = json.loads(gradient_value.SHIPPED_FIT.read_text(encoding="utf-8"))
-    assert gradient_fit.fit([json.loads(line) for line in lines]) == shipped
+    shipped = json.loads(values.FITTED_VALUE.read_text(encoding="utf-8"))
+    measured = gradient_fit.Measured.of([json.loads(line) for line in lines])
+    assert gradient_fit.fit(measured) == shipped

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import robustness
 from experiments.contract import Options, Row
-from experiments.robustness_text import (
+from experiments.robustness import (
     DELAY,
     DISCOUNT,
     LOGITS,
@@ -28,18 +28,18 @@ PLACE = Synthetic("late-training", prompts=96, epochs=6, batch_size=32)
 
 
 class Diary:
-    """A uniform policy that notes how many outcomes it was told of before each step."""
+    """A uniform policy that notes the outcomes it has seen before each step."""
 
     def __init__(self) -> None:
-        self.told: list[int] = []
+        self.seen: list[int] = []
         self.before: list[list[int]] = []
 
     def allocate(self, prompts, budget):
-        self.before.append(list(self.told))
+        self.before.append(list(self.seen))
         return uniform_counts(prompts.size, budget), np.full(prompts.size, np.nan)
 
     def observe(self, prompts_R, successes_R):
-        self.told.append(prompts_R.size)
+        self.seen.append(prompts_R.size)
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 2])
@@ -83,22 +83,23 @@ def test_the_full_version_turns_every_knob_over_its_range() -> None:
     at = {knob: {s.at for s in found if s.knob == knob} for knob in (WINDOW, SAMPLED, DISCOUNT, PRIOR, DELAY, LOGITS)}
     assert at[WINDOW] == {2, 4, 8, 16, 32, 64}
     assert at[DELAY] == {0, 1, 2, 3, 4}
-    assert {s.policy for s in found if s.knob == DELAY} == set(robustness.ESTIMATORS)
+    assert {s.policy for s in found if s.knob == DELAY} == set(robustness.LISTED)
     assert all(len(places) >= 5 for places in at.values())
 
 
 def test_the_quick_version(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     options = Options(seeds=1, quick=True, workers=1, runs=tmp_path)
-    told: list[str] = []
-    rows = robustness.measure(options, told.append)
-    assert len(told) == robustness.pieces(options)
+    reported: list[str] = []
+    rows = robustness.measure(options, reported.append)
+    assert len(reported) == robustness.pieces(options)
     assert json.loads(json.dumps(rows)) == rows
     perfect = [row["gain_captured"] for row in rows if row["knob"] == LOGITS and row["at"] == 0]
     assert perfect == [1.0] * 3
     assert len(robustness.findings(rows)) == 5
-    assert RECORDED in robustness.paragraph(rows)
-    robustness.figure(rows).savefig(tmp_path / "figure.svg")
+    assert robustness.figures(rows)(f"{RECORDED}: rates known but for noise, {LOGITS} 0") == "100 ± 0 %"
+    assert set(robustness.tables(rows)) == set(robustness.KNOBS)
+    robustness.draw(rows).savefig(tmp_path / "figure.svg")
 
 
 def rows_with(late: float, rival: float) -> list[Row]:
@@ -129,9 +130,10 @@ def test_verdicts_follow_the_rows() -> None:
     assert good == ["holds"] * 5
     bad = [finding.verdict for finding in robustness.findings(rows_with(late=0.2, rival=0.95))]
     assert bad == ["does not hold", "holds", "holds", "holds", "does not hold"]
-    text = robustness.paragraph(rows_with(late=0.2, rival=0.95)).split("Against us")[1]
-    assert "15.0 points more than the Bayes filter" in text
-    assert "4 epochs late the Bayes filter keeps 20 ± 1 %" in text
+    rows = rows_with(late=0.2, rival=0.95)
+    lead, rival, _ = robustness.closest_rival(rows)
+    assert (round(lead, 3), rival) == (-0.15, "Beta with discount per visit 0.5")
+    assert robustness.figures(rows)(f"{RECORDED}: Bayes filter, {DELAY} 4") == "20 ± 1 %"
 
 
 def test_a_curve_is_mean_and_deviation_over_seeds() -> None:

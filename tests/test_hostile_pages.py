@@ -15,11 +15,8 @@ import pytest
 
 from knapsack_rl.offline.dry_run import Settings, dry_run
 from knapsack_rl.offline.reward_logs import RewardLog
-from knapsack_rl.offline.scoring import HEADINGS, Result
 from knapsack_rl.report import page, write_comparison, write_report
 from knapsack_rl.report.dry_run_page import write_dry_run
-from knapsack_rl.report.experiment_page import write_experiment
-from knapsack_rl.runs.calibration import calibrate
 from knapsack_rl.runs.samples import SampleStore
 from run_folders import write_rows, write_run
 
@@ -71,11 +68,7 @@ def write_pages(folder: Path, host: str) -> list[Path]:
     steps = np.repeat(np.arange(9), 64).astype(float)
     log = RewardLog.from_rollouts(ids, steps, dice.integers(0, 2, 576).astype(float), source=nasty[0], notes=nasty)
     three = write_dry_run(dry_run(log, Settings(seeds=1)), folder / "dry.html")
-    figures = dict.fromkeys(HEADINGS, 0.5) | {"gain_captured": 0.5}
-    empty = calibrate(np.array([0.2, 0.8]), np.array([False, True]))
-    results = [Result(nasty[0], text, {0: figures}, empty) for text in nasty]
-    four = write_experiment(results, folder / "experiment.html", title=nasty[1], lead=" ".join(nasty))
-    return [one, two, three, four]
+    return [one, two, three]
 
 
 class Elements(HTMLParser):

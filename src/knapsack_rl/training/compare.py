@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -175,16 +177,25 @@ def _train_here(run: Run, progress: Progress) -> None:
     from knapsack_rl.training.run import train
 
     progress.started(run)
-    outcome = train(run.settings, run.folder, Quiet(), resume=_resumes(run), report=False)
-    progress.ended(run, 0 if outcome.finished else 130)
+    if run.module == Run.module:
+        outcome = train(run.settings, run.folder, Quiet(), resume=_resumes(run), report=False)
+        status = 0 if outcome.finished else 130
+    else:
+        arguments = [*run.module[1:], *_arguments(run)]
+        with (run.folder / "log.txt").open("a", encoding="utf-8") as log, redirect_stdout(log):
+            status = import_module(run.module[0]).main(arguments)
+    progress.ended(run, status)
+
+
+def _arguments(run: Run) -> list[str]:
+    """Arguments of ``knapsack-rl train`` that start or resume a run."""
+    if _resumes(run):
+        return ["--quiet", "--resume", str(run.folder)]
+    return ["--quiet", "--config", str(run.folder / CONFIG_FILE), "--output", str(run.folder)]
 
 
 def _start(run: Run) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", *run.module, "--quiet"]
-    if _resumes(run):
-        command += ["--resume", str(run.folder)]
-    else:
-        command += ["--config", str(run.folder / CONFIG_FILE), "--output", str(run.folder)]
+    command = [sys.executable, "-m", *run.module, *_arguments(run)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (run.folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)  # noqa: S603
