@@ -164,15 +164,16 @@ def test_small_groups_have_no_smaller_budget_to_try():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(seeds=0), "seeds"),
-        (Settings(bandwidth=0), "bandwidth"),
-        (Settings(estimator="guess"), "estimator must be one of"),
-        (Settings(min_rollouts=9, max_rollouts=8), "min_rollouts 9 is above"),
+        ({"seeds": 0}, "seeds"),
+        ({"bandwidth": 0}, "bandwidth"),
+        ({"estimator": "guess"}, "estimator must be one of"),
+        ({"min_rollouts": 9, "max_rollouts": 8}, "min_rollouts 9 is above"),
+        ({"budget_unit": "tokens"}, "a dry run has no lengths"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        dry_run(make_log(RATES[:8], epochs=2), settings)
+        dry_run(make_log(RATES[:8], epochs=2), Settings(**settings))
 
 
 def test_progress_is_reported():

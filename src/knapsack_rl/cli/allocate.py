@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.allocation.policies import Allocation, allocate
-from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.cli.parser import add_bounds, add_command
-from knapsack_rl.estimation.named import ESTIMATORS
+from knapsack_rl.cli.parser import ALLOCATION_FLAGS, add_command, add_settings
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.reward_logs import ColumnNames, read_reward_log
 from knapsack_rl.offline.tables import Columns, column, identities, numbers, read_columns
 from knapsack_rl.runs.files import ALLOCATION_LOG
+from knapsack_rl.session import AllocationSettings
 
 DEFAULT_ROLLOUTS = 8
 ID_COLUMN, STEP_COLUMN, REWARD_COLUMN = "prompt_id", "step", "reward"
@@ -53,14 +52,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget", type=int, metavar="N", help="total number of rollouts")
     budget.add_argument("--rollouts-per-prompt", type=int, metavar="N", help="mean rollouts per prompt (default: 8)")
-    add_bounds(parser)
+    add_settings(parser, AllocationSettings, ALLOCATION_FLAGS)
     parser.add_argument("--fallback", action="store_true", help="for success rates: apply the paper's fallback rule")
-    parser.add_argument(
-        "--estimator",
-        choices=list(ESTIMATORS),
-        default="bayes-filter",
-        help="estimator for rewards (default: bayes-filter)",
-    )
     parser.add_argument(
         "--success-threshold",
         type=float,
@@ -111,7 +104,12 @@ def _from_rates(columns: Columns, parsed: argparse.Namespace) -> tuple[list[Prom
     rates = numbers(columns[parsed.rate_column], parsed.rate_column)
     ids = identities(columns[parsed.id_column], parsed.id_column) if parsed.id_column in columns else range(len(rates))
     found = allocate(
-        rates, _budget(parsed, len(rates)), parsed.min_rollouts, parsed.max_rollouts, fallback=parsed.fallback
+        rates,
+        _budget(parsed, len(rates)),
+        parsed.min_rollouts,
+        parsed.max_rollouts,
+        value=parsed.value,
+        fallback=parsed.fallback,
     )
     return list(ids), found
 
@@ -150,7 +148,10 @@ def _observed(
     """Return the next allocation of an allocator that observed these rollouts step by step."""
     if parsed.fallback:
         raise ValueError("--fallback applies to success rates; for rewards use --estimator window, the paper's rule")
-    allocator = KnapsackAllocator(parsed.estimator, parsed.min_rollouts, parsed.max_rollouts, success=success)
+    settings = AllocationSettings(
+        success_threshold=success, **{name: getattr(parsed, name) for name in ALLOCATION_FLAGS}
+    )
+    allocator = settings.make_allocator()
     for step in np.unique(steps):
         rows = np.flatnonzero(steps == step)
         allocator.observe([ids[row] for row in rows], rewards[rows])

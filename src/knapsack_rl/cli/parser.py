@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
+
+ALLOCATION_FLAGS = ("estimator", "estimator_settings", "value", "min_rollouts", "max_rollouts")
+"""Settings of allocation that are flags of the commands that read logs."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -64,11 +68,31 @@ def add_command(
     return parser
 
 
-def add_bounds(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that bound the rollouts of a prompt."""
-    parser.add_argument(
-        "--min-rollouts", type=int, default=2, metavar="N", help="fewest rollouts of a prompt (default: 2)"
-    )
-    parser.add_argument(
-        "--max-rollouts", type=int, default=128, metavar="N", help="most rollouts of a prompt (default: 128)"
-    )
+def add_settings(
+    parser: argparse._ActionsContainer, settings: type, names: Collection[str], *, prefix: str = ""
+) -> None:
+    """Add a flag for each of these fields of a settings class, with its help, choices and default.
+
+    Args:
+        parser: a parser or a group of one.
+        settings: a dataclass whose fields :func:`knapsack_rl.session.option` made.
+        names: of its fields.
+        prefix: in front of the name under which a flag is parsed; such a flag is None unless it is given.
+    """
+    for field in dataclasses.fields(settings):
+        if field.name not in names:
+            continue
+        flag, text, choices = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["choices"]
+        default, kind = None if prefix else field.default, type(field.default)
+        if kind is bool:
+            parser.add_argument(flag, dest=prefix + field.name, action="store_true", help=text)
+            continue
+        parser.add_argument(
+            flag,
+            dest=prefix + field.name,
+            type=kind,
+            default=default,
+            choices=choices,
+            metavar=None if choices else kind.__name__.upper(),
+            help=f"{text} (default: {field.default})" if field.default != "" else text,
+        )

@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from knapsack_rl.cli.parser import add_bounds, add_command
+from knapsack_rl.cli.parser import ALLOCATION_FLAGS, add_command, add_settings
 from knapsack_rl.cli.progress import progress
-from knapsack_rl.estimation.named import ESTIMATORS
+from knapsack_rl.session import AllocationSettings
 
 EXAMPLES = """examples:
   knapsack-rl replay runs/uniform-n8-seed0                      a run folder of this package
@@ -38,13 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--success-threshold", type=float, metavar="X", help="a reward above X is a success (default: 0)"
     )
-    parser.add_argument(
-        "--estimator",
-        choices=list(ESTIMATORS),
-        default="bayes-filter",
-        help="estimator of the knapsack (default: bayes-filter)",
-    )
-    add_bounds(parser)
+    add_settings(parser, AllocationSettings, ALLOCATION_FLAGS)
     parser.add_argument(
         "--bandwidth", type=float, default=2.5, metavar="X", help="bandwidth of the smoothing, in visits (default: 2.5)"
     )
@@ -65,7 +59,8 @@ def run(parsed: argparse.Namespace) -> int:
 
     names = ColumnNames(parsed.id_column, parsed.step_column, parsed.reward_column)
     log = read_reward_log(parsed.logs, names, parsed.success_threshold)
-    settings = Settings(parsed.bandwidth, parsed.seeds, parsed.estimator, parsed.min_rollouts, parsed.max_rollouts)
+    chosen = {name: getattr(parsed, name) for name in ALLOCATION_FLAGS}
+    settings = Settings(bandwidth=parsed.bandwidth, seeds=parsed.seeds, **chosen)
     with progress(simulations(settings), quiet=parsed.quiet) as done:
         result = dry_run(log, settings, done)
     print(json.dumps(result.as_dict(), indent=2) if parsed.json else summary(result))

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
+from knapsack_rl.cli.parser import add_settings
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
 SETTINGS_USAGE = "[--config FILE] [--print-config] [--SETTING VALUE ...]"
@@ -18,17 +19,8 @@ def add_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ())
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and exit")
     group = parser.add_argument_group("settings (also keys of the YAML file)")
-    for spec in dataclasses.fields(TrainSettings):
-        if spec.name in without:
-            continue
-        group.add_argument(
-            "--" + spec.name.replace("_", "-"),
-            dest=f"setting_{spec.name}",
-            type=type(spec.default),
-            choices=spec.metadata["choices"],
-            metavar=None if spec.metadata["choices"] else type(spec.default).__name__.upper(),
-            help=f"{spec.metadata['help']} (default: {spec.default})",
-        )
+    names = {field.name for field in dataclasses.fields(TrainSettings)} - set(without)
+    add_settings(group, TrainSettings, names, prefix="setting_")
 
 
 def settings_of(parsed: argparse.Namespace) -> TrainSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from knapsack_rl.cli.parser import add_command
+from knapsack_rl.cli.parser import add_command, add_settings
 from knapsack_rl.verl.launch import SETTINGS_KEY, SWITCHES, VerlSettings, check_config, overrides, parse_overrides
 
 EXAMPLES = """examples:
@@ -27,20 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         examples=EXAMPLES,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of your launch to check")
-    for field in dataclasses.fields(VerlSettings):
-        flag = "--" + field.name.replace("_", "-")
-        text, choices = field.metadata["help"], field.metadata["choices"]
-        if isinstance(field.default, bool):
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            parser.add_argument(
-                flag,
-                type=type(field.default),
-                choices=choices,
-                default=field.default,
-                metavar=None if choices else type(field.default).__name__.upper(),
-                help=f"{text} (default: {field.default})",
-            )
+    add_settings(parser, VerlSettings, [field.name for field in dataclasses.fields(VerlSettings)])
     parser.add_argument("--one-line", action="store_true", help="without line continuations")
 
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from knapsack_rl.allocation.checks import FloatArray, check_whole
 from knapsack_rl.allocation.value import value
-from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.offline.environments import Replay, Trace
 from knapsack_rl.offline.reward_logs import RewardLog
 from knapsack_rl.offline.scoring import figures, pooled_calibration
-from knapsack_rl.offline.simulate import PolicyMaker, Simulation, allocated, known_rates, simulate, uniform
+from knapsack_rl.offline.simulate import Allocated, PolicyMaker, Simulation, allocated, known_rates, simulate, uniform
 from knapsack_rl.runs.calibration import Calibration
 from knapsack_rl.runs.curves import rollouts_to_reach
 from knapsack_rl.runs.files import finite_or_none
+from knapsack_rl.session import AllocationSettings, Session, check_fields, option
 
 BUDGETS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 """Shares of the recorded budget to try; rollouts at equal value are interpolated between them."""
@@ -38,31 +38,37 @@ ASSUMPTION = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a dry run.
+@dataclass(kw_only=True)
+class Settings(AllocationSettings):
+    """Settings of a dry run: those of the knapsack policy, and how to replay.
 
     Attributes:
         bandwidth: standard deviation of the smoothing kernel, in visits.
         seeds: number of replays of each policy, from seed 0 on.
-        estimator: of the knapsack policy, a name of ``ESTIMATORS``.
-        min_rollouts: N_low.
-        max_rollouts: N_up.
+
+    Raises:
+        ValueError: a setting is out of range, or the budget is in tokens, of which a reward log knows nothing.
     """
 
-    bandwidth: float = 2.5
-    seeds: int = 3
-    estimator: str = "bayes-filter"
-    min_rollouts: int = 2
-    max_rollouts: int = 128
+    bandwidth: float = option(2.5, "bandwidth of the smoothing, in visits")
+    seeds: int = option(3, "replays of each policy")
+
+    def __post_init__(self) -> None:
+        check_fields(self, type(self))
+        self.check_allocation()
+        check_whole("seeds", self.seeds, minimum=1)
+        if self.budget_unit != "rollouts":
+            raise ValueError(f"a dry run has no lengths, so budget_unit must be 'rollouts', got {self.budget_unit!r}")
 
     def policies(self) -> dict[str, PolicyMaker]:
         """Return the policies to replay, by label."""
         bounds = (self.min_rollouts, self.max_rollouts)
+        own = AllocationSettings.of(self)
+        own.success_threshold = 0.0  # a simulated outcome is 0 or 1
         return {
             "uniform": uniform(),
             "paper": allocated("window", *bounds),
-            KNAPSACK: allocated(self.estimator, *bounds),
+            KNAPSACK: lambda _: Allocated(Session(own)),
             LIMIT: known_rates(*bounds),
         }
 
@@ -179,10 +185,6 @@ def dry_run(log: RewardLog, settings: Settings | None = None, done: Callable[[st
             is out of range.
     """
     settings = settings or Settings()
-    check_whole("seeds", settings.seeds, minimum=1)
-    KnapsackAllocator(
-        settings.estimator, settings.min_rollouts, settings.max_rollouts
-    )  # raises for settings that cannot work
     _check_enough(log)
     trace = Trace.from_visits(log.prompt, log.successes, log.totals)
     batches = np.split(log.prompt, np.flatnonzero(np.diff(log.step)) + 1)
