@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.belief import Belief
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_whole
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_step_budget, check_whole
 from knapsack_rl.allocation.coverage import allocate_with_skips
 from knapsack_rl.allocation.degradation import evenly
 from knapsack_rl.allocation.policies import (
@@ -40,12 +40,9 @@ from knapsack_rl.estimation.protocol import Estimator, check_choices, check_esti
 from knapsack_rl.estimation.tracker import Records, Tracker
 from knapsack_rl.groups import GroupOutcomes, SuccessRule, check_success_rule, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
-from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order
+from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order, twin_warning
 from knapsack_rl.metrics import StepMetrics, lost_metrics
-from knapsack_rl.state import read_state, write_state
-
-LARGEST_BUDGET = 2**24
-"""Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
+from knapsack_rl.state import check_header, read_state, write_state
 
 STATE_FORMAT = "knapsack-rl allocator"
 STATE_VERSION = 4
@@ -149,7 +146,7 @@ class KnapsackAllocator(Guarded):
             decide = partial(self._allocate_tokens, ids, check_tokens(budget))
             rollouts = len(ids) * first_group(self.min_rollouts, self.max_rollouts)  # only if allocation fails
         else:
-            rollouts = _check_budget(budget)
+            rollouts = check_step_budget(budget)
             decide = partial(self._allocate_rollouts, ids, rollouts)
         self._warn_of_twins(ids)
         found = self.survive("allocation", decide)
@@ -199,24 +196,17 @@ class KnapsackAllocator(Guarded):
         """Warn once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
         if "twins" not in self._warned and (found := self.tracker.twin(ids)):
             new, known = found
-            self.warn_once(
-                "twins",
-                f"prompt id {new!r} is new, but {known!r} is known: ids keep their type, so what was observed of "
-                f"{known!r} does not count for {new!r}. Give every id the same type in every epoch",
-            )
+            self.warn_once("twins", twin_warning(new, known))
 
     @one_at_a_time
     def top_up(
         self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
     ) -> Allocation:
-        """Spend the rest of a step's budget given the outcomes of a first share; for loops of your own.
+        """Spend the rest of a step's budget given the outcomes of a first share, in your own training loop.
 
         Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
-        rollouts of the step once. Groups that hold both outcomes get more only if nobody else gains anything.
-
-        The sizes of groups then depend on their outcomes, which biases group statistics: E[successes / rollouts] > p
-        for a group that stops after its first success, and its advantages inherit that. The grid posteriors are not
-        affected. See :meth:`knapsack_rl.estimation.bayes.GridPosterior.believe_after`.
+        rollouts of the step once. Group sizes then depend on outcomes, which biases group statistics but not the
+        posteriors, see :meth:`knapsack_rl.estimation.bayes.GridPosterior.believe_after`.
 
         Args:
             prompt_ids: M distinct ids.
@@ -232,7 +222,7 @@ class KnapsackAllocator(Guarded):
                 on more than whether outcomes are mixed.
         """
         started = time.perf_counter()
-        ids, left = check_batch(prompt_ids), _check_budget(budget)
+        ids, left = check_batch(prompt_ids), check_step_budget(budget)
         counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
         grid, cap, order = check_mixed_outcomes(self.estimator), self.max_rollouts, stable_order(ids)
 
@@ -265,7 +255,7 @@ class KnapsackAllocator(Guarded):
         ids, given = check_batch(prompt_ids), check_counts(counts)
         if given.shape != (len(ids),):
             raise ValueError(f"counts must hold one number per prompt ({len(ids)}), got shape {given.shape}")
-        _check_budget(sum(given.tolist()))
+        check_step_budget(sum(given.tolist()))
         self._warn_of_twins(ids)
         reason = "counts given from outside"
 
@@ -485,17 +475,10 @@ class KnapsackAllocator(Guarded):
         return allocator
 
 
-def _check_budget(budget: float) -> int:
-    number = check_whole("budget", budget, minimum=0)
-    if number > LARGEST_BUDGET:
-        raise ValueError(f"budget must be at most {LARGEST_BUDGET} rollouts a step, got {budget}")
-    return number
-
-
 COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
 """Counters of the allocator that its state holds."""
 
-_HEADER: dict[str, Any] = {
+HEADER: dict[str, Any] = {
     "estimator": (str, NoneType),
     "settings": dict,
     "min_rollouts": int,
@@ -505,30 +488,13 @@ _HEADER: dict[str, Any] = {
     "value": (str, NoneType),
     "failures": dict,
 } | dict.fromkeys(COUNTERS, int)
+"""Types of the header's values."""
 
 
 def _check_header(header: Any) -> Mapping[str, Any]:
-    """Refuse a header that is foreign, of another version, or incomplete.
-
-    Raises:
-        ValueError: the header is not one of this version.
-    """
-    if not isinstance(header, Mapping) or header.get("format") != STATE_FORMAT:
-        found = header.get("format") if isinstance(header, Mapping) else header
-        raise ValueError(f"this is not an allocator state: its format is {found!r}, expected {STATE_FORMAT!r}")
-    version = header.get("version")
-    if version != STATE_VERSION:
-        raise ValueError(
-            f"the allocator state has version {version!r}, this package reads version {STATE_VERSION}; use the "
-            "knapsack-rl that wrote it, or start with a new allocator"
-        )
-    for name, kind in _HEADER.items():
-        if name not in header:
-            raise ValueError(f"the allocator state lacks {name!r} in its header")
-        if not isinstance(header[name], kind) or isinstance(header[name], bool):
-            raise ValueError(f"{name!r} of the allocator state has type {type(header[name]).__name__}")
-    counted = {name: header[name] for name in COUNTERS} | header["failures"]
-    for name, times in counted.items():
+    """Refuse a header that is foreign, of another version, incomplete, or has impossible counters."""
+    check_header(header, STATE_FORMAT, STATE_VERSION, HEADER)
+    for name, times in ({name: header[name] for name in COUNTERS} | header["failures"]).items():
         if not isinstance(times, int) or times < 0:
             raise ValueError(f"{name!r} of the allocator state must be a whole number >= 0, got {times!r}")
     return header

@@ -156,12 +156,16 @@ def _ranked(group_of_rollout: ArrayLike) -> tuple[IntArray, int]:
 
 
 def check_success_rule(success: SuccessRule) -> None:
-    """Refuse a success rule that could only fail later.
+    """Refuse a success rule that could only fail later; a function is tried once.
 
     Raises:
-        ValueError: it is neither a function nor a finite number.
+        ValueError: it is neither a function nor a finite number, or the function fails on rewards of 0 and 1.
     """
     if callable(success):
+        try:
+            successes_of(np.array([0.0, 1.0]), success)
+        except Exception as error:
+            raise ValueError(f"the success function failed on the rewards [0, 1]: {error!r}") from error
         return
     if isinstance(success, (bool, str)) or not isinstance(success, (int, float)) or not np.isfinite(success):
         raise ValueError(f"the success rule must be a finite threshold or a function of the rewards, got {success!r}")

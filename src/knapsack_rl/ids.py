@@ -107,3 +107,11 @@ def other_type(prompt_id: PromptId) -> PromptId | None:
         return None
     number = int(prompt_id)
     return number if str(number) == prompt_id else None
+
+
+def twin_warning(new: PromptId, known: PromptId) -> str:
+    """Explain that an id is new although one that looks the same is known."""
+    return (
+        f"prompt id {new!r} is new, but {known!r} is known: ids keep their type, so what was observed of "
+        f"{known!r} does not count for {new!r}. Give every id the same type in every epoch"
+    )

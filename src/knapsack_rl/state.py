@@ -172,3 +172,30 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
         raise ValueError(f"{member.filename} holds a pickle, which is never loaded")
     data = content[start.tell() :].view(dtype)
     return data.reshape(shape, order="F" if fortran else "C")
+
+
+def check_header(header: Any, name: str, version: int, types: Mapping[str, Any]) -> None:
+    """Refuse a header that is foreign, of another version, or incomplete.
+
+    Args:
+        header: of a state.
+        name: the value of its ``format``.
+        version: the value of its ``version``.
+        types: type, or tuple of types, of every other value.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    found = header.get("format") if isinstance(header, Mapping) else header
+    if not isinstance(header, Mapping) or found != name:
+        raise ValueError(f"this is not an allocator state: its format is {found!r}, expected {name!r}")
+    if header.get("version") != version:
+        raise ValueError(
+            f"the allocator state has version {header.get('version')!r}, this package reads version {version}; use the "
+            "knapsack-rl that wrote it, or start with a new allocator"
+        )
+    for key, kind in types.items():
+        if key not in header:
+            raise ValueError(f"the allocator state lacks {key!r} in its header")
+        if not isinstance(header[key], kind) or isinstance(header[key], bool):
+            raise ValueError(f"{key!r} of the allocator state has the wrong type, {type(header[key]).__name__}")

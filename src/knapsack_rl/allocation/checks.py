@@ -85,3 +85,19 @@ def check_amounts(values: ArrayLike, name: str, largest: float = LARGEST_AMOUNT)
         i = int(np.argmax(bad))
         raise ValueError(f"{name}[{i}] is {vector[i]}; allowed: numbers from 0 to {largest:g}; correct that entry")
     return vector
+
+
+LARGEST_STEP = 2**24
+"""Rollouts of one step; tables of values grow with it, and a mistaken number must not fill the memory."""
+
+
+def check_step_budget(budget: Any) -> int:
+    """Return the rollouts of a step as int.
+
+    Raises:
+        ValueError: ``budget`` is not a whole number from 0 to 2^24.
+    """
+    number = check_whole("budget", budget, minimum=0)
+    if number > LARGEST_STEP:
+        raise ValueError(f"budget must be at most {LARGEST_STEP} rollouts a step, got {budget}")
+    return number
