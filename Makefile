@@ -32,7 +32,7 @@ evidence: $(INSTALLED)  ## run every experiment of the evidence page (hours; con
 	$(BIN)/python -m experiments all --output docs/evidence
 	$(BIN)/python -m experiments page
 
-# No test of the default suite takes a minute; one that hangs tells where, and ends the run.
+# No test of the default suite takes a minute; one that hangs prints its traceback and ends the run.
 test: $(INSTALLED)  ## run the default test suite
 	$(BIN)/python -m pytest -m "not slow" --durations=15 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 

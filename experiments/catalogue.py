@@ -25,10 +25,10 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def load(name: str) -> Experiment:
-    """An experiment by name.
+    """Return an experiment by name.
 
     Raises:
-        ValueError: there is no such experiment.
+        ValueError: the name is unknown.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
@@ -36,7 +36,7 @@ def load(name: str) -> Experiment:
 
 
 def shared_runs(options: Options) -> list[Run]:
-    """Training runs of all experiments on the shared task, none twice.
+    """Training runs of all experiments on the shared task, each once.
 
     Trained before any experiment, they keep all workers busy; one experiment after the other leaves them idle while its
     last run ends.
@@ -46,7 +46,7 @@ def shared_runs(options: Options) -> list[Run]:
 
 
 def run(name: str, options: Options, done: Callable[[str], None]) -> list[Row]:
-    """Measure; rows of a quick run are marked, so that none of them is shown on a page.
+    """Measure; rows of a quick run are marked, which keeps them off the pages.
 
     Args:
         name: of ``EXPERIMENTS``.
@@ -85,15 +85,15 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path:
 
 
 def read(name: str, folder: Path) -> list[Row]:
-    """Rows that :func:`write` left.
+    """Read the rows that :func:`write` wrote.
 
     Raises:
-        FileNotFoundError: there are none.
+        FileNotFoundError: there is no such file.
         ValueError: the rows are those of a quick run.
     """
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; run `python -m experiments {name} --output {folder}`")
+        raise FileNotFoundError(f"no file {path}; run `python -m experiments {name} --output {folder}`")
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if any(row.get("quick") for row in rows):
         raise ValueError(f"{path} holds a quick run, whose figures mean nothing; run `python -m experiments {name}`")

@@ -1,4 +1,4 @@
-"""The parts of an experiment that the command and the pages use, whatever it measures."""
+"""The interface of an experiment to the command and the pages."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Experiment(Protocol):
         ...
 
     def figures(self, rows: Sequence[Row]) -> Callable[[str], str]:
-        """A function from the name of a figure to its text; it raises ValueError for an unknown name."""
+        """Return a function from the name of a figure to its text; it raises ValueError for an unknown name."""
         ...
 
     def tables(self, rows: Sequence[Row]) -> dict[str, str]:
@@ -106,7 +106,7 @@ def by_name(figures: dict[str, str]) -> Callable[[str], str]:
     def text(name: str) -> str:
         if name not in figures:
             near = get_close_matches(name, figures, 3, 0.0)
-            raise ValueError(f"there is no figure {name!r}; the closest names are {', '.join(map(repr, near))}")
+            raise ValueError(f"no figure {name!r}; the closest names are {', '.join(map(repr, near))}")
         return figures[name]
 
     return text
@@ -119,7 +119,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def select(rows: Sequence[Row], **wanted: object) -> list[Row]:
-    """Rows whose values under the given keys are the given ones."""
+    """Rows with the given values under the given keys."""
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 

@@ -102,7 +102,7 @@ def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
-    """None: the estimation page gives the figures, the evidence page has the claims."""
+    """Return no claims: those about estimators are of the experiment ``robustness``."""
     return []
 
 

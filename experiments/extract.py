@@ -33,7 +33,7 @@ prompt is unsolved."""
 
 
 def extract(run: Run, arm: str, rule: str = "") -> Row:
-    """The row of a finished run.
+    """Summarise a finished run in a row.
 
     Args:
         run: a finished run.
@@ -94,7 +94,7 @@ def _series(log: RunLog) -> dict[str, list[float | None]]:
 
 
 def _budget(log: RunLog) -> dict[str, Any]:
-    """Visits by rollouts given, mean rollouts by estimated rate, and what went to prompts without a success so far."""
+    """Visits by rollouts given, mean rollouts by estimated rate, and the budget of prompts without a success so far."""
     counts = log.visits.counts
     sizes, visits = np.unique(counts, return_counts=True)
     by_estimate = log.budget_by_estimate
@@ -115,7 +115,7 @@ def _budget(log: RunLog) -> dict[str, Any]:
 
 
 def never_solved(visits: Visits) -> NDArray[np.bool_]:
-    """(V,) visits of prompts that were sampled before and never succeeded until then."""
+    """Mark the visits (V,) of prompts that were sampled before and never succeeded until then."""
     sampled: dict[int, int] = {}
     found = np.zeros(visits.prompt.size, dtype=np.bool_)
     for at, (prompt, scored, good) in enumerate(
@@ -169,7 +169,7 @@ def _share(values: NDArray[Any]) -> float | None:
 
 
 def _number(value: Any) -> Any:
-    """A number of six digits, None for what is none: the files stay small and valid JSON."""
+    """A number of six digits, None if it is not finite: the files stay small and valid JSON."""
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{float(value):.6g}")

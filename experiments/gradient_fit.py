@@ -87,7 +87,7 @@ class Measured:
         return [np.flatnonzero(self.stage == one) for one in range(self.stage.max() + 1)]
 
     def relative(self, target: str) -> FloatArray:
-        """(P, G) a target relative to its root mean square in the stage: within a batch only ratios matter."""
+        """A target (P, G) relative to its root mean square in the stage: within a batch only ratios matter."""
         found = self.by_target[target].copy()
         for mine in self.stages:
             found[mine] /= np.sqrt(np.mean(found[mine] ** 2))
@@ -169,7 +169,7 @@ class Correlation(NamedTuple):
 
 
 def predictions(rates: FloatArray) -> dict[str, FloatArray]:
-    """(P, G) values of prompts with these success rates at the group sizes, by value function."""
+    """Values (P, G) of prompts with these success rates at the group sizes, by value function."""
     counts = np.array(GROUP_SIZES)
     found = {name: formula(counts, rates[:, None]) for name, formula in FORMULAS.items()}
     found[GAIN_ALONE] = np.repeat(information_gain(rates)[:, None], counts.size, axis=1)
@@ -206,7 +206,7 @@ def correlation(measured: Measured, predicted: FloatArray, target: FloatArray, *
 
 
 def shape_in_size(measured: Measured, low: float, high: float) -> tuple[FloatArray, FloatArray]:
-    """(G,) measured own gain and V(N, p), each summed over prompts with low <= p < high, relative to the largest N."""
+    """Own gain (G,) and V(N, p) (G,), each summed over prompts with low <= p < high, relative to the largest N."""
     mine = (measured.rates >= low) & (measured.rates < high)
     gains = measured.relative("own")[mine].sum(axis=0)
     mixed = (nonzero_gradient_probability(np.array(GROUP_SIZES), measured.rates[:, None]))[mine]

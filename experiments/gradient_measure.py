@@ -80,12 +80,12 @@ class ArithmeticModel:
         return [(tuple(prompt), (*answer, end)) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def log_probabilities(self, pairs: Sequence[Pair]) -> Tensor:
-        """(R,) log-probability of each completion given its prompt; differentiable."""
+        """Log-probability (R,) of each completion given its prompt; differentiable."""
         ids, counted = self._padded(pairs)
         return _summed(self.model(input_ids=ids[:, :-1], use_cache=False).logits, ids, counted)
 
     def score_gradients(self, pairs: Sequence[Pair]) -> Tensor:
-        """(R, parameters) gradient of each completion's log-probability."""
+        """Gradient (R, parameters) of each completion's log-probability."""
         named = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
         def log_probability(parameters: dict[str, Tensor], ids: Tensor, counted: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class ArithmeticModel:
         return torch.cat(found)
 
     def _padded(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """(R, T) tokens, padded to the right, and which of them are of the completion."""
+        """Tokens (R, T), padded to the right, and a mask (R, T) of those of the completion."""
         # Attention is causal, so padding on the right needs no mask.
         longest = max(len(prompt) + len(completion) for prompt, completion in pairs)
         ids = np.full((len(pairs), longest), self.tokenizer.pad_token_id)
@@ -114,7 +114,7 @@ class ArithmeticModel:
         return torch.from_numpy(ids), torch.from_numpy(counted)
 
     def success_rates(self, pairs: Sequence[Pair]) -> FloatArray:
-        """(P,) probability of the right completion of each prompt."""
+        """Probability (P,) of the right completion of each prompt."""
         with torch.no_grad():
             return np.exp(self.log_probabilities(pairs).double().numpy())
 
@@ -166,7 +166,7 @@ class ArithmeticModel:
 
 
 def _summed(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
-    """(R,) sum of log-probabilities of the counted tokens; logits are those of all tokens but the last."""
+    """Sum (R,) of log-probabilities of the counted tokens; logits are those of all tokens but the last."""
     found = torch.log_softmax(logits, dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
     return torch.where(counted[:, 1:], found, 0.0).sum(dim=1)
 
@@ -284,7 +284,7 @@ class PromptScores:
 
 
 def advantages_of(size: int) -> tuple[FloatArray, FloatArray]:
-    """(size + 1,) advantage of a success, and of a failure, in a group with k = 0..size successes; 0 where unmixed."""
+    """Advantage (size + 1,) of a success, and of a failure, with k = 0..size successes in the group; 0 where unmixed."""
     successes: IntArray = np.arange(size + 1)
     rewards = (np.arange(size) < successes[:, None]).astype(np.float64)  # a group a row, its successes first
     advantages = group_advantages(np.repeat(successes, size), rewards.ravel()).reshape(size + 1, size)

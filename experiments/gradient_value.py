@@ -46,7 +46,7 @@ STEPS, QUICK_STEPS = (0, 100, 200), (0, 1)
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured per seed and stage.
+    """Sizes of the measurement per seed and stage.
 
     Attributes:
         candidates: prompts whose success rate is computed, to draw from.
@@ -181,7 +181,7 @@ def _directions(model: ArithmeticModel, others: list[dict[str, Any]]) -> Directi
 
 
 def _step(model: ArithmeticModel, step: Any, right: Pair, others: list[Pair]) -> FloatArray:
-    """(own, population) gain in success rate by a step of the parameters, which are then put back."""
+    """Gain in success rate (own, population) by a step of the parameters, which are then put back."""
     before = np.array([model.success_rates([right])[0], model.success_rates(others).mean()])
     model.move(step)
     after = np.array([model.success_rates([right])[0], model.success_rates(others).mean()])

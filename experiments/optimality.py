@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured per seed."""
+    """Sizes of the measurement per seed."""
 
     small: int = 500
     small_priced: int = 300
@@ -245,7 +245,7 @@ TIMED = 256
 
 
 def tally(rows: Sequence[Row]) -> tuple[int, int, float]:
-    """(optimal instances, all instances, largest gap)."""
+    """Count instances: (optimal, all, largest gap)."""
     return (
         sum(row["optimal"] for row in rows),
         sum(row["instances"] for row in rows),
@@ -269,7 +269,7 @@ def milliseconds(rows: Sequence[Row], prompts: int, method: str, *, costs: bool 
 
 
 def lost(rows: Sequence[Row], mixture: str, rule: str) -> tuple[float, float, float]:
-    """(mean, lower, upper) per cent of the value that a rule loses."""
+    """Per cent of the value that a rule loses: (mean, lower, upper)."""
     return bootstrap_interval([100 * row["lost"] for row in select(rows, part="rules", mixture=mixture, rule=rule)])
 
 

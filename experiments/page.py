@@ -32,11 +32,11 @@ class Evidence:
         self._of: dict[str, _Figures] = {}
 
     def __call__(self, name: str) -> str:
-        """The text of a name.
+        """Return the text of a name.
 
         Raises:
             FileNotFoundError: the experiment has no rows.
-            ValueError: there is no such experiment, figure or table.
+            ValueError: no such experiment, figure or table.
         """
         if name == "claims":
             return self.claims()
@@ -80,7 +80,7 @@ class _Figures:
             return self._figure(name)
         table = name.removeprefix(TABLE)
         if table not in self.tables:
-            raise ValueError(f"there is no table {table!r}; there are {', '.join(self.tables)}")
+            raise ValueError(f"no table {table!r}; there are {', '.join(self.tables)}")
         return self.tables[table]
 
 

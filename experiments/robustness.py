@@ -107,7 +107,7 @@ class GivenRates:
         return counts, nonzero_gradient_probability(counts, rates)
 
     def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
-        """Nothing is learned."""
+        """Learn nothing."""
 
 
 def late(name: str, settings: Mapping[str, object], epochs: int) -> PolicyMaker:
@@ -327,7 +327,7 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
 
 
 def closest_rival(rows: Sequence[Row]) -> tuple[float, str, str]:
-    """(lead of the default over the best setting of any other estimator, that setting, environment), at its least."""
+    """Smallest lead of the default over the best setting of any other estimator: (lead, that setting, environment)."""
     return min(
         (curve(rows, where, DELAY, DEFAULT)[0.0][0] - mean, f"{policy} with {knob} {at:g}", where)
         for (where, knob, policy), found in curves(rows).items()

@@ -1,8 +1,8 @@
-"""Generation in rounds: what is sampled next depends on what came out, and not all of it need be trained on.
+"""Generation in rounds: each round depends on the outcomes before it, and a step may train on a part of its rollouts.
 
 Rules that oversample, skip or stop early are written as a :class:`Rounds`; the trainer generates what it asks for,
-keeps account of every rollout, and trains on the rows that it keeps. Advantages are those of whole groups, so a row
-that is dropped has told its group's mean all the same.
+counts every rollout, and trains on the rows that the rule keeps. Advantages are those of whole groups, so a dropped
+row still contributes to its group's mean.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Rounds(Protocol):
         ...
 
     def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
-        """What came of a round: groups in the order of the prompts."""
+        """A round is scored; groups are in the order of the prompts."""
         ...
 
     def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
@@ -59,7 +59,7 @@ class Rounds(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore the values that :meth:`state_dict` returned."""
         ...
 
 

@@ -41,7 +41,7 @@ class Oversample:
         self._at = 0
 
     def start(self, prompts: list[PromptId]) -> None:
-        """Begin a step; prompts are drawn from an order of the rule's own, since a step takes more than the batch."""
+        """Begin a step; the rule draws prompts from its own order, because a step needs more than the batch."""
         self._effective: list[PromptId] = []
         self._used: set[PromptId] = set()
         self._rounds = 0
@@ -85,11 +85,11 @@ class Oversample:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the order stands."""
+        """The order and the position in it."""
         return {"order": self._order, "at": self._at, "rng": self._rng.bit_generator.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the order."""
+        """Continue in the order."""
         self._order, self._at = list(state["order"]), int(state["at"])
         self._rng.bit_generator.state = state["rng"]
 
@@ -124,7 +124,7 @@ class Skip(Oversample):
         self._seen = {"easy": 0, "hard": 0, "all": 0}
 
     def start(self, prompts: list[PromptId]) -> None:
-        """Move the probabilities by what the last step had, and begin."""
+        """Adjust the probabilities to the last step, and begin."""
         super().start(prompts)
         if self._seen["all"]:
             for kind, target in self.TARGETS.items():
@@ -164,7 +164,7 @@ class Skip(Oversample):
         return super().state_dict() | {"explore": self._explore, "flat": flat, "seen": self._seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore all of it."""
+        """Restore the order, the probabilities and the visits."""
         super().load_state_dict(state)
         self._explore, self._seen = dict(state["explore"]), dict(state["seen"])
         self._flat = {prompt: (kind, visits) for prompt, kind, visits in state["flat"]}
@@ -217,7 +217,7 @@ class Sequential:
         return np.sort(np.array(kept, dtype=np.int64))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing lasts longer than a step."""
+        """Empty: the rule keeps nothing between steps."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

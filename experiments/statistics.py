@@ -169,7 +169,7 @@ def in_every_seed(estimate: Estimate, threshold: float) -> Verdict:
 
 
 def bootstrap_interval(numbers: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, lower, upper): 95 % percentile interval of the mean over units drawn again with replacement.
+    """Bootstrap a mean: (mean, lower, upper), the 95 % percentile interval over units drawn with replacement.
 
     Args:
         numbers: (U,) one for each independent unit, such as a seed; U >= 1.

@@ -25,7 +25,7 @@ def load_trace(split: Split = "all") -> Trace:
             that nothing was chosen on, ``"all"`` both.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -18,7 +18,7 @@ from knapsack_rl.runs.curves import mean_curve, moving_average
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the picture: where the budget went, what it made effective, and what it bought."""
+    """Write the picture: where the budget went, the share of rollouts with a gradient, and the accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the run folders")
     parser.add_argument("output", type=Path, help="PNG or SVG file")

@@ -25,7 +25,7 @@ SETTINGS = dataclasses.fields(TrainSettings)
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
@@ -42,7 +42,7 @@ def cli(capsys):
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a command that must fail on its input; returns the one line it says."""
+    """Runs a command that must fail on its input; returns its one line of output."""
 
     def run(*arguments):
         assert main([str(argument) for argument in arguments]) == 2
@@ -110,7 +110,8 @@ def test_the_help_lists_every_setting_and_its_default(command, capsys):
         listed = f"\n  --{spec.name.replace('_', '-')} " in out
         assert listed == (spec.name not in varied), spec.name
         if listed:
-            assert "".join(f"{spec.metadata['help']} (default: {spec.default})".split()) in text
+            default = f"(default: {spec.default})" if spec.default != "" else ""
+            assert "".join(f"{spec.metadata['help']} {default}".split()) in text, spec.name
 
 
 def test_version(capsys):
@@ -131,7 +132,7 @@ def test_an_unknown_command_is_refused(misused):
     assert "invalid choice: 'alocate'" in misused("alocate")
 
 
-def test_an_unknown_flag_is_refused_with_what_was_probably_meant(misused):
+def test_an_unknown_flag_is_refused_with_the_flag_probably_meant(misused):
     for arguments, message in (
         (("train", "--promt-column", "question"), "--promt-column question (did you mean --prompt-column?)"),
         (("train", "--rollouts-per-promt=4"), "--rollouts-per-promt=4 (did you mean --rollouts-per-prompt?)"),
@@ -172,7 +173,7 @@ def test_the_installed_script_allocates(tmp_path):
     assert done.stdout == "prompt_id,success_rate,rollouts\na,0.5,14\nb,1.0,2\n"
 
 
-def test_an_interruption_is_said_and_exits_with_130(monkeypatch, capsys):
+def test_an_interruption_is_reported_and_exits_with_130(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -231,7 +232,7 @@ def test_rates_are_allocated_as_by_the_library(cli, flags, expected):
     assert sum(counts) == expected["budget"]
 
 
-def test_what_became_of_a_surplus_is_said_apart_from_the_table(cli):
+def test_the_use_of_a_surplus_is_reported_apart_from_the_table(cli):
     rates = {"a": 1.0, "b": 0.0}
     out, err = cli("allocate", write_rates(rates=rates))
     found = kr.allocate([1.0, 0.0], 16)
@@ -390,7 +391,7 @@ def test_completions_of_trl_are_a_log_of_rewards(cli):
     assert counts == allocator.allocate(prompts, 8 * len(prompts)).counts.tolist()
 
 
-def test_a_budget_that_a_log_cannot_meet_degrades_and_says_so_once(cli, caplog):
+def test_an_infeasible_budget_for_a_log_degrades_with_one_message(cli, caplog):
     rows = reward_log()
     out, err = cli("allocate", write_table(rows, "csv"), "--budget", 6)
     assert sum(read_table(out)[2]) == 6
@@ -444,8 +445,8 @@ def test_a_missing_extra_is_one_line(refused, monkeypatch):
     assert refused("report", "run").endswith('This command needs: pip install "knapsack-rl[plots]"')  # and not TRL
 
 
-def test_flags_that_contradict_or_are_no_numbers_are_refused(misused):
-    for rollouts in (8, 9):  # the default is no exception
+def test_contradicting_flags_and_flags_without_a_number_are_refused(misused):
+    for rollouts in (8, 9):  # also where it is the default
         assert "not allowed with" in misused("allocate", "a.csv", "--budget", 8, "--rollouts-per-prompt", rollouts)
     assert "invalid int value: '8.5'" in misused("allocate", "a.csv", "--budget", 8.5)
     assert "invalid choice: 'mean'" in misused("allocate", "a.csv", "--estimator", "mean")
@@ -669,7 +670,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_the_slow_imports(refused):
 
 
 @pytest.mark.usefixtures("too_early")
-def test_what_cannot_be_resumed_is_refused_before_the_slow_imports(refused):
+def test_a_run_that_cannot_be_resumed_is_refused_before_the_slow_imports(refused):
     assert refused("train", "--resume", "missing") == "there is no run folder missing"
     Path("runs").mkdir()
     assert refused("train", "--resume", "runs") == "runs is not a run folder: it has no config.yaml"
@@ -762,7 +763,7 @@ def test_where_the_page_of_a_run_goes(cli, refused, two_runs):
     assert "JSON goes to standard output" in refused("report", two_runs[0], "--format", "json", "--output", "x.json")
 
 
-def test_a_report_of_what_is_no_run_is_one_line(refused, two_runs):
+def test_a_report_of_something_other_than_a_run_is_one_line(refused, two_runs):
     Path("empty").mkdir()
     assert "empty is not a run folder" in refused("report", "empty")
     assert refused("report", "missing") == "there is no run folder missing"

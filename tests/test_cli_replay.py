@@ -14,13 +14,13 @@ from knapsack_rl.cli.progress import progress as make_progress
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def log(tmp_path):
-    """A small log under column names of its own."""
+    """A small log with unusual column names."""
     rng = np.random.default_rng(0)
     lines = ["iteration,q,grade"]
     for step in range(6):
@@ -51,9 +51,9 @@ def test_a_replay_as_json_is_json_alone(log, capsys, tmp_path):
     assert not list(tmp_path.glob("*.html"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+@pytest.mark.usefixtures("log")
+def test_bad_input_to_replay_is_one_line(capsys):
+    for arguments, message in (
         (["nowhere"], "no file or folder nowhere"),
         (["log.csv"], "none of the usual columns for the prompt"),
         (
@@ -62,14 +62,12 @@ def test_a_replay_as_json_is_json_alone(log, capsys, tmp_path):
         ),
         (["log.csv", "--id-column", "grade", "--reward-column", "q"], "is not a number"),
         (["log.csv", *COLUMNS, "--seeds", "0"], "seeds must be a whole number >= 1, got 0"),
-    ],
-)
-def test_what_cannot_be_replayed_is_one_line(arguments, message, log, capsys):
-    assert main(["replay", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert message in err
-    assert err.count("\n") == 1
+    ):
+        assert main(["replay", *arguments]) == 2, arguments
+        out, err = capsys.readouterr()
+        assert out == "", arguments
+        assert message in err, arguments
+        assert err.count("\n") == 1, arguments
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------

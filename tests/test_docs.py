@@ -65,14 +65,10 @@ def run(block: Block, space: dict[str, object]) -> None:
         exec(code, space)
 
 
-def names(page: Path) -> str:
-    return page.stem
-
-
 PAGES_WITH_CODE = [page for page in PAGES if any(block.language == "python" for block in blocks(page))]
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=names)
+@pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     code = [block for block in blocks(page) if block.language == "python"]
     if any(word in block.text for block in code for word in HEAVY):
@@ -151,9 +147,8 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=names)
-def test_links_between_pages_resolve(page):
-    for target in LINK.findall(prose(page)):
+def test_links_between_pages_resolve():
+    for page, target in [(page, target) for page in PAGES for target in LINK.findall(prose(page))]:
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -161,6 +156,15 @@ def test_links_between_pages_resolve(page):
         assert path.exists(), f"{page.name}: {target}"
         if anchor and path.suffix == ".md":
             assert anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_tests_named_on_a_page_exist():
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    everywhere = "".join(files.values())
+    for page in PAGES:
+        for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text(encoding="utf-8")):
+            assert not file or file in files, f"{page.name}: {file}"
+            assert not name or f"def {name}(" in files.get(file, everywhere), f"{page.name}: {file} {name}"
 
 
 def test_every_page_is_in_the_navigation():
@@ -173,9 +177,8 @@ def reference() -> list[str]:
     return re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", kr.__all__)
-def test_public_names_are_in_the_reference(name):
-    assert f"knapsack_rl.{name}" in reference()
+def test_public_names_are_in_the_reference():
+    assert {f"knapsack_rl.{name}" for name in kr.__all__} - set(reference()) == set()
 
 
 def members() -> set[str]:
@@ -196,18 +199,15 @@ def exported(path: Path) -> list[str]:
 MODULES = [path for path in sorted((ROOT / "src" / "knapsack_rl").glob("*/__init__.py")) if exported(path)]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.parent.name)
-def test_names_exported_by_parts_are_documented(path):
-    module = f"knapsack_rl.{path.parent.name}"
-    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    shown = {name.rpartition(".")[2] for name in members() if name.startswith(f"{module}.")}
-    missing = set(exported(path)) - shown
-    # For verl's own classes the reference only describes the changes.
-    assert not [name for name in missing if module != "knapsack_rl.verl" or f"`{name}`" not in text]
-
-
-def test_the_parts_with_public_names_are_found():
+def test_names_exported_by_parts_are_documented():
     assert {path.parent.name for path in MODULES} >= {"trl", "report", "tasks", "verl"}
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    for path in MODULES:
+        module = f"knapsack_rl.{path.parent.name}"
+        shown = {name.rpartition(".")[2] for name in members() if name.startswith(f"{module}.")}
+        missing = set(exported(path)) - shown
+        # For verl's own classes the reference only describes the changes.
+        assert not [name for name in missing if module != "knapsack_rl.verl" or f"`{name}`" not in text], module
 
 
 def commands() -> list[tuple[str, str]]:
@@ -223,20 +223,23 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("where", "line"), [pytest.param(*found, id=found[1][:60]) for found in commands()])
-def test_commands_that_are_not_run_would_be_understood(where, line):
-    words = shlex.split(line.partition(" > ")[0], comments=True)
-    if words[0] == "knapsack-rl":
-        build_parser().parse_args(words[1:])  # exits on an unknown command or flag
-    elif words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert {word for word in words[1:] if "=" not in word} <= set(targets), where
-    else:
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
-        wanted = re.findall(r"knapsack-rl\[([\w,]+)\]", line)
-        assert {name for names in wanted for name in names.split(",")} <= set(extras), where
+def test_commands_that_are_not_run_would_be_understood():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    parser = build_parser()
+    for where, line in commands():
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        if words[0] == "knapsack-rl":
+            try:
+                parser.parse_args(words[1:])
+            except SystemExit:
+                pytest.fail(f"{where}: unknown command or flag in {line}")
+        elif words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= set(targets), where
+        else:
+            wanted = re.findall(r"knapsack-rl\[([\w,]+)\]", line)
+            extras = {name for names in wanted for name in names.split(",")}
+            assert extras <= set(project["optional-dependencies"]), where
 
 
 def test_every_block_is_of_a_kind_that_is_checked():

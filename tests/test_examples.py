@@ -86,7 +86,7 @@ def test_the_notebook_ships_without_outputs_and_its_code_compiles():
         compile("".join(cell["source"]), cell["id"], "exec")
 
 
-# -- An OpenAI-compatible endpoint, stood in for -----------------------------------------------------------------------
+# -- A fake OpenAI-compatible endpoint ---------------------------------------------------------------------------------
 
 
 class Endpoint(ThreadingHTTPServer):
