@@ -21,11 +21,11 @@ from knapsack_rl.training.settings import TrainSettings, settings_from
 FULL = TrainSettings(threads=1)
 QUICK = TrainSettings(
     threads=1,
-    steps=4,
+    steps=3,
     prompts_per_step=8,
     rollouts_per_prompt=4,
     max_rollouts=16,
-    train_prompts=24,
+    train_prompts=16,
     held_out_prompts=8,
     eval_every=1,
     eval_samples=1,
