@@ -72,7 +72,7 @@ LAUNCH=(
 )
 
 # Checks the launch and prints the overrides of the plug-in. VERL_ARGS="--allocation uniform" is the baseline,
-# VERL_ARGS="--estimator window" the paper's rule.
+# VERL_ARGS="--allocation paper" the paper's rule.
 # shellcheck disable=SC2086 # VERL_ARGS are several words
 LINE=$(knapsack-rl verl-args --one-line --max-rollouts 128 ${VERL_ARGS:-} "${LAUNCH[@]}" "$@")
 read -ra SWITCHES <<<"$LINE"

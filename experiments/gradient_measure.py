@@ -284,7 +284,7 @@ class PromptScores:
 
 
 def advantages_of(size: int) -> tuple[FloatArray, FloatArray]:
-    """Advantage (size + 1,) of a success, and of a failure, with k = 0..size successes in the group; 0 where unmixed."""
+    """Advantages (size + 1,) of a success and of a failure in a group with k = 0..size successes; 0 where unmixed."""
     successes: IntArray = np.arange(size + 1)
     rewards = (np.arange(size) < successes[:, None]).astype(np.float64)  # a group a row, its successes first
     advantages = group_advantages(np.repeat(successes, size), rewards.ravel()).reshape(size + 1, size)

@@ -208,9 +208,9 @@ def as_array(rates):
     return np.array([math.nan if rate is None else rate for rate in rates])
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
+def test_rates_are_allocated_as_by_the_library(cli):
+    given = as_array(RATES.values())
+    for flags, expected in (
         ((), {"budget": 48}),
         (("--budget", 60), {"budget": 60}),
         (("--rollouts-per-prompt", 5), {"budget": 30}),
@@ -220,16 +220,12 @@ def as_array(rates):
         ),
         (("--budget", 9, "--min-rollouts", 0), {"budget": 9, "min_rollouts": 0}),
         (("--budget", 90, "--fallback"), {"budget": 90, "fallback": True}),
-    ],
-    ids=str,
-)
-def test_rates_are_allocated_as_by_the_library(cli, flags, expected):
-    ids, rates, counts = read_table(cli("allocate", write_rates(), *flags)[0])
-    given = as_array(RATES.values())
-    assert ids == list(RATES)
-    np.testing.assert_array_equal(rates, given)
-    assert counts == kr.allocate(given, **expected).counts.tolist()
-    assert sum(counts) == expected["budget"]
+    ):
+        ids, rates, counts = read_table(cli("allocate", write_rates(), *flags)[0])
+        assert ids == list(RATES), flags
+        np.testing.assert_array_equal(rates, given)
+        assert counts == kr.allocate(given, **expected).counts.tolist(), flags
+        assert sum(counts) == expected["budget"], flags
 
 
 def test_the_use_of_a_surplus_is_reported_apart_from_the_table(cli):
@@ -566,9 +562,9 @@ def test_flags_of_the_wrong_type_are_refused(misused):
     assert "invalid choice: 'grpo'" in misused("compare", "--policies", "uniform", "grpo")
 
 
-@pytest.mark.parametrize("name", ["allocation", "threads"])
-def test_compare_has_no_flag_for_what_it_varies(misused, name):
-    assert f"unrecognized arguments: --{name}" in misused("compare", f"--{name}", "1")
+def test_compare_has_no_flag_for_what_it_varies(misused):
+    for name in ("allocation", "threads"):
+        assert f"unrecognized arguments: --{name}" in misused("compare", f"--{name}", "1")
 
 
 def test_resume_takes_no_other_settings(refused):

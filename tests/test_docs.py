@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import knapsack_rl as kr
+from knapsack_rl.allocator import ALLOCATION_FAILURES
 from knapsack_rl.cli import build_parser, main
+from knapsack_rl.runs.allocations import PER_PROMPT
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.verl.launch import VerlSettings
 
@@ -148,7 +150,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_links_between_pages_resolve():
-    for page, target in [(page, target) for page in PAGES for target in LINK.findall(prose(page))]:
+    for page, target in [(source, target) for source in PAGES for target in LINK.findall(prose(source))]:
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -161,8 +163,9 @@ def test_links_between_pages_resolve():
 def test_tests_named_on_a_page_exist():
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
     everywhere = "".join(files.values())
+    named = re.compile(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`")
     for page in PAGES:
-        for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text(encoding="utf-8")):
+        for file, name in named.findall(prose(page)):
             assert not file or file in files, f"{page.name}: {file}"
             assert not name or f"def {name}(" in files.get(file, everywhere), f"{page.name}: {file} {name}"
 
@@ -255,11 +258,20 @@ def test_metrics_are_documented():
     allocator = kr.KnapsackAllocator()
     allocator.allocate(["a", "b"], 8)
     allocator.observe(["a"] * 4 + ["b"] * 4, [0, 1] * 4)
-    documented = set(re.findall(r"^\| `knapsack/([^`]+)`", prose(ROOT / "docs" / "metrics.md"), re.MULTILINE))
+    text = prose(ROOT / "docs" / "metrics.md")
+    documented = set(re.findall(r"^\| `knapsack/([^`]+)`", text, re.MULTILINE))
     assert documented == set(allocator.metrics()) | {"reward_per_prompt", "process_imbalance", "failures/KIND"}
+    (failures,) = re.findall(r"^\| `knapsack/allocation_failures` \| ([^|]+) \|", text, re.MULTILINE)
+    assert tuple(re.findall(r"`([^`]+)`", failures)) == ALLOCATION_FAILURES
 
 
-def test_trainer_fields_and_allocation_log_are_documented():
+def test_the_allocation_log_is_documented():
+    section = prose(ROOT / "docs" / "metrics.md").split("### allocations.jsonl\n")[1].split("\n### ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert documented == ["step", "prompt_ids", *PER_PROMPT, "reason", "seconds"]
+
+
+def test_trainer_fields_are_documented():
     trl = pytest.importorskip("trl")
     from knapsack_rl.trl import KnapsackGRPOConfig
 

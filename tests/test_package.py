@@ -67,7 +67,7 @@ def test_wheel_and_sdist_hold_what_a_user_needs(built):
         names = set(archive.namelist())
         assert sources <= names
         assert {f"knapsack_rl/{name}" for name in SHIPPED} <= names
-        assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
+        assert not [name for name in names if re.match(r"tests|experiments|benchmarks", name) or "__pycache__" in name]
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
         assert any(name.endswith("licenses/LICENSE") for name in names)
     required = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
@@ -137,40 +137,36 @@ def test_a_report_needs_the_extra_for_plots_and_no_more(built, tmp_path):
 # -- Shell completion --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_knows_commands_and_flags(shell, capsys):
+def test_a_completion_script_knows_commands_and_flags(capsys):
     pytest.importorskip("shtab")
-    assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    for word in ("knapsack-rl", "allocate", "lora", "rollouts"):
-        assert word in script
+    for shell in ("bash", "zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        for word in ("knapsack-rl", "allocate", "lora", "rollouts"):
+            assert word in script, shell
 
 
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("knapsack-rl all", {"allocate"}),
-        ("knapsack-rl allocate --rollouts-per", {"--rollouts-per-prompt"}),
-        ("knapsack-rl train --estimator ba", {"bayes-filter"}),
-        ("knapsack-rl completion ", {"bash", "zsh", "fish"}),
-    ],
-    ids=["command", "flag", "value", "argument"],
-)
-def test_bash_completes_commands_flags_and_values(line, offered, capsys, tmp_path):
+def test_bash_completes_commands_flags_values_and_arguments(capsys, tmp_path):
     pytest.importorskip("shtab")
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash")
     main(["completion", "bash"])
     (tmp_path / "script").write_text(capsys.readouterr().out)
-    *before, last = line.split(" ")
-    # The function that bash would call is the one that the script registers for the command.
-    ask = (
-        "source ./script; set -- $(complete -p knapsack-rl); "
-        f"COMP_WORDS=({' '.join(before)} '{last}'); COMP_CWORD={len(before)}; "
-        '"${@: -2:1}"; printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    assert set(call(bash, "-c", ask, cwd=tmp_path).split()) == offered
+    for line, offered in (
+        ("knapsack-rl all", {"allocate"}),
+        ("knapsack-rl allocate --rollouts-per", {"--rollouts-per-prompt"}),
+        ("knapsack-rl train --estimator ba", {"bayes-filter"}),
+        ("knapsack-rl completion ", {"bash", "zsh", "fish"}),
+    ):
+        *before, last = line.split(" ")
+        # The function that bash would call is the one that the script registers for the command.
+        ask = (
+            "source ./script; set -- $(complete -p knapsack-rl); "
+            f"COMP_WORDS=({' '.join(before)} '{last}'); COMP_CWORD={len(before)}; "
+            '"${@: -2:1}"; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        assert set(call(bash, "-c", ask, cwd=tmp_path).split()) == offered, line
 
 
 def test_without_shtab_the_error_gives_the_install_line(monkeypatch, capsys):
