@@ -148,7 +148,6 @@ class KnapsackAllocator(Guarded):
         else:
             rollouts = check_step_budget(budget)
             decide = partial(self._allocate_rollouts, ids, rollouts)
-        self._warn_of_twins(ids)
         found = self.survive("allocation", decide)
         if found is None:
             counts = evenly(rollouts, self.min_rollouts, stable_order(ids))
@@ -158,7 +157,7 @@ class KnapsackAllocator(Guarded):
 
     def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
         low, high, order = self.min_rollouts, self.max_rollouts, stable_order(ids)
-        records = self.tracker.lookup(ids)
+        records = self._lookup(ids)
         belief = self._believe(records, high)
         if self.estimator.paper_rule:
             fallback = self.estimator.fallback
@@ -172,7 +171,7 @@ class KnapsackAllocator(Guarded):
         return self._step.expect(ids, self._note_degradation(found), belief)
 
     def _allocate_tokens(self, ids: list[PromptId], budget: float) -> Allocation:
-        belief = self._believe(self.tracker.lookup(ids), self.max_rollouts)
+        belief = self._believe(self._lookup(ids), self.max_rollouts)
         tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
         found = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
         found = self._step.expect(ids, self._note_degradation(found), belief)
@@ -192,11 +191,14 @@ class KnapsackAllocator(Guarded):
             self.warn_once("degraded", f"allocation degraded: {allocation.reason}; counted as degraded_batches")
         return allocation
 
-    def _warn_of_twins(self, ids: list[PromptId]) -> None:
-        """Warn once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
-        if "twins" not in self._warned and (found := self.tracker.twin(ids)):
-            new, known = found
-            self.warn_once("twins", twin_warning(new, known))
+    def _lookup(self, ids: list[PromptId]) -> Records:
+        """Records of a batch; warns once of a new id known under the other type: 7 and "7" are different prompts."""
+        records = self.tracker.lookup(ids)
+        if "twins" not in self._warned:
+            unseen = np.flatnonzero(records.visits == 0)
+            if twins := self.tracker.twin([ids[k] for k in unseen.tolist()]):
+                self.warn_once("twins", twin_warning(*twins))
+        return records
 
     @one_at_a_time
     def top_up(
@@ -256,11 +258,10 @@ class KnapsackAllocator(Guarded):
         if given.shape != (len(ids),):
             raise ValueError(f"counts must hold one number per prompt ({len(ids)}), got shape {given.shape}")
         check_step_budget(sum(given.tolist()))
-        self._warn_of_twins(ids)
         reason = "counts given from outside"
 
         def predict() -> Allocation:
-            belief = self._believe(self.tracker.lookup(ids), max(int(given.max()), 1))
+            belief = self._believe(self._lookup(ids), max(int(given.max()), 1))
             return self._step.expect(ids, Allocation(given, total_value(belief.marginals, given), reason), belief)
 
         found = self.survive("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))
