@@ -129,12 +129,13 @@ class KnapsackAllocator(Guarded):
         self._step = StepMetrics()
 
     @one_at_a_time
-    def allocate(self, prompt_ids: Iterable[PromptId], budget: float) -> Allocation:
+    def allocate(self, prompt_ids: Iterable[PromptId], budget: float, *, multiple: int = 1) -> Allocation:
         """Rollouts for each prompt of a batch: they sum to the budget, or their expected tokens do not exceed it.
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
             budget: total rollouts, 0 to 2^24; with ``budget_unit="tokens"`` a number of tokens, >= 0.
+            multiple: with ``budget_unit="tokens"``, the number of rollouts is a multiple of this.
 
         Raises:
             ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number from 0 to
@@ -143,7 +144,9 @@ class KnapsackAllocator(Guarded):
         started = time.perf_counter()
         ids = check_batch(prompt_ids)
         if self.budget_unit == "tokens":
-            decide = partial(self._allocate_tokens, ids, check_tokens(budget))
+            decide = partial(
+                self._allocate_tokens, ids, check_tokens(budget), check_whole("multiple", multiple, minimum=1)
+            )
             rollouts = len(ids) * first_group(self.min_rollouts, self.max_rollouts)  # only if allocation fails
         else:
             rollouts = check_step_budget(budget)
@@ -170,10 +173,11 @@ class KnapsackAllocator(Guarded):
             found = allocate_with_skips(belief, records.age, budget, high, order)
         return self._step.expect(ids, self._note_degradation(found), belief)
 
-    def _allocate_tokens(self, ids: list[PromptId], budget: float) -> Allocation:
+    def _allocate_tokens(self, ids: list[PromptId], budget: float, multiple: int) -> Allocation:
         belief = self._believe(self._lookup(ids), self.max_rollouts)
         tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
-        found = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
+        bounds = self.min_rollouts, self.max_rollouts
+        found = allocate_tokens(belief, tokens, budget, *bounds, stable_order(ids), multiple)
         found = self._step.expect(ids, self._note_degradation(found), belief)
         if tokens is not None:
             self._step.allocation["expected_tokens"] = dot(tokens, found.counts)
