@@ -266,7 +266,7 @@ class Session:
             ids: (B,) prompt of each row of the batch.
             mean: mean rollouts per row; every row gets it under uniform allocation and where allocation fails.
             budget: rollouts of the step; ``mean * B`` by default.
-            multiple: the number of rollouts must be a multiple of this, as the budget in rollouts is.
+            multiple: in tokens, the number of rollouts is a multiple of this.
         """
         started = time.perf_counter()
         distinct, place_R = numbered(ids)
@@ -301,7 +301,7 @@ class Session:
             raise ArithmeticError(f"the allocator gave {counts}, expected {len(distinct)} whole numbers >= 0")
         if self.allocator.budget_unit == "rollouts" and counts.sum() != rollouts:
             raise ArithmeticError(f"the allocator gave {counts}, which sum to {counts.sum()} and not to {rollouts}")
-        if counts.sum() % multiple:
+        if self.allocator.budget_unit == "tokens" and counts.sum() % multiple:
             raise ArithmeticError(f"the allocator gave {counts.sum()} rollouts, which is not a multiple of {multiple}")
         if ((counts > 0) & (counts < self.smallest_group)).any():
             raise ArithmeticError(f"the allocator gave a group of fewer than {self.smallest_group} rollouts: {counts}")
