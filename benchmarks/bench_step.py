@@ -41,9 +41,9 @@ class Timed(KnapsackGRPOTrainer):
     own_seconds = 0.0
     own_steps = 0
 
-    def _allocate_step(self, *args: Any) -> Any:
+    def _plan_step(self, *args: Any) -> Any:
         started = time.process_time()
-        found = super()._allocate_step(*args)
+        found = super()._plan_step(*args)
         Timed.own_seconds += time.process_time() - started
         Timed.own_steps += 1
         return found

@@ -238,11 +238,17 @@ def test_success_function() -> None:
     assert allocator.tracker.records().successes[0] == 2.0
 
 
+def test_a_success_function_that_cannot_work_is_refused_before_the_run() -> None:
+    for wrong in (lambda r: True, lambda r: r / "2", lambda r: r[:1] > 0):
+        with pytest.raises(ValueError, match=r"the success function failed on the rewards \[0, 1\]"):
+            kr.KnapsackAllocator(success=wrong)
+
+
 def test_a_wrong_success_function_records_nothing() -> None:
-    allocator = kr.KnapsackAllocator(success=lambda r: True)
+    allocator = kr.KnapsackAllocator(success=lambda r: r > 0 if r[-1] == 1.0 else True)
     before = allocator.state_dict()
     with pytest.raises(ValueError, match="success function returned shape"):
-        allocator.observe(["a", "a"], [0.0, 1.0])
+        allocator.observe(["a", "a"], [1.0, 0.0])
     assert_same_state(allocator.state_dict(), before)
 
 

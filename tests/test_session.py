@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from knapsack_rl import KnapsackAllocator
 from knapsack_rl.runs.allocations import PER_PROMPT, read_visits
 from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE
-from knapsack_rl.session import AllocationSettings, Plan, Session, rounded
+from knapsack_rl.session import AllocationSettings, Plan, Session
 from strategies import no_deadline
 
 
@@ -53,29 +53,6 @@ def test_counts_sum_to_the_budget_whatever_the_batch_holds(batch, mean, allocati
             assert dict(zip(plan.ids, (plan.counts // mean).tolist(), strict=True)) == Counter(batch)
         observe(session, plan, lambda prompt_id, k: len(str(prompt_id)) * k % 3 == 0, step)
     assert not session.allocator.failures
-
-
-@no_deadline
-@given(
-    counts=st.lists(st.integers(0, 12), min_size=1, max_size=8).map(np.array),
-    multiple=st.integers(1, 7),
-    low=st.integers(0, 3),
-)
-def test_rounding_reaches_a_multiple_and_respects_the_minimum(counts, multiple, low) -> None:
-    marginals = np.tile(0.5 ** np.arange(6), (counts.size, 1)) * np.arange(1, counts.size + 1)[:, None]
-    found = rounded(counts, multiple, low, marginals)
-    assert found.sum() % multiple == 0
-    assert abs(int(found.sum()) - int(counts.sum())) < multiple
-    if counts.any():
-        assert ((found == 0) == (counts == 0)).all()
-        assert (found >= np.minimum(counts, max(low, 2))).all()
-    # What goes is worth the least, what comes is worth the most, as far as the minimum lets them.
-    value = np.pad(marginals, ((0, 0), (0, 20)))
-    fewer, more = np.flatnonzero(found < counts), np.flatnonzero(found > counts)
-    assert not (fewer.size and more.size)
-    for i in fewer:
-        for j in np.flatnonzero((found > np.minimum(counts, max(low, 2))) & (found == counts)):
-            assert value[i, found[i]] <= value[j, counts[j] - 1]
 
 
 def test_a_budget_in_tokens_is_what_the_mean_would_take() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knapsack_rl import KnapsackAllocator, allocate
-from knapsack_rl.allocation.policies import allocate_expected
+from knapsack_rl.allocation.policies import allocate_expected, rounded
 from knapsack_rl.allocation.value import VALUES, make_value_function
 from knapsack_rl.estimation.lengths import expected_tokens
 from knapsack_rl.estimation.named import WindowEstimator
@@ -188,3 +188,26 @@ def test_a_value_function_must_be_given_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pass it again as value="):
         KnapsackAllocator.load(tmp_path / "state.npz")
     assert KnapsackAllocator.load(tmp_path / "state.npz", value=own).value is own
+
+
+@no_deadline
+@given(
+    counts=st.lists(st.integers(0, 12), min_size=1, max_size=8).map(np.array),
+    multiple=st.integers(1, 7),
+    low=st.integers(0, 3),
+)
+def test_rounding_reaches_a_multiple_and_respects_the_minimum(counts, multiple, low) -> None:
+    marginals = np.tile(0.5 ** np.arange(6), (counts.size, 1)) * np.arange(1, counts.size + 1)[:, None]
+    found = rounded(counts, multiple, low, marginals)
+    assert found.sum() % multiple == 0
+    assert abs(int(found.sum()) - int(counts.sum())) < multiple
+    if counts.any():
+        assert ((found == 0) == (counts == 0)).all()
+        assert (found >= np.minimum(counts, max(low, 2))).all()
+    # What goes is worth the least, what comes is worth the most, as far as the minimum lets them.
+    value = np.pad(marginals, ((0, 0), (0, 20)))
+    fewer, more = np.flatnonzero(found < counts), np.flatnonzero(found > counts)
+    assert not (fewer.size and more.size)
+    for i in fewer:
+        for j in np.flatnonzero((found > np.minimum(counts, max(low, 2))) & (found == counts)):
+            assert value[i, found[i]] <= value[j, counts[j] - 1]

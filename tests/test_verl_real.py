@@ -72,12 +72,14 @@ def runs(material, tmp_path_factory):
     at_once = 2 if psutil.virtual_memory().available > 2 * MEMORY_OF_A_RUN else 1
     recording = "trainer.checkpoint_callback_class=verl_harness.recorder.RecordingCheckpoint"
     mode = ["trainer.v1.trainer_mode=colocate_async", "trainer.v1.colocate_async.num_warmup_batches=1"]
+    small = "actor_rollout_ref.actor.ppo_mini_batch_size=2"
     wrong = "actor_rollout_ref.actor.ppo_mini_batch_size=5"
     plans = {
         "knapsack": lambda folder: interrupted(folder, material),
         "stock": lambda folder: finished(folder, material, recording),
         "uniform": lambda folder: finished(folder, material, *plugged_in(allocation="uniform")),
         "asynchronous": lambda folder: finished(folder, material, *plugged_in(), *mode, steps=3),
+        "tokens": lambda folder: finished(folder, material, *plugged_in(budget_unit="tokens"), small, steps=4),
         "misconfigured": lambda folder: launch.run(folder, *material, 1, *plugged_in(), wrong),
     }
     with ThreadPoolExecutor(max_workers=at_once) as executor:
@@ -102,6 +104,11 @@ def uniform(runs):
 @pytest.fixture(scope="session")
 def asynchronous(runs):
     return runs["asynchronous"].result()
+
+
+@pytest.fixture(scope="session")
+def tokens(runs):
+    return runs["tokens"].result()
 
 
 def by_prompt(line):
@@ -142,9 +149,9 @@ def test_the_allocation_is_that_of_an_allocator_that_saw_the_same_rewards(knapsa
         reference.observe([row["prompt"] for row in line["rows"]], [row["reward"] for row in line["rows"]])
 
 
-def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynchronous):
+def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynchronous, tokens):
     ragged = 0
-    for line in [*knapsack[0].recorded(), *stock.recorded(), *asynchronous.recorded()]:
+    for line in [*knapsack[0].recorded(), *stock.recorded(), *asynchronous.recorded(), *tokens.recorded()]:
         for rows in by_prompt(line).values():
             rewards = [row["reward"] for row in rows]
             mean = math.fsum(rewards) / len(rewards)
@@ -154,6 +161,19 @@ def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynch
                 np.testing.assert_allclose(row["advantages"], expected, rtol=1e-5, atol=1e-6)
             ragged += spread > 0 and len(rows) != MEAN
     assert ragged > 3
+
+
+def test_a_budget_in_tokens_varies_the_rollouts_and_pads_nothing(tokens):
+    totals = []
+    for line, log in zip(tokens.recorded(), tokens.allocations(), strict=True):
+        sizes = Counter(row["prompt"] for row in line["rows"])
+        assert sizes == dict(zip(log["prompt_ids"], log["counts"], strict=True))
+        assert min(sizes.values()) >= 2 and line["padding"] == 0
+        totals.append(sum(sizes.values()))
+    assert totals[0] == PROMPTS * MEAN  # uniform until lengths are known
+    assert all(total % (2 * MEAN) == 0 for total in totals)
+    assert tokens.metrics()[-1]["knapsack/allocation_failures"] == 0
+    assert any("knapsack/expected_tokens" in metrics for metrics in tokens.metrics())
 
 
 def test_uniform_allocation_gives_what_verl_gives_without_the_plug_in(uniform, stock):

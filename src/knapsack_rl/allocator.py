@@ -129,12 +129,13 @@ class KnapsackAllocator(Guarded):
         self._step = StepMetrics()
 
     @one_at_a_time
-    def allocate(self, prompt_ids: Iterable[PromptId], budget: float) -> Allocation:
+    def allocate(self, prompt_ids: Iterable[PromptId], budget: float, *, multiple: int = 1) -> Allocation:
         """Rollouts for each prompt of a batch: they sum to the budget, or their expected tokens do not exceed it.
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
             budget: total rollouts, 0 to 2^24; with ``budget_unit="tokens"`` a number of tokens, >= 0.
+            multiple: with ``budget_unit="tokens"``, the number of rollouts is a multiple of this.
 
         Raises:
             ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number from 0 to
@@ -143,12 +144,13 @@ class KnapsackAllocator(Guarded):
         started = time.perf_counter()
         ids = check_batch(prompt_ids)
         if self.budget_unit == "tokens":
-            decide = partial(self._allocate_tokens, ids, check_tokens(budget))
+            decide = partial(
+                self._allocate_tokens, ids, check_tokens(budget), check_whole("multiple", multiple, minimum=1)
+            )
             rollouts = len(ids) * first_group(self.min_rollouts, self.max_rollouts)  # only if allocation fails
         else:
             rollouts = check_step_budget(budget)
             decide = partial(self._allocate_rollouts, ids, rollouts)
-        self._warn_of_twins(ids)
         found = self.survive("allocation", decide)
         if found is None:
             counts = evenly(rollouts, self.min_rollouts, stable_order(ids))
@@ -158,7 +160,7 @@ class KnapsackAllocator(Guarded):
 
     def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
         low, high, order = self.min_rollouts, self.max_rollouts, stable_order(ids)
-        records = self.tracker.lookup(ids)
+        records = self._lookup(ids)
         belief = self._believe(records, high)
         if self.estimator.paper_rule:
             fallback = self.estimator.fallback
@@ -171,10 +173,11 @@ class KnapsackAllocator(Guarded):
             found = allocate_with_skips(belief, records.age, budget, high, order)
         return self._step.expect(ids, self._note_degradation(found), belief)
 
-    def _allocate_tokens(self, ids: list[PromptId], budget: float) -> Allocation:
-        belief = self._believe(self.tracker.lookup(ids), self.max_rollouts)
+    def _allocate_tokens(self, ids: list[PromptId], budget: float, multiple: int) -> Allocation:
+        belief = self._believe(self._lookup(ids), self.max_rollouts)
         tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
-        found = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
+        bounds = self.min_rollouts, self.max_rollouts
+        found = allocate_tokens(belief, tokens, budget, *bounds, stable_order(ids), multiple)
         found = self._step.expect(ids, self._note_degradation(found), belief)
         if tokens is not None:
             self._step.allocation["expected_tokens"] = dot(tokens, found.counts)
@@ -192,11 +195,14 @@ class KnapsackAllocator(Guarded):
             self.warn_once("degraded", f"allocation degraded: {allocation.reason}; counted as degraded_batches")
         return allocation
 
-    def _warn_of_twins(self, ids: list[PromptId]) -> None:
-        """Warn once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
-        if "twins" not in self._warned and (found := self.tracker.twin(ids)):
-            new, known = found
-            self.warn_once("twins", twin_warning(new, known))
+    def _lookup(self, ids: list[PromptId]) -> Records:
+        """Records of a batch; warns once of a new id known under the other type: 7 and "7" are different prompts."""
+        records = self.tracker.lookup(ids)
+        if "twins" not in self._warned:
+            unseen = np.flatnonzero(records.visits == 0)
+            if twins := self.tracker.twin([ids[k] for k in unseen.tolist()]):
+                self.warn_once("twins", twin_warning(*twins))
+        return records
 
     @one_at_a_time
     def top_up(
@@ -256,11 +262,10 @@ class KnapsackAllocator(Guarded):
         if given.shape != (len(ids),):
             raise ValueError(f"counts must hold one number per prompt ({len(ids)}), got shape {given.shape}")
         check_step_budget(sum(given.tolist()))
-        self._warn_of_twins(ids)
         reason = "counts given from outside"
 
         def predict() -> Allocation:
-            belief = self._believe(self.tracker.lookup(ids), max(int(given.max()), 1))
+            belief = self._believe(self._lookup(ids), max(int(given.max()), 1))
             return self._step.expect(ids, Allocation(given, total_value(belief.marginals, given), reason), belief)
 
         found = self.survive("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))

@@ -294,17 +294,17 @@ class Session:
         elif not self._lengths_known:
             return self.adopt(distinct, mean * np.bincount(numbered(ids)[1]))
         else:
-            found = self.allocator.allocate(distinct, mean * float(self.allocator.predicted_lengths(ids).sum()))
+            budget = mean * float(self.allocator.predicted_lengths(ids).sum())
+            found = self.allocator.allocate(distinct, budget, multiple=multiple)
         counts = np.asarray(found.counts)
         if counts.shape != (len(distinct),) or counts.dtype.kind not in "iu" or (counts < 0).any():
             raise ArithmeticError(f"the allocator gave {counts}, expected {len(distinct)} whole numbers >= 0")
         if self.allocator.budget_unit == "rollouts" and counts.sum() != rollouts:
             raise ArithmeticError(f"the allocator gave {counts}, which sum to {counts.sum()} and not to {rollouts}")
+        if self.allocator.budget_unit == "tokens" and counts.sum() % multiple:
+            raise ArithmeticError(f"the allocator gave {counts.sum()} rollouts, which is not a multiple of {multiple}")
         if ((counts > 0) & (counts < self.smallest_group)).any():
             raise ArithmeticError(f"the allocator gave a group of fewer than {self.smallest_group} rollouts: {counts}")
-        if self.allocator.budget_unit == "tokens" and counts.sum() % multiple:
-            marginals = self.allocator.belief(distinct).marginals
-            found = self.adopt(distinct, rounded(counts, multiple, self.allocator.min_rollouts, marginals))
         return found
 
     def adopt(self, ids: list[PromptId], counts: IntArray) -> Allocation:
@@ -420,28 +420,3 @@ class Session:
 
     def _knows_lengths(self) -> bool:
         return bool(self.allocator.tracker.records().length_count.any())
-
-
-def rounded(counts: IntArray, multiple: int, min_rollouts: int, marginals: FloatArray) -> IntArray:
-    """(M,) counts whose sum is a multiple: the rollouts of least value go, or the most valuable ones are added.
-
-    Args:
-        counts: (M,) rollouts per prompt.
-        multiple: >= 1.
-        min_rollouts: no served group is made smaller than this, or than two.
-        marginals: (M, K) value of each further rollout; beyond the last column it is 0.
-    """
-    result, rows = counts.copy(), np.arange(counts.size)
-    padded = np.pad(marginals, ((0, 0), (0, 1)))
-    surplus = int(counts.sum()) % multiple
-    least = np.minimum(counts, max(min_rollouts, 2))
-    if 0 < surplus <= int((counts - least).sum()):
-        for _ in range(surplus):
-            last = padded[rows, np.clip(result - 1, 0, marginals.shape[1])]
-            result[np.argmin(np.where(result > least, last, np.inf))] -= 1
-    else:
-        served = result > 0 if result.any() else np.ones(result.size, bool)
-        for _ in range(-int(counts.sum()) % multiple):
-            following = padded[rows, np.minimum(result, marginals.shape[1])]
-            result[np.argmax(np.where(served, following, -np.inf))] += 1
-    return result

@@ -357,6 +357,7 @@ def allocate_tokens(
     min_rollouts: int,
     max_rollouts: int,
     priority: FloatArray,
+    multiple: int = 1,
 ) -> Allocation:
     """Allocate a budget of tokens: the expected tokens of all rollouts do not exceed it.
 
@@ -370,6 +371,8 @@ def allocate_tokens(
         min_rollouts: N_low.
         max_rollouts: N_up.
         priority: (M,) tie-break, lower first.
+        multiple: an engine's number of rows must be a multiple of this, for which the last rollouts by value per token
+            are given up; only where the minimum leaves none to give up, the budget is exceeded.
     """
     note = ""
     if tokens is None:
@@ -377,7 +380,44 @@ def allocate_tokens(
         tokens = np.full(len(belief.mean), max(budget, LEAST_TOKENS) / (len(belief.mean) * group))
         note = f"no length known: the budget is taken to pay for {group} rollouts per prompt"
     found = allocate_expected(belief.marginals, budget, min_rollouts, max_rollouts, priority=priority, costs=tokens)
-    return replace(found, reason=joined(note, found.reason))
+    reason = joined(note, found.reason)
+    if found.counts.sum() % multiple == 0:
+        return replace(found, reason=reason)
+    counts = rounded(found.counts, multiple, min_rollouts, belief.marginals / tokens[:, None])
+    return replace(found, counts=counts, expected_value=_value_of(belief, counts), reason=reason, certificate=None)
+
+
+def rounded(counts: IntArray, multiple: int, min_rollouts: int, gains: FloatArray) -> IntArray:
+    """Counts whose sum is a multiple: the rollouts of least gain go, or those of most gain are added.
+
+    Args:
+        counts: (M,) rollouts per prompt.
+        multiple: >= 1.
+        min_rollouts: no served group is made smaller than this, or than two.
+        gains: (M, K) of each further rollout; beyond the last column it is 0.
+
+    Returns:
+        (M,) counts; all of them may be raised where the minimum leaves nothing to give up.
+    """
+    result, rows = counts.copy(), np.arange(counts.size)
+    padded = np.pad(gains, ((0, 0), (0, 1)))
+    surplus = int(counts.sum()) % multiple
+    least = np.minimum(counts, max(min_rollouts, 2))
+    if 0 < surplus <= int((counts - least).sum()):
+        for _ in range(surplus):
+            last = padded[rows, np.clip(result - 1, 0, gains.shape[1])]
+            result[np.argmin(np.where(result > least, last, np.inf))] -= 1
+    else:
+        served = result > 0 if result.any() else np.ones(result.size, bool)
+        for _ in range(-int(counts.sum()) % multiple):
+            following = padded[rows, np.minimum(result, gains.shape[1])]
+            result[np.argmax(np.where(served, following, -np.inf))] += 1
+    return result
+
+
+def _value_of(belief: Belief, counts: IntArray) -> float:
+    missing = max(int(counts.max(initial=0)) - belief.marginals.shape[1], 0)
+    return solver.total_value(np.pad(belief.marginals, ((0, 0), (0, missing))), counts)
 
 
 def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, priority: FloatArray) -> Allocation:

@@ -30,6 +30,9 @@ LARGEST_LOGIT = 7.0
 REFIT_SAMPLE = 20_000
 """Most prompts that a refit looks at, evenly spaced in order of first observation; more add time and no knowledge."""
 
+_Move = tuple[NDArray[np.intp], FloatArray]
+"""(M, grid_points + 1) places that the points of shifted rows lie between, and (M, 1) how far on the way."""
+
 _Ages = tuple[FloatArray, NDArray[np.intp]]
 """(D,) distinct ages and (M,) the place of each prompt's age among them: exponentials are computed once per age."""
 
@@ -285,22 +288,24 @@ class BayesFilterEstimator(GridPosterior):
         """Add the log predictive probability of the visits under each candidate; return :meth:`_likelihood`."""
         waves = product(records.evidence, self._cosines)
         hit, ages = visit * self.prior, _distinct(records.age)
+        moves = [self._move(records.age * (self.drift + step)) for step in self.DRIFT_STEPS]
+        unchanged = moves[int(np.flatnonzero(self.DRIFT_STEPS == 0.0)[0])]
         for k, factor in enumerate(self.VARIANCE_FACTORS):
             walked = self._walk(waves, ages, self.variance * factor)
             if factor != 1.0:
-                self._scores_of_variance[k] += self._log_score(walked, records.age * self.drift, hit)[0]
+                self._scores_of_variance[k] += self._log_score(walked, unchanged, hit)[0]
                 continue
             for j, step in enumerate(self.DRIFT_STEPS):
-                score, shifted = self._log_score(walked, records.age * (self.drift + step), hit)
+                score, shifted = self._log_score(walked, moves[j], hit)
                 self._scores_of_drift[j] += score
                 if step == 0.0:
                     self._scores_of_variance[k] += score
                     now = shifted
         return now
 
-    def _log_score(self, walked: FloatArray, drifted: FloatArray, hit: FloatArray) -> tuple[float, FloatArray]:
+    def _log_score(self, walked: FloatArray, drifted: _Move, hit: FloatArray) -> tuple[float, FloatArray]:
         """Log probability of visits after such a drift, up to a constant that all predictions share; the likelihood."""
-        shifted = self._shift(walked, drifted)
+        shifted = _shifted(walked, drifted)
         return float(np.log(np.einsum("mg,mg->m", shifted, hit) / product(shifted, self.prior)).sum()), shifted
 
     def _likelihood(self, records: Records) -> FloatArray:
@@ -320,14 +325,17 @@ class BayesFilterEstimator(GridPosterior):
 
     def _shift(self, rows: FloatArray, logits: FloatArray) -> FloatArray:
         """Move each row up by so many logits, linearly between points; the end value moves in from outside."""
+        return _shifted(rows, self._move(logits))
+
+    def _move(self, logits: FloatArray) -> _Move:
+        """Where the points of each row come from in a shift, for rows that share it."""
         cells, size = logits / self._spacing, self.grid.size
         whole = np.floor(cells)
         source = np.arange(-1, size) - whole.astype(np.intp)[:, None]  # of the point below the first, and of all points
-        np.clip(source, 0, size - 1, out=source)
-        source += size * np.arange(len(rows))[:, None]
-        moved = rows.take(source, mode="clip")  # all are in range: the mode saves a copy
-        near, far = moved[:, 1:], moved[:, :-1]
-        return near + (cells - whole)[:, None] * (far - near)
+        np.maximum(source, 0, out=source)
+        np.minimum(source, size - 1, out=source)
+        source += size * np.arange(logits.size)[:, None]
+        return source, (cells - whole)[:, None]
 
     def refit(self, population: Records) -> None:
         """Move variance and drift to their best neighbours, then fit the prior to the population as it is now."""
@@ -419,6 +427,13 @@ class BayesFilterEstimator(GridPosterior):
         self.variance, self.drift = variance, drift
         self._scores_of_variance = parts["scores_of_variance"].copy()
         self._scores_of_drift = parts["scores_of_drift"].copy()
+
+
+def _shifted(rows: FloatArray, move: _Move) -> FloatArray:
+    source, part = move
+    moved = rows.take(source, mode="clip")  # all are in range: the mode saves a copy
+    near, far = moved[:, 1:], moved[:, :-1]
+    return near + part * (far - near)
 
 
 def _distinct(ages: FloatArray) -> _Ages:
