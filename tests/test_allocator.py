@@ -238,11 +238,13 @@ def test_success_function() -> None:
     assert allocator.tracker.records().successes[0] == 2.0
 
 
-def test_a_wrong_success_function_records_nothing() -> None:
-    allocator = kr.KnapsackAllocator(success=lambda r: True)
-    before = allocator.state_dict()
+def test_a_wrong_success_function_is_refused_or_records_nothing() -> None:
     with pytest.raises(ValueError, match="success function returned shape"):
-        allocator.observe(["a", "a"], [0.0, 1.0])
+        kr.KnapsackAllocator(success=lambda r: True)
+    allocator = kr.KnapsackAllocator(success=lambda r: (r > 0)[:2])  # right for the two rewards of the trial
+    before = allocator.state_dict()
+    with pytest.raises(ValueError, match=r"success function returned shape \(2,\), .*\(3,\)"):
+        allocator.observe(["a", "a", "b"], [0.0, 1.0, 1.0])
     assert_same_state(allocator.state_dict(), before)
 
 

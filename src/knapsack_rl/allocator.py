@@ -7,14 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.belief import Belief
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_step_budget, check_whole
+from knapsack_rl.allocation.checks import FloatArray, check_counts, check_step_budget, check_whole
 from knapsack_rl.allocation.coverage import allocate_with_skips
 from knapsack_rl.allocation.degradation import evenly
 from knapsack_rl.allocation.policies import (
@@ -36,16 +35,19 @@ from knapsack_rl.estimation.bayes import check_mixed_outcomes
 from knapsack_rl.estimation.lengths import check_lengths, expected_tokens, shrunk_lengths
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
-from knapsack_rl.estimation.protocol import Estimator, check_choices, check_estimator
-from knapsack_rl.estimation.tracker import Records, Tracker
+from knapsack_rl.estimation.protocol import (
+    Estimator,
+    check_choices,
+    check_estimator,
+    finite_belief,
+    finite_evidence,
+)
+from knapsack_rl.estimation.tracker import Tracker
 from knapsack_rl.groups import GroupOutcomes, SuccessRule, check_success_rule, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order, twin_warning
 from knapsack_rl.metrics import StepMetrics, lost_metrics
-from knapsack_rl.state import check_header, read_state, write_state
-
-STATE_FORMAT = "knapsack-rl allocator"
-STATE_VERSION = 4
+from knapsack_rl.state import COUNTERS, FORMAT, VERSION, check_header, read_state, section, write_state
 
 ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
 """Kinds of failures that are about allocation itself, not about logs and samples."""
@@ -159,7 +161,7 @@ class KnapsackAllocator(Guarded):
     def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
         low, high, order = self.min_rollouts, self.max_rollouts, stable_order(ids)
         records = self.tracker.lookup(ids)
-        belief = self._believe(records, high)
+        belief = finite_belief(self.estimator, records, high)
         if self.estimator.paper_rule:
             fallback = self.estimator.fallback
             found = allocate_estimated(
@@ -172,19 +174,13 @@ class KnapsackAllocator(Guarded):
         return self._step.expect(ids, self._note_degradation(found), belief)
 
     def _allocate_tokens(self, ids: list[PromptId], budget: float) -> Allocation:
-        belief = self._believe(self.tracker.lookup(ids), self.max_rollouts)
+        belief = finite_belief(self.estimator, self.tracker.lookup(ids), self.max_rollouts)
         tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
         found = allocate_tokens(belief, tokens, budget, self.min_rollouts, self.max_rollouts, stable_order(ids))
         found = self._step.expect(ids, self._note_degradation(found), belief)
         if tokens is not None:
             self._step.allocation["expected_tokens"] = dot(tokens, found.counts)
         return found
-
-    def _believe(self, records: Records, max_rollouts: int) -> Belief:
-        belief = self.estimator.believe(records, max_rollouts)
-        if not np.isfinite(belief.marginals).all():
-            raise ArithmeticError("the estimator gave marginal values that are not finite")
-        return belief
 
     def _note_degradation(self, allocation: Allocation) -> Allocation:
         if allocation.degraded:
@@ -260,7 +256,7 @@ class KnapsackAllocator(Guarded):
         reason = "counts given from outside"
 
         def predict() -> Allocation:
-            belief = self._believe(self.tracker.lookup(ids), max(int(given.max()), 1))
+            belief = finite_belief(self.estimator, self.tracker.lookup(ids), max(int(given.max()), 1))
             return self._step.expect(ids, Allocation(given, total_value(belief.marginals, given), reason), belief)
 
         found = self.survive("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))
@@ -315,19 +311,10 @@ class KnapsackAllocator(Guarded):
                 groups.success_R[scored],
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
-                evidence=self.survive("learning", lambda: self._absorb(known, successes, totals)),
+                evidence=self.survive("learning", lambda: finite_evidence(self.estimator, known, successes, totals)),
             )
             self._refit_when_due(len(visitors))
         self._step.compare(prompt_ids, groups, lost)
-
-    def _absorb(self, known: Records, successes: IntArray, totals: IntArray) -> FloatArray:
-        evidence = self.estimator.absorb(known, successes, totals)
-        if evidence.shape != known.evidence.shape or not np.isfinite(evidence).all():
-            raise ArithmeticError(
-                f"the estimator gave evidence of shape {evidence.shape}, expected finite numbers of shape "
-                f"{known.evidence.shape}"
-            )
-        return evidence
 
     def _refit_when_due(self, visits: int) -> None:
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
@@ -375,8 +362,8 @@ class KnapsackAllocator(Guarded):
             copy: whether to copy the arrays; without, they are the allocator's own and change with it.
         """
         header = {
-            "format": STATE_FORMAT,
-            "version": STATE_VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "estimator": self.estimator_name,
             "settings": self.estimator.settings(),
             "min_rollouts": self.min_rollouts,
@@ -402,15 +389,15 @@ class KnapsackAllocator(Guarded):
             ValueError: the state has another format or version, or belongs to another estimator or other settings.
                 The allocator is unchanged then.
         """
-        header, arrays = _check_header(state.get("header")), state.get("arrays")
+        header, arrays = check_header(state.get("header")), state.get("arrays")
         given, own = (header["estimator"], header["settings"]), (self.estimator_name, self.estimator.settings())
         if given != own:
             raise ValueError(f"the state belongs to estimator {given}, this allocator uses {own}; use the same one")
         if not isinstance(arrays, Mapping):
             raise ValueError(f"the arrays of the allocator state must be a mapping, got {type(arrays).__name__}")
         tracker = Tracker(self.estimator.evidence_size)
-        tracker.load_state_dict(_section(arrays, "tracker."), copy=copy)
-        self.estimator.load_state_dict(_section(arrays, "estimator."))
+        tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
+        self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
         self.failures = Counter(header["failures"])
         for counter in COUNTERS:
@@ -459,7 +446,7 @@ class KnapsackAllocator(Guarded):
             ValueError: the file is damaged or foreign, or an argument it needs is missing.
         """
         header, arrays = read_state(path)
-        _check_header(header)
+        check_header(header)
         chosen: dict[str, tuple[Any, str]] = {
             "success": (header["success"] if success is None else success, "a success function"),
             "value": (header["value"] if value is None and header["value"] in VALUES else value, "another value"),
@@ -473,33 +460,3 @@ class KnapsackAllocator(Guarded):
         allocator = cls(**{name: found for name, (found, _) in chosen.items()}, **kept, **settings)
         allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
         return allocator
-
-
-COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
-"""Counters of the allocator that its state holds."""
-
-HEADER: dict[str, Any] = {
-    "estimator": (str, NoneType),
-    "settings": dict,
-    "min_rollouts": int,
-    "max_rollouts": int,
-    "success": (int, float, NoneType),
-    "budget_unit": str,
-    "value": (str, NoneType),
-    "failures": dict,
-} | dict.fromkeys(COUNTERS, int)
-"""Types of the header's values."""
-
-
-def _check_header(header: Any) -> Mapping[str, Any]:
-    """Refuse a header that is foreign, of another version, incomplete, or has impossible counters."""
-    check_header(header, STATE_FORMAT, STATE_VERSION, HEADER)
-    for name, times in ({name: header[name] for name in COUNTERS} | header["failures"]).items():
-        if not isinstance(times, int) or times < 0:
-            raise ValueError(f"{name!r} of the allocator state must be a whole number >= 0, got {times!r}")
-    return header
-
-
-def _section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays under a prefix, without it."""
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

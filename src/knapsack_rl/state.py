@@ -1,4 +1,4 @@
-"""State on disk: one npz file of plain arrays, written atomically, with a checksum. Never a pickle.
+"""Allocator state on disk: one npz file of plain arrays, written atomically, with a checksum. Never a pickle.
 
 The file is an uncompressed zip archive of npy members, which ``numpy.load`` reads too, and a member ``header.npy`` with
 JSON. Zip stores a crc32 of every member; the header, written last, holds one over names, sizes and checksums of all the
@@ -16,13 +16,16 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import numpy as np
 
 HEADER = "header"
+"""Name of the member that holds the header."""
+
 CHECKSUM = "checksum"
-"""Key in the header."""
+"""Key of the checksum in the header."""
 
 
 @contextlib.contextmanager
@@ -174,28 +177,50 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
     return data.reshape(shape, order="F" if fortran else "C")
 
 
-def check_header(header: Any, name: str, version: int, types: Mapping[str, Any]) -> None:
-    """Refuse a header that is foreign, of another version, or incomplete.
+FORMAT = "knapsack-rl allocator"
+VERSION = 4
 
-    Args:
-        header: of a state.
-        name: the value of its ``format``.
-        version: the value of its ``version``.
-        types: type, or tuple of types, of every other value.
+COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
+"""Counters of an allocator in the header, whole numbers >= 0."""
+
+HEADER_TYPES: dict[str, Any] = {
+    "estimator": (str, NoneType),
+    "settings": dict,
+    "min_rollouts": int,
+    "max_rollouts": int,
+    "success": (int, float, NoneType),
+    "budget_unit": str,
+    "value": (str, NoneType),
+    "failures": dict,
+} | dict.fromkeys(COUNTERS, int)
+"""Types of the values in the header of an allocator state, besides its format and version."""
+
+
+def check_header(header: Any) -> Mapping[str, Any]:
+    """Return the header of an allocator state.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: it is foreign, of another version or incomplete, or a counter is impossible.
     """
     found = header.get("format") if isinstance(header, Mapping) else header
-    if not isinstance(header, Mapping) or found != name:
-        raise ValueError(f"this is not an allocator state: its format is {found!r}, expected {name!r}")
-    if header.get("version") != version:
+    if not isinstance(header, Mapping) or found != FORMAT:
+        raise ValueError(f"this is not an allocator state: its format is {found!r}, expected {FORMAT!r}")
+    if header.get("version") != VERSION:
         raise ValueError(
-            f"the allocator state has version {header.get('version')!r}, this package reads version {version}; use the "
+            f"the allocator state has version {header.get('version')!r}, this package reads version {VERSION}; use the "
             "knapsack-rl that wrote it, or start with a new allocator"
         )
-    for key, kind in types.items():
+    for key, kind in HEADER_TYPES.items():
         if key not in header:
             raise ValueError(f"the allocator state lacks {key!r} in its header")
         if not isinstance(header[key], kind) or isinstance(header[key], bool):
             raise ValueError(f"{key!r} of the allocator state has the wrong type, {type(header[key]).__name__}")
+    for name, times in ({name: header[name] for name in COUNTERS} | header["failures"]).items():
+        if not isinstance(times, int) or times < 0:
+            raise ValueError(f"{name!r} of the allocator state must be a whole number >= 0, got {times!r}")
+    return header
+
+
+def section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Return the arrays whose names start with a prefix, named without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

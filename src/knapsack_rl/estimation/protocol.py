@@ -100,6 +100,33 @@ def check_estimator(estimator: Any) -> Estimator:
     return estimator
 
 
+def finite_belief(estimator: Estimator, records: Records, max_rollouts: int) -> Belief:
+    """Return the estimator's belief.
+
+    Raises:
+        ArithmeticError: a marginal value is not finite.
+    """
+    belief = estimator.believe(records, max_rollouts)
+    if not np.isfinite(belief.marginals).all():
+        raise ArithmeticError("the estimator returned marginal values that are not finite")
+    return belief
+
+
+def finite_evidence(estimator: Estimator, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
+    """Return the estimator's new evidence after a visit.
+
+    Raises:
+        ArithmeticError: it has the wrong shape or is not finite.
+    """
+    evidence = estimator.absorb(records, successes, totals)
+    if evidence.shape != records.evidence.shape or not np.isfinite(evidence).all():
+        raise ArithmeticError(
+            f"the estimator returned evidence of shape {evidence.shape}, expected finite numbers of shape "
+            f"{records.evidence.shape}"
+        )
+    return evidence
+
+
 def check_discount(discount: float) -> float:
     """Return the discount, or raise ``ValueError`` if it is not in (0, 1]."""
     if not 0.0 < discount <= 1.0:

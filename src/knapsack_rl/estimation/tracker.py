@@ -38,8 +38,6 @@ class Records:
         recent: newest outcomes as bits, the newest lowest, 1 for a success; ``min(rollouts, RECENT)`` are valid.
         newest_successes: successes of the newest visit.
         newest_total: rollouts of the newest visit.
-        first_successes: successes of the first visit.
-        first_total: rollouts of the first visit.
         success_length_count: discounted number of successes of known length.
         success_length_sum: discounted sum of their lengths, in tokens.
         success_length_squares: discounted sum of their squared lengths.
@@ -58,8 +56,6 @@ class Records:
     recent: NDArray[np.uint64]
     newest_successes: IntArray
     newest_total: IntArray
-    first_successes: IntArray
-    first_total: IntArray
     success_length_count: FloatArray
     success_length_sum: FloatArray
     success_length_squares: FloatArray
@@ -198,8 +194,6 @@ class Tracker:
         for column, amount in (("successes", good), ("failures", total - good)):
             counts = getattr(store, column)
             counts[rows_P] = counts[rows_P] * discount + amount
-        first = store.visits[rows_P] == 0
-        store.first_successes[rows_P[first]], store.first_total[rows_P[first]] = good[first], total[first]
         store.newest_successes[rows_P], store.newest_total[rows_P] = good, total
         store.rollouts[rows_P] += total
         store.visits[rows_P] += 1
