@@ -362,8 +362,7 @@ def test_the_fallback_is_part_of_the_saved_settings(tmp_path):
     allocator.save(tmp_path / "state.npz")
     again = kr.KnapsackAllocator.load(tmp_path / "state.npz")
     assert again.estimator.settings() == {"window": 16, "minimum": 8, "fallback": False}
-    # A state saved before the setting existed names none; it had the fallback.
-    assert kr.KnapsackAllocator("window").estimator.settings() == {"window": 16, "minimum": 8}
+    assert kr.KnapsackAllocator("window").estimator.settings() == {"window": 16, "minimum": 8, "fallback": True}
     with pytest.raises(ValueError, match="belongs to estimator"):
         kr.KnapsackAllocator("window").load_state_dict(allocator.state_dict())
     with pytest.raises(ValueError, match="fallback must be true or false, got 'no'"):

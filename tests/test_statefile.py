@@ -164,7 +164,7 @@ def test_two_members_of_one_name_are_refused(path: Path) -> None:
 
 
 def test_a_name_of_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no array may be named 'header'"):
+    with pytest.raises(ValueError, match="an array is named 'header'"):
         write_state(tmp_path / "state.npz", {}, {HEADER: np.zeros(1)})
     assert not list(tmp_path.iterdir())
 

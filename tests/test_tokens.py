@@ -100,7 +100,7 @@ def test_without_lengths_the_first_batch_is_small() -> None:
     allocator = KnapsackAllocator(budget_unit="tokens", min_rollouts=3)
     found = allocator.allocate(["a", "b"], 1000.0)
     assert found.counts.tolist() == [3, 3]
-    assert "no length known" in found.reason and not found.degraded
+    assert "no length is known" in found.reason and not found.degraded
 
 
 @pytest.mark.parametrize("budget", [0, 1, 150, 2000, 10.0**9])

@@ -66,7 +66,7 @@ def test_records_match_a_model_of_lists(run, discount: float) -> None:
         assert newest_outcomes(tracker, prompt_id) == outcomes[::-1][:RECENT]
         assert records.rollouts[row] == len(outcomes)
         assert records.visits[row] == len(history)
-        first, newest = ([outcome for outcome, _ in visit] for visit in (history[0], history[-1]))
+        newest = [outcome for outcome, _ in history[-1]]
         assert (records.newest_successes[row], records.newest_total[row]) == (sum(newest), len(newest))
         weights = [discount ** (len(history) - 1 - k) for k in range(len(history))]
 

@@ -61,13 +61,13 @@ class KnapsackAllocator(Guarded):
     One step of a run is ``a = allocate(ids, budget)``, generate ``a.counts[i]`` rollouts of prompt i, then
     ``observe(ids_per_rollout, rewards)``. Prompts are known by id, so an id must name the same prompt in every epoch.
 
-    Inside a run nothing dies because of allocation: a batch whose bounds and budget contradict each other degrades in
-    the order of :mod:`knapsack_rl.allocation.degradation`, is counted in the metrics and logged once. If the
-    estimator or the solver raises, the batch is divided evenly, the failure is counted by kind (``failures/allocation``
-    and so on in the metrics) and logged once with its traceback. Arguments that make no sense raise ``ValueError``.
+    Allocation never ends a run: a batch whose bounds and budget contradict each other degrades in the order of
+    :mod:`knapsack_rl.allocation.degradation`, is counted in the metrics and logged once. If the estimator or the solver
+    raises, the budget is divided evenly; the failure is counted by kind (``failures/allocation``, ...) and logged once
+    with its traceback. Invalid arguments raise ``ValueError``.
 
-    Calls from several threads are safe and run one after the other; the result depends on their order, so a run that
-    is to be repeated must make them in a fixed order.
+    Calls from several threads are safe and run one after the other. The result depends on their order, so a
+    reproducible run must make them in a fixed order.
 
     Args:
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
@@ -76,19 +76,18 @@ class KnapsackAllocator(Guarded):
             :mod:`knapsack_rl.allocation.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
-            outcome feeds the estimate; it may differ from the shaped reward that trains.
-        budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in tokens, a rollout costs
-            what it is expected to (:mod:`knapsack_rl.estimation.lengths`), and the number of rollouts varies.
-        value: what is maximised: a name of :data:`knapsack_rl.allocation.value.VALUES`, an import path or a function as
-            for :func:`knapsack_rl.allocate`. Estimators on a grid take any, the window without its fallback too; a
-            table per prompt is for :func:`knapsack_rl.allocate` alone.
+            outcome feeds the estimate; it may differ from the shaped reward used in training.
+        budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in expected tokens
+            (:mod:`knapsack_rl.estimation.lengths`), and the number of rollouts varies.
+        value: the value to maximise, as for :func:`knapsack_rl.allocate` except for tables. Estimators on a grid
+            accept any value, and so does the window without its fallback.
         **estimator_settings: keyword arguments of the named estimator.
 
     Raises:
         ValueError: a setting is out of range or unknown.
 
     >>> allocator = KnapsackAllocator()
-    >>> allocator.allocate(["a", "b"], budget=8).counts.tolist()  # nothing known: uniform
+    >>> allocator.allocate(["a", "b"], budget=8).counts.tolist()  # nothing is known yet: uniform
     [4, 4]
     >>> allocator.observe(["a"] * 4 + ["b"] * 4, [1, 1, 1, 1, 0, 1, 0, 0])
     >>> counts = allocator.allocate(["a", "b"], budget=8).counts
@@ -117,7 +116,7 @@ class KnapsackAllocator(Guarded):
             self.estimator = make_estimator(estimator, **estimator_settings)
         else:
             if estimator_settings:
-                raise ValueError(f"settings {sorted(estimator_settings)} go to the estimator object itself")
+                raise ValueError(f"pass the settings {sorted(estimator_settings)} to the estimator object itself")
             self.estimator_name, self.estimator = None, check_estimator(estimator)
         check_success_rule(success)
         self.success = success
@@ -132,15 +131,14 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def allocate(self, prompt_ids: Iterable[PromptId], budget: float) -> Allocation:
-        """Rollouts for each prompt of a batch: they sum to the budget, or their expected tokens do not exceed it.
+        """Allocate a step: counts sum to a budget of rollouts, or their expected tokens do not exceed one of tokens.
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
-            budget: total rollouts, 0 to 2^24; with ``budget_unit="tokens"`` a number of tokens, >= 0.
+            budget: total rollouts, a whole number from 0 to 2^24; with ``budget_unit="tokens"`` finite tokens >= 0.
 
         Raises:
-            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number from 0 to
-                2^24 (of tokens: no finite number >= 0).
+            ValueError: ids repeat or have the wrong type, the batch is empty, or the budget is out of range.
         """
         started = time.perf_counter()
         ids = check_batch(prompt_ids)
@@ -189,7 +187,7 @@ class KnapsackAllocator(Guarded):
         return allocation
 
     def _warn_of_twins(self, ids: list[PromptId]) -> None:
-        """Warn once of an id known under the other type: 7 and "7" are different prompts, which is rarely meant."""
+        """Warn once about an id that is known under the other type: 7 and "7" are different prompts."""
         if "twins" not in self._warned and (found := self.tracker.twin(ids)):
             new, known = found
             self.warn_once("twins", twin_warning(new, known))
@@ -198,7 +196,7 @@ class KnapsackAllocator(Guarded):
     def top_up(
         self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
     ) -> Allocation:
-        """Spend the rest of a step's budget given the outcomes of a first share, in your own training loop.
+        """Allocate the rest of a step's budget given the outcomes of a first share, in your own training loop.
 
         Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
         rollouts of the step once. Group sizes then depend on outcomes, which biases group statistics but not the
@@ -211,11 +209,11 @@ class KnapsackAllocator(Guarded):
             budget: rollouts left, whatever the ``budget_unit``.
 
         Returns:
-            Additional counts, summing to the budget; predictions are about both shares together.
+            Additional counts that sum to the budget; predictions are about both shares together.
 
         Raises:
-            ValueError: arguments do not fit each other, the estimator has no posterior on a grid, or the value depends
-                on more than whether outcomes are mixed.
+            ValueError: arguments do not match, the estimator has no posterior on a grid, or the value depends on more
+                than whether outcomes are mixed.
         """
         started = time.perf_counter()
         ids, left = check_batch(prompt_ids), check_step_budget(budget)
@@ -236,16 +234,14 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
-        """Take counts from elsewhere (a uniform baseline, an engine's own choice) in place of :meth:`allocate`.
-
-        Predictions and metrics are then about these counts.
+        """Use given counts (a uniform baseline, an engine's choice) instead of :meth:`allocate`, with its predictions.
 
         Args:
             prompt_ids: M distinct ids.
-            counts: (M,) rollouts per prompt, whole numbers >= 0, at most 2^24 of them in all.
+            counts: (M,) rollouts per prompt, whole numbers >= 0 that sum to at most 2^24.
 
         Raises:
-            ValueError: ids repeat or have another type, or counts do not fit them.
+            ValueError: ids repeat or have the wrong type, or counts do not match them.
         """
         started = time.perf_counter()
         ids, given = check_batch(prompt_ids), check_counts(counts)
@@ -267,15 +263,15 @@ class KnapsackAllocator(Guarded):
     def observe(
         self, prompt_ids_per_rollout: Iterable[PromptId], rewards: ArrayLike, lengths: ArrayLike | None = None
     ) -> None:
-        """Record the outcomes of one batch. Call once per generated batch, whatever engine made it.
+        """Record the outcomes of a generated batch; call it once per batch.
 
         Args:
             prompt_ids_per_rollout: (R,) id of each rollout's prompt, in any order; groups may have any size.
-            rewards: (R,) outcome of each rollout; NaN for one that could not be scored, which is counted and left out.
+            rewards: (R,) outcome of each rollout; NaN for an unscored one, which is counted and left out.
             lengths: (R,) tokens generated, 0 to 1e9, if known; feeds :meth:`predicted_lengths`.
 
         Raises:
-            ValueError: lengths of the arguments differ, an id has the wrong type, or a reward is infinite. Nothing is
+            ValueError: the arguments differ in length, an id has the wrong type, or a reward is infinite; nothing is
                 recorded then.
         """
         distinct, prompt_R = numbered(check_prompt_ids(prompt_ids_per_rollout))
@@ -283,7 +279,7 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def record(self, prompt_ids: list[PromptId], groups: GroupOutcomes, lengths: ArrayLike | None = None) -> None:
-        """:meth:`observe` for rollouts that are grouped already; engines group them once and share the result.
+        """Record rollouts that are already grouped, like :meth:`observe`; engines group them only once.
 
         Args:
             prompt_ids: (G,) distinct ids, the prompt of each group; a group may be empty.
@@ -291,7 +287,7 @@ class KnapsackAllocator(Guarded):
             lengths: (R,) tokens generated, 0 to 1e9, if known.
 
         Raises:
-            ValueError: the lengths do not fit. Nothing is recorded then.
+            ValueError: the lengths are out of range or not one per rollout; nothing is recorded then.
         """
         lengths_R = None if lengths is None else check_lengths(lengths, groups.group_R.size)
         if not groups.group_R.size:
@@ -325,41 +321,32 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def metrics(self) -> dict[str, float]:
-        """Numbers of the newest ``allocate`` and ``observe``, and totals of the run, for a logger.
-
-        Source: paper, section 4, and this project's documentation of metrics.
-        """
-        return (
-            self._step.as_dict()
-            | {
-                "prompts_seen": float(len(self.tracker)),
-                "degraded_batches": float(self._degraded_batches),
-                "unscored_rollouts": float(self._unscored_rollouts),
-                "allocation_failures": float(sum(self.failures[kind] for kind in ALLOCATION_FAILURES)),
-            }
-            | {f"failures/{kind}": float(times) for kind, times in self.failures.items()}
-        )
+        """Return the metrics of the newest ``allocate`` and ``observe``, and totals of the run."""
+        totals = {
+            "prompts_seen": float(len(self.tracker)),
+            "degraded_batches": float(self._degraded_batches),
+            "unscored_rollouts": float(self._unscored_rollouts),
+            "allocation_failures": float(sum(self.failures[kind] for kind in ALLOCATION_FAILURES)),
+        }
+        return self._step.as_dict() | totals | {f"failures/{kind}": float(n) for kind, n in self.failures.items()}
 
     @one_at_a_time
     def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
-        """What is known of the given prompts: mean success rate, marginal values, predictions."""
+        """Return the belief about the given prompts: mean success rate, marginal values, predictions."""
         return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
 
     @one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
-        """(M,) expected tokens of a rollout of each prompt, shrunk to the population mean; for the balancer.
-
-        All ones while no length was ever observed.
-        """
+        """Return (M,) expected tokens of a rollout of each prompt, for the balancer; all ones before any is known."""
         everyone, rows = self.tracker.records(), self.tracker.rows(check_prompt_ids(prompt_ids))
         return shrunk_lengths((everyone.length_count, everyone.length_sum, everyone.length_squares), rows)
 
     @one_at_a_time
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
-        """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``.
+        """Return all that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``.
 
         Args:
-            copy: whether to copy the arrays; without, they are the allocator's own and change with it.
+            copy: whether to copy the arrays; if not, they change with the allocator.
         """
         header = {
             "format": FORMAT,
@@ -379,15 +366,15 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any], *, copy: bool = True) -> None:
-        """Restore a state into an allocator made with the same estimator; all its other settings stay its own.
+        """Restore a state into an allocator made with the same estimator; its other settings stay as they are.
 
         Args:
             state: returned by :meth:`state_dict`.
-            copy: whether to copy the arrays; without, they become the allocator's own and change with it.
+            copy: whether to copy the arrays; if not, they change with the allocator.
 
         Raises:
-            ValueError: the state has another format or version, or belongs to another estimator or other settings.
-                The allocator is unchanged then.
+            ValueError: the state is damaged or foreign, or belongs to another estimator or version; the allocator is
+                unchanged then.
         """
         header, arrays = check_header(state.get("header")), state.get("arrays")
         given, own = (header["estimator"], header["settings"]), (self.estimator_name, self.estimator.settings())
@@ -415,11 +402,11 @@ class KnapsackAllocator(Guarded):
         write_state(path, state["header"], state["arrays"])
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Read the state of a file into this allocator; see :meth:`load_state_dict`.
+        """Restore the state in a file; see :meth:`load_state_dict`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, foreign or of another estimator. The allocator is unchanged then.
+            FileNotFoundError: the file does not exist.
+            ValueError: as :meth:`load_state_dict`.
         """
         header, arrays = read_state(path)
         self.load_state_dict({"header": header, "arrays": arrays}, copy=False)
@@ -433,17 +420,17 @@ class KnapsackAllocator(Guarded):
         estimator: Estimator | None = None,
         value: ValueLike | None = None,
     ) -> KnapsackAllocator:
-        """Make an allocator with the settings and the state of a file.
+        """Make an allocator with the settings and the state in a file.
 
         Args:
             path: written by :meth:`save`.
-            success: the success rule; needed if it was a function, else the saved threshold is the default.
-            estimator: an estimator object; needed if the allocator was made with one.
-            value: the value; needed unless it was one of ``VALUES``: no file may name code to run.
+            success: the success rule; required if it was a function, otherwise the saved threshold by default.
+            estimator: an estimator object; required if the allocator was made with one.
+            value: the value; required unless it was one of ``VALUES``, because a file must not name code to run.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or foreign, or an argument it needs is missing.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or foreign, or a required argument is missing.
         """
         header, arrays = read_state(path)
         check_header(header)

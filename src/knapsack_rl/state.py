@@ -2,7 +2,7 @@
 
 The file is an uncompressed zip archive of npy members, which ``numpy.load`` reads too, and a member ``header.npy`` with
 JSON. Zip stores a crc32 of every member; the header, written last, holds one over names, sizes and checksums of all the
-others. So a changed byte of content, a surplus or missing member, and swapped members are all detected.
+others. So changed bytes, surplus, missing and swapped members are all detected.
 """
 
 from __future__ import annotations
@@ -68,17 +68,17 @@ def write_state(path: str | os.PathLike[str], header: Mapping[str, Any], arrays:
     Args:
         path: file to write; its folder must exist.
         header: JSON values.
-        arrays: plain arrays by name; object arrays are refused.
+        arrays: plain arrays by name.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an array holds Python objects, or is named like the header.
+        ValueError: an array holds Python objects or has the name of the header.
     """
     for name, array in arrays.items():
         if array.dtype.hasobject:
-            raise ValueError(f"array {name!r} holds Python objects, which only a pickle could store")
+            raise ValueError(f"array {name!r} holds Python objects, which only a pickle could store; convert it")
         if name == HEADER:
-            raise ValueError(f"no array may be named {HEADER!r}")
+            raise ValueError(f"an array is named {HEADER!r}, a reserved name; choose another one")
     with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             _write_array(archive, name, array)
@@ -109,14 +109,14 @@ DAMAGE = (
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read a file that :func:`write_state` wrote.
 
-    Memory is bounded by the size of the file, because compressed members are refused.
+    Compressed members are refused, so memory is bounded by the size of the file.
 
     Returns:
         (header, arrays by name).
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is truncated, damaged or not a state file; it is left as it is.
+        ValueError: the file is truncated, damaged or not a state file; it is left unchanged.
     """
     if Path(path).is_dir():
         raise ValueError(f"{os.fspath(path)} is a folder, not a state file")
@@ -159,7 +159,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
         raise ValueError(f"{member.filename} is compressed; state files are not")
     content = np.empty(_check_size(archive, member), np.uint8)
     at = 0
-    with archive.open(member) as file:  # reading it to its end is what makes zipfile compare its checksum
+    with archive.open(member) as file:  # zipfile compares the checksum at the end of the member
         while piece := file.read(PIECE):
             content[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
             at += len(piece)
