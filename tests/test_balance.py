@@ -172,7 +172,7 @@ def test_degenerate_observations(lengths: list[list[float]], expected: list[floa
     np.testing.assert_allclose(predict_work(*moments(lengths)), expected, rtol=1e-12)
 
 
-def test_a_count_that_was_discounted_away_reads_as_unseen() -> None:
+def test_a_prompt_whose_count_was_discounted_away_counts_as_unseen() -> None:
     predicted = predict_work([2, 2, 1e-12], [4, 12, 1e-6], [10, 74, 1.0])
     np.testing.assert_allclose(predicted, [2.25, 5.75, 4.0])
 
@@ -239,7 +239,7 @@ def test_queue_hands_out_each_item_once_longest_first(work: list[int]) -> None:
     assert next(queue, None) is None
 
 
-def test_no_shuffle_throws_the_order_away() -> None:
+def test_the_order_is_never_shuffled() -> None:
     """Public balancers computed an order and then shuffled it, without a seed."""
     work = np.random.default_rng(0).lognormal(6, 1, 500)
     expected = np.argsort(-work, kind="stable").tolist()
@@ -318,7 +318,7 @@ def test_threads_share_a_queue_without_losing_or_repeating_an_item() -> None:
     assert any(failed_once)
 
 
-# --- the module, and what it buys ---------------------------------------------------------------------------
+# --- the module and its benefit ---------------------------------------------------------------------------
 
 
 def test_the_benchmark_meets_its_target() -> None:

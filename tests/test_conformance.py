@@ -96,7 +96,7 @@ def test_labels_that_are_taken_for_positions_are_caught():
 
 
 def test_a_reshape_passes_on_uniform_groups_only():
-    """What makes it silent: on groups of one size it is right."""
+    """Such an engine is right on groups of one size, so the mistake is silent."""
     groups = np.repeat(np.arange(4), 4)
     rewards = np.random.default_rng(0).random(16)
     np.testing.assert_allclose(reshaped(4)(groups, rewards), by_id(normalised)(groups, rewards))

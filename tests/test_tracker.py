@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import named_case
 from knapsack_rl.estimation.tracker import COLUMNS, RECENT, Tracker
 from knapsack_rl.ids import check_prompt_ids, numbered, stable_order
 from strategies import no_deadline, visits
@@ -90,13 +91,14 @@ def test_recent_bits_of_one_prompt(history: list[list[bool]]) -> None:
         assert newest_outcomes(tracker, "a") == everything[::-1][:RECENT]
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 128])
-def test_recent_bits_at_the_width_of_the_word(size: int) -> None:
-    tracker = Tracker()
-    for good in (True, False, True):
-        tracker.record(["a", "b"], np.repeat([0, 1], [size, 1]), np.full(size + 1, good))
-    assert newest_outcomes(tracker, "a") == ([True] * size + [False] * size + [True] * size)[:RECENT]
-    assert newest_outcomes(tracker, "b") == [True, False, True]
+def test_recent_bits_at_the_width_of_the_word() -> None:
+    for size in [1, 63, 64, 65, 128]:
+        with named_case(size=size):
+            tracker = Tracker()
+            for good in (True, False, True):
+                tracker.record(["a", "b"], np.repeat([0, 1], [size, 1]), np.full(size + 1, good))
+            assert newest_outcomes(tracker, "a") == ([True] * size + [False] * size + [True] * size)[:RECENT]
+            assert newest_outcomes(tracker, "b") == [True, False, True]
 
 
 def test_unseen_prompts_are_all_zero() -> None:
@@ -108,7 +110,7 @@ def test_unseen_prompts_are_all_zero() -> None:
     found = tracker.lookup(["x", "a", "x"])
     assert found.rollouts.tolist() == [0, 2, 0]
     assert found.successes.tolist() == [0.0, 1.0, 0.0]
-    assert len(tracker) == 1  # looking up is no observation
+    assert len(tracker) == 1  # a lookup is not an observation
 
 
 def test_lookup_is_a_copy() -> None:
@@ -241,7 +243,7 @@ def test_arrays_of_other_ids_are_refused() -> None:
             check_prompt_ids(bad)
 
 
-def test_one_string_is_no_batch_of_letters() -> None:
+def test_one_string_is_not_a_batch_of_letters() -> None:
     with pytest.raises(ValueError, match="prompt_ids"):
         check_prompt_ids("abc")
 
@@ -269,7 +271,7 @@ def restored(tracker: Tracker) -> Tracker:
 
 @no_deadline
 @given(runs())
-def test_a_restored_tracker_goes_on_alike(run) -> None:
+def test_a_restored_tracker_continues_identically(run) -> None:
     tracker = Tracker(evidence_size=3)
     for batch in run:
         twin = restored(tracker)

@@ -106,7 +106,7 @@ def test_every_named_value_is_allocated_to_its_optimum(batch: Batch, name: str) 
     assert found.expected_value == pytest.approx(best, rel=1e-11, abs=1e-14)
 
 
-def test_a_function_of_ones_own_is_the_same_as_the_named_one() -> None:
+def test_a_users_function_gives_the_same_as_the_named_value() -> None:
     rates = [0.5, 0.1, 0.02, 0.9]
     named = kr.allocate(rates, 60)
     own = kr.allocate(rates, 60, value=lambda n, p: (1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2 * (n > 0))
@@ -115,7 +115,7 @@ def test_a_function_of_ones_own_is_the_same_as_the_named_one() -> None:
     assert own.expected_value == pytest.approx(named.expected_value, rel=1e-12)
 
 
-def test_an_object_with_the_methods_is_taken() -> None:
+def test_an_object_with_the_methods_is_accepted() -> None:
     class Halves:
         def values(self, counts, success_rates):
             return np.broadcast_to(1.0 - 0.5 ** np.asarray(counts), np.broadcast(counts, success_rates).shape)
@@ -129,7 +129,7 @@ def test_an_object_with_the_methods_is_taken() -> None:
 
 
 def test_a_value_that_is_not_concave_goes_to_dynamic_programming() -> None:
-    """Worth something from four rollouts on: going uphill one rollout at a time sees nothing."""
+    """A value from four rollouts on: a greedy choice of one rollout at a time finds nothing."""
     found = kr.allocate([0.5, 0.25, 0.75], 8, 0, 8, value=lambda n, p: (n >= 4) * p)
     assert found.counts.tolist() == [4, 0, 4]
     assert found.expected_value == 1.25
