@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation.costs import ROUNDING, check_costs, solve_with_costs
 from knapsack_rl.allocation.value import marginal_values
 from oracles import milp_optimum, values_of
@@ -114,9 +115,9 @@ def test_ten_thousand_instances_match_enumeration() -> None:
 
 
 def test_medium_instances_match_integer_programming() -> None:
-    for case in range(16):
-        with case(case=case):
-            rng = np.random.default_rng(SEED + case)
+    for seed in range(16):
+        with named_case(seed=seed):
+            rng = np.random.default_rng(SEED + seed)
             prompts, width = int(rng.integers(5, 13)), int(rng.integers(5, 17))
             table, costs, budget, lower, upper = random_case(rng, prompts, width)
             values = values_of(table)

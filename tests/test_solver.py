@@ -84,12 +84,12 @@ def test_every_small_instance_is_optimal(prompts: int, concave: bool) -> None:
 
 
 def test_medium_instances_match_integer_programming() -> None:
-    for case in range(12):
-        with named_case(case=case):
-            rng = np.random.default_rng(SEED + case)
+    for seed in range(12):
+        with named_case(seed=seed):
+            rng = np.random.default_rng(SEED + seed)
             prompts, width = int(rng.integers(4, 13)), int(rng.integers(6, 25))
             table = rng.normal(0.3, 1.0, (prompts, width))
-            if case % 2:
+            if seed % 2:
                 table = -np.sort(-table, axis=1)
             lower, upper = random_bounds(rng, prompts, width)
             budget = int(rng.integers(lower.sum(), upper.sum() + 1))
