@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import knapsack_rl as kr
 from cases import named_case
 from knapsack_rl.allocation.checks import check_counts, check_success_rates, check_whole
-from knapsack_rl.allocation.value import expected_rollouts_until_mixed, marginal_values, rollouts_for_probability
+from knapsack_rl.allocation.value import marginal_values, rollouts_for_probability
 from strategies import no_deadline, success_rates
 
 
@@ -46,11 +46,6 @@ def test_worked_probabilities_of_eight_rollouts(rate: float, rounded: float) -> 
 def test_worked_rollouts_for_ninety_percent() -> None:
     assert round(float(rollouts_for_probability(0.01, 0.9)), 1) == 229.1
     assert round(float(rollouts_for_probability(0.99)), 1) == 229.1  # 0.9 is the default, and p, 1-p are alike
-
-
-def test_worked_expected_rollouts() -> None:
-    assert round(float(expected_rollouts_until_mixed(0.01)), 2) == 100.01
-    assert float(expected_rollouts_until_mixed(0.5)) == 3.0
 
 
 def test_information_gain_peaks_at_one_third() -> None:
@@ -140,16 +135,6 @@ def test_probability_matches_sampling(count: int, rate: float) -> None:
     assert abs(mixed - expected) < 5 * math.sqrt(expected * (1 - expected) / samples)
 
 
-def test_expected_rollouts_match_sampling() -> None:
-    rate, samples = 0.15, 100_000
-    draws = np.random.default_rng(3).random((samples, 150)) < rate
-    first_failure, first_success = (~draws).argmax(axis=1), draws.argmax(axis=1)
-    assert draws.any(axis=1).all()
-    needed = np.maximum(first_failure, first_success) + 1
-    error = needed.std() / math.sqrt(samples)
-    assert abs(needed.mean() - float(expected_rollouts_until_mixed(rate))) < 5 * error
-
-
 @no_deadline
 @given(st.floats(1e-6, 1 - 1e-6), st.floats(0.01, 0.99))
 def test_rollouts_for_probability_solve_their_equation(rate: float, probability: float) -> None:
@@ -158,20 +143,12 @@ def test_rollouts_for_probability_solve_their_equation(rate: float, probability:
     assert max(rate, 1 - rate) ** needed == pytest.approx(1 - probability, rel=1e-6)
 
 
-@no_deadline
-@given(st.floats(1e-9, 1 - 1e-9))
-def test_expected_rollouts_has_two_equal_forms(rate: float) -> None:
-    assert float(expected_rollouts_until_mixed(rate)) == pytest.approx(1 / (rate * (1 - rate)) - 1, rel=1e-9)
-
-
 def test_certain_prompts_never_mix() -> None:
     assert rollouts_for_probability([0.0, 1.0]).tolist() == [np.inf, np.inf]
-    assert expected_rollouts_until_mixed([0.0, 1.0]).tolist() == [np.inf, np.inf]
 
 
-@pytest.mark.parametrize("function", [rollouts_for_probability, expected_rollouts_until_mixed])
-def test_the_smallest_rates_overflow_quietly_to_infinity(function) -> None:
-    assert function([5e-324]).tolist() == [np.inf]
+def test_the_smallest_rate_overflows_quietly_to_infinity() -> None:
+    assert rollouts_for_probability([5e-324]).tolist() == [np.inf]
 
 
 # --- shapes and errors ---

@@ -19,7 +19,6 @@ from knapsack_rl.allocation.value import (
     VALUES,
     ValueFunction,
     make_value_function,
-    marginal_table,
     marginal_values,
 )
 from strategies import Batch, batches, no_deadline
@@ -65,7 +64,7 @@ def test_values_and_marginals_are_those_of_the_definition(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_concave_from_one_rollout_on(name: str) -> None:
     rounding = 0.0 if name in VALUES else 4e-16  # differences of a function's values have the rounding of the values
-    table = marginal_table(name, np.linspace(0, 1, 101), 300)
+    table = make_value_function(name).marginals(np.linspace(0, 1, 101), 300)
     assert (table[:, 0] == 0).all()
     assert (table[:, 2:] <= table[:, 1:-1] + rounding).all()
     assert (table >= -rounding).all()
@@ -142,8 +141,9 @@ def test_a_value_that_is_not_concave_goes_to_dynamic_programming() -> None:
 def test_a_posterior_on_a_grid_multiplies_the_table(name: str) -> None:
     grid = np.linspace(0.01, 0.99, 40)
     weights = np.random.default_rng(1).dirichlet(np.ones(40), 6)
-    expected = weights @ marginal_table(name, grid, 30)
-    values = make_value_function(name).values(np.arange(31), grid[:, None])
+    function = make_value_function(name)
+    expected = weights @ function.marginals(grid, 30)
+    values = function.values(np.arange(31), grid[:, None])
     assert expected.cumsum(axis=1) == pytest.approx((weights @ values)[:, 1:], rel=1e-10)
 
 

@@ -123,22 +123,6 @@ def rollouts_for_probability(success_rates: ArrayLike, probability: float = 0.9)
         return np.asarray(math.log1p(-probability) / np.log1p(-np.minimum(p, 1.0 - p)))
 
 
-def expected_rollouts_until_mixed(success_rates: ArrayLike) -> FloatArray:
-    """Return the expected rollouts until a group has both outcomes: 1/p + 1/(1-p) - 1. 100.01 for p = 0.01.
-
-    Returns:
-        Float64 array, >= 3; infinite where p is 0 or 1.
-
-    Raises:
-        ValueError: a rate is outside [0, 1].
-
-    Source: first success and first failure are both needed; the first draw is one of them.
-    """
-    p = check_success_rates(success_rates)
-    with np.errstate(divide="ignore", over="ignore"):
-        return 1.0 / p + 1.0 / (1.0 - p) - 1.0
-
-
 @runtime_checkable
 class ValueFunction(Protocol):
     """A value function, with differences that lose no digits."""
@@ -298,15 +282,3 @@ def _geometric(start: FloatArray, ratio: FloatArray, length: int) -> FloatArray:
     powers = np.empty((start.size, length))
     powers[:, 0], powers[:, 1:] = start, ratio[:, None]
     return np.multiply.accumulate(powers, axis=1, out=powers)
-
-
-def marginal_table(value: ValueLike, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
-    """Return the (M, max_rollouts) marginal values for a vector of success rates, such as the grid of a posterior.
-
-    With posterior weights W (prompts, grid points), ``W @ marginal_table(value, grid, K)`` is the expected marginal
-    value per prompt; expectation keeps concavity.
-
-    Raises:
-        ValueError: a rate is outside [0, 1], or the value is unknown or not usable.
-    """
-    return make_value_function(value).marginals(success_rates, max_rollouts)

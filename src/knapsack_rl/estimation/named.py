@@ -16,7 +16,7 @@ import numpy as np
 
 from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
-from knapsack_rl.allocation.value import ValueLike, make_value_function, marginal_table, nonzero_gradient_probability
+from knapsack_rl.allocation.value import ValueLike, make_value_function, nonzero_gradient_probability
 from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator
 from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import RECENT, Records
@@ -76,8 +76,8 @@ class WindowEstimator(Estimator):
         def nonzero_gradient(counts: IntArray) -> FloatArray:
             return np.where(np.isnan(mean), np.nan, nonzero_gradient_probability(counts, known))
 
-        marginals = marginal_table(self.value, known, max_rollouts)
-        marginals[np.isnan(mean)] = marginal_table(self.value, _ANY_RATE, max_rollouts).mean(axis=0)
+        marginals = self.value.marginals(known, max_rollouts)
+        marginals[np.isnan(mean)] = self.value.marginals(_ANY_RATE, max_rollouts).mean(axis=0)
         return Belief(mean, marginals, nonzero_gradient)
 
     def settings(self) -> dict[str, Any]:
