@@ -12,7 +12,7 @@ def named_case(**values: Any) -> Iterator[None]:
     """Name a case of a loop in the error of whatever fails inside."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # pytest's own failures are not of the class Exception
         error.add_note(f"case: {', '.join(f'{name}={value!r}' for name, value in values.items())}")
         raise
 

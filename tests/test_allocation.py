@@ -363,9 +363,8 @@ def test_a_cap_far_above_the_budget_costs_nothing() -> None:
 # --- errors ---
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_errors_say_what_is_allowed() -> None:
+    for arguments, message in [
         (([], 8), r"non-empty one-dimensional.*\(0,\)"),
         (([[0.5]], 8), r"one-dimensional.*\(1, 1\)"),
         ((0.5, 8), "one-dimensional"),
@@ -379,12 +378,11 @@ def test_a_cap_far_above_the_budget_costs_nothing() -> None:
         (([0.5], 8, 9, 8), "min_rollouts 9 is above max_rollouts 8"),
         (([0.5], 9, 2, 8), r"budget of 9 .*\[2, 8\]"),
         (([0.5, 0.5], 9, [2, 2, 2], 8), r"min_rollouts .*one per prompt \(2\)"),
-    ],
-)
-def test_errors_say_what_is_allowed(arguments, message: str) -> None:
-    for fallback in (False, True):
-        with pytest.raises(ValueError, match=message):
-            kr.allocate(*arguments, fallback=fallback)
+    ]:
+        with named_case(arguments=arguments, message=message):
+            for fallback in (False, True):
+                with pytest.raises(ValueError, match=message):
+                    kr.allocate(*arguments, fallback=fallback)
 
 
 def test_the_method_is_passed_on() -> None:

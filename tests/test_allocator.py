@@ -162,18 +162,15 @@ def test_duplicates_in_a_batch_are_refused() -> None:
     kr.KnapsackAllocator().allocate([1, "1"], 16)
 
 
-@pytest.mark.parametrize(
-    ("ids", "budget", "message"),
-    [
+def test_invalid_batches_are_refused() -> None:
+    for ids, budget, message in [
         ([], 8, "prompt_ids is empty"),
         (["a"], -1, "budget must be a whole number >= 0, got -1"),
         (["a"], 8.0, "budget must be a whole number >= 0, got 8.0"),
         (["a"], None, "budget must be a whole number"),
-    ],
-)
-def test_invalid_batches_are_refused(ids, budget, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.KnapsackAllocator().allocate(ids, budget)
+    ]:
+        with named_case(ids=ids, budget=budget, message=message), pytest.raises(ValueError, match=message):
+            kr.KnapsackAllocator().allocate(ids, budget)
 
 
 # --- degradation ---
@@ -273,9 +270,8 @@ def test_unscored_rollouts_are_counted_and_left_out() -> None:
     assert math.isnan(allocator.metrics()["effective_gradient_ratio"])
 
 
-@pytest.mark.parametrize(
-    ("ids", "rewards", "lengths", "message"),
-    [
+def test_refused_observations_leave_no_trace() -> None:
+    for ids, rewards, lengths, message in [
         (["a", "new"], [1.0, math.inf], None, r"rewards\[1\] is inf"),
         (["a", "new"], [-math.inf, 0.0], None, r"rewards\[0\] is -inf"),
         (["a", "new"], [1.0], None, "equally long"),
@@ -285,15 +281,14 @@ def test_unscored_rollouts_are_counted_and_left_out() -> None:
         (["a", "new"], [1.0, 0.0], [3, 1e10], r"numbers from 0 to 1e\+09"),
         (["a", "new"], [1.0, NAN], [3, NAN], "lengths must be 2 numbers from 0"),
         (["a", None], [1.0, 0.0], None, "prompt_ids"),
-    ],
-)
-def test_refused_observations_leave_no_trace(ids, rewards, lengths, message: str) -> None:
-    allocator = trained()
-    before, metrics = allocator.state_dict(), allocator.metrics()
-    with pytest.raises(ValueError, match=message):
-        allocator.observe(ids, rewards, lengths)
-    assert_same_state(allocator.state_dict(), before)
-    assert allocator.metrics() == metrics
+    ]:
+        with named_case(ids=ids, rewards=rewards, lengths=lengths, message=message):
+            allocator = trained()
+            before, metrics = allocator.state_dict(), allocator.metrics()
+            with pytest.raises(ValueError, match=message):
+                allocator.observe(ids, rewards, lengths)
+            assert_same_state(allocator.state_dict(), before)
+            assert allocator.metrics() == metrics
 
 
 def test_observing_nothing_changes_nothing() -> None:
@@ -458,9 +453,8 @@ def test_predicted_lengths() -> None:
 # --- settings ---
 
 
-@pytest.mark.parametrize(
-    ("arguments", "settings", "message"),
-    [
+def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
+    for arguments, settings, message in [
         (("bayes",), {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
         (("beta", -1), {}, "min_rollouts must be a whole number >= 0, got -1"),
         (("beta", 2.0), {}, "min_rollouts must be a whole number"),
@@ -471,11 +465,9 @@ def test_predicted_lengths() -> None:
         (("beta",), {"discuont": 0.5}, "discuont"),
         (("window",), {"discount": 0.5}, "discount"),
         ((BetaEstimator(),), {"discount": 0.5}, "'discount'.*estimator object itself"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_before_the_run(arguments, settings, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.KnapsackAllocator(*arguments, **settings)
+    ]:
+        with named_case(arguments=arguments, settings=settings), pytest.raises(ValueError, match=message):
+            kr.KnapsackAllocator(*arguments, **settings)
 
 
 def test_the_estimator_may_be_an_object() -> None:
@@ -704,9 +696,8 @@ def with_array(name: str, array) -> object:
     return lambda state: {**state, "arrays": {**state["arrays"], name: array}}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
+    for change, message in [
         (newer, "version 99.*reads version 4"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
@@ -721,18 +712,17 @@ def with_array(name: str, array) -> object:
         (without("tracker.recent"), "recent"),
         (with_array("estimator.prior", np.ones(3)), "prior"),
         (with_array("tracker.visits", np.zeros(2, dtype=np.int64)), "visits"),
-    ],
-)
-def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str) -> None:
-    allocator = trained(steps=2)
-    before, metrics, counts = allocator.state_dict(), allocator.metrics(), counts_of(allocator)
-    state = change(trained(steps=6).state_dict())
-    metrics = allocator.metrics()
-    with pytest.raises(ValueError, match=message):
-        allocator.load_state_dict(state)
-    assert_same_state(allocator.state_dict(), before)
-    assert allocator.metrics() == metrics
-    assert counts_of(allocator) == counts
+    ]:
+        with named_case(change=change, message=message):
+            allocator = trained(steps=2)
+            before, metrics, counts = allocator.state_dict(), allocator.metrics(), counts_of(allocator)
+            state = change(trained(steps=6).state_dict())
+            metrics = allocator.metrics()
+            with pytest.raises(ValueError, match=message):
+                allocator.load_state_dict(state)
+            assert_same_state(allocator.state_dict(), before)
+            assert allocator.metrics() == metrics
+            assert counts_of(allocator) == counts
 
 
 def test_a_state_of_other_settings_is_refused() -> None:

@@ -710,9 +710,8 @@ def of_the_future(state: dict) -> dict:
     return with_array("tracker.last_visit", state["arrays"]["tracker.last_visit"] + 1000)(state)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
+    for change, message in [
         (without("estimator.prior"), "prior"),
         (without("estimator.walk"), "walk"),
         (without("estimator.scores_of_variance"), "scores_of_variance"),
@@ -733,14 +732,13 @@ def of_the_future(state: dict) -> dict:
         (without("tracker.last_visit"), "last_visit"),
         (not_finite, "evidence"),
         (of_the_future, "last_visit"),
-    ],
-)
-def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str) -> None:
-    allocator = in_mid_epoch(9)
-    before = allocator.state_dict()
-    with pytest.raises(ValueError, match=message):
-        allocator.load_state_dict(change(in_mid_epoch(20).state_dict()))
-    assert_same_state(allocator.state_dict(), before)
+    ]:
+        with named_case(change=change, message=message):
+            allocator = in_mid_epoch(9)
+            before = allocator.state_dict()
+            with pytest.raises(ValueError, match=message):
+                allocator.load_state_dict(change(in_mid_epoch(20).state_dict()))
+            assert_same_state(allocator.state_dict(), before)
 
 
 def test_a_wrong_part_leaves_the_estimator_unchanged() -> None:

@@ -231,9 +231,8 @@ def test_tables_with_costs() -> None:
     assert solved(np.array([[0.0, 9.0], [1.0, 1.0]]), [1, 1], 2, 0, 2)[0].tolist() == [2, 0]  # not concave
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
+def test_errors_say_what_is_allowed() -> None:
+    for arguments, options, message in [
         (([0.5, 0.5], 8.0), {"costs": [1.0]}, r"one number > 0 per prompt \(2\)"),
         (([0.5, 0.5], 8.0), {"costs": [1.0, 0.0]}, r"costs\[1\] is .*0\.0.*finite numbers > 0"),
         (([0.5, 0.5], 8.0), {"costs": [1.0, np.nan]}, r"costs\[1\] is .*nan"),
@@ -246,8 +245,6 @@ def test_tables_with_costs() -> None:
         (([0.5, 0.5], 9.0, 3, 2), {"costs": [1.0, 1.0]}, "min_rollouts 3 is above max_rollouts 2"),
         (([0.5, 0.5], 9.0), {"costs": [1.0, 1.0], "fallback": True}, "fallback must be False"),
         (([0.5, 0.5], 9.0), {"costs": [1.0, 1.0], "method": "greedy"}, "method 'auto'"),
-    ],
-)
-def test_errors_say_what_is_allowed(arguments, options, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.allocate(*arguments, **options)
+    ]:
+        with named_case(arguments=arguments, options=options), pytest.raises(ValueError, match=message):
+            kr.allocate(*arguments, **options)

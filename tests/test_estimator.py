@@ -421,9 +421,8 @@ def test_a_state_is_a_copy(kind) -> None:
     assert estimator.prior.sum() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
+def test_settings_out_of_range_are_refused() -> None:
+    for name, settings, message in [
         ("bayes", {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
         ("window", {"window": 0}, "window must be a whole number >= 1, got 0"),
         ("window", {"window": 65}, "window must be at most 64.*got 65"),
@@ -441,16 +440,15 @@ def test_a_state_is_a_copy(kind) -> None:
         ("bayes-filter", {"grid_points": 2}, "grid_points must be a whole number >= 3, got 2"),
         ("bayes-filter", {"iterations": 0}, "iterations must be a whole number >= 1, got 0"),
         ("bayes-filter", {"discount": 0.5}, "'bayes-filter' has no setting discount; it has grid_points, iterations"),
-    ],
-)
-def test_settings_out_of_range_are_refused(name: str, settings, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_estimator(name, **settings)
+    ]:
+        with named_case(name=name, settings=settings), pytest.raises(ValueError, match=message):
+            make_estimator(name, **settings)
 
 
-@pytest.mark.parametrize("prior", [None, [0.5, 0.5], [1.0, 1.0, 1.0], [1.5, -0.5, 0.0], [np.nan, 0.5, 0.5]])
-def test_a_prior_that_is_not_a_distribution_is_refused(prior) -> None:
-    estimator = EmpiricalBayesEstimator(grid_points=3)
-    with pytest.raises(ValueError, match="distribution over 3 success rates"):
-        estimator.load_state_dict({} if prior is None else {"prior": np.array(prior)})
-    np.testing.assert_array_equal(estimator.prior, np.full(3, 1 / 3))
+def test_a_prior_that_is_not_a_distribution_is_refused() -> None:
+    for prior in [None, [0.5, 0.5], [1.0, 1.0, 1.0], [1.5, -0.5, 0.0], [np.nan, 0.5, 0.5]]:
+        with named_case(prior=prior):
+            estimator = EmpiricalBayesEstimator(grid_points=3)
+            with pytest.raises(ValueError, match="distribution over 3 success rates"):
+                estimator.load_state_dict({} if prior is None else {"prior": np.array(prior)})
+            np.testing.assert_array_equal(estimator.prior, np.full(3, 1 / 3))

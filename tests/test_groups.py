@@ -374,22 +374,21 @@ def test_transition_errors() -> None:
 # --- errors ---
 
 
-@pytest.mark.parametrize("function", [kr.group_advantages, kr.group_statistics])
-@pytest.mark.parametrize(
-    ("groups", "rewards", "message"),
-    [
-        ([0, 0, 1], [1.0, 0.0], r"equally long.*\(3,\).*\(2,\)"),
-        ([[0, 1]], [[1.0, 0.0]], "one-dimensional"),
-        ([0.0, 1.0], [1.0, 0.0], r"group_of_rollout\[0\] is 0.0"),
-        ([0, 0, 0], [1.0, np.inf, 0.0], r"rewards\[1\] is inf"),
-        ([0, 0], [1.0, -np.inf], r"rewards\[1\] is -inf"),
-        ([0, 0], ["good", "bad"], "rewards must be numbers"),
-        ([None, "a"], [1.0, 0.0], r"group_of_rollout\[0\] is None"),
-    ],
-)
-def test_invalid_rows_are_refused(function, groups, rewards, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        function(groups, rewards)
+def test_invalid_rows_are_refused() -> None:
+    for function, (groups, rewards, message) in itertools.product(
+        [kr.group_advantages, kr.group_statistics],
+        [
+            ([0, 0, 1], [1.0, 0.0], r"equally long.*\(3,\).*\(2,\)"),
+            ([[0, 1]], [[1.0, 0.0]], "one-dimensional"),
+            ([0.0, 1.0], [1.0, 0.0], r"group_of_rollout\[0\] is 0.0"),
+            ([0, 0, 0], [1.0, np.inf, 0.0], r"rewards\[1\] is inf"),
+            ([0, 0], [1.0, -np.inf], r"rewards\[1\] is -inf"),
+            ([0, 0], ["good", "bad"], "rewards must be numbers"),
+            ([None, "a"], [1.0, 0.0], r"group_of_rollout\[0\] is None"),
+        ],
+    ):
+        with named_case(function=function, groups=groups, rewards=rewards), pytest.raises(ValueError, match=message):
+            function(groups, rewards)
 
 
 def test_ids_of_different_types_are_not_merged() -> None:

@@ -391,9 +391,8 @@ def test_the_feasible_range_is_named() -> None:
                 solver.solve(table, budget, 2, 4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
+def test_errors_say_what_is_allowed() -> None:
+    for arguments, options, message in [
         ((np.zeros(3), 3, 0, 3), {}, r"marginals must be a table.*\(3,\)"),
         ((np.zeros((2, 3)), 4, 0, 4), {}, "max_rollouts 4 .*got 3"),
         ((np.zeros((2, 3)), 3.0, 0, 3), {}, "budget must be a whole number"),
@@ -410,11 +409,9 @@ def test_the_feasible_range_is_named() -> None:
         ((np.array([[1.0, -np.inf]]), 2, 0, 2), {}, "finite"),
         ((np.zeros((2, 3)), 3, 0, 3), {"tier": [1]}, r"tier must hold one number per prompt \(2\)"),
         ((np.zeros((2, 3)), 3, 0, 3), {"priority": [0.0, np.nan]}, "priority .*no NaN"),
-    ],
-)
-def test_errors_say_what_is_allowed(arguments, options, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        solver.solve(*arguments, **options)
+    ]:
+        with named_case(arguments=arguments, options=options), pytest.raises(ValueError, match=message):
+            solver.solve(*arguments, **options)
 
 
 @pytest.mark.parametrize("method", ["auto", "greedy", "dynamic-programming"])

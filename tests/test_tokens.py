@@ -156,20 +156,17 @@ def test_the_window_accepts_another_value_without_its_fallback() -> None:
     assert found.counts.tolist() == allocate([1 / 8, 1 / 2, 1.0], 30, value=VARIANCE).counts.tolist()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_cannot_work_are_refused() -> None:
+    for settings, message in [
         ({"budget_unit": "seconds"}, "rollouts, tokens, got 'seconds'"),
         ({"value": "fame"}, "got 'fame'"),
         ({"estimator": "window", "value": VARIANCE}, "fallback=False"),
         ({"estimator": "window", "budget_unit": "tokens"}, "fallback=False"),
         ({"estimator": "beta", "value": VARIANCE}, "BetaEstimator has the paper's value built in"),
         ({"budget_unit": "tokens", "min_rollouts": 0}, "min_rollouts >= 2, got 0"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        KnapsackAllocator(**settings)  # type: ignore[arg-type]
+    ]:
+        with named_case(settings=settings, message=message), pytest.raises(ValueError, match=message):
+            KnapsackAllocator(**settings)  # type: ignore[arg-type]
 
 
 def test_unit_and_value_are_saved(tmp_path: Path) -> None:

@@ -210,9 +210,8 @@ def test_rows_are_numbered_in_the_order_of_first_appearance(ids) -> None:
     assert first_rows == sorted(first_rows)
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [
+def test_numpy_ids_become_plain() -> None:
+    for ids in [
         np.array([3, 4], dtype=np.int32),
         np.array(["a", "b"]),
         [np.int64(3), np.str_("x")],
@@ -220,21 +219,18 @@ def test_rows_are_numbered_in_the_order_of_first_appearance(ids) -> None:
         iter([3, "x"]),
         np.array([3, "x"], dtype=object),
         np.array([np.uint8(3), np.str_("x")], dtype=object),
-    ],
-)
-def test_numpy_ids_become_plain(ids) -> None:
-    found = check_prompt_ids(ids)
-    assert len(found) == 2
-    assert {type(prompt_id) for prompt_id in found} <= {int, str}
-    assert found[0] in (3, "a")
+    ]:
+        with named_case(ids=ids):
+            found = check_prompt_ids(ids)
+            assert len(found) == 2
+            assert {type(prompt_id) for prompt_id in found} <= {int, str}
+            assert found[0] in (3, "a")
 
 
-@pytest.mark.parametrize(
-    "bad", [None, 1.0, np.float64(2.0), True, np.bool_(False), float("nan"), b"bytes", ("a",), ["a"], {"id": 1}]
-)
-def test_other_ids_are_refused(bad) -> None:
-    with pytest.raises(ValueError, match=r"prompt_ids\[1\] is .*a string or a whole number"):
-        check_prompt_ids(["fine", bad])
+def test_other_ids_are_refused() -> None:
+    for bad in [None, 1.0, np.float64(2.0), True, np.bool_(False), float("nan"), b"bytes", ("a",), ["a"], {"id": 1}]:
+        with named_case(bad=bad), pytest.raises(ValueError, match=r"prompt_ids\[1\] is .*a string or a whole number"):
+            check_prompt_ids(["fine", bad])
 
 
 def test_arrays_of_other_ids_are_refused() -> None:
@@ -312,9 +308,8 @@ def as_ids(value) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("name", "array", "message"),
-    [
+def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
+    for name, array, message in [
         ("prompt_ids", as_ids(["a", "a"]), "not distinct"),
         ("prompt_ids", as_ids(["a", None]), "not distinct|is None|is 1.5"),
         ("prompt_ids", as_ids(["a", 1.5]), "not distinct|is None|is 1.5"),
@@ -332,18 +327,17 @@ def as_ids(value) -> np.ndarray:
         ("evidence", None, "lacks .*'evidence'"),
         ("last_visit", None, "lacks .*'last_visit'"),
         ("last_visit", np.zeros(2), "column last_visit .*float64.*expected .*int64"),
-    ],
-)
-def test_a_damaged_state_is_refused_and_changes_nothing(name: str, array, message: str | None) -> None:
-    tracker = Tracker(evidence_size=3)
-    tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
-    state = tracker.state_dict()
-    if array is None:
-        del state[name]
-    else:
-        state[name] = array
-    before = tracker.state_dict()
-    with pytest.raises(ValueError, match=message):
-        tracker.load_state_dict(state)
-    for key, column in tracker.state_dict().items():
-        np.testing.assert_array_equal(column, before[key])
+    ]:
+        with named_case(name=name, array=array, message=message):
+            tracker = Tracker(evidence_size=3)
+            tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
+            state = tracker.state_dict()
+            if array is None:
+                del state[name]
+            else:
+                state[name] = array
+            before = tracker.state_dict()
+            with pytest.raises(ValueError, match=message):
+                tracker.load_state_dict(state)
+            for key, column in tracker.state_dict().items():
+                np.testing.assert_array_equal(column, before[key])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import experiments
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation.value import (
     KNAPSACK,
     VALUES,
@@ -52,22 +53,24 @@ def by_definition(name: str, n: int, p: Fraction) -> Fraction:
     return mixed if name == "nonzero-gradient" else mixed * gain
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_values_and_marginals_are_those_of_the_definition(name: str) -> None:
-    function, rates = make_value_function(name), [float(p) for p in RATES]
-    exact = np.array([[by_definition(name, n, p) for n in range(9)] for p in RATES])
-    values = function.values(np.arange(9), np.array(rates)[:, None])
-    assert values == pytest.approx(exact.astype(float), rel=1e-12, abs=1e-15)
-    assert function.marginals(rates, 8) == pytest.approx(np.diff(exact).astype(float), rel=1e-12, abs=1e-16)
+def test_values_and_marginals_are_those_of_the_definition() -> None:
+    for name in NAMES:
+        with named_case(name=name):
+            function, rates = make_value_function(name), [float(p) for p in RATES]
+            exact = np.array([[by_definition(name, n, p) for n in range(9)] for p in RATES])
+            values = function.values(np.arange(9), np.array(rates)[:, None])
+            assert values == pytest.approx(exact.astype(float), rel=1e-12, abs=1e-15)
+            assert function.marginals(rates, 8) == pytest.approx(np.diff(exact).astype(float), rel=1e-12, abs=1e-16)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_values_are_concave_from_one_rollout_on(name: str) -> None:
-    rounding = 0.0 if name in VALUES else 4e-16  # differences of a function's values have the rounding of the values
-    table = make_value_function(name).marginals(np.linspace(0, 1, 101), 300)
-    assert (table[:, 0] == 0).all()
-    assert (table[:, 2:] <= table[:, 1:-1] + rounding).all()
-    assert (table >= -rounding).all()
+def test_values_are_concave_from_one_rollout_on() -> None:
+    for name in NAMES:
+        with named_case(name=name):
+            rounding = 0.0 if name in VALUES else 4e-16  # differences round like the values
+            table = make_value_function(name).marginals(np.linspace(0, 1, 101), 300)
+            assert (table[:, 0] == 0).all()
+            assert (table[:, 2:] <= table[:, 1:-1] + rounding).all()
+            assert (table >= -rounding).all()
 
 
 def test_the_knapsacks_table_is_that_of_the_equations() -> None:
@@ -137,19 +140,19 @@ def test_a_value_that_is_not_concave_goes_to_dynamic_programming() -> None:
         kr.allocate([0.5, 0.25], 6, value=lambda n, p: (n >= 4) * p, method="greedy")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_posterior_on_a_grid_multiplies_the_table(name: str) -> None:
-    grid = np.linspace(0.01, 0.99, 40)
-    weights = np.random.default_rng(1).dirichlet(np.ones(40), 6)
-    function = make_value_function(name)
-    expected = weights @ function.marginals(grid, 30)
-    values = function.values(np.arange(31), grid[:, None])
-    assert expected.cumsum(axis=1) == pytest.approx((weights @ values)[:, 1:], rel=1e-10)
+def test_a_posterior_on_a_grid_multiplies_the_table() -> None:
+    for name in NAMES:
+        with named_case(name=name):
+            grid = np.linspace(0.01, 0.99, 40)
+            weights = np.random.default_rng(1).dirichlet(np.ones(40), 6)
+            function = make_value_function(name)
+            expected = weights @ function.marginals(grid, 30)
+            values = function.values(np.arange(31), grid[:, None])
+            assert expected.cumsum(axis=1) == pytest.approx((weights @ values)[:, 1:], rel=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_values_that_cannot_be_used_are_explained() -> None:
+    for value, message in [
         ("best", "value must be one of knapsack, nonzero-gradient.*'best'"),
         (3.0, "value must be one of"),
         (np.zeros((3, 9)), r"table of values must be finite, of shape \(2, K \+ 1\).*\(3, 9\)"),
@@ -163,11 +166,9 @@ def test_a_posterior_on_a_grid_multiplies_the_table(name: str) -> None:
         ("experiments.values:no_such", "'experiments.values:no_such' cannot be imported.*no_such.*search path"),
         ("no_such_module:f", "'no_such_module:f' cannot be imported.*no_such_module"),
         ("experiments.values:FITTED_VALUE", "value must be one of .*'package.module:function'"),
-    ],
-)
-def test_values_that_cannot_be_used_are_explained(value, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.allocate([0.5, 0.25], 18, 2, 16, value=value)
+    ]:
+        with named_case(value=value, message=message), pytest.raises(ValueError, match=message):
+            kr.allocate([0.5, 0.25], 18, 2, 16, value=value)
 
 
 @pytest.mark.parametrize("estimator", ["bayes-filter", "empirical-bayes"])
