@@ -72,7 +72,7 @@ class KnapsackAllocator(Guarded):
     Args:
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
             fallback), or an object with the methods of :class:`knapsack_rl.estimation.protocol.Estimator`.
-        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another look is worth its rollouts, see
+        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another check is worth its rollouts, see
             :mod:`knapsack_rl.allocation.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The

@@ -79,10 +79,10 @@ def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priorit
     if left > int((max_rollouts - counts[counts > 0]).sum()):
         # One rollout is left and no group has room: the group that loses least gives one more, for a pair.
         spare = np.flatnonzero(counts >= 3)
-        nobody = next(i for i in np.lexsort((priority, -per_rollout)) if counts[i] == 0)
+        paired = next(i for i in np.lexsort((priority, -per_rollout)) if counts[i] == 0)
         if spare.size:
             counts[spare[np.argmin(table[spare, counts[spare] - 1])]] -= 1
-        counts[nobody] = left + min(spare.size, 1)
+        counts[paired] = left + min(spare.size, 1)
         left = 0
     if left:  # less than a pair, or more than the caps of whole groups allow
         served = counts > 0 if counts.any() else np.ones(counts.size, bool)
