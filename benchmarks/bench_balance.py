@@ -1,10 +1,9 @@
-"""How evenly each way of placing rollouts loads the workers: makespan over its lower bound.
+"""Compare how evenly ways of placing rollouts load the workers: makespan over its lower bound.
 
-Synthetic lengths, lognormal at both levels: a prompt's typical length varies between prompts, a rollout's
-length varies around its prompt's. One earlier visit to most prompts, of another ragged size, is all that the
-predictions know; some prompts are new. A worker processes one rollout at a time at constant speed, so the
-numbers say nothing about engines whose speed depends on the batch. Lengths are not capped; a cap only makes
-balancing easier.
+Lengths are synthetic and lognormal at both levels: the typical length varies between prompts, and the length of a
+rollout varies around that of its prompt. Predictions use only one earlier visit to most prompts, with another ragged
+size; some prompts are new. A worker processes one rollout at a time at constant speed, so the results do not apply to
+engines whose speed depends on the batch. Lengths are not capped; a cap only makes balancing easier.
 
 Ways compared:
 
@@ -12,7 +11,7 @@ Ways compared:
 * static, groups by N_i: all rollouts of a prompt on one worker, longest group first, counted in rollouts;
 * static, predicted lengths: the longest first to the least-loaded worker, by `predict_work`; a prompt may be split;
 * pull, random order; pull, longest predicted first: `RolloutQueue`;
-* pull, longest first, true lengths: what perfect predictions would give.
+* pull, longest first, true lengths: the result of perfect predictions.
 """
 
 import argparse
@@ -62,7 +61,7 @@ def longest_first(work: NDArray[np.float64], workers: int) -> NDArray[np.int64]:
 
 
 def lower_bound(work: NDArray[np.float64], workers: int) -> float:
-    """Return a makespan that no placement of (R,) items on m workers beats.
+    """Return a lower bound on the makespan of any placement of (R,) items on m workers.
 
     It is the largest of the mean load, the longest item and, with more items than workers, the sum of the m-th and
     (m + 1)-th longest, because two of the m + 1 longest must share a worker.

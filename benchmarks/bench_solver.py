@@ -3,8 +3,8 @@
     python benchmarks/bench_solver.py
 
 Exit status 1 if a target is missed. Set OMP_NUM_THREADS=1 for figures of one thread. The paper's dynamic program is
-compiled with numba, which only this benchmark needs (dependency group ``bench``); it finds the same optimum, which is
-checked, and is handed its table of values for free. Medians of warm calls, the two methods in turn.
+compiled with numba, which only this benchmark needs (dependency group ``bench``). Its optimum must be the same, and its
+time does not include the table of values. Times are medians of warm calls, with the two methods in turn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TARGETS = {
 
 
 def success_rates(prompts: int, seed: int) -> FloatArray:
-    """A late-training mixture: 38 % near one, 22 % near zero, the rest spread."""
+    """Draw from a late-training mixture: 38 % near one, 22 % near zero, the rest spread."""
     rng = np.random.default_rng(seed)
     kind = rng.random(prompts)
     rates = rng.random(prompts)
@@ -53,7 +53,7 @@ def success_rates(prompts: int, seed: int) -> FloatArray:
 
 
 def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
-    """Processor time of a call, the mean of so many: waiting for a busy machine does not count."""
+    """Return the mean processor time of a call, which does not include waiting for a busy machine."""
     started = time.process_time()
     for _ in range(calls):
         call()
@@ -61,14 +61,14 @@ def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
 
 
 def in_new_process(code: str, *arguments: object) -> list[float]:
-    """The numbers that a Python process prints."""
+    """Return the numbers printed by a new Python process."""
     command = [sys.executable, "-c", code, str(Path(__file__).parent), *map(str, arguments)]
     out = subprocess.run(command, check=True, capture_output=True, text=True)
     return [float(word) for word in out.stdout.split()]
 
 
 def fresh_process(runs: int) -> dict[str, float]:
-    """Median seconds of the import and of a first allocation, each run in a new process."""
+    """Return median seconds of the import and of a first allocation, each in a new process."""
     code = (
         "import time; a = time.process_time(); import knapsack_rl as kr; b = time.process_time();"
         "kr.allocate([i / 255 for i in range(256)], 2048); c = time.process_time(); print(b - a, c - b)"
@@ -78,7 +78,7 @@ def fresh_process(runs: int) -> dict[str, float]:
 
 
 def one_batch(prompts: int, rounds: int, seed: int) -> dict[str, float]:
-    """Median milliseconds of ``kr.allocate`` and of the dynamic program."""
+    """Return median milliseconds of ``kr.allocate`` and of the dynamic program."""
     rates, budget = success_rates(prompts, seed), MEAN_ROLLOUTS * prompts
     methods: dict[str, Callable[[], np.ndarray]] = {
         "allocate": lambda: kr.allocate(rates, budget, MIN_ROLLOUTS, MAX_ROLLOUTS).counts
@@ -92,7 +92,7 @@ def one_batch(prompts: int, rounds: int, seed: int) -> dict[str, float]:
     for _ in range(rounds if prompts < 10_000 else 3):
         for name, method in methods.items():
             if sum(seconds[name]) < 3.0:
-                # The method before has swept the caches: what is short is timed on calls after the first.
+                # The other method has replaced the caches, so short calls are timed after a first one.
                 once = seconds_of(method)
                 calls = int(SECONDS_PER_TURN / once)
                 seconds[name].append(seconds_of(method, calls) if calls else once)
@@ -100,7 +100,7 @@ def one_batch(prompts: int, rounds: int, seed: int) -> dict[str, float]:
 
 
 def megabytes(prompts: int, seed: int) -> float:
-    """Peak resident memory that one call adds in a new process, after a small call."""
+    """Return the peak resident memory in MB that one call adds in a new process, after a small call."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import bench_solver, knapsack_rl as kr;"
         "rates = bench_solver.success_rates(int(sys.argv[2]), int(sys.argv[3]));"
@@ -111,7 +111,7 @@ def megabytes(prompts: int, seed: int) -> float:
 
 
 def a_run(known: int, steps: int, seed: int) -> dict[str, float]:
-    """Median milliseconds of a step's calls, and of a refit, with so many prompts known."""
+    """Return median milliseconds of the calls of a step and of a refit, for a number of known prompts."""
     rng, rates = np.random.default_rng(seed), success_rates(known, seed)
     allocator = kr.KnapsackAllocator()
 

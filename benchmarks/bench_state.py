@@ -1,8 +1,8 @@
-"""How long saving and loading the state of many prompts takes, and how large the file is.
+"""Measure the time to save and load the state of many prompts, and the size of the file.
 
-The Bayes filter keeps 57 numbers per prompt, which makes its state the largest. The file is written to ``--folder``
-and synced, so the time of saving includes the disk; the part that is the disk's own is measured beside it by writing
-as many zeros. On a machine that does other work, the processor's time says more than the clock.
+The Bayes filter keeps 57 numbers per prompt, so its state is the largest. The file is written to ``--folder`` and
+synced, so the time to save includes the disk; the time of the disk alone is measured by writing as many zeros. On a
+busy machine processor time is more meaningful than wall-clock time.
 """
 
 import argparse
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def known(prompts: int) -> KnapsackAllocator:
-    """An allocator that has seen every prompt once."""
+    """Return an allocator that has seen every prompt once."""
     allocator = KnapsackAllocator()
     rng = np.random.default_rng(0)
     for start in range(0, prompts, 50_000):
@@ -33,13 +33,13 @@ def known(prompts: int) -> KnapsackAllocator:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write and sync, and nothing else."""
+    """Only write and sync."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 def measure(prompts: int, folder: Path, repeats: int) -> dict[str, float]:
-    """Best of some repeats, in seconds; size in bytes."""
+    """Return the best of several repeats in seconds, and the size in bytes."""
     allocator = known(prompts)
     path = folder / "state.npz"
     seconds: dict[str, list[float]] = {"save": [], "load": [], "disk": [], "save_cpu": [], "load_cpu": []}

@@ -3,12 +3,12 @@
     python benchmarks/bench_step.py
     python benchmarks/bench_step.py --rounds 20 --steps 8
 
-Both train the shipped model as ``knapsack-rl train`` does, 64 prompts x 8 rollouts a step, in one process. The prompts
-are so few that groups are ragged from the third step on. Every round times a few steps of each; rounds alternate in
-order, and it is the ratio within a round that is compared, so that a drift of the machine hits both. Processor time of
-one thread is measured, not time on the clock, because the machine may be shared. The median ratio and its quartiles
-are printed, and the time spent in the code that the stock trainer does not have; the target is a ratio of at most 1.01.
-A model this small is a hard case: what allocation costs does not grow with the model.
+Both train the shipped model as ``knapsack-rl train`` does, 64 prompts x 8 rollouts a step, in one process. There are so
+few prompts that groups are ragged from the third step on. Every round times a few steps of each trainer; the order
+alternates, and ratios are taken within a round, so that a drift of the machine affects both. Processor time of one
+thread is measured instead of wall-clock time, because the machine may be shared. The output is the median ratio, its
+quartiles and the time spent in code that the stock trainer does not have; the target is a ratio of at most 1.01. A
+model this small is a hard case, because the cost of allocation does not grow with the model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS = TrainSettings(train_prompts=128, held_out_prompts=0)
 
 
 class Timed(KnapsackGRPOTrainer):
-    """Adds up the processor time of the code that the stock trainer does not have."""
+    """A trainer that adds up the processor time of the code that the stock trainer does not have."""
 
     own_seconds = 0.0
     own_steps = 0
@@ -55,7 +55,7 @@ class Timed(KnapsackGRPOTrainer):
 
 
 def seconds_per_step(trainer_class: type[GRPOTrainer], config_class: type[GRPOConfig], steps: int) -> float:
-    """Processor time per step of a short training run, set-up not included."""
+    """Return the processor time per step of a short training run, without set-up."""
     task = load_task(SETTINGS)
     path = str(base_model_path())
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def seconds_per_step(trainer_class: type[GRPOTrainer], config_class: type[GRPOCo
 
 
 def measure(rounds: int, steps: int) -> np.ndarray:
-    """(rounds, 2) seconds per step: knapsack, stock."""
+    """Return (rounds, 2) seconds per step: knapsack, stock."""
     rivals = ((Timed, KnapsackGRPOConfig), (GRPOTrainer, GRPOConfig))
     for rival in rivals:  # compiles and warms up
         seconds_per_step(*rival, 1)
@@ -103,7 +103,7 @@ def measure(rounds: int, steps: int) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the ratio; 1 if it misses the target beyond its spread."""
+    """Print the ratio; return 1 if it misses the target by more than its spread."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=6)
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"step: knapsack {knapsack:.1f} ms, stock {stock:.1f} ms of processor time, {options.rounds} rounds")
     print(f"ratio {median:.3f}, quartiles {lower:.3f} to {upper:.3f}; target at most {TARGET}")
     own = Timed.own_seconds / Timed.own_steps * 1e3
-    print(f"code of our own: {own:.2f} ms a step, {own / stock:.2%} of the stock step")
+    print(f"code of this project: {own:.2f} ms a step, {own / stock:.2%} of the stock step")
     return int(lower > TARGET)
 
 

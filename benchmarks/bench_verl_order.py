@@ -1,12 +1,11 @@
-"""What the order of requests is worth under verl's own dispatch: makespan over its lower bound. Needs verl.
+"""Measure the effect of the order of requests under verl's dispatch: makespan over its lower bound. Needs verl.
 
-verl's code does the work: the batch is cut into pieces for the agent-loop workers, each worker starts its prompts in
-the order of its rows, and verl's load balancer routes each request to the replica with the fewest requests in flight.
-The engine is a stand-in in virtual time: a replica runs `slots` requests at once (vLLM's `max_num_seqs`), one token
-of each per tick, and takes waiting requests in the order of arrival or of their priority. Its speed does not depend
-on the load.
+Dispatch is verl's code: the batch is cut into pieces for the agent-loop workers, each worker starts its prompts in the
+order of its rows, and verl's load balancer routes each request to the replica with the fewest requests in flight. The
+engine is simulated in virtual time: a replica runs `slots` requests at once (vLLM's `max_num_seqs`), one token of each
+per tick, and takes waiting requests in the order of arrival or priority. Its speed does not depend on the load.
 
-Lengths are drawn as in `bench_balance.py` and capped at 4,096 tokens; predictions know one earlier visit to most
+Lengths are drawn as in `bench_balance.py` and capped at 4,096 tokens; predictions use one earlier visit to most
 prompts. Group sizes are ragged, mean 8.
 """
 
@@ -53,12 +52,12 @@ class VirtualTime(asyncio.SelectorEventLoop):
         super().__init__(Jump())
 
     def time(self) -> float:
-        """Virtual seconds since the start."""
+        """Return virtual seconds since the start."""
         return self.now
 
 
 class Replica:
-    """An engine that runs so many requests at once and takes the waiting ones by priority, then arrival."""
+    """An engine that runs a number of requests at once and takes waiting ones by priority, then arrival."""
 
     def __init__(self, slots: int) -> None:
         self.free, self.arrived = slots, 0
@@ -94,7 +93,7 @@ class Worker:
         self.generate_sequences = SimpleNamespace(remote=self.pieces.append)
 
     async def roll(self, *_: Any, session_id: int, index: int, uid: str, priority: int = 0, **__: Any) -> None:
-        """One rollout: routed by verl's balancer, as verl's client does."""
+        """Generate one rollout, routed by verl's balancer as verl's client does."""
         self.sent += 1
         await asyncio.sleep(self.sent * SENDING)
         name, replica = self.balancer.acquire_server(f"{uid}_{session_id}")
@@ -102,7 +101,7 @@ class Worker:
         self.balancer.release_server(name)
 
     async def everything(self) -> None:
-        """What was sent to this worker."""
+        """Send all requests of this worker and wait for them."""
         for piece in self.pieces:
             await self.inner.generate_sequences(piece)
         await asyncio.gather(*self.inner.background_tasks)
@@ -111,7 +110,7 @@ class Worker:
 def makespan(
     way: str, counts: NDArray[np.int64], lengths: list[NDArray[np.float64]], predicted: Any, slots: int
 ) -> float:
-    """Virtual time until the last rollout is finished."""
+    """Return the virtual time until the last rollout is finished."""
     prompts = tensordict_utils.get_tensordict(
         {"index": np.arange(PROMPTS).astype(object), "uid": np.array([f"u{k}" for k in range(PROMPTS)], dtype=object)},
         {"global_steps": 1},
@@ -141,7 +140,7 @@ def makespan(
 
 
 def one_step(seed: int, slots: int) -> dict[str, float]:
-    """Makespan over its lower bound of each way, for one simulated step."""
+    """Return the makespan over its lower bound of each way, for one simulated step."""
     rng = np.random.default_rng(seed)
     random.seed(seed)  # verl breaks ties between replicas by it
     typical = MEDIAN_TOKENS * rng.lognormal(0.0, BETWEEN_SIGMA, PROMPTS)
@@ -163,7 +162,7 @@ def one_step(seed: int, slots: int) -> dict[str, float]:
 
 
 def run(seeds: Iterable[int], slots: int) -> dict[str, NDArray[np.float64]]:
-    """Makespan over its lower bound by way, a figure for each seed."""
+    """Return the makespan over its lower bound by way, a figure for each seed."""
     agent_loop_tq.ray.get = lambda references: references
     transfer_queue.async_kv_put = _nothing
     steps = [one_step(seed, slots) for seed in seeds]
@@ -171,7 +170,7 @@ def run(seeds: Iterable[int], slots: int) -> dict[str, NDArray[np.float64]]:
 
 
 async def _nothing(**_: Any) -> None:
-    """Nobody looks at the status of a prompt."""
+    """Ignore the status of prompts, which is not used here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The paper's dynamic program, as a yardstick for the solver: of its optima, and of its time."""
+"""The paper's dynamic program, to compare optima and time with the solver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def paper_dynamic_program(values: FloatArray, budget: int, low: int, high: int) 
 
     Args:
         values: (M, K+1) V[i, n], with K >= ``high``.
-        budget: rollouts to hand out, within [M low, M high]; nothing is checked.
+        budget: rollouts to hand out, within [M low, M high]; not checked.
         low: N_low of every prompt.
         high: N_up of every prompt.
 

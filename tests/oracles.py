@@ -1,4 +1,4 @@
-"""Independent oracles and comparisons that several test files use."""
+"""Independent oracles and comparisons shared by test files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def milp_optimum(values: NDArray, budget: float, lower: Any, upper: Any, *, cost
 
 
 def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Two states of an allocator, number by number."""
+    """Compare two states of an allocator, number by number."""
     assert one["header"] == other["header"]
     assert one["arrays"].keys() == other["arrays"].keys()
     for name, array in one["arrays"].items():

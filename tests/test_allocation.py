@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation.degradation import feasible_bounds
 from knapsack_rl.allocation.policies import allocate_expected
 from knapsack_rl.allocation.value import marginal_values
@@ -74,18 +75,19 @@ def test_fallback_when_another_prompts_minimum_leaves_less_than_the_uniform_budg
     assert found.counts.tolist() == [2, 30]
 
 
-@pytest.mark.parametrize("case", range(8))
-def test_optimum_matches_integer_programming(case: int) -> None:
-    rng = np.random.default_rng(case)
-    prompts, most = int(rng.integers(3, 11)), int(rng.integers(6, 21))
-    rates = rng.beta(0.4, 0.4, prompts)
-    least = case % 3  # 0, 1 and 2: with 0 the problem is not concave
-    budget = int(rng.integers(max(least, 1) * prompts, most * prompts))
-    found = kr.allocate(rates, budget, least, most)
-    values = value_table(rates, most)
-    assert found.counts.sum() == budget
-    assert total(values, found.counts) == pytest.approx(milp_optimum(values, budget, least, most), rel=1e-7)
-    assert found.expected_value == pytest.approx(total(values, found.counts), rel=1e-12)
+def test_optimum_matches_integer_programming() -> None:
+    for seed in range(8):
+        with named_case(seed=seed):
+            rng = np.random.default_rng(seed)
+            prompts, most = int(rng.integers(3, 11)), int(rng.integers(6, 21))
+            rates = rng.beta(0.4, 0.4, prompts)
+            least = seed % 3  # 0, 1 and 2: with 0 the problem is not concave
+            budget = int(rng.integers(max(least, 1) * prompts, most * prompts))
+            found = kr.allocate(rates, budget, least, most)
+            values = value_table(rates, most)
+            assert found.counts.sum() == budget
+            assert total(values, found.counts) == pytest.approx(milp_optimum(values, budget, least, most), rel=1e-7)
+            assert found.expected_value == pytest.approx(total(values, found.counts), rel=1e-12)
 
 
 @no_deadline
@@ -100,8 +102,8 @@ def test_small_batches_match_enumeration(batch: Batch, method) -> None:
     assert total(values, found.counts) == pytest.approx(best, rel=1e-12, abs=1e-14)
 
 
-def test_the_minimum_has_a_value_of_its_own() -> None:
-    """Mistake 1: reading the whole of V(3) as the gain of the third rollout shifts budget to large values."""
+def test_rollouts_beyond_the_minimum_are_valued_by_their_gain_alone() -> None:
+    """Mistake 1: taking the whole of V(3) as the gain of the third rollout shifts budget to large values."""
     worst = 0.0
     for rates in itertools.combinations([0.05, 0.2, 0.34, 0.5, 0.7, 0.9], 3):
         values = value_table(rates, 8)
@@ -116,7 +118,7 @@ def test_the_minimum_has_a_value_of_its_own() -> None:
 
 
 def test_skipping_is_chosen_where_it_pays() -> None:
-    """Four rollouts for three prompts: one of two prompts is better left out than given one rollout."""
+    """Four rollouts for three prompts: leaving one of two prompts out is better than giving it one rollout."""
     counts = kr.allocate([0.3, 0.3, 0.999], 4, min_rollouts=0, max_rollouts=8).counts
     assert sorted(counts.tolist()) == [0, 0, 4] or counts.tolist() == [2, 2, 0]
     values = value_table([0.3, 0.3, 0.999], 4)
@@ -179,7 +181,7 @@ def test_unseen_prompts_are_valued_as_the_mean_of_the_others(seen, unseen: int, 
     assert found.expected_value == pytest.approx(total(values, counts), rel=1e-12, abs=1e-14)
 
 
-def test_unseen_prompts_are_not_read_as_hopeless() -> None:
+def test_unseen_prompts_are_not_treated_as_hopeless() -> None:
     """Mistake 4: with p = 0 in its place the unseen prompt would get the minimum."""
     unseen = kr.allocate([NAN, 0.3, 0.6], 24).counts
     hopeless = kr.allocate([0.0, 0.3, 0.6], 24).counts
@@ -214,20 +216,21 @@ def test_expand_names_the_prompt_of_each_rollout() -> None:
     assert (np.diff(prompts) >= 0).all()
 
 
-# --- budget that nobody values ---
+# --- budget without value ---
 
 
-@pytest.mark.parametrize("budget", range(10, 26))
-def test_leftover_goes_to_unsolved_then_unseen_then_solved(budget: int) -> None:
-    counts = kr.allocate([1.0, NAN, 0.0, 1.0, 0.0], budget, 2, 5).counts
-    left, expected = budget - 10, {}
-    for name, members in (("unsolved", 2), ("unseen", 1), ("solved", 2)):
-        share = min(left, 3 * members)
-        expected[name] = sorted([2 + (share + k) // members for k in range(members)])
-        left -= share
-    assert sorted(counts[[2, 4]].tolist()) == expected["unsolved"]
-    assert counts[[1]].tolist() == expected["unseen"]
-    assert sorted(counts[[0, 3]].tolist()) == expected["solved"]
+def test_leftover_goes_to_unsolved_then_unseen_then_solved() -> None:
+    for budget in range(10, 26):
+        with named_case(budget=budget):
+            counts = kr.allocate([1.0, NAN, 0.0, 1.0, 0.0], budget, 2, 5).counts
+            left, expected = budget - 10, {}
+            for name, members in (("unsolved", 2), ("unseen", 1), ("solved", 2)):
+                share = min(left, 3 * members)
+                expected[name] = sorted([2 + (share + k) // members for k in range(members)])
+                left -= share
+            assert sorted(counts[[2, 4]].tolist()) == expected["unsolved"]
+            assert counts[[1]].tolist() == expected["unseen"]
+            assert sorted(counts[[0, 3]].tolist()) == expected["solved"]
 
 
 def test_effective_prompts_are_filled_to_their_cap_first() -> None:
@@ -239,13 +242,13 @@ def test_effective_prompts_are_filled_to_their_cap_first() -> None:
     assert kr.allocate([0.5, 0.0], 8, 2, 6).reason == ""
 
 
-@pytest.mark.parametrize("method", ["auto", "dynamic-programming"])
-@pytest.mark.parametrize("least", [0, 1, 2])
-def test_leftover_is_spread_evenly_whatever_the_method(least: int, method) -> None:
+def test_leftover_is_spread_evenly_whatever_the_method() -> None:
     """The one prompt with a value is at its cap; nine rollouts beyond the minima are left for two unsolved prompts."""
-    counts = kr.allocate([0.0, 0.5, 0.0, 1.0], 3 * least + 4 + 9, least, [20, 4, 20, 20], method=method).counts
-    assert counts[[1, 3]].tolist() == [4, least]
-    assert sorted(counts[[0, 2]].tolist()) == [least + 4, least + 5]
+    for method, least in itertools.product(["auto", "dynamic-programming"], [0, 1, 2]):
+        with named_case(method=method, least=least):
+            counts = kr.allocate([0.0, 0.5, 0.0, 1.0], 3 * least + 4 + 9, least, [20, 4, 20, 20], method=method).counts
+            assert counts[[1, 3]].tolist() == [4, least]
+            assert sorted(counts[[0, 2]].tolist()) == [least + 4, least + 5]
 
 
 # --- the paper's fallback rule, by hand ---
@@ -337,19 +340,21 @@ def test_minima_above_the_budget_are_explained() -> None:
         kr.allocate([0.5, 0.4, 0.6, 0.1], 7)
 
 
-@pytest.mark.parametrize("cap", [8, 16])
-@pytest.mark.parametrize("rates", [[0.5, 0.0], [0.5, 0.0, 0.0, 1.0], [0.9, 1.0, 1.0], [NAN, 0.0, 0.4], [0.5] * 3])
-def test_caps_hold_for_fallback_and_leftover(cap: int, rates: list[float]) -> None:
+def test_caps_hold_for_fallback_and_leftover() -> None:
     """Mistake 3: a cap of 16 gave 29, one of 8 gave 26."""
-    for budget in range(2 * len(rates), cap * len(rates) + 1):
-        for fallback in (False, True):
-            counts = kr.allocate(rates, budget, 2, cap, fallback=fallback).counts
-            assert counts.sum() == budget
-            assert counts.max() <= cap
+    for cap, rates in itertools.product(
+        [8, 16], [[0.5, 0.0], [0.5, 0.0, 0.0, 1.0], [0.9, 1.0, 1.0], [NAN, 0.0, 0.4], [0.5] * 3]
+    ):
+        with named_case(cap=cap, rates=rates):
+            for budget in range(2 * len(rates), cap * len(rates) + 1):
+                for fallback in (False, True):
+                    counts = kr.allocate(rates, budget, 2, cap, fallback=fallback).counts
+                    assert counts.sum() == budget
+                    assert counts.max() <= cap
 
 
 def test_a_cap_far_above_the_budget_costs_nothing() -> None:
-    """No prompt can get more than the budget, so a cap that means "no cap" is no reason to run out of memory."""
+    """No prompt can get more than the budget, so a cap that means "no cap" must not exhaust memory."""
     for fallback in (False, True):
         expected = kr.allocate([0.3, 0.5, 0.0], 32, 2, 32, fallback=fallback).counts.tolist()
         assert kr.allocate([0.3, 0.5, 0.0], 32, 2, 10**12, fallback=fallback).counts.tolist() == expected
@@ -358,9 +363,8 @@ def test_a_cap_far_above_the_budget_costs_nothing() -> None:
 # --- errors ---
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_errors_say_what_is_allowed() -> None:
+    for arguments, message in [
         (([], 8), r"non-empty one-dimensional.*\(0,\)"),
         (([[0.5]], 8), r"one-dimensional.*\(1, 1\)"),
         ((0.5, 8), "one-dimensional"),
@@ -374,12 +378,11 @@ def test_a_cap_far_above_the_budget_costs_nothing() -> None:
         (([0.5], 8, 9, 8), "min_rollouts 9 is above max_rollouts 8"),
         (([0.5], 9, 2, 8), r"budget of 9 .*\[2, 8\]"),
         (([0.5, 0.5], 9, [2, 2, 2], 8), r"min_rollouts .*one per prompt \(2\)"),
-    ],
-)
-def test_errors_say_what_is_allowed(arguments, message: str) -> None:
-    for fallback in (False, True):
-        with pytest.raises(ValueError, match=message):
-            kr.allocate(*arguments, fallback=fallback)
+    ]:
+        with named_case(arguments=arguments, message=message):
+            for fallback in (False, True):
+                with pytest.raises(ValueError, match=message):
+                    kr.allocate(*arguments, fallback=fallback)
 
 
 def test_the_method_is_passed_on() -> None:
@@ -429,7 +432,7 @@ def test_degraded_bounds_always_fit_the_budget(rates: list[float], budget: int, 
     assert found.degraded == (not low * len(rates) <= budget <= high * len(rates)) == bool(reason)
     assert found.reason == reason
     if found.degraded and budget > 1 and low > 0:
-        assert (found.counts != 1).all()  # a single rollout teaches nothing
+        assert (found.counts != 1).all()  # a single rollout has no gradient
 
 
 def test_pairs_go_to_the_prompts_that_gain_most() -> None:
@@ -461,7 +464,7 @@ def test_expected_allocation_of_known_rates_is_the_plain_optimum(batch: Batch) -
 
 
 def test_priority_decides_who_is_served_in_a_degraded_batch() -> None:
-    """Equal prompts, three of them served: who does not depend on the order of the batch."""
+    """Of equal prompts three are served, and which ones does not depend on the order of the batch."""
     table = np.repeat(marginal_values([0.3], 8), 7, axis=0)
     priority = np.array([5.0, 1.0, 6.0, 0.0, 3.0, 2.0, 4.0])
     served = {float(priority[i]) for i in np.flatnonzero(allocate_expected(table, 6, 2, 8, priority=priority).counts)}

@@ -1,10 +1,11 @@
-"""The stateful allocator: what it observes, what it saves, what it reports, and that it never dies in a run."""
+"""The stateful allocator: observations, states, metrics, and that it never ends a run."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl import state as statefile
 from knapsack_rl.allocation.policies import allocate_expected
 from knapsack_rl.estimation.lengths import predict_work
@@ -77,11 +79,12 @@ def test_any_batch_gets_its_budget_exactly(name, batches, budget: int, low: int,
         allocator.observe([ids[i] for i in prompts], rng.integers(0, 2, prompts.size))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_known_is_uniform(name: str) -> None:
-    allocator = kr.KnapsackAllocator(name)
-    assert counts_of(allocator, ["a", "b", "c", "d"], 32) == [8] * 4
-    assert sorted(counts_of(allocator, ["a", "b", "c", "d"], 34)) == [8, 8, 9, 9]
+def test_nothing_known_is_uniform() -> None:
+    for name in NAMES:
+        with named_case(name=name):
+            allocator = kr.KnapsackAllocator(name)
+            assert counts_of(allocator, ["a", "b", "c", "d"], 32) == [8] * 4
+            assert sorted(counts_of(allocator, ["a", "b", "c", "d"], 34)) == [8, 8, 9, 9]
 
 
 @pytest.mark.parametrize("name", ["beta", "empirical-bayes", "bayes-filter"])
@@ -125,7 +128,7 @@ def test_the_window_estimator_allocates_by_the_papers_rule() -> None:
 
 
 def test_a_prompt_is_found_again_by_its_id() -> None:
-    """Mistake 6: if ids did not match, allocation would stay uniform for ever."""
+    """Mistake 6: if ids did not match, allocation would stay uniform forever."""
     allocator = trained()
     assert len(set(counts_of(allocator, IDS, 50))) > 1
     assert len(set(counts_of(allocator, ["fresh-1", "fresh-2", "fresh-3"], 30))) == 1
@@ -141,13 +144,15 @@ def test_seven_and_seven_are_different_prompts() -> None:
     assert allocator.belief([np.int64(7), np.str_("7")]).mean.tolist() == [solved, unsolved]
 
 
-@pytest.mark.parametrize("bad", [None, 1.5, True, np.float64(3.0), ("a",)])
-def test_ids_of_other_types_are_refused(bad) -> None:
-    allocator = kr.KnapsackAllocator()
-    for call in (lambda: allocator.allocate(["a", bad], 8), lambda: allocator.observe(["a", bad], [1, 0])):
-        with pytest.raises(ValueError, match=r"prompt_ids\[1\]"):
-            call()
-    assert allocator.metrics()["prompts_seen"] == 0
+def test_ids_of_other_types_are_refused() -> None:
+    for bad in [None, 1.5, True, np.float64(3.0), ("a",)]:
+        with named_case(bad=bad):
+            allocator = kr.KnapsackAllocator()
+            with pytest.raises(ValueError, match=r"prompt_ids\[1\]"):
+                allocator.allocate(["a", bad], 8)
+            with pytest.raises(ValueError, match=r"prompt_ids\[1\]"):
+                allocator.observe(["a", bad], [1, 0])
+            assert allocator.metrics()["prompts_seen"] == 0
 
 
 def test_duplicates_in_a_batch_are_refused() -> None:
@@ -157,25 +162,22 @@ def test_duplicates_in_a_batch_are_refused() -> None:
     kr.KnapsackAllocator().allocate([1, "1"], 16)
 
 
-@pytest.mark.parametrize(
-    ("ids", "budget", "message"),
-    [
+def test_invalid_batches_are_refused() -> None:
+    for ids, budget, message in [
         ([], 8, "prompt_ids is empty"),
         (["a"], -1, "budget must be a whole number >= 0, got -1"),
         (["a"], 8.0, "budget must be a whole number >= 0, got 8.0"),
         (["a"], None, "budget must be a whole number"),
-    ],
-)
-def test_batches_that_make_no_sense_are_refused(ids, budget, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.KnapsackAllocator().allocate(ids, budget)
+    ]:
+        with named_case(ids=ids, budget=budget, message=message), pytest.raises(ValueError, match=message):
+            kr.KnapsackAllocator().allocate(ids, budget)
 
 
 # --- degradation ---
 
 
 def test_an_infeasible_batch_degrades_is_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    """Mistake 2: a run does not die because minima exceed the budget."""
+    """Mistake 2: a run does not end because minima exceed the budget."""
     allocator = trained(min_rollouts=4, max_rollouts=10)
     with caplog.at_level(logging.DEBUG):
         assert not allocator.allocate(IDS, 50).degraded
@@ -197,12 +199,12 @@ def test_an_infeasible_batch_degrades_is_counted_and_logged_once(caplog: pytest.
     assert lowered.reason in warnings[0].getMessage()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("budget", [0, 1, 2, 3, 5, 9, 61, 100])
-def test_every_estimator_survives_infeasible_batches(name: str, budget: int) -> None:
-    found = trained(name, max_rollouts=10).allocate([*IDS, "new"], budget)
-    assert found.counts.sum() == budget
-    assert found.degraded
+def test_every_estimator_survives_infeasible_batches() -> None:
+    for name, budget in itertools.product(NAMES, [0, 1, 2, 3, 5, 9, 61, 100]):
+        with named_case(name=name, budget=budget):
+            found = trained(name, max_rollouts=10).allocate([*IDS, "new"], budget)
+            assert found.counts.sum() == budget
+            assert found.degraded
 
 
 def test_an_unseen_prompt_is_not_the_last_to_be_served_in_a_degraded_batch() -> None:
@@ -272,9 +274,8 @@ def test_unscored_rollouts_are_counted_and_left_out() -> None:
     assert math.isnan(allocator.metrics()["effective_gradient_ratio"])
 
 
-@pytest.mark.parametrize(
-    ("ids", "rewards", "lengths", "message"),
-    [
+def test_refused_observations_leave_no_trace() -> None:
+    for ids, rewards, lengths, message in [
         (["a", "new"], [1.0, math.inf], None, r"rewards\[1\] is inf"),
         (["a", "new"], [-math.inf, 0.0], None, r"rewards\[0\] is -inf"),
         (["a", "new"], [1.0], None, "equally long"),
@@ -284,15 +285,14 @@ def test_unscored_rollouts_are_counted_and_left_out() -> None:
         (["a", "new"], [1.0, 0.0], [3, 1e10], r"numbers from 0 to 1e\+09"),
         (["a", "new"], [1.0, NAN], [3, NAN], "lengths must be 2 numbers from 0"),
         (["a", None], [1.0, 0.0], None, "prompt_ids"),
-    ],
-)
-def test_what_is_refused_leaves_no_trace(ids, rewards, lengths, message: str) -> None:
-    allocator = trained()
-    before, metrics = allocator.state_dict(), allocator.metrics()
-    with pytest.raises(ValueError, match=message):
-        allocator.observe(ids, rewards, lengths)
-    assert_same_state(allocator.state_dict(), before)
-    assert allocator.metrics() == metrics
+    ]:
+        with named_case(ids=ids, rewards=rewards, lengths=lengths, message=message):
+            allocator = trained()
+            before, metrics = allocator.state_dict(), allocator.metrics()
+            with pytest.raises(ValueError, match=message):
+                allocator.observe(ids, rewards, lengths)
+            assert_same_state(allocator.state_dict(), before)
+            assert allocator.metrics() == metrics
 
 
 def test_observing_nothing_changes_nothing() -> None:
@@ -305,7 +305,7 @@ def test_observing_nothing_changes_nothing() -> None:
 @no_deadline
 @given(st.randoms(use_true_random=False))
 def test_rows_of_different_prompts_may_be_mixed(random) -> None:
-    """Only the order within a prompt means anything (which outcomes are the newest)."""
+    """Only the order within a prompt matters (which outcomes are the newest)."""
     rows = [(prompt, float((prompt * k) % 3 == 0), 10.0 * k) for prompt in range(4) for k in range(prompt + 2)]
     queues = {prompt: [row for row in rows if row[0] == prompt] for prompt in range(4)}
     mixed = []
@@ -457,9 +457,8 @@ def test_predicted_lengths() -> None:
 # --- settings ---
 
 
-@pytest.mark.parametrize(
-    ("arguments", "settings", "message"),
-    [
+def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
+    for arguments, settings, message in [
         (("bayes",), {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
         (("beta", -1), {}, "min_rollouts must be a whole number >= 0, got -1"),
         (("beta", 2.0), {}, "min_rollouts must be a whole number"),
@@ -470,11 +469,9 @@ def test_predicted_lengths() -> None:
         (("beta",), {"discuont": 0.5}, "discuont"),
         (("window",), {"discount": 0.5}, "discount"),
         ((BetaEstimator(),), {"discount": 0.5}, "'discount'.*estimator object itself"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_before_the_run(arguments, settings, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.KnapsackAllocator(*arguments, **settings)
+    ]:
+        with named_case(arguments=arguments, settings=settings), pytest.raises(ValueError, match=message):
+            kr.KnapsackAllocator(*arguments, **settings)
 
 
 def test_the_estimator_may_be_an_object() -> None:
@@ -601,8 +598,8 @@ def test_a_missing_folder_or_file_is_an_os_error(tmp_path: Path) -> None:
         kr.KnapsackAllocator.load(tmp_path / "nothing.npz")
 
 
-def test_any_file_name_is_taken_as_it_is(tmp_path: Path) -> None:
-    """No suffix is added, so what was saved is found again."""
+def test_any_file_name_is_used_unchanged(tmp_path: Path) -> None:
+    """No suffix is added, so a saved file is found again."""
     path = tmp_path / "checkpoint-12.state"
     trained().save(str(path))
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -668,7 +665,7 @@ def test_foreign_files_are_refused_and_left_alone(content: str, tmp_path: Path) 
     assert path.read_bytes() == buffer.getvalue()
 
 
-def test_a_folder_is_no_state(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_state(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder"):
         kr.KnapsackAllocator.load(tmp_path)
 
@@ -680,7 +677,7 @@ def newer(state: dict) -> dict:
 
 
 def test_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
-    """A newer version may know settings that this one does not."""
+    """A newer version may have settings that this one does not."""
     path = tmp_path / "state.npz"
     state = newer(trained().state_dict())
     statefile.write_state(path, state["header"], state["arrays"])
@@ -703,9 +700,8 @@ def with_array(name: str, array) -> object:
     return lambda state: {**state, "arrays": {**state["arrays"], name: array}}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
+    for change, message in [
         (newer, "version 99.*reads version 4"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
@@ -720,18 +716,17 @@ def with_array(name: str, array) -> object:
         (without("tracker.recent"), "recent"),
         (with_array("estimator.prior", np.ones(3)), "prior"),
         (with_array("tracker.visits", np.zeros(2, dtype=np.int64)), "visits"),
-    ],
-)
-def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str) -> None:
-    allocator = trained(steps=2)
-    before, metrics, counts = allocator.state_dict(), allocator.metrics(), counts_of(allocator)
-    state = change(trained(steps=6).state_dict())
-    metrics = allocator.metrics()
-    with pytest.raises(ValueError, match=message):
-        allocator.load_state_dict(state)
-    assert_same_state(allocator.state_dict(), before)
-    assert allocator.metrics() == metrics
-    assert counts_of(allocator) == counts
+    ]:
+        with named_case(change=change, message=message):
+            allocator = trained(steps=2)
+            before, metrics, counts = allocator.state_dict(), allocator.metrics(), counts_of(allocator)
+            state = change(trained(steps=6).state_dict())
+            metrics = allocator.metrics()
+            with pytest.raises(ValueError, match=message):
+                allocator.load_state_dict(state)
+            assert_same_state(allocator.state_dict(), before)
+            assert allocator.metrics() == metrics
+            assert counts_of(allocator) == counts
 
 
 def test_a_state_of_other_settings_is_refused() -> None:
@@ -774,7 +769,7 @@ def test_an_estimator_object_is_passed_again(tmp_path: Path) -> None:
 # --- the package ---
 
 
-def test_importing_the_package_imports_numpy_alone() -> None:
+def test_importing_the_package_imports_numpy_only() -> None:
     heavy = ["torch", "transformers", "trl", "ray", "matplotlib", "pandas", "numba", "scipy", "datasets"]
     code = f"import sys, knapsack_rl; print([name for name in {heavy!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

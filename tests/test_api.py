@@ -6,9 +6,8 @@ import inspect
 import re
 import typing
 
-import pytest
-
 import knapsack_rl as kr
+from cases import named_case
 
 PUBLIC = [
     "information_gain",
@@ -38,7 +37,7 @@ def callables() -> list[tuple[str, typing.Any]]:
             continue
         for method, function in vars(member).items():
             if isinstance(function, property):
-                function = function.fget  # noqa: PLW2901 - its getter stands for it
+                function = function.fget  # noqa: PLW2901 - checked by its getter
             elif isinstance(function, (classmethod, staticmethod)):
                 function = function.__func__  # noqa: PLW2901
             if inspect.isfunction(function) and (not method.startswith("_") or method == "__init__"):
@@ -61,26 +60,28 @@ def test_the_version_is_the_distributions() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", kr.__version__)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_names_are_documented(name: str) -> None:
-    member = getattr(kr, name)
-    doc = inspect.getdoc(member)
-    assert doc
-    assert not doc.startswith(f"{name}(")  # what a dataclass writes for itself
-    assert member.__module__.startswith("knapsack_rl.")
+def test_public_names_are_documented() -> None:
+    for name in PUBLIC:
+        with named_case(name=name):
+            member = getattr(kr, name)
+            doc = inspect.getdoc(member)
+            assert doc
+            assert not doc.startswith(f"{name}(")  # the docstring that a dataclass generates
+            assert member.__module__.startswith("knapsack_rl.")
 
 
-@pytest.mark.parametrize(("name", "function"), callables())
-def test_public_functions_and_methods_are_documented_and_typed(name: str, function) -> None:
-    dataclass_init = name.endswith("__init__") and function.__qualname__.startswith("__create_fn__")
-    if not name.endswith("__init__"):
-        assert inspect.getdoc(function), f"{name} has no docstring"
-    signature = inspect.signature(function)
-    hints = typing.get_type_hints(function)
-    for parameter in signature.parameters.values():
-        if parameter.name not in ("self", "cls"):
-            assert parameter.name in hints, f"{name}: {parameter.name} has no type"
-    assert dataclass_init or "return" in hints, f"{name} has no return type"
+def test_public_functions_and_methods_are_documented_and_typed() -> None:
+    for name, function in callables():
+        with named_case(name=name):
+            dataclass_init = name.endswith("__init__") and function.__qualname__.startswith("__create_fn__")
+            if not name.endswith("__init__"):
+                assert inspect.getdoc(function), f"{name} has no docstring"
+            signature = inspect.signature(function)
+            hints = typing.get_type_hints(function)
+            for parameter in signature.parameters.values():
+                if parameter.name not in ("self", "cls"):
+                    assert parameter.name in hints, f"{name}: {parameter.name} has no type"
+            assert dataclass_init or "return" in hints, f"{name} has no return type"
 
 
 def test_optional_switches_are_keyword_only() -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from cases import named_case
 from knapsack_rl.balance import RolloutQueue
 from knapsack_rl.estimation.lengths import predict_work
 
@@ -155,9 +156,8 @@ def test_predictions_follow_the_unit_and_the_order_of_prompts(
     np.testing.assert_allclose(permuted, predicted[order], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "expected"),
-    [
+def test_degenerate_observations() -> None:
+    for lengths, expected in [
         ([], []),
         ([[], [], []], [1, 1, 1]),  # nothing observed
         ([[0, 0], [0]], [0, 0]),  # observed, and empty
@@ -166,13 +166,12 @@ def test_predictions_follow_the_unit_and_the_order_of_prompts(
         ([[10, 10], [30, 30], []], [10, 30, 20]),  # no noise
         ([[7, 7, 7], [7], []], [7, 7, 7]),  # no variance at all
         ([[10, 30], [12, 28, 20], []], [20, 20, 20]),  # nothing between prompts
-    ],
-)
-def test_degenerate_observations(lengths: list[list[float]], expected: list[float]) -> None:
-    np.testing.assert_allclose(predict_work(*moments(lengths)), expected, rtol=1e-12)
+    ]:
+        with named_case(lengths=lengths, expected=expected):
+            np.testing.assert_allclose(predict_work(*moments(lengths)), expected, rtol=1e-12)
 
 
-def test_a_count_that_was_discounted_away_reads_as_unseen() -> None:
+def test_a_prompt_whose_count_was_discounted_away_counts_as_unseen() -> None:
     predicted = predict_work([2, 2, 1e-12], [4, 12, 1e-6], [10, 74, 1.0])
     np.testing.assert_allclose(predicted, [2.25, 5.75, 4.0])
 
@@ -187,9 +186,8 @@ def test_sums_may_be_discounted_until_they_vanish() -> None:
     assert predict_work(count, total, total_squared)[0] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_predict_work_rejects() -> None:
+    for arguments, message in [
         (([1, 2], [1], [1]), r"shapes \(2,\), \(1,\) and \(1,\); allowed: one shape"),
         (([[1]], [1], [1]), r"count has shape \(1, 1\); allowed: one dimension"),
         (([-1], [1], [1]), r"count\[0\] is -1.0; allowed: numbers from 0 to 9.0072e\+15"),
@@ -199,11 +197,9 @@ def test_sums_may_be_discounted_until_they_vanish() -> None:
         (([2, 2], [4, 9], [10, 1]), r"prompt 1 has count 2, total 9, total_squared 1; allowed"),
         (([0], [3], [9]), r"prompt 0 has count 0, total 3, total_squared 9; allowed"),
         (([0], [0], [9]), r"prompt 0 has count 0, total 0, total_squared 9; allowed"),
-    ],
-)
-def test_predict_work_rejects(arguments: tuple[list[float], ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        predict_work(*arguments)
+    ]:
+        with named_case(arguments=arguments, message=message), pytest.raises(ValueError, match=message):
+            predict_work(*arguments)
 
 
 # --- static placement, in the benchmark ---------------------------------------------------------------------
@@ -239,7 +235,7 @@ def test_queue_hands_out_each_item_once_longest_first(work: list[int]) -> None:
     assert next(queue, None) is None
 
 
-def test_no_shuffle_throws_the_order_away() -> None:
+def test_the_order_is_never_shuffled() -> None:
     """Public balancers computed an order and then shuffled it, without a seed."""
     work = np.random.default_rng(0).lognormal(6, 1, 500)
     expected = np.argsort(-work, kind="stable").tolist()
@@ -318,7 +314,7 @@ def test_threads_share_a_queue_without_losing_or_repeating_an_item() -> None:
     assert any(failed_once)
 
 
-# --- the module, and what it buys ---------------------------------------------------------------------------
+# --- the module and its benefit ---------------------------------------------------------------------------
 
 
 def test_the_benchmark_meets_its_target() -> None:

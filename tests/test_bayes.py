@@ -16,6 +16,7 @@ from scipy.linalg import expm
 from scipy.stats import binom
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation.value import marginal_values
 from knapsack_rl.estimation import bayes
 from knapsack_rl.estimation.bayes import LARGEST_LOGIT, BayesFilterEstimator, EmpiricalBayesEstimator
@@ -69,7 +70,7 @@ def walk_matrix(points: int, variance: float) -> Array:
 
 
 def shifted(row: Array, cells: float) -> Array:
-    """The row moved up by so many columns, by linear interpolation; outside stands the end value."""
+    """The row moved up by so many columns, by linear interpolation, constant beyond the ends."""
     at = np.arange(row.size)
     return np.interp(at - cells, at, row)
 
@@ -91,14 +92,13 @@ def normalised(rows: Array) -> Array:
 # --- the walk ---
 
 
-@pytest.mark.parametrize("points", [3, 8, 57])
-@pytest.mark.parametrize("variance", [1e-6, 0.09, 2.0, 25.0])
-@pytest.mark.parametrize("age", [0.0, 0.125, 1.0, 7.5])
-def test_the_walk_is_the_exponential_of_its_generator(points: int, variance: float, age: float) -> None:
-    rows = random_evidence(4, points, seed=1)
-    expected = rows @ walk_matrix(points, variance * age)
-    found = make(points, variance=variance).posterior(seen(rows, age))  # flat prior
-    np.testing.assert_allclose(found, normalised(expected), rtol=1e-9, atol=2 * FLOOR)
+def test_the_walk_is_the_exponential_of_its_generator() -> None:
+    for points, variance, age in itertools.product([3, 8, 57], [1e-6, 0.09, 2.0, 25.0], [0.0, 0.125, 1.0, 7.5]):
+        with named_case(points=points, variance=variance, age=age):
+            rows = random_evidence(4, points, seed=1)
+            expected = rows @ walk_matrix(points, variance * age)
+            found = make(points, variance=variance).posterior(seen(rows, age))  # flat prior
+            np.testing.assert_allclose(found, normalised(expected), rtol=1e-9, atol=2 * FLOOR)
 
 
 def test_the_walk_keeps_totals_symmetry_and_sign() -> None:
@@ -123,14 +123,15 @@ def test_two_walks_make_one() -> None:
 # --- the drift ---
 
 
-@pytest.mark.parametrize("drift", [-1.0, -0.35, -0.25, -1e-9, 0.0, 0.05, 0.25, 0.9])
-def test_the_drift_moves_a_row_linearly(drift: float) -> None:
+def test_the_drift_moves_a_row_linearly() -> None:
     """Cells of a grid of 57 are 0.25 wide, so these are whole, fractional and tiny moves."""
-    ages = np.array([0.0, 0.5, 1.0, 3.0, 20.0, 100.0])
-    rows = random_evidence(ages.size, 57, seed=3)
-    expected = np.array([shifted(row, drift * age / 0.25) for row, age in zip(rows, ages, strict=True)])
-    found = make(variance=0.0, drift=drift).posterior(seen(rows, ages))
-    np.testing.assert_allclose(found, normalised(expected), rtol=1e-7, atol=2 * FLOOR)
+    for drift in [-1.0, -0.35, -0.25, -1e-9, 0.0, 0.05, 0.25, 0.9]:
+        with named_case(drift=drift):
+            ages = np.array([0.0, 0.5, 1.0, 3.0, 20.0, 100.0])
+            rows = random_evidence(ages.size, 57, seed=3)
+            expected = np.array([shifted(row, drift * age / 0.25) for row, age in zip(rows, ages, strict=True)])
+            found = make(variance=0.0, drift=drift).posterior(seen(rows, ages))
+            np.testing.assert_allclose(found, normalised(expected), rtol=1e-7, atol=2 * FLOOR)
 
 
 @no_deadline
@@ -183,38 +184,37 @@ def paths_of(points: int, visits_made: int):
     return itertools.product(range(points), repeat=visits_made + 1)
 
 
-@pytest.mark.parametrize("points", [5, 7])
-@pytest.mark.parametrize("drift", [0.0, 0.8, -1.0])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_posterior_is_the_sum_over_all_paths(points: int, drift: float, seed: int) -> None:
+def test_posterior_is_the_sum_over_all_paths() -> None:
     """The rate now has the prior, and read backwards every epoch undoes the drift and walks."""
-    rng = np.random.default_rng(seed)
-    variance, visits_made = 6.0, 3  # a cell is 2.3 or 3.5 logits wide
-    prior = random_prior(points, seed)
-    totals = rng.integers(1, 5, visits_made)
-    successes = rng.binomial(totals, rng.random(visits_made))
+    for points, drift, seed in itertools.product([5, 7], [0.0, 0.8, -1.0], [1, 2]):
+        with named_case(points=points, drift=drift, seed=seed):
+            rng = np.random.default_rng(seed)
+            variance, visits_made = 6.0, 3  # a cell is 2.3 or 3.5 logits wide
+            prior = random_prior(points, seed)
+            totals = rng.integers(1, 5, visits_made)
+            successes = rng.binomial(totals, rng.random(visits_made))
 
-    estimator = make(points, variance=variance, drift=drift, prior=prior)
-    records = Records.empty(1, points)
-    for s, n in zip(successes, totals, strict=True):
-        visit(estimator, records, [s], [n])
-        records.age[:] = 1.0
-    spacing = 2 * LARGEST_LOGIT / (points - 1)
-    undo = np.array([shifted(unit, drift / spacing) for unit in np.eye(points)]).T  # (now, before)
-    np.testing.assert_allclose(undo.sum(axis=1), 1.0)
-    back = undo @ walk_matrix(points, variance)
-    likelihood = binom.pmf(successes[:, None], totals[:, None], estimator.grid)
-    expected = np.zeros(points)
-    for path in paths_of(points, visits_made):  # the rate now comes first, then newest to oldest visit
-        weight = prior[path[0]]
-        for step, (later, earlier) in enumerate(itertools.pairwise(path)):
-            weight *= back[later, earlier] * likelihood[visits_made - 1 - step, earlier]
-        expected[path[0]] += weight
-    np.testing.assert_allclose(estimator.posterior(records)[0], normalised(expected), rtol=2e-6, atol=1e-9)
+            estimator = make(points, variance=variance, drift=drift, prior=prior)
+            records = Records.empty(1, points)
+            for s, n in zip(successes, totals, strict=True):
+                visit(estimator, records, [s], [n])
+                records.age[:] = 1.0
+            spacing = 2 * LARGEST_LOGIT / (points - 1)
+            undo = np.array([shifted(unit, drift / spacing) for unit in np.eye(points)]).T  # (now, before)
+            np.testing.assert_allclose(undo.sum(axis=1), 1.0)
+            back = undo @ walk_matrix(points, variance)
+            likelihood = binom.pmf(successes[:, None], totals[:, None], estimator.grid)
+            expected = np.zeros(points)
+            for path in paths_of(points, visits_made):  # the rate now comes first, then newest to oldest visit
+                weight = prior[path[0]]
+                for step, (later, earlier) in enumerate(itertools.pairwise(path)):
+                    weight *= back[later, earlier] * likelihood[visits_made - 1 - step, earlier]
+                expected[path[0]] += weight
+            np.testing.assert_allclose(estimator.posterior(records)[0], normalised(expected), rtol=2e-6, atol=1e-9)
 
 
-def test_of_a_stationary_population_the_posterior_is_that_of_the_forward_model() -> None:
-    """A flat population stays flat under the walk: here the ordinary hidden Markov model says the same."""
+def test_the_posterior_of_a_stationary_population_is_that_of_the_forward_model() -> None:
+    """A flat population stays flat under the walk: here the ordinary hidden Markov model agrees."""
     points, variance = 6, 5.0
     totals, successes, gaps = [3, 2, 4], [1, 2, 3], [1.0, 0.4, 2.0]
     estimator = make(points, variance=variance)
@@ -370,13 +370,13 @@ def test_the_walk_of_a_population_is_found(sigma: float, drift: float) -> None:
     strict=True, reason="of noisy visits the estimate is too low: an old likelihood is not the population's"
 )
 def test_a_walk_of_rarely_sampled_prompts_is_found() -> None:
-    """8 rollouts a visit tell less than the population does, and that is the usual case."""
+    """8 rollouts a visit carry less information than the population does, which is the usual case."""
     found_sigma, found_drift = settled(learned_walk(Walkers(1000, sigma=0.3, seed=13), 20, rollouts=8))
     assert found_drift == pytest.approx(0.0, abs=0.025)
     assert 0.2 < found_sigma < 0.45
 
 
-def test_a_population_that_stands_still_is_found_to() -> None:
+def test_a_static_population_is_found_to_be_static() -> None:
     found = learned_walk(Walkers(700, sigma=0.0, seed=14), 30, rollouts=16)
     found_sigma, found_drift = settled(found)
     assert found_sigma < 0.05
@@ -386,7 +386,7 @@ def test_a_population_that_stands_still_is_found_to() -> None:
 
 @pytest.mark.parametrize(("sigma", "drift"), [(0.1, 0.0), (0.6, 0.0), (0.3, 0.1)])
 def test_the_walk_is_found_through_the_allocator(sigma: float, drift: float) -> None:
-    """With 8 rollouts a visit, as in a run: a small variance is only told from a large one, a drift from none."""
+    """With 8 rollouts a visit, as in a run: only a small and a large variance, a drift and none are distinguished."""
     prompts = Walkers(400, sigma=sigma, drift=drift, start=-10 * drift, seed=15)
     allocator = kr.KnapsackAllocator("bayes-filter")
     found = []
@@ -431,7 +431,7 @@ def test_a_refit_moves_to_the_neighbour_that_predicted_best(seed: int) -> None:
     assert estimator.drift == pytest.approx(best_drift, rel=1e-9)
 
 
-def test_first_visits_teach_nothing_of_the_walk() -> None:
+def test_first_visits_give_no_information_about_the_walk() -> None:
     estimator = make()
     records = Records.empty(20, 57)
     visit(estimator, records, np.arange(20) % 5, np.full(20, 4))
@@ -441,7 +441,7 @@ def test_first_visits_teach_nothing_of_the_walk() -> None:
 
 
 @pytest.mark.xfail(strict=True, reason="equal scores move variance and drift to their first candidates")
-def test_what_says_nothing_of_the_walk_does_not_move_it() -> None:
+def test_visits_without_information_about_the_walk_do_not_move_it() -> None:
     """Two visits at the same time: every variance and every drift predicts the second alike."""
     estimator = make()
     records = Records.empty(20, 57)
@@ -472,7 +472,7 @@ def test_the_age_of_a_visit_is_the_time_since_its_rollouts_were_made() -> None:
 # --- the prior ---
 
 
-def test_the_prior_of_prompts_that_stand_still_is_that_of_their_counts() -> None:
+def test_the_prior_of_static_prompts_is_that_of_their_counts() -> None:
     rng = np.random.default_rng(17)
     rates = rng.beta(0.5, 0.5, 300)
     estimator, other = make(variance=0.0), EmpiricalBayesEstimator()
@@ -490,7 +490,7 @@ def test_the_prior_of_prompts_that_stand_still_is_that_of_their_counts() -> None
     np.testing.assert_allclose(estimator.prior, other.prior, rtol=1e-4, atol=1e-8)
 
 
-def test_the_prior_is_of_the_population_as_it_is_now() -> None:
+def test_the_prior_is_that_of_the_current_population() -> None:
     """The same evidence, older, under an upward drift: the population has moved up since."""
     evidence = np.repeat(np.exp(-2.0 * (logits(57) + 1.0) ** 2)[None], 200, axis=0)
     centres = []
@@ -503,7 +503,7 @@ def test_the_prior_is_of_the_population_as_it_is_now() -> None:
 
 @pytest.mark.parametrize("kind", [BayesFilterEstimator, EmpiricalBayesEstimator])
 def test_a_refit_on_a_sample_is_close_to_one_on_all(kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the prompts were seen first and are hard; a sample of the first ones would not know the rest."""
+    """Half of the prompts were seen first and are hard; a sample of the first ones would miss the rest."""
     rng = np.random.default_rng(18)
     rates = np.concatenate([rng.beta(1, 6, 3000), rng.beta(6, 1, 3000)])
     good, prompts = rng.binomial(8, rates), rates.size
@@ -538,7 +538,7 @@ def test_the_order_of_prompts_does_not_matter() -> None:
             estimator.refit(records)
     assert (one.variance, one.drift) == (other.variance, other.drift)
     np.testing.assert_allclose(one.prior, other.prior, rtol=1e-6, atol=1e-12)
-    # Only to rounding: where a row stands in a matrix decides which loop of the BLAS library sums it.
+    # Only to rounding: the position of a row in a matrix decides which loop of the BLAS library sums it.
     np.testing.assert_allclose(straight.evidence[order], turned.evidence, rtol=1e-6, atol=1e-12)
     found, moved = one.believe(straight, 9), other.believe(turned, 9)
     np.testing.assert_allclose(found.mean[order], moved.mean, rtol=1e-6)
@@ -562,26 +562,26 @@ def check_belief(estimator: BayesFilterEstimator, records: Records) -> None:
     assert ((predicted >= -1e-12) & (predicted <= 1 + 1e-12)).all()
 
 
-@pytest.mark.parametrize("variance", [1e-6, 0.09, 25.0])
-@pytest.mark.parametrize("drift", [-1.0, 0.0, 1.0])
-def test_extreme_counts(variance: float, drift: float) -> None:
-    many = 10**5
-    estimator = make(variance=variance, drift=drift)
-    records = Records.empty(3, 57)
-    for good in ([0, many, many // 2], [0, many, many // 2], [many, 0, 0], [1, many - 1, 1]):
-        visit(estimator, records, good, [many] * 3)
-        check_belief(estimator, records)
-        records.age[:] = 0.5
-        estimator.refit(records)
-        check_belief(estimator, records)
-        assert np.isfinite(list(estimator.state_dict()["scores_of_variance"])).all()
-        estimator.variance, estimator.drift = variance, drift
-    assert estimator.prior.sum() == pytest.approx(1.0)
+def test_extreme_counts() -> None:
+    for variance, drift in itertools.product([1e-6, 0.09, 25.0], [-1.0, 0.0, 1.0]):
+        with named_case(variance=variance, drift=drift):
+            many = 10**5
+            estimator = make(variance=variance, drift=drift)
+            records = Records.empty(3, 57)
+            for good in ([0, many, many // 2], [0, many, many // 2], [many, 0, 0], [1, many - 1, 1]):
+                visit(estimator, records, good, [many] * 3)
+                check_belief(estimator, records)
+                records.age[:] = 0.5
+                estimator.refit(records)
+                check_belief(estimator, records)
+                assert np.isfinite(list(estimator.state_dict()["scores_of_variance"])).all()
+                estimator.variance, estimator.drift = variance, drift
+            assert estimator.prior.sum() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("variance", [1e-6, 0.09])
-def test_a_long_conflict_is_won_by_what_is_newer(variance: float) -> None:
-    """1000 successes, then 1000 failures: a prompt may have jumped, and is found where it is now."""
+def test_in_a_long_conflict_newer_outcomes_win(variance: float) -> None:
+    """1000 successes, then 1000 failures: a prompt may have jumped, and its current rate is found."""
     estimator = make(variance=variance)
     records = Records.empty(2, 57)
     for good in ([8, 0], [0, 8]):
@@ -630,7 +630,7 @@ def test_any_history_gives_a_belief(history, points: int) -> None:
 
 
 def in_mid_epoch(batches: int, seed: int = 20, **options) -> kr.KnapsackAllocator:
-    """An allocator that has seen so many batches of 7 out of 40 prompts."""
+    """Return an allocator that has seen a number of batches of 7 out of 40 prompts."""
     allocator = kr.KnapsackAllocator("bayes-filter", **options)
     rng = np.random.default_rng(seed)
     for _ in range(batches):
@@ -668,7 +668,7 @@ def test_a_state_saved_at_any_moment_has_the_same_future(seed: int, tmp_path: Pa
     assert_same_state(other.state_dict(), allocator.state_dict())
 
 
-def test_the_scores_of_the_epoch_under_way_are_part_of_the_state() -> None:
+def test_the_scores_of_the_current_epoch_are_part_of_the_state() -> None:
     allocator = in_mid_epoch(16)
     state = allocator.estimator.state_dict()
     assert state["scores_of_variance"].any()
@@ -710,9 +710,8 @@ def of_the_future(state: dict) -> dict:
     return with_array("tracker.last_visit", state["arrays"]["tracker.last_visit"] + 1000)(state)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
+    for change, message in [
         (without("estimator.prior"), "prior"),
         (without("estimator.walk"), "walk"),
         (without("estimator.scores_of_variance"), "scores_of_variance"),
@@ -733,18 +732,17 @@ def of_the_future(state: dict) -> dict:
         (without("tracker.last_visit"), "last_visit"),
         (not_finite, "evidence"),
         (of_the_future, "last_visit"),
-    ],
-)
-def test_a_wrong_state_is_refused_and_changes_nothing(change, message: str) -> None:
-    allocator = in_mid_epoch(9)
-    before = allocator.state_dict()
-    with pytest.raises(ValueError, match=message):
-        allocator.load_state_dict(change(in_mid_epoch(20).state_dict()))
-    assert_same_state(allocator.state_dict(), before)
+    ]:
+        with named_case(change=change, message=message):
+            allocator = in_mid_epoch(9)
+            before = allocator.state_dict()
+            with pytest.raises(ValueError, match=message):
+                allocator.load_state_dict(change(in_mid_epoch(20).state_dict()))
+            assert_same_state(allocator.state_dict(), before)
 
 
 def test_a_wrong_part_leaves_the_estimator_unchanged() -> None:
-    """The prior is checked last; nothing before it may have been taken over."""
+    """The prior is checked last; nothing before it may have been applied."""
     estimator = make()
     before = estimator.state_dict()
     state = in_mid_epoch(16).estimator.state_dict() | {"prior": np.ones(57)}

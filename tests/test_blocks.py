@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation import blocks, solver
 from knapsack_rl.allocation.value import KNAPSACK, marginal_values
 from strategies import Batch, Knapsack, batches, concave_tables, no_deadline
@@ -53,23 +55,22 @@ def test_closed_form_rows_agree_with_sorting(batch: Batch) -> None:
     assert solver.solve(table, *batch[1:], priority=batch.rates).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("prompts", [63, 64, 127, 128, 300, 2100, 5000])
-@pytest.mark.parametrize("steps", [0, 16])
-@pytest.mark.parametrize("block", [2**10, 2**17])
-def test_large_batches_agree_with_sorting(prompts: int, steps: int, block: int, monkeypatch) -> None:
+def test_large_batches_agree_with_sorting(monkeypatch) -> None:
     """Rates in sixteenths make thousands of ties."""
-    monkeypatch.setattr(blocks, "BLOCK", block)
-    rng = np.random.default_rng(SEED + prompts)
-    rates = rng.integers(0, steps + 1, prompts) / steps if steps else rng.beta(0.4, 0.4, prompts)
-    table = marginal_values(rates, 40)
-    tier, priority = rng.integers(0, 4, prompts), rng.integers(0, 5, prompts).astype(float)
-    lower = rng.integers(1, 5, prompts)
-    upper = lower + rng.integers(0, 36, prompts)
-    for share in (0.0, 1e-3, 0.1, 0.5, 0.99, 1.0):
-        budget = int(lower.sum() + share * (upper - lower).sum())
-        expected = by_sorting(table, budget, lower, upper, tier, priority).tolist()
-        assert solver.solve(table, budget, lower, upper, tier=tier, priority=priority).tolist() == expected
-        assert in_blocks(rates, budget, lower, upper, tier, priority).tolist() == expected
+    for prompts, steps, block in itertools.product([63, 64, 127, 128, 300, 2100, 5000], [0, 16], [2**10, 2**17]):
+        with named_case(prompts=prompts, steps=steps, block=block):
+            monkeypatch.setattr(blocks, "BLOCK", block)
+            rng = np.random.default_rng(SEED + prompts)
+            rates = rng.integers(0, steps + 1, prompts) / steps if steps else rng.beta(0.4, 0.4, prompts)
+            table = marginal_values(rates, 40)
+            tier, priority = rng.integers(0, 4, prompts), rng.integers(0, 5, prompts).astype(float)
+            lower = rng.integers(1, 5, prompts)
+            upper = lower + rng.integers(0, 36, prompts)
+            for share in (0.0, 1e-3, 0.1, 0.5, 0.99, 1.0):
+                budget = int(lower.sum() + share * (upper - lower).sum())
+                expected = by_sorting(table, budget, lower, upper, tier, priority).tolist()
+                assert solver.solve(table, budget, lower, upper, tier=tier, priority=priority).tolist() == expected
+                assert in_blocks(rates, budget, lower, upper, tier, priority).tolist() == expected
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "periodic"])
@@ -86,16 +87,17 @@ def test_any_order_of_the_blocks(order: str) -> None:
         assert found.tolist() == by_sorting(table, budget, 2, 64, priority=rates).tolist()
 
 
-@pytest.mark.parametrize("cap", [2, 32, 33, 34, 128, 257, 3000])
-def test_extreme_rates_with_caps_around_the_columns_of_a_round(cap: int) -> None:
-    table, rates = marginal_values(EXTREME, cap), np.array(EXTREME)
-    for budget in {2 * 13, 2 * 13 + 1, 8 * 13, 13 * cap // 2, 13 * cap - 1, 13 * cap}:
-        if not 2 * 13 <= budget <= 13 * cap:
-            continue
-        found = in_blocks(rates, budget, 2, cap)
-        assert found.tolist() == by_sorting(table, budget, 2, cap).tolist()
-        value = sum(float(table[i, :n].sum()) for i, n in enumerate(found))
-        assert kr.allocate(rates, budget, 2, cap).expected_value == pytest.approx(value, rel=1e-11)
+def test_extreme_rates_with_caps_around_the_columns_of_a_round() -> None:
+    for cap in [2, 32, 33, 34, 128, 257, 3000]:
+        with named_case(cap=cap):
+            table, rates = marginal_values(EXTREME, cap), np.array(EXTREME)
+            for budget in {2 * 13, 2 * 13 + 1, 8 * 13, 13 * cap // 2, 13 * cap - 1, 13 * cap}:
+                if not 2 * 13 <= budget <= 13 * cap:
+                    continue
+                found = in_blocks(rates, budget, 2, cap)
+                assert found.tolist() == by_sorting(table, budget, 2, cap).tolist()
+                value = sum(float(table[i, :n].sum()) for i, n in enumerate(found))
+                assert kr.allocate(rates, budget, 2, cap).expected_value == pytest.approx(value, rel=1e-11)
 
 
 @no_deadline
@@ -141,13 +143,14 @@ def test_one_prompt_and_a_million_rollouts() -> None:
         kr.allocate([0.5, 0.2], 10**9, max_rollouts=10**9)
 
 
-@pytest.mark.parametrize("rate", EXTREME)
-def test_equal_prompts_share_alike(rate: float) -> None:
-    for prompts, budget in ((1000, 8003), (7, 7000 + 3)):
-        counts = kr.allocate(np.full(prompts, rate), budget, max_rollouts=2000).counts
-        assert counts.sum() == budget
-        assert counts.max() - counts.min() <= 1
-        assert (np.diff(counts) <= 0).all()  # what is left goes by position
+def test_equal_prompts_share_alike() -> None:
+    for rate in EXTREME:
+        with named_case(rate=rate):
+            for prompts, budget in ((1000, 8003), (7, 7000 + 3)):
+                counts = kr.allocate(np.full(prompts, rate), budget, max_rollouts=2000).counts
+                assert counts.sum() == budget
+                assert counts.max() - counts.min() <= 1
+                assert (np.diff(counts) <= 0).all()  # what is left goes by position
 
 
 def test_counts_move_with_their_prompts_at_scale() -> None:

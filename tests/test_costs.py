@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation.costs import ROUNDING, check_costs, solve_with_costs
 from knapsack_rl.allocation.value import marginal_values
 from oracles import milp_optimum, values_of
@@ -113,18 +114,19 @@ def test_ten_thousand_instances_match_enumeration() -> None:
         check(table, costs, budget, lower, upper, enumerated(values_of(table), costs, budget, lower, upper))
 
 
-@pytest.mark.parametrize("case", range(16))
-def test_medium_instances_match_integer_programming(case: int) -> None:
-    rng = np.random.default_rng(SEED + case)
-    prompts, width = int(rng.integers(5, 13)), int(rng.integers(5, 17))
-    table, costs, budget, lower, upper = random_case(rng, prompts, width)
-    values = values_of(table)
-    check(table, costs, budget, lower, upper, milp_optimum(values, budget, lower, upper, costs=costs), rel=1e-7)
+def test_medium_instances_match_integer_programming() -> None:
+    for seed in range(16):
+        with named_case(seed=seed):
+            rng = np.random.default_rng(SEED + seed)
+            prompts, width = int(rng.integers(5, 13)), int(rng.integers(5, 17))
+            table, costs, budget, lower, upper = random_case(rng, prompts, width)
+            values = values_of(table)
+            check(table, costs, budget, lower, upper, milp_optimum(values, budget, lower, upper, costs=costs), rel=1e-7)
 
 
 @no_deadline
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6))
-def test_the_certificate_is_no_weaker_than_the_continuous_relaxation(seed: int, prompts: int, width: int) -> None:
+def test_the_certificate_is_as_strong_as_the_continuous_relaxation(seed: int, prompts: int, width: int) -> None:
     table, costs, budget, lower, upper = random_case(np.random.default_rng(seed), prompts, width)
     _, certificate, _ = solved(table, costs, budget, lower, upper)
     bound = lagrangian_bound(values_of(table), costs, budget, lower, upper)
@@ -196,12 +198,12 @@ def test_more_budget_is_never_worth_less_than_the_gap() -> None:
         assert more.value >= less.value - more.gap - 1e-12
 
 
-def test_a_cheap_prompt_gets_more_than_a_dear_one() -> None:
+def test_a_cheap_prompt_gets_more_than_an_expensive_one() -> None:
     found = kr.allocate([0.4, 0.4], 60.0, costs=[1.0, 4.0])
     assert found.counts[0] > found.counts[1]
 
 
-def test_a_budget_that_nobody_values_stays_unspent() -> None:
+def test_budget_without_value_stays_unspent() -> None:
     found = kr.allocate([0.5, 0.0, 1.0], 500.0, 2, 16, costs=[2.0, 3.0, 1.0])
     assert found.counts.tolist() == [16, 2, 2]
     assert found.reason == "460 of the budget stay unspent: no further rollout has a value"
@@ -229,9 +231,8 @@ def test_tables_with_costs() -> None:
     assert solved(np.array([[0.0, 9.0], [1.0, 1.0]]), [1, 1], 2, 0, 2)[0].tolist() == [2, 0]  # not concave
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
+def test_errors_say_what_is_allowed() -> None:
+    for arguments, options, message in [
         (([0.5, 0.5], 8.0), {"costs": [1.0]}, r"one number > 0 per prompt \(2\)"),
         (([0.5, 0.5], 8.0), {"costs": [1.0, 0.0]}, r"costs\[1\] is .*0\.0.*finite numbers > 0"),
         (([0.5, 0.5], 8.0), {"costs": [1.0, np.nan]}, r"costs\[1\] is .*nan"),
@@ -244,8 +245,6 @@ def test_tables_with_costs() -> None:
         (([0.5, 0.5], 9.0, 3, 2), {"costs": [1.0, 1.0]}, "min_rollouts 3 is above max_rollouts 2"),
         (([0.5, 0.5], 9.0), {"costs": [1.0, 1.0], "fallback": True}, "fallback must be False"),
         (([0.5, 0.5], 9.0), {"costs": [1.0, 1.0], "method": "greedy"}, "method 'auto'"),
-    ],
-)
-def test_errors_say_what_is_allowed(arguments, options, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.allocate(*arguments, **options)
+    ]:
+        with named_case(arguments=arguments, options=options), pytest.raises(ValueError, match=message):
+            kr.allocate(*arguments, **options)

@@ -42,8 +42,8 @@ def test_price_is_the_value_of_the_last_rollout() -> None:
     assert price_of_rollout(marginals, np.array([0, 0, 0])) == 0.0
 
 
-def test_solved_prompts_are_skipped_and_looked_at_again() -> None:
-    """Nobody waits for longer than the longest skip and the epoch in which it is noticed."""
+def test_solved_prompts_are_skipped_and_checked_again() -> None:
+    """No prompt waits longer than the longest skip plus the epoch in which it is noticed."""
     allocator = kr.KnapsackAllocator(min_rollouts=0)
     rng = np.random.default_rng(0)
     rates = np.concatenate([np.full(24, 0.9999), np.full(8, 0.4)])

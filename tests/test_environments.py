@@ -90,7 +90,7 @@ def test_effective_groups_learn_and_others_do_not():
     assert rates[1:] == pytest.approx(0.3)
 
 
-def test_drift_is_per_epoch_and_for_everyone():
+def test_drift_is_per_epoch_and_for_all_prompts():
     environment = Synthetic("point(0.3)", prompts=10, epochs=2, batch_size=4, drift=0.2)
     episode = environment.start(0)
     for batch in episode.batches:
@@ -110,7 +110,7 @@ def test_the_walk_has_its_size_and_does_not_depend_on_the_policy():
     assert (idle.rates(everyone) == busy.rates(everyone)).all()
 
 
-def test_what_cannot_be_solved_never_learns():
+def test_unsolvable_prompts_never_learn():
     episode = Synthetic("0.5*point(0) + 0.5*point(1)", prompts=20, epochs=1, gain=1.0, drift=1.0, walk=1.0).start(0)
     before = episode.rates(np.arange(20))
     episode.train(np.arange(20), np.ones(20, bool))
@@ -223,7 +223,7 @@ def test_a_replay_walks_through_the_visits_and_holds_the_last():
     assert met == [[0.0, 0.75], [0.25], [0.75, 0.5], [0.5]]
 
 
-def test_a_replay_without_batches_visits_everyone_as_often_as_the_most_visited():
+def test_a_replay_without_batches_visits_all_prompts_as_often_as_the_most_visited():
     trace = Trace.from_visits([0, 0, 0, 1], [0, 1, 2, 3], [4, 4, 4, 4])
     batches = Replay(trace, batch_size=2).start(0).batches
     assert [sorted(batch) for batch in batches] == [[0, 1]] * 3
@@ -233,7 +233,7 @@ def test_a_replay_without_batches_visits_everyone_as_often_as_the_most_visited()
 # -- the recorded run that ships --------------------------------------------------------------------------------------
 
 
-def test_the_shipped_trace_is_what_its_notice_says():
+def test_the_shipped_trace_matches_its_notice():
     trace = load_trace()
     assert len(trace) == 590
     assert (trace.visits.min(), trace.visits.max()) == (46, 57)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from scipy.special import betaln
 from scipy.stats import binom
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation.value import marginal_values
 from knapsack_rl.estimation.named import (
     ESTIMATORS,
@@ -128,19 +130,20 @@ def integrate(function, a: float, b: float) -> float:
     return total / np.exp(betaln(a, b))
 
 
-@pytest.mark.parametrize("successes", [0.0, 0.4, 3.0, 16.0])
-@pytest.mark.parametrize("failures", [0.0, 2.5, 8.0])
-@pytest.mark.parametrize("prior", [(0.5, 0.5), (1.0, 1.0), (0.3, 2.0)])
-def test_beta_matches_numerical_integration(successes: float, failures: float, prior) -> None:
-    a, b = prior[0] + successes, prior[1] + failures
-    belief = BetaEstimator(*prior).believe(counted([successes], [failures]), 24)
-    assert belief.mean[0] == pytest.approx(integrate(lambda p: p, a, b), rel=1e-9)
-    assert belief.marginals[0, 0] == 0.0
-    for n in (1, 2, 3, 7, 23):
-        expected = integrate(lambda p, n=n: p * (1 - p) ** 2 * (p**n * (1 - p) + (1 - p) ** n * p), a, b)
-        assert belief.marginals[0, n] == pytest.approx(expected, rel=1e-8)
-        mixed = integrate(lambda p, n=n: 1 - p**n - (1 - p) ** n, a, b)
-        assert belief.nonzero_gradient(np.array([n]))[0] == pytest.approx(mixed, rel=1e-8, abs=1e-12)
+def test_beta_matches_numerical_integration() -> None:
+    for successes, failures, prior in itertools.product(
+        [0.0, 0.4, 3.0, 16.0], [0.0, 2.5, 8.0], [(0.5, 0.5), (1.0, 1.0), (0.3, 2.0)]
+    ):
+        with named_case(successes=successes, failures=failures, prior=prior):
+            a, b = prior[0] + successes, prior[1] + failures
+            belief = BetaEstimator(*prior).believe(counted([successes], [failures]), 24)
+            assert belief.mean[0] == pytest.approx(integrate(lambda p: p, a, b), rel=1e-9)
+            assert belief.marginals[0, 0] == 0.0
+            for n in (1, 2, 3, 7, 23):
+                expected = integrate(lambda p, n=n: p * (1 - p) ** 2 * (p**n * (1 - p) + (1 - p) ** n * p), a, b)
+                assert belief.marginals[0, n] == pytest.approx(expected, rel=1e-8)
+                mixed = integrate(lambda p, n=n: 1 - p**n - (1 - p) ** n, a, b)
+                assert belief.nonzero_gradient(np.array([n]))[0] == pytest.approx(mixed, rel=1e-8, abs=1e-12)
 
 
 @no_deadline
@@ -334,7 +337,7 @@ def test_empirical_bayes_captures_more_than_the_papers_rule_and_a_fixed_prior() 
     assert 0.7 < gain["empirical-bayes"] <= 1.0
     assert gain["window"] > 0.3
     assert gain["beta"] > 0.3
-    # The rates stand still here, and empirical Bayes discounts: the filter must find that nothing moves.
+    # The rates are static here, and empirical Bayes discounts: the filter must find that nothing moves.
     assert gain["empirical-bayes"] - 0.02 < gain["bayes-filter"] <= 1.0
 
 
@@ -371,7 +374,7 @@ def test_settings_and_state_make_an_equal_estimator(name: str, changed) -> None:
 
 
 def test_the_recipe_for_an_estimator_works(tmp_path: Path) -> None:
-    """The block of CONTRIBUTING.md, then a run with what it makes: the defaults of all parts that it leaves out."""
+    """The block of CONTRIBUTING.md, then a run with its estimator: the defaults of all parts that it leaves out."""
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     recipe = text.split("## Adding an estimator")[1].split("```python")[1].split("```")[0]
     space: dict[str, Any] = {}
@@ -418,9 +421,8 @@ def test_a_state_is_a_copy(kind) -> None:
     assert estimator.prior.sum() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
+def test_settings_out_of_range_are_refused() -> None:
+    for name, settings, message in [
         ("bayes", {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
         ("window", {"window": 0}, "window must be a whole number >= 1, got 0"),
         ("window", {"window": 65}, "window must be at most 64.*got 65"),
@@ -438,16 +440,15 @@ def test_a_state_is_a_copy(kind) -> None:
         ("bayes-filter", {"grid_points": 2}, "grid_points must be a whole number >= 3, got 2"),
         ("bayes-filter", {"iterations": 0}, "iterations must be a whole number >= 1, got 0"),
         ("bayes-filter", {"discount": 0.5}, "'bayes-filter' has no setting discount; it has grid_points, iterations"),
-    ],
-)
-def test_settings_out_of_range_are_refused(name: str, settings, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_estimator(name, **settings)
+    ]:
+        with named_case(name=name, settings=settings), pytest.raises(ValueError, match=message):
+            make_estimator(name, **settings)
 
 
-@pytest.mark.parametrize("prior", [None, [0.5, 0.5], [1.0, 1.0, 1.0], [1.5, -0.5, 0.0], [np.nan, 0.5, 0.5]])
-def test_a_prior_that_is_no_distribution_is_refused(prior) -> None:
-    estimator = EmpiricalBayesEstimator(grid_points=3)
-    with pytest.raises(ValueError, match="distribution over 3 success rates"):
-        estimator.load_state_dict({} if prior is None else {"prior": np.array(prior)})
-    np.testing.assert_array_equal(estimator.prior, np.full(3, 1 / 3))
+def test_a_prior_that_is_not_a_distribution_is_refused() -> None:
+    for prior in [None, [0.5, 0.5], [1.0, 1.0, 1.0], [1.5, -0.5, 0.0], [np.nan, 0.5, 0.5]]:
+        with named_case(prior=prior):
+            estimator = EmpiricalBayesEstimator(grid_points=3)
+            with pytest.raises(ValueError, match="distribution over 3 success rates"):
+                estimator.load_state_dict({} if prior is None else {"prior": np.array(prior)})
+            np.testing.assert_array_equal(estimator.prior, np.full(3, 1 / 3))

@@ -423,7 +423,7 @@ def test_an_id_that_changes_its_type_is_told_once(caplog) -> None:
     for _ in range(2):
         allocator.allocate(["7", "x", "-3"], 12)
     assert [record.message for record in caplog.records] == [
-        "prompt id '7' is new, but 7 is known: ids keep their type, so what was observed of 7 does not count for '7'. "
+        "prompt id '7' is new, but 7 is known: they differ in type, so observations of 7 do not count for '7'. "
         "Give every id the same type in every epoch (logged once)"
     ]
     other = kr.KnapsackAllocator("beta")

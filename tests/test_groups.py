@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.groups import (
     DIFFICULTY_CLASSES,
     difficulty_class,
@@ -100,7 +102,7 @@ def test_worked_advantages() -> None:
 
 @no_deadline
 @given(ragged_groups(allow_nan=True), st.randoms(use_true_random=False))
-def test_rows_may_stand_in_any_order(rollouts: Rollouts, random) -> None:
+def test_rows_may_come_in_any_order(rollouts: Rollouts, random) -> None:
     order = np.array(random.sample(range(rollouts.rewards.size), rollouts.rewards.size))
     for scale in ("group", "batch", "none"):
         found = kr.group_advantages(*rollouts, scale=scale, weighting="prompt")
@@ -118,39 +120,40 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_the_order_of_rewards(rollout
         assert (np.diff(found[rows][by_reward]) >= -1e-12).all()
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("weighting", ["rollout", "prompt"])
-@pytest.mark.parametrize("epsilon", [1e-4, 0.0])
-def test_groups_of_one_have_no_advantage(scale, weighting, epsilon: float) -> None:
-    """Mistake 10: the raw reward of a lone rollout is no advantage."""
-    found = kr.group_advantages([0, 1, 1, 2], [5.0, 0.0, 1.0, -3.0], scale=scale, weighting=weighting, epsilon=epsilon)
-    assert found[0] == found[3] == 0.0
-    assert found[2] > 0.0
-    assert kr.group_advantages([4], [1.0], scale=scale, weighting=weighting, epsilon=epsilon).tolist() == [0.0]
-    # One scored rollout beside unscored ones is a group of one, too.
-    found = kr.group_advantages([0, 0, 0], [NAN, 2.0, NAN], scale=scale, weighting=weighting, epsilon=epsilon)
-    assert found.tolist() == [0.0, 0.0, 0.0]
+def test_groups_of_one_have_no_advantage() -> None:
+    """Mistake 10: the raw reward of a lone rollout is not an advantage."""
+    for scale, weighting, epsilon in itertools.product(["group", "batch", "none"], ["rollout", "prompt"], [1e-4, 0.0]):
+        with named_case(scale=scale, weighting=weighting, epsilon=epsilon):
+            found = kr.group_advantages(
+                [0, 1, 1, 2], [5.0, 0.0, 1.0, -3.0], scale=scale, weighting=weighting, epsilon=epsilon
+            )
+            assert found[0] == found[3] == 0.0
+            assert found[2] > 0.0
+            assert kr.group_advantages([4], [1.0], scale=scale, weighting=weighting, epsilon=epsilon).tolist() == [0.0]
+            # One scored rollout beside unscored ones is a group of one, too.
+            found = kr.group_advantages([0, 0, 0], [NAN, 2.0, NAN], scale=scale, weighting=weighting, epsilon=epsilon)
+            assert found.tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("epsilon", [1e-4, 0.0])
-@pytest.mark.parametrize(
-    "rewards",
-    [
-        [0.1 + 0.2, 0.3],
-        [1.0, 1.0 + 1e-12, 1.0 - 1e-12],
-        [-0.7, -0.1 * 7, -(0.1 + 0.6)],
-        [1e9 + 1e-4, 1e9],
-        [sum([0.1] * 10), 1.0],
-        [0.0, 0.0, -0.0],
-        [2.0, 2.0],
-    ],
-)
-def test_rewards_equal_within_rounding_give_exactly_nothing(rewards: list[float], scale, epsilon: float) -> None:
-    found = kr.group_advantages([0] * len(rewards) + [1, 1], [*rewards, 0.0, 1.0], scale=scale, epsilon=epsilon)
-    assert found[: len(rewards)].tolist() == [0.0] * len(rewards)
-    assert (found[len(rewards) :] != 0).all()
-    assert kr.group_statistics([0] * len(rewards), rewards).effective_gradient_ratio == 0.0
+def test_rewards_equal_within_rounding_give_advantages_of_exactly_zero() -> None:
+    for scale, epsilon, rewards in itertools.product(
+        ["group", "batch", "none"],
+        [1e-4, 0.0],
+        [
+            [0.1 + 0.2, 0.3],
+            [1.0, 1.0 + 1e-12, 1.0 - 1e-12],
+            [-0.7, -0.1 * 7, -(0.1 + 0.6)],
+            [1e9 + 1e-4, 1e9],
+            [sum([0.1] * 10), 1.0],
+            [0.0, 0.0, -0.0],
+            [2.0, 2.0],
+        ],
+    ):
+        with named_case(scale=scale, epsilon=epsilon, rewards=rewards):
+            found = kr.group_advantages([0] * len(rewards) + [1, 1], [*rewards, 0.0, 1.0], scale=scale, epsilon=epsilon)
+            assert found[: len(rewards)].tolist() == [0.0] * len(rewards)
+            assert (found[len(rewards) :] != 0).all()
+            assert kr.group_statistics([0] * len(rewards), rewards).effective_gradient_ratio == 0.0
 
 
 def test_small_true_differences_count() -> None:
@@ -175,7 +178,7 @@ def test_ragged_groups_of_the_right_total_are_not_mixed() -> None:
     assert found[3:12].tolist() == [0.0] * 9
     squares = rewards.reshape(-1, 4)
     mixed = ((squares - squares.mean(1, keepdims=True)) / (squares.std(1, ddof=1, keepdims=True) + 1e-4)).ravel()
-    assert mixed[3] != 0.0  # what reshaping would have made of the all-wrong prompt
+    assert mixed[3] != 0.0  # the advantage that reshaping would give the all-wrong prompt
     np.testing.assert_allclose(found[:3], [math.sqrt(1 / 3), -2 * math.sqrt(1 / 3), math.sqrt(1 / 3)], rtol=1e-12)
 
 
@@ -204,7 +207,7 @@ def test_prompt_weighting_equalises_a_large_and_a_small_prompt() -> None:
 
 
 def test_the_weighting_changes_by_request_only() -> None:
-    """Mistake 9: the default is the paper's, per rollout, and uniform groups do not feel the choice."""
+    """Mistake 9: the default is the paper's, per rollout, and uniform groups do not depend on it."""
     parameters = inspect.signature(kr.group_advantages).parameters
     assert parameters["weighting"].default == "rollout"
     assert parameters["scale"].default == "group"
@@ -326,11 +329,12 @@ def test_success_threshold_and_function() -> None:
 # --- difficulty ---
 
 
-@pytest.mark.parametrize("total", range(1, 61))
-def test_class_borders(total: int) -> None:
-    successes = np.arange(total + 1)
-    found = difficulty_class(successes, np.full(total + 1, total))
-    assert [DIFFICULTY_CLASSES[k] for k in found] == [class_by_rate(int(good), total) for good in successes]
+def test_class_borders() -> None:
+    for total in range(1, 61):
+        with named_case(total=total):
+            successes = np.arange(total + 1)
+            found = difficulty_class(successes, np.full(total + 1, total))
+            assert [DIFFICULTY_CLASSES[k] for k in found] == [class_by_rate(int(good), total) for good in successes]
 
 
 def test_worked_class_borders() -> None:
@@ -370,22 +374,21 @@ def test_transition_errors() -> None:
 # --- errors ---
 
 
-@pytest.mark.parametrize("function", [kr.group_advantages, kr.group_statistics])
-@pytest.mark.parametrize(
-    ("groups", "rewards", "message"),
-    [
-        ([0, 0, 1], [1.0, 0.0], r"equally long.*\(3,\).*\(2,\)"),
-        ([[0, 1]], [[1.0, 0.0]], "one-dimensional"),
-        ([0.0, 1.0], [1.0, 0.0], r"group_of_rollout\[0\] is 0.0"),
-        ([0, 0, 0], [1.0, np.inf, 0.0], r"rewards\[1\] is inf"),
-        ([0, 0], [1.0, -np.inf], r"rewards\[1\] is -inf"),
-        ([0, 0], ["good", "bad"], "rewards must be numbers"),
-        ([None, "a"], [1.0, 0.0], r"group_of_rollout\[0\] is None"),
-    ],
-)
-def test_rows_that_make_no_sense_are_refused(function, groups, rewards, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        function(groups, rewards)
+def test_invalid_rows_are_refused() -> None:
+    for function, (groups, rewards, message) in itertools.product(
+        [kr.group_advantages, kr.group_statistics],
+        [
+            ([0, 0, 1], [1.0, 0.0], r"equally long.*\(3,\).*\(2,\)"),
+            ([[0, 1]], [[1.0, 0.0]], "one-dimensional"),
+            ([0.0, 1.0], [1.0, 0.0], r"group_of_rollout\[0\] is 0.0"),
+            ([0, 0, 0], [1.0, np.inf, 0.0], r"rewards\[1\] is inf"),
+            ([0, 0], [1.0, -np.inf], r"rewards\[1\] is -inf"),
+            ([0, 0], ["good", "bad"], "rewards must be numbers"),
+            ([None, "a"], [1.0, 0.0], r"group_of_rollout\[0\] is None"),
+        ],
+    ):
+        with named_case(function=function, groups=groups, rewards=rewards), pytest.raises(ValueError, match=message):
+            function(groups, rewards)
 
 
 def test_ids_of_different_types_are_not_merged() -> None:

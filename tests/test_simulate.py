@@ -1,7 +1,8 @@
-"""Policies in environments: what is drawn, what is compared, and what the figures mean."""
+"""Policies in environments: draws, comparisons and the meaning of the figures."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.offline.environments import Replay, Synthetic, Trace
 from knapsack_rl.offline.scoring import (
     cell,
@@ -40,17 +42,18 @@ def test_uniform_counts_differ_by_one_at_most(prompts, budget):
     assert counts.max() - counts.min() <= 1
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_simulation_keeps_its_books(name):
-    run = simulate(SMALL, POLICIES[name], 1)
-    assert run.prompt.size == 48 * 6
-    steps = np.bincount(run.step, run.counts)
-    assert (steps == 16 * 8).all()
-    assert (np.bincount(run.step, run.uniform) == steps).all()
-    assert (np.bincount(run.step, run.best) == steps).all()
-    assert ((run.successes >= 0) & (run.successes <= run.counts)).all()
-    for prompt in range(48):
-        assert run.visit[run.prompt == prompt].tolist() == list(range(6))
+def test_a_simulation_accounts_for_every_rollout():
+    for name, policy in POLICIES.items():
+        with named_case(name=name):
+            run = simulate(SMALL, policy, 1)
+            assert run.prompt.size == 48 * 6
+            steps = np.bincount(run.step, run.counts)
+            assert (steps == 16 * 8).all()
+            assert (np.bincount(run.step, run.uniform) == steps).all()
+            assert (np.bincount(run.step, run.best) == steps).all()
+            assert ((run.successes >= 0) & (run.successes <= run.counts)).all()
+            for prompt in range(48):
+                assert run.visit[run.prompt == prompt].tolist() == list(range(6))
 
 
 def test_policies_meet_the_same_prompts_in_the_same_order():
@@ -61,7 +64,7 @@ def test_policies_meet_the_same_prompts_in_the_same_order():
 
 
 def test_uniform_and_the_allocator_meet_the_same_rewards_at_first():
-    """Nothing is known of a first batch, so all honest policies are uniform there and see the same."""
+    """Nothing is known of a first batch, so all policies that know no rates are uniform there and see the same."""
     one, other = simulate(SMALL, uniform(), 2), simulate(SMALL, allocated(), 2)
     first = one.step == 0
     assert (one.counts[first] == other.counts[first]).all()
@@ -100,7 +103,7 @@ def test_values_are_those_of_many_simulated_groups():
 
 
 class Ledger:
-    """A policy that notes what it is shown."""
+    """A policy that records what it observes."""
 
     def __init__(self):
         self.seen = []
@@ -157,12 +160,12 @@ def test_budgets_may_differ_between_steps():
     assert np.bincount(run.step, run.counts).tolist() == budgets
 
 
-@pytest.mark.parametrize("budget", [0, 1, 7, 16, 31])
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_starved_step_is_no_error(name, budget):
-    environment = Synthetic("late-training", prompts=16, epochs=3, batch_size=16)
-    run = simulate(environment, POLICIES[name], 0, [budget] * 3)
-    assert (np.bincount(run.step, run.counts, minlength=3) == budget).all()
+def test_a_starved_step_is_not_an_error():
+    for budget, name in itertools.product([0, 1, 7, 16, 31], POLICIES):
+        with named_case(budget=budget, name=name):
+            environment = Synthetic("late-training", prompts=16, epochs=3, batch_size=16)
+            run = simulate(environment, POLICIES[name], 0, [budget] * 3)
+            assert (np.bincount(run.step, run.counts, minlength=3) == budget).all()
 
 
 @pytest.mark.parametrize(
@@ -175,25 +178,27 @@ def test_impossible_budgets_are_refused(budget, message):
 
 
 def test_progress_counts_the_steps():
-    told = []
-    simulate(SMALL, uniform(), 0, advanced=lambda done, total: told.append((done, total)))
-    assert told == [(k, 18) for k in range(1, 19)]
+    reported = []
+    simulate(SMALL, uniform(), 0, advanced=lambda done, total: reported.append((done, total)))
+    assert reported == [(k, 18) for k in range(1, 19)]
 
 
 # -- figure of merit --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mixture", ["late-training", "uniform", "hard", "0.5*point(0) + 0.5*uniform"])
-@pytest.mark.parametrize("gain", [0.0, 0.1])
-def test_uniform_captures_nothing_and_the_truth_everything(mixture, gain):
-    environment = Synthetic(mixture, prompts=32, epochs=5, batch_size=16, gain=gain)
-    assert gain_captured(simulate(environment, uniform(), 0)) == 0.0
-    assert gain_captured(simulate(environment, known_rates(), 0)) == 1.0
+def test_uniform_captures_nothing_and_the_true_rates_everything():
+    for mixture, gain in itertools.product(
+        ["late-training", "uniform", "hard", "0.5*point(0) + 0.5*uniform"], [0.0, 0.1]
+    ):
+        with named_case(mixture=mixture, gain=gain):
+            environment = Synthetic(mixture, prompts=32, epochs=5, batch_size=16, gain=gain)
+            assert gain_captured(simulate(environment, uniform(), 0)) == 0.0
+            assert gain_captured(simulate(environment, known_rates(), 0)) == 1.0
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), name=st.sampled_from(list(POLICIES)), budget=st.integers(1, 12))
-def test_nobody_beats_the_truth(seed, name, budget):
+def test_no_policy_beats_the_true_rates(seed, name, budget):
     run = simulate(SMALL, POLICIES[name], seed, budget)
     gain = gain_captured(run)
     assert math.isnan(gain) or gain <= 1 + 1e-9
@@ -263,7 +268,7 @@ def test_ratios_and_calibration_by_hand():
     assert math.isnan(figures(run, first_visit=2)["effective_rollouts"])
 
 
-def test_the_truth_is_calibrated():
+def test_the_true_rates_are_calibrated():
     run = simulate(Synthetic("uniform", prompts=512, epochs=8), known_rates(), 0)
     found = figures(run)
     assert found["predicted"] == pytest.approx(found["realised"], abs=0.02)
@@ -344,7 +349,7 @@ def test_a_trace_is_an_environment_too():
 # -- the paper's rule with and without its fallback -------------------------------------------------------------------
 
 
-def test_without_the_fallback_the_window_takes_its_means_for_the_truth():
+def test_without_the_fallback_the_window_treats_its_means_as_true():
     allocator = kr.KnapsackAllocator("window", fallback=False)
     ids = ["easy", "half", "rare", "never"]
     successes = [8, 4, 1, 0]
@@ -362,8 +367,7 @@ def test_the_fallback_is_part_of_the_saved_settings(tmp_path):
     allocator.save(tmp_path / "state.npz")
     again = kr.KnapsackAllocator.load(tmp_path / "state.npz")
     assert again.estimator.settings() == {"window": 16, "minimum": 8, "fallback": False}
-    # A state saved before the setting existed names none; it had the fallback.
-    assert kr.KnapsackAllocator("window").estimator.settings() == {"window": 16, "minimum": 8}
+    assert kr.KnapsackAllocator("window").estimator.settings() == {"window": 16, "minimum": 8, "fallback": True}
     with pytest.raises(ValueError, match="belongs to estimator"):
         kr.KnapsackAllocator("window").load_state_dict(allocator.state_dict())
     with pytest.raises(ValueError, match="fallback must be true or false, got 'no'"):

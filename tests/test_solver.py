@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation import solver
 from knapsack_rl.allocation.value import marginal_values
 from oracles import milp_optimum, values_of
@@ -82,18 +83,19 @@ def test_every_small_instance_is_optimal(prompts: int, concave: bool) -> None:
     assert instances > 20
 
 
-@pytest.mark.parametrize("case", range(12))
-def test_medium_instances_match_integer_programming(case: int) -> None:
-    rng = np.random.default_rng(SEED + case)
-    prompts, width = int(rng.integers(4, 13)), int(rng.integers(6, 25))
-    table = rng.normal(0.3, 1.0, (prompts, width))
-    if case % 2:
-        table = -np.sort(-table, axis=1)
-    lower, upper = random_bounds(rng, prompts, width)
-    budget = int(rng.integers(lower.sum(), upper.sum() + 1))
-    counts = solver.solve(table, budget, lower, upper)
-    optimum = milp_optimum(values_of(table), budget, lower, upper)
-    assert value_at(table, counts) == pytest.approx(optimum, rel=1e-7, abs=1e-7)
+def test_medium_instances_match_integer_programming() -> None:
+    for seed in range(12):
+        with named_case(seed=seed):
+            rng = np.random.default_rng(SEED + seed)
+            prompts, width = int(rng.integers(4, 13)), int(rng.integers(6, 25))
+            table = rng.normal(0.3, 1.0, (prompts, width))
+            if seed % 2:
+                table = -np.sort(-table, axis=1)
+            lower, upper = random_bounds(rng, prompts, width)
+            budget = int(rng.integers(lower.sum(), upper.sum() + 1))
+            counts = solver.solve(table, budget, lower, upper)
+            optimum = milp_optimum(values_of(table), budget, lower, upper)
+            assert value_at(table, counts) == pytest.approx(optimum, rel=1e-7, abs=1e-7)
 
 
 def test_greedy_equals_dynamic_programming_on_concave_tables() -> None:
@@ -272,31 +274,34 @@ def test_one_prompt_takes_everything() -> None:
         assert solver.solve(marginal_values([0.2], 8), budget, 2, 8).tolist() == [budget]
 
 
-@pytest.mark.parametrize("rate", [0.0, 1e-300, 0.07, 0.5, 1.0 - 1e-16, 1.0])
-def test_equal_prompts_get_equal_budgets(rate: float) -> None:
-    counts = solver.solve(marginal_values([rate] * 7, 40), 7 * 9 + 3, 1, 40)
-    assert sorted(counts.tolist()) == [9, 9, 9, 9, 10, 10, 10]
+def test_equal_prompts_get_equal_budgets() -> None:
+    for rate in [0.0, 1e-300, 0.07, 0.5, 1.0 - 1e-16, 1.0]:
+        with named_case(rate=rate):
+            counts = solver.solve(marginal_values([rate] * 7, 40), 7 * 9 + 3, 1, 40)
+            assert sorted(counts.tolist()) == [9, 9, 9, 9, 10, 10, 10]
 
 
-@pytest.mark.parametrize("budget", [6, 7, 500, 5_000, 9_000, 14_999, 15_000])
-def test_groups_of_thousands(budget: int) -> None:
-    table = marginal_values([0.001, 0.4, 0.9995], 5000)
-    counts = solver.solve(table, budget, 2, 5000)
-    assert counts.sum() == budget
-    best = np.sort(table[:, 2:], axis=None)[::-1][: budget - 6].sum() + table[:, :2].sum()
-    assert value_at(table, counts) == pytest.approx(best, rel=1e-12)
-    taken = [table[i, n - 1] for i, n in enumerate(counts) if n > 2]
-    left = [table[i, n] for i, n in enumerate(counts) if n < 5000]
-    assert min(taken, default=np.inf) >= max(left, default=-np.inf)
+def test_groups_of_thousands() -> None:
+    for budget in [6, 7, 500, 5_000, 9_000, 14_999, 15_000]:
+        with named_case(budget=budget):
+            table = marginal_values([0.001, 0.4, 0.9995], 5000)
+            counts = solver.solve(table, budget, 2, 5000)
+            assert counts.sum() == budget
+            best = np.sort(table[:, 2:], axis=None)[::-1][: budget - 6].sum() + table[:, :2].sum()
+            assert value_at(table, counts) == pytest.approx(best, rel=1e-12)
+            taken = [table[i, n - 1] for i, n in enumerate(counts) if n > 2]
+            left = [table[i, n] for i, n in enumerate(counts) if n < 5000]
+            assert min(taken, default=np.inf) >= max(left, default=-np.inf)
 
 
-@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1.0, 1e200, 1e300])
-def test_the_scale_of_the_values_does_not_matter(scale: float) -> None:
-    rng = np.random.default_rng(SEED)
-    table = -np.sort(-rng.integers(0, 1000, (40, 20)).astype(float), axis=1)
-    reference = greedy_by_hand(Knapsack(table, 300, np.full(40, 1), np.full(40, 20)), [0] * 40, [0] * 40)
-    for method in ("auto", "greedy"):
-        assert solver.solve(table * scale, 300, 1, 20, method=method).tolist() == reference
+def test_the_scale_of_the_values_does_not_matter() -> None:
+    for scale in [1e-310, 1e-200, 1.0, 1e200, 1e300]:
+        with named_case(scale=scale):
+            rng = np.random.default_rng(SEED)
+            table = -np.sort(-rng.integers(0, 1000, (40, 20)).astype(float), axis=1)
+            reference = greedy_by_hand(Knapsack(table, 300, np.full(40, 1), np.full(40, 20)), [0] * 40, [0] * 40)
+            for method in ("auto", "greedy"):
+                assert solver.solve(table * scale, 300, 1, 20, method=method).tolist() == reference
 
 
 def test_losses_are_taken_when_the_budget_must_be_spent() -> None:
@@ -316,7 +321,7 @@ def test_no_prompts_and_no_room() -> None:
 
 
 def test_auto_chooses_dynamic_programming_for_tables_that_are_not_concave() -> None:
-    """Nothing for the first rollout, all for the second: going uphill one step at a time picks the level row."""
+    """Nothing for the first rollout, all for the second: a greedy choice one step at a time picks the level row."""
     table = np.array([[0.0, 10.0, 0.0], [1.0, 1.0, 1.0]])
     assert solver.solve(table, 2, 0, 3).tolist() == [2, 0]
     with pytest.raises(ValueError, match=r"greedy needs a concave table.*dynamic-programming"):
@@ -375,19 +380,19 @@ def test_any_memory_layout_and_number_type(order: str) -> None:
     assert solver.solve(shaped, 4, 0, 3).tolist() == solver.solve(table, 4, 0, 3).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize(("budget", "fits"), [(5, False), (6, True), (12, True), (13, False)])
-def test_the_feasible_range_is_named(budget: int, fits: bool) -> None:
-    table = np.zeros((3, 4))
-    if fits:
-        assert solver.solve(table, budget, 2, 4).sum() == budget
-        return
-    with pytest.raises(ValueError, match=rf"budget of {budget} .*3 prompts.*at least 6.*at most 12.*\[6, 12\]"):
-        solver.solve(table, budget, 2, 4)
+def test_the_feasible_range_is_named() -> None:
+    for budget, fits in [(5, False), (6, True), (12, True), (13, False)]:
+        with named_case(budget=budget, fits=fits):
+            table = np.zeros((3, 4))
+            if fits:
+                assert solver.solve(table, budget, 2, 4).sum() == budget
+                return
+            with pytest.raises(ValueError, match=rf"budget of {budget} .*3 prompts.*at least 6.*at most 12.*\[6, 12\]"):
+                solver.solve(table, budget, 2, 4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
+def test_errors_say_what_is_allowed() -> None:
+    for arguments, options, message in [
         ((np.zeros(3), 3, 0, 3), {}, r"marginals must be a table.*\(3,\)"),
         ((np.zeros((2, 3)), 4, 0, 4), {}, "max_rollouts 4 .*got 3"),
         ((np.zeros((2, 3)), 3.0, 0, 3), {}, "budget must be a whole number"),
@@ -404,11 +409,9 @@ def test_the_feasible_range_is_named(budget: int, fits: bool) -> None:
         ((np.array([[1.0, -np.inf]]), 2, 0, 2), {}, "finite"),
         ((np.zeros((2, 3)), 3, 0, 3), {"tier": [1]}, r"tier must hold one number per prompt \(2\)"),
         ((np.zeros((2, 3)), 3, 0, 3), {"priority": [0.0, np.nan]}, "priority .*no NaN"),
-    ],
-)
-def test_errors_say_what_is_allowed(arguments, options, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        solver.solve(*arguments, **options)
+    ]:
+        with named_case(arguments=arguments, options=options), pytest.raises(ValueError, match=message):
+            solver.solve(*arguments, **options)
 
 
 @pytest.mark.parametrize("method", ["auto", "greedy", "dynamic-programming"])

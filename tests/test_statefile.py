@@ -1,4 +1,4 @@
-"""The file of a state: every byte of content is checked, nothing is half written, nothing is unpickled."""
+"""The file of a state: every byte of content is checked, nothing is written by halves or unpickled."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ names = st.text("abc._-é", min_size=1, max_size=8).filter(lambda name: name != 
     arrays=st.dictionaries(names, plain.flatmap(lambda kind: arrays_of.arrays(kind, shapes)), max_size=4),
     header=st.dictionaries(st.text(max_size=5).filter(lambda key: key != "checksum"), st.integers() | st.text()),
 )
-def test_what_was_written_is_read(arrays, header, tmp_path_factory) -> None:
+def test_a_written_state_is_read_back(arrays, header, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("state") / "state.npz"
     write_state(path, header, arrays)
     assert_same(read_state(path), header, arrays)
@@ -163,8 +163,8 @@ def test_two_members_of_one_name_are_refused(path: Path) -> None:
         read_state(path)
 
 
-def test_a_name_of_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no array may be named 'header'"):
+def test_a_reserved_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="an array is named 'header'"):
         write_state(tmp_path / "state.npz", {}, {HEADER: np.zeros(1)})
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import product
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import named_case
 from knapsack_rl import KnapsackAllocator, allocate
 from knapsack_rl.allocation.policies import allocate_expected, rounded
 from knapsack_rl.allocation.value import VALUES, make_value_function
@@ -23,7 +25,7 @@ VARIANCE = "experiments.values:reward_variance"
 
 
 def observed(**settings: object) -> KnapsackAllocator:
-    """Four prompts of very different rates and lengths; failures run three times as long."""
+    """Four prompts of very different rates and lengths; failures are three times as long."""
     allocator = KnapsackAllocator(**settings)  # type: ignore[arg-type]
     for name, successes, tokens in (("a", 1, 100), ("b", 4, 100), ("c", 4, 1000), ("d", 8, 100)):
         rewards = np.r_[np.ones(successes), np.zeros(8 - successes)]
@@ -41,7 +43,7 @@ def test_expected_cost_weighs_both_outcomes() -> None:
         assert found == pytest.approx([cost, cost])
 
 
-def test_one_outcome_stands_for_the_other() -> None:
+def test_lengths_of_one_outcome_are_used_for_the_other() -> None:
     tracker = Tracker()
     assert expected_tokens(tracker.records(), np.array([-1]), np.array([0.5])) is None
     tracker.record(["a"], np.zeros(2, int), np.zeros(2, bool), np.array([0.0, 0.0]))
@@ -100,40 +102,41 @@ def test_without_lengths_the_first_batch_is_small() -> None:
     allocator = KnapsackAllocator(budget_unit="tokens", min_rollouts=3)
     found = allocator.allocate(["a", "b"], 1000.0)
     assert found.counts.tolist() == [3, 3]
-    assert "no length known" in found.reason and not found.degraded
+    assert "no length is known" in found.reason and not found.degraded
 
 
-@pytest.mark.parametrize("budget", [0, 1, 150, 2000, 10.0**9])
-def test_no_budget_of_tokens_kills_a_run(budget: float) -> None:
-    allocator = observed(budget_unit="tokens", max_rollouts=16)
-    found = allocator.allocate(["a", "b", "c", "new"], budget)
-    assert found.counts.min() >= 0 and found.counts.max() <= 16
-    if budget == 10.0**9:
-        assert found.counts.tolist() == [16] * 4
-        assert "stay unspent" in found.reason
-    if budget == 2000:
-        assert found.degraded and 0 < np.count_nonzero(found.counts) < 4
-        assert allocator.metrics()["degraded_batches"] == 1
+def test_no_budget_of_tokens_ends_a_run() -> None:
+    for budget in [0, 1, 150, 2000, 10.0**9]:
+        with named_case(budget=budget):
+            allocator = observed(budget_unit="tokens", max_rollouts=16)
+            found = allocator.allocate(["a", "b", "c", "new"], budget)
+            assert found.counts.min() >= 0 and found.counts.max() <= 16
+            if budget == 10.0**9:
+                assert found.counts.tolist() == [16] * 4
+                assert "stay unspent" in found.reason
+            if budget == 2000:
+                assert found.degraded and 0 < np.count_nonzero(found.counts) < 4
+                assert allocator.metrics()["degraded_batches"] == 1
 
 
-@pytest.mark.parametrize("budget", [-1, float("nan"), float("inf"), True, "many"])
-def test_impossible_budgets_of_tokens_are_refused(budget: object) -> None:
-    with pytest.raises(ValueError, match="finite number of tokens"):
-        observed(budget_unit="tokens").allocate(["a"], budget)  # type: ignore[arg-type]
+def test_impossible_budgets_of_tokens_are_refused() -> None:
+    for budget in [-1, float("nan"), float("inf"), True, "many"]:
+        with named_case(budget=budget), pytest.raises(ValueError, match="finite number of tokens"):
+            observed(budget_unit="tokens").allocate(["a"], budget)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("estimator", GRID_ESTIMATORS)
-@pytest.mark.parametrize("name", [*VALUES, VARIANCE])
-def test_a_posterior_expects_the_chosen_value(estimator: str, name: str) -> None:
+def test_a_posterior_expects_the_chosen_value() -> None:
     """Against the definition: sum over the grid of posterior times V(n+1, p) - V(n, p)."""
-    allocator = observed(estimator=estimator, value=name)
-    ids = ["a", "b", "c", "new"]
-    grid_estimator = allocator.estimator
-    posterior = grid_estimator.posterior(allocator.tracker.lookup(ids))  # type: ignore[attr-defined]
-    values = make_value_function(name).values(np.arange(10)[:, None], grid_estimator.grid)  # type: ignore[attr-defined]
-    expected = posterior @ np.diff(values, axis=0).T
-    assert np.allclose(allocator.belief(ids).marginals[:, :9], expected, rtol=1e-9, atol=1e-12)
-    assert allocator.allocate(ids, 40).counts.sum() == 40
+    for estimator, name in itertools.product(GRID_ESTIMATORS, [*VALUES, VARIANCE]):
+        with named_case(estimator=estimator, name=name):
+            allocator = observed(estimator=estimator, value=name)
+            ids = ["a", "b", "c", "new"]
+            grid_estimator = allocator.estimator
+            posterior = grid_estimator.posterior(allocator.tracker.lookup(ids))  # type: ignore[attr-defined]
+            values = make_value_function(name).values(np.arange(10)[:, None], grid_estimator.grid)  # type: ignore[attr-defined]
+            expected = posterior @ np.diff(values, axis=0).T
+            assert np.allclose(allocator.belief(ids).marginals[:, :9], expected, rtol=1e-9, atol=1e-12)
+            assert allocator.allocate(ids, 40).counts.sum() == 40
 
 
 def test_values_by_name_function_and_object_agree() -> None:
@@ -147,26 +150,23 @@ def test_values_by_name_function_and_object_agree() -> None:
     assert found[0] == found[1] == found[2] != observed().allocate(["a", "b", "c", "d"], 50).counts.tolist()
 
 
-def test_the_window_takes_another_value_without_its_fallback() -> None:
+def test_the_window_accepts_another_value_without_its_fallback() -> None:
     window = WindowEstimator(window=8, fallback=False)
     found = observed(estimator=window, value=VARIANCE).allocate(["a", "b", "d"], 30)
     assert found.counts.tolist() == allocate([1 / 8, 1 / 2, 1.0], 30, value=VARIANCE).counts.tolist()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_cannot_work_are_refused() -> None:
+    for settings, message in [
         ({"budget_unit": "seconds"}, "rollouts, tokens, got 'seconds'"),
         ({"value": "fame"}, "got 'fame'"),
         ({"estimator": "window", "value": VARIANCE}, "fallback=False"),
         ({"estimator": "window", "budget_unit": "tokens"}, "fallback=False"),
         ({"estimator": "beta", "value": VARIANCE}, "BetaEstimator has the paper's value built in"),
         ({"budget_unit": "tokens", "min_rollouts": 0}, "min_rollouts >= 2, got 0"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        KnapsackAllocator(**settings)  # type: ignore[arg-type]
+    ]:
+        with named_case(settings=settings, message=message), pytest.raises(ValueError, match=message):
+            KnapsackAllocator(**settings)  # type: ignore[arg-type]
 
 
 def test_unit_and_value_are_saved(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import named_case
 from knapsack_rl.estimation.tracker import COLUMNS, RECENT, Tracker
 from knapsack_rl.ids import check_prompt_ids, numbered, stable_order
 from strategies import no_deadline, visits
@@ -66,8 +67,7 @@ def test_records_match_a_model_of_lists(run, discount: float) -> None:
         assert newest_outcomes(tracker, prompt_id) == outcomes[::-1][:RECENT]
         assert records.rollouts[row] == len(outcomes)
         assert records.visits[row] == len(history)
-        first, newest = ([outcome for outcome, _ in visit] for visit in (history[0], history[-1]))
-        assert (records.first_successes[row], records.first_total[row]) == (sum(first), len(first))
+        newest = [outcome for outcome, _ in history[-1]]
         assert (records.newest_successes[row], records.newest_total[row]) == (sum(newest), len(newest))
         weights = [discount ** (len(history) - 1 - k) for k in range(len(history))]
 
@@ -91,13 +91,14 @@ def test_recent_bits_of_one_prompt(history: list[list[bool]]) -> None:
         assert newest_outcomes(tracker, "a") == everything[::-1][:RECENT]
 
 
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 128])
-def test_recent_bits_at_the_width_of_the_word(size: int) -> None:
-    tracker = Tracker()
-    for good in (True, False, True):
-        tracker.record(["a", "b"], np.repeat([0, 1], [size, 1]), np.full(size + 1, good))
-    assert newest_outcomes(tracker, "a") == ([True] * size + [False] * size + [True] * size)[:RECENT]
-    assert newest_outcomes(tracker, "b") == [True, False, True]
+def test_recent_bits_at_the_width_of_the_word() -> None:
+    for size in [1, 63, 64, 65, 128]:
+        with named_case(size=size):
+            tracker = Tracker()
+            for good in (True, False, True):
+                tracker.record(["a", "b"], np.repeat([0, 1], [size, 1]), np.full(size + 1, good))
+            assert newest_outcomes(tracker, "a") == ([True] * size + [False] * size + [True] * size)[:RECENT]
+            assert newest_outcomes(tracker, "b") == [True, False, True]
 
 
 def test_unseen_prompts_are_all_zero() -> None:
@@ -109,7 +110,7 @@ def test_unseen_prompts_are_all_zero() -> None:
     found = tracker.lookup(["x", "a", "x"])
     assert found.rollouts.tolist() == [0, 2, 0]
     assert found.successes.tolist() == [0.0, 1.0, 0.0]
-    assert len(tracker) == 1  # looking up is no observation
+    assert len(tracker) == 1  # a lookup is not an observation
 
 
 def test_lookup_is_a_copy() -> None:
@@ -209,9 +210,8 @@ def test_rows_are_numbered_in_the_order_of_first_appearance(ids) -> None:
     assert first_rows == sorted(first_rows)
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [
+def test_numpy_ids_become_plain() -> None:
+    for ids in [
         np.array([3, 4], dtype=np.int32),
         np.array(["a", "b"]),
         [np.int64(3), np.str_("x")],
@@ -219,21 +219,18 @@ def test_rows_are_numbered_in_the_order_of_first_appearance(ids) -> None:
         iter([3, "x"]),
         np.array([3, "x"], dtype=object),
         np.array([np.uint8(3), np.str_("x")], dtype=object),
-    ],
-)
-def test_numpy_ids_become_plain(ids) -> None:
-    found = check_prompt_ids(ids)
-    assert len(found) == 2
-    assert {type(prompt_id) for prompt_id in found} <= {int, str}
-    assert found[0] in (3, "a")
+    ]:
+        with named_case(ids=ids):
+            found = check_prompt_ids(ids)
+            assert len(found) == 2
+            assert {type(prompt_id) for prompt_id in found} <= {int, str}
+            assert found[0] in (3, "a")
 
 
-@pytest.mark.parametrize(
-    "bad", [None, 1.0, np.float64(2.0), True, np.bool_(False), float("nan"), b"bytes", ("a",), ["a"], {"id": 1}]
-)
-def test_other_ids_are_refused(bad) -> None:
-    with pytest.raises(ValueError, match=r"prompt_ids\[1\] is .*a string or a whole number"):
-        check_prompt_ids(["fine", bad])
+def test_other_ids_are_refused() -> None:
+    for bad in [None, 1.0, np.float64(2.0), True, np.bool_(False), float("nan"), b"bytes", ("a",), ["a"], {"id": 1}]:
+        with named_case(bad=bad), pytest.raises(ValueError, match=r"prompt_ids\[1\] is .*a string or a whole number"):
+            check_prompt_ids(["fine", bad])
 
 
 def test_arrays_of_other_ids_are_refused() -> None:
@@ -242,7 +239,7 @@ def test_arrays_of_other_ids_are_refused() -> None:
             check_prompt_ids(bad)
 
 
-def test_one_string_is_no_batch_of_letters() -> None:
+def test_one_string_is_not_a_batch_of_letters() -> None:
     with pytest.raises(ValueError, match="prompt_ids"):
         check_prompt_ids("abc")
 
@@ -270,7 +267,7 @@ def restored(tracker: Tracker) -> Tracker:
 
 @no_deadline
 @given(runs())
-def test_a_restored_tracker_goes_on_alike(run) -> None:
+def test_a_restored_tracker_continues_identically(run) -> None:
     tracker = Tracker(evidence_size=3)
     for batch in run:
         twin = restored(tracker)
@@ -311,9 +308,8 @@ def as_ids(value) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("name", "array", "message"),
-    [
+def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
+    for name, array, message in [
         ("prompt_ids", as_ids(["a", "a"]), "not distinct"),
         ("prompt_ids", as_ids(["a", None]), "not distinct|is None|is 1.5"),
         ("prompt_ids", as_ids(["a", 1.5]), "not distinct|is None|is 1.5"),
@@ -331,18 +327,17 @@ def as_ids(value) -> np.ndarray:
         ("evidence", None, "lacks .*'evidence'"),
         ("last_visit", None, "lacks .*'last_visit'"),
         ("last_visit", np.zeros(2), "column last_visit .*float64.*expected .*int64"),
-    ],
-)
-def test_a_damaged_state_is_refused_and_changes_nothing(name: str, array, message: str | None) -> None:
-    tracker = Tracker(evidence_size=3)
-    tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
-    state = tracker.state_dict()
-    if array is None:
-        del state[name]
-    else:
-        state[name] = array
-    before = tracker.state_dict()
-    with pytest.raises(ValueError, match=message):
-        tracker.load_state_dict(state)
-    for key, column in tracker.state_dict().items():
-        np.testing.assert_array_equal(column, before[key])
+    ]:
+        with named_case(name=name, array=array, message=message):
+            tracker = Tracker(evidence_size=3)
+            tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
+            state = tracker.state_dict()
+            if array is None:
+                del state[name]
+            else:
+                state[name] = array
+            before = tracker.state_dict()
+            with pytest.raises(ValueError, match=message):
+                tracker.load_state_dict(state)
+            for key, column in tracker.state_dict().items():
+                np.testing.assert_array_equal(column, before[key])

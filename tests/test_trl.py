@@ -387,7 +387,6 @@ def assert_tracked(trainer, visits):
         assert records.successes[row] == sum(visit[0] for visit in history)
         assert records.rollouts[row] == sum(visit[1] for visit in history)
         assert records.failures[row] == records.rollouts[row] - records.successes[row]
-        assert (records.first_successes[row], records.first_total[row]) == history[0][:2]
         assert (records.newest_successes[row], records.newest_total[row]) == history[-1][:2]
         assert records.length_count[row] == records.rollouts[row]
         assert records.length_sum[row] == sum(visit[2] for visit in history)
@@ -493,7 +492,7 @@ def test_success_is_an_outcome_above_the_threshold(tmp_path):
     trainer.train()
     lengths = [len(completion) for batch in batches for completion in batch["completions"]]
     assert 0 < sum(length > 4 for length in lengths) < sum(length > 0 for length in lengths)
-    found = trainer.allocator.tracker.records().first_successes.sum()
+    found = trainer.allocator.tracker.records().newest_successes.sum()
     assert found == sum(length > 4 for length in lengths)
 
 

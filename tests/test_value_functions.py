@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import experiments
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl.allocation.value import (
     KNAPSACK,
     VALUES,
     ValueFunction,
     make_value_function,
-    marginal_table,
     marginal_values,
 )
 from strategies import Batch, batches, no_deadline
@@ -53,22 +53,24 @@ def by_definition(name: str, n: int, p: Fraction) -> Fraction:
     return mixed if name == "nonzero-gradient" else mixed * gain
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_values_and_marginals_are_those_of_the_definition(name: str) -> None:
-    function, rates = make_value_function(name), [float(p) for p in RATES]
-    exact = np.array([[by_definition(name, n, p) for n in range(9)] for p in RATES])
-    values = function.values(np.arange(9), np.array(rates)[:, None])
-    assert values == pytest.approx(exact.astype(float), rel=1e-12, abs=1e-15)
-    assert function.marginals(rates, 8) == pytest.approx(np.diff(exact).astype(float), rel=1e-12, abs=1e-16)
+def test_values_and_marginals_are_those_of_the_definition() -> None:
+    for name in NAMES:
+        with named_case(name=name):
+            function, rates = make_value_function(name), [float(p) for p in RATES]
+            exact = np.array([[by_definition(name, n, p) for n in range(9)] for p in RATES])
+            values = function.values(np.arange(9), np.array(rates)[:, None])
+            assert values == pytest.approx(exact.astype(float), rel=1e-12, abs=1e-15)
+            assert function.marginals(rates, 8) == pytest.approx(np.diff(exact).astype(float), rel=1e-12, abs=1e-16)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_values_are_concave_from_one_rollout_on(name: str) -> None:
-    rounding = 0.0 if name in VALUES else 4e-16  # differences of a function's values have the rounding of the values
-    table = marginal_table(name, np.linspace(0, 1, 101), 300)
-    assert (table[:, 0] == 0).all()
-    assert (table[:, 2:] <= table[:, 1:-1] + rounding).all()
-    assert (table >= -rounding).all()
+def test_values_are_concave_from_one_rollout_on() -> None:
+    for name in NAMES:
+        with named_case(name=name):
+            rounding = 0.0 if name in VALUES else 4e-16  # differences round like the values
+            table = make_value_function(name).marginals(np.linspace(0, 1, 101), 300)
+            assert (table[:, 0] == 0).all()
+            assert (table[:, 2:] <= table[:, 1:-1] + rounding).all()
+            assert (table >= -rounding).all()
 
 
 def test_the_knapsacks_table_is_that_of_the_equations() -> None:
@@ -106,7 +108,7 @@ def test_every_named_value_is_allocated_to_its_optimum(batch: Batch, name: str) 
     assert found.expected_value == pytest.approx(best, rel=1e-11, abs=1e-14)
 
 
-def test_a_function_of_ones_own_is_the_same_as_the_named_one() -> None:
+def test_a_users_function_gives_the_same_as_the_named_value() -> None:
     rates = [0.5, 0.1, 0.02, 0.9]
     named = kr.allocate(rates, 60)
     own = kr.allocate(rates, 60, value=lambda n, p: (1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2 * (n > 0))
@@ -115,7 +117,7 @@ def test_a_function_of_ones_own_is_the_same_as_the_named_one() -> None:
     assert own.expected_value == pytest.approx(named.expected_value, rel=1e-12)
 
 
-def test_an_object_with_the_methods_is_taken() -> None:
+def test_an_object_with_the_methods_is_accepted() -> None:
     class Halves:
         def values(self, counts, success_rates):
             return np.broadcast_to(1.0 - 0.5 ** np.asarray(counts), np.broadcast(counts, success_rates).shape)
@@ -129,7 +131,7 @@ def test_an_object_with_the_methods_is_taken() -> None:
 
 
 def test_a_value_that_is_not_concave_goes_to_dynamic_programming() -> None:
-    """Worth something from four rollouts on: going uphill one rollout at a time sees nothing."""
+    """A value from four rollouts on: a greedy choice of one rollout at a time finds nothing."""
     found = kr.allocate([0.5, 0.25, 0.75], 8, 0, 8, value=lambda n, p: (n >= 4) * p)
     assert found.counts.tolist() == [4, 0, 4]
     assert found.expected_value == 1.25
@@ -138,18 +140,19 @@ def test_a_value_that_is_not_concave_goes_to_dynamic_programming() -> None:
         kr.allocate([0.5, 0.25], 6, value=lambda n, p: (n >= 4) * p, method="greedy")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_posterior_on_a_grid_multiplies_the_table(name: str) -> None:
-    grid = np.linspace(0.01, 0.99, 40)
-    weights = np.random.default_rng(1).dirichlet(np.ones(40), 6)
-    expected = weights @ marginal_table(name, grid, 30)
-    values = make_value_function(name).values(np.arange(31), grid[:, None])
-    assert expected.cumsum(axis=1) == pytest.approx((weights @ values)[:, 1:], rel=1e-10)
+def test_a_posterior_on_a_grid_multiplies_the_table() -> None:
+    for name in NAMES:
+        with named_case(name=name):
+            grid = np.linspace(0.01, 0.99, 40)
+            weights = np.random.default_rng(1).dirichlet(np.ones(40), 6)
+            function = make_value_function(name)
+            expected = weights @ function.marginals(grid, 30)
+            values = function.values(np.arange(31), grid[:, None])
+            assert expected.cumsum(axis=1) == pytest.approx((weights @ values)[:, 1:], rel=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
+def test_values_that_cannot_be_used_are_explained() -> None:
+    for value, message in [
         ("best", "value must be one of knapsack, nonzero-gradient.*'best'"),
         (3.0, "value must be one of"),
         (np.zeros((3, 9)), r"table of values must be finite, of shape \(2, K \+ 1\).*\(3, 9\)"),
@@ -163,11 +166,9 @@ def test_a_posterior_on_a_grid_multiplies_the_table(name: str) -> None:
         ("experiments.values:no_such", "'experiments.values:no_such' cannot be imported.*no_such.*search path"),
         ("no_such_module:f", "'no_such_module:f' cannot be imported.*no_such_module"),
         ("experiments.values:FITTED_VALUE", "value must be one of .*'package.module:function'"),
-    ],
-)
-def test_values_that_cannot_be_used_are_explained(value, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kr.allocate([0.5, 0.25], 18, 2, 16, value=value)
+    ]:
+        with named_case(value=value, message=message), pytest.raises(ValueError, match=message):
+            kr.allocate([0.5, 0.25], 18, 2, 16, value=value)
 
 
 @pytest.mark.parametrize("estimator", ["bayes-filter", "empirical-bayes"])

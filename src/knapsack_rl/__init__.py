@@ -1,6 +1,6 @@
-"""Knapsack RL: spend a fixed rollout budget where it buys the most learning (Li et al., arXiv 2509.25849).
+"""Knapsack RL: spend a fixed rollout budget where it yields the most learning (Li et al., arXiv 2509.25849).
 
-Importing this package imports numpy alone; training on TRL is in :mod:`knapsack_rl.trl`, on verl in
+Importing this package imports numpy only; training with TRL is in :mod:`knapsack_rl.trl`, with verl in
 :mod:`knapsack_rl.verl`.
 """
 

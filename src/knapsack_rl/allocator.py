@@ -7,14 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.belief import Belief
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_step_budget, check_whole
+from knapsack_rl.allocation.checks import FloatArray, check_counts, check_step_budget, check_whole
 from knapsack_rl.allocation.coverage import allocate_with_skips
 from knapsack_rl.allocation.degradation import evenly
 from knapsack_rl.allocation.policies import (
@@ -36,16 +35,19 @@ from knapsack_rl.estimation.bayes import check_mixed_outcomes
 from knapsack_rl.estimation.lengths import check_lengths, expected_tokens, shrunk_lengths
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
-from knapsack_rl.estimation.protocol import Estimator, check_choices, check_estimator
+from knapsack_rl.estimation.protocol import (
+    Estimator,
+    check_choices,
+    check_estimator,
+    finite_belief,
+    finite_evidence,
+)
 from knapsack_rl.estimation.tracker import Records, Tracker
 from knapsack_rl.groups import GroupOutcomes, SuccessRule, check_success_rule, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order, twin_warning
 from knapsack_rl.metrics import StepMetrics, lost_metrics
-from knapsack_rl.state import check_header, read_state, write_state
-
-STATE_FORMAT = "knapsack-rl allocator"
-STATE_VERSION = 4
+from knapsack_rl.state import COUNTERS, FORMAT, VERSION, check_header, read_state, section, write_state
 
 ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
 """Kinds of failures that are about allocation itself, not about logs and samples."""
@@ -59,34 +61,33 @@ class KnapsackAllocator(Guarded):
     One step of a run is ``a = allocate(ids, budget)``, generate ``a.counts[i]`` rollouts of prompt i, then
     ``observe(ids_per_rollout, rewards)``. Prompts are known by id, so an id must name the same prompt in every epoch.
 
-    Inside a run nothing dies because of allocation: a batch whose bounds and budget contradict each other degrades in
-    the order of :mod:`knapsack_rl.allocation.degradation`, is counted in the metrics and logged once. If the
-    estimator or the solver raises, the batch is divided evenly, the failure is counted by kind (``failures/allocation``
-    and so on in the metrics) and logged once with its traceback. Arguments that make no sense raise ``ValueError``.
+    Allocation never ends a run: a batch whose bounds and budget contradict each other degrades in the order of
+    :mod:`knapsack_rl.allocation.degradation`, is counted in the metrics and logged once. If the estimator or the solver
+    raises, the budget is divided evenly; the failure is counted by kind (``failures/allocation``, ...) and logged once
+    with its traceback. Invalid arguments raise ``ValueError``.
 
-    Calls from several threads are safe and run one after the other; the result depends on their order, so a run that
-    is to be repeated must make them in a fixed order.
+    Calls from several threads are safe and run one after the other. The result depends on their order, so a
+    reproducible run must make them in a fixed order.
 
     Args:
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
             fallback), or an object with the methods of :class:`knapsack_rl.estimation.protocol.Estimator`.
-        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another look is worth its rollouts, see
+        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another check is worth its rollouts, see
             :mod:`knapsack_rl.allocation.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
-            outcome feeds the estimate; it may differ from the shaped reward that trains.
-        budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in tokens, a rollout costs
-            what it is expected to (:mod:`knapsack_rl.estimation.lengths`), and the number of rollouts varies.
-        value: what is maximised: a name of :data:`knapsack_rl.allocation.value.VALUES`, an import path or a function as
-            for :func:`knapsack_rl.allocate`. Estimators on a grid take any, the window without its fallback too; a
-            table per prompt is for :func:`knapsack_rl.allocate` alone.
+            outcome feeds the estimate; it may differ from the shaped reward used in training.
+        budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in expected tokens
+            (:mod:`knapsack_rl.estimation.lengths`), and the number of rollouts varies.
+        value: the value to maximise, as for :func:`knapsack_rl.allocate` except for tables. Estimators on a grid
+            accept any value, and so does the window without its fallback.
         **estimator_settings: keyword arguments of the named estimator.
 
     Raises:
         ValueError: a setting is out of range or unknown.
 
     >>> allocator = KnapsackAllocator()
-    >>> allocator.allocate(["a", "b"], budget=8).counts.tolist()  # nothing known: uniform
+    >>> allocator.allocate(["a", "b"], budget=8).counts.tolist()  # nothing is known yet: uniform
     [4, 4]
     >>> allocator.observe(["a"] * 4 + ["b"] * 4, [1, 1, 1, 1, 0, 1, 0, 0])
     >>> counts = allocator.allocate(["a", "b"], budget=8).counts
@@ -115,7 +116,7 @@ class KnapsackAllocator(Guarded):
             self.estimator = make_estimator(estimator, **estimator_settings)
         else:
             if estimator_settings:
-                raise ValueError(f"settings {sorted(estimator_settings)} go to the estimator object itself")
+                raise ValueError(f"pass the settings {sorted(estimator_settings)} to the estimator object itself")
             self.estimator_name, self.estimator = None, check_estimator(estimator)
         check_success_rule(success)
         self.success = success
@@ -130,16 +131,15 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def allocate(self, prompt_ids: Iterable[PromptId], budget: float, *, multiple: int = 1) -> Allocation:
-        """Rollouts for each prompt of a batch: they sum to the budget, or their expected tokens do not exceed it.
+        """Allocate a step: counts sum to a budget of rollouts, or their expected tokens do not exceed one of tokens.
 
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
-            budget: total rollouts, 0 to 2^24; with ``budget_unit="tokens"`` a number of tokens, >= 0.
+            budget: total rollouts, a whole number from 0 to 2^24; with ``budget_unit="tokens"`` finite tokens >= 0.
             multiple: with ``budget_unit="tokens"``, the number of rollouts is a multiple of this.
 
         Raises:
-            ValueError: ids repeat or have another type, the batch is empty, or the budget is no whole number from 0 to
-                2^24 (of tokens: no finite number >= 0).
+            ValueError: ids repeat or have the wrong type, the batch is empty, or the budget is out of range.
         """
         started = time.perf_counter()
         ids = check_batch(prompt_ids)
@@ -161,7 +161,7 @@ class KnapsackAllocator(Guarded):
     def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
         low, high, order = self.min_rollouts, self.max_rollouts, stable_order(ids)
         records = self._lookup(ids)
-        belief = self._believe(records, high)
+        belief = finite_belief(self.estimator, records, high)
         if self.estimator.paper_rule:
             fallback = self.estimator.fallback
             found = allocate_estimated(
@@ -174,7 +174,7 @@ class KnapsackAllocator(Guarded):
         return self._step.expect(ids, self._note_degradation(found), belief)
 
     def _allocate_tokens(self, ids: list[PromptId], budget: float, multiple: int) -> Allocation:
-        belief = self._believe(self._lookup(ids), self.max_rollouts)
+        belief = finite_belief(self.estimator, self._lookup(ids), self.max_rollouts)
         tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
         bounds = self.min_rollouts, self.max_rollouts
         found = allocate_tokens(belief, tokens, budget, *bounds, stable_order(ids), multiple)
@@ -183,12 +183,6 @@ class KnapsackAllocator(Guarded):
             self._step.allocation["expected_tokens"] = dot(tokens, found.counts)
         return found
 
-    def _believe(self, records: Records, max_rollouts: int) -> Belief:
-        belief = self.estimator.believe(records, max_rollouts)
-        if not np.isfinite(belief.marginals).all():
-            raise ArithmeticError("the estimator gave marginal values that are not finite")
-        return belief
-
     def _note_degradation(self, allocation: Allocation) -> Allocation:
         if allocation.degraded:
             self._degraded_batches += 1
@@ -196,7 +190,7 @@ class KnapsackAllocator(Guarded):
         return allocation
 
     def _lookup(self, ids: list[PromptId]) -> Records:
-        """Records of a batch; warns once of a new id known under the other type: 7 and "7" are different prompts."""
+        """Return the records of a batch; warn once of a new id known under the other type: 7 and "7" differ."""
         records = self.tracker.lookup(ids)
         if "twins" not in self._warned:
             unseen = np.flatnonzero(records.visits == 0)
@@ -208,7 +202,7 @@ class KnapsackAllocator(Guarded):
     def top_up(
         self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
     ) -> Allocation:
-        """Spend the rest of a step's budget given the outcomes of a first share, in your own training loop.
+        """Allocate the rest of a step's budget given the outcomes of a first share, in your own training loop.
 
         Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
         rollouts of the step once. Group sizes then depend on outcomes, which biases group statistics but not the
@@ -221,11 +215,11 @@ class KnapsackAllocator(Guarded):
             budget: rollouts left, whatever the ``budget_unit``.
 
         Returns:
-            Additional counts, summing to the budget; predictions are about both shares together.
+            Additional counts that sum to the budget; predictions are about both shares together.
 
         Raises:
-            ValueError: arguments do not fit each other, the estimator has no posterior on a grid, or the value depends
-                on more than whether outcomes are mixed.
+            ValueError: arguments do not match, the estimator has no posterior on a grid, or the value depends on more
+                than whether outcomes are mixed.
         """
         started = time.perf_counter()
         ids, left = check_batch(prompt_ids), check_step_budget(budget)
@@ -246,16 +240,14 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
-        """Take counts from elsewhere (a uniform baseline, an engine's own choice) in place of :meth:`allocate`.
-
-        Predictions and metrics are then about these counts.
+        """Use given counts (a uniform baseline, an engine's choice) instead of :meth:`allocate`, with its predictions.
 
         Args:
             prompt_ids: M distinct ids.
-            counts: (M,) rollouts per prompt, whole numbers >= 0, at most 2^24 of them in all.
+            counts: (M,) rollouts per prompt, whole numbers >= 0 that sum to at most 2^24.
 
         Raises:
-            ValueError: ids repeat or have another type, or counts do not fit them.
+            ValueError: ids repeat or have the wrong type, or counts do not match them.
         """
         started = time.perf_counter()
         ids, given = check_batch(prompt_ids), check_counts(counts)
@@ -265,7 +257,7 @@ class KnapsackAllocator(Guarded):
         reason = "counts given from outside"
 
         def predict() -> Allocation:
-            belief = self._believe(self._lookup(ids), max(int(given.max()), 1))
+            belief = finite_belief(self.estimator, self._lookup(ids), max(int(given.max()), 1))
             return self._step.expect(ids, Allocation(given, total_value(belief.marginals, given), reason), belief)
 
         found = self.survive("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))
@@ -276,15 +268,15 @@ class KnapsackAllocator(Guarded):
     def observe(
         self, prompt_ids_per_rollout: Iterable[PromptId], rewards: ArrayLike, lengths: ArrayLike | None = None
     ) -> None:
-        """Record the outcomes of one batch. Call once per generated batch, whatever engine made it.
+        """Record the outcomes of a generated batch; call it once per batch.
 
         Args:
             prompt_ids_per_rollout: (R,) id of each rollout's prompt, in any order; groups may have any size.
-            rewards: (R,) outcome of each rollout; NaN for one that could not be scored, which is counted and left out.
+            rewards: (R,) outcome of each rollout; NaN for an unscored one, which is counted and left out.
             lengths: (R,) tokens generated, 0 to 1e9, if known; feeds :meth:`predicted_lengths`.
 
         Raises:
-            ValueError: lengths of the arguments differ, an id has the wrong type, or a reward is infinite. Nothing is
+            ValueError: the arguments differ in length, an id has the wrong type, or a reward is infinite; nothing is
                 recorded then.
         """
         distinct, prompt_R = numbered(check_prompt_ids(prompt_ids_per_rollout))
@@ -292,7 +284,7 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def record(self, prompt_ids: list[PromptId], groups: GroupOutcomes, lengths: ArrayLike | None = None) -> None:
-        """:meth:`observe` for rollouts that are grouped already; engines group them once and share the result.
+        """Record rollouts that are already grouped, like :meth:`observe`; engines group them only once.
 
         Args:
             prompt_ids: (G,) distinct ids, the prompt of each group; a group may be empty.
@@ -300,7 +292,7 @@ class KnapsackAllocator(Guarded):
             lengths: (R,) tokens generated, 0 to 1e9, if known.
 
         Raises:
-            ValueError: the lengths do not fit. Nothing is recorded then.
+            ValueError: the lengths are out of range or not one per rollout; nothing is recorded then.
         """
         lengths_R = None if lengths is None else check_lengths(lengths, groups.group_R.size)
         if not groups.group_R.size:
@@ -320,19 +312,10 @@ class KnapsackAllocator(Guarded):
                 groups.success_R[scored],
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
-                evidence=self.survive("learning", lambda: self._absorb(known, successes, totals)),
+                evidence=self.survive("learning", lambda: finite_evidence(self.estimator, known, successes, totals)),
             )
             self._refit_when_due(len(visitors))
         self._step.compare(prompt_ids, groups, lost)
-
-    def _absorb(self, known: Records, successes: IntArray, totals: IntArray) -> FloatArray:
-        evidence = self.estimator.absorb(known, successes, totals)
-        if evidence.shape != known.evidence.shape or not np.isfinite(evidence).all():
-            raise ArithmeticError(
-                f"the estimator gave evidence of shape {evidence.shape}, expected finite numbers of shape "
-                f"{known.evidence.shape}"
-            )
-        return evidence
 
     def _refit_when_due(self, visits: int) -> None:
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
@@ -343,45 +326,36 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def metrics(self) -> dict[str, float]:
-        """Numbers of the newest ``allocate`` and ``observe``, and totals of the run, for a logger.
-
-        Source: paper, section 4, and this project's documentation of metrics.
-        """
-        return (
-            self._step.as_dict()
-            | {
-                "prompts_seen": float(len(self.tracker)),
-                "degraded_batches": float(self._degraded_batches),
-                "unscored_rollouts": float(self._unscored_rollouts),
-                "allocation_failures": float(sum(self.failures[kind] for kind in ALLOCATION_FAILURES)),
-            }
-            | {f"failures/{kind}": float(times) for kind, times in self.failures.items()}
-        )
+        """Return the metrics of the newest ``allocate`` and ``observe``, and totals of the run."""
+        totals = {
+            "prompts_seen": float(len(self.tracker)),
+            "degraded_batches": float(self._degraded_batches),
+            "unscored_rollouts": float(self._unscored_rollouts),
+            "allocation_failures": float(sum(self.failures[kind] for kind in ALLOCATION_FAILURES)),
+        }
+        return self._step.as_dict() | totals | {f"failures/{kind}": float(n) for kind, n in self.failures.items()}
 
     @one_at_a_time
     def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
-        """What is known of the given prompts: mean success rate, marginal values, predictions."""
+        """Return the belief about the given prompts: mean success rate, marginal values, predictions."""
         return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
 
     @one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
-        """(M,) expected tokens of a rollout of each prompt, shrunk to the population mean; for the balancer.
-
-        All ones while no length was ever observed.
-        """
+        """Return (M,) expected tokens of a rollout of each prompt, for the balancer; all ones before any is known."""
         everyone, rows = self.tracker.records(), self.tracker.rows(check_prompt_ids(prompt_ids))
         return shrunk_lengths((everyone.length_count, everyone.length_sum, everyone.length_squares), rows)
 
     @one_at_a_time
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
-        """Everything that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``.
+        """Return all that later allocations depend on: ``{"header": JSON values, "arrays": arrays by name}``.
 
         Args:
-            copy: whether to copy the arrays; without, they are the allocator's own and change with it.
+            copy: whether to copy the arrays; if not, they change with the allocator.
         """
         header = {
-            "format": STATE_FORMAT,
-            "version": STATE_VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "estimator": self.estimator_name,
             "settings": self.estimator.settings(),
             "min_rollouts": self.min_rollouts,
@@ -397,25 +371,25 @@ class KnapsackAllocator(Guarded):
 
     @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any], *, copy: bool = True) -> None:
-        """Restore a state into an allocator made with the same estimator; all its other settings stay its own.
+        """Restore a state into an allocator made with the same estimator; its other settings stay as they are.
 
         Args:
             state: returned by :meth:`state_dict`.
-            copy: whether to copy the arrays; without, they become the allocator's own and change with it.
+            copy: whether to copy the arrays; if not, they change with the allocator.
 
         Raises:
-            ValueError: the state has another format or version, or belongs to another estimator or other settings.
-                The allocator is unchanged then.
+            ValueError: the state is damaged or foreign, or belongs to another estimator or version; the allocator is
+                unchanged then.
         """
-        header, arrays = _check_header(state.get("header")), state.get("arrays")
+        header, arrays = check_header(state.get("header")), state.get("arrays")
         given, own = (header["estimator"], header["settings"]), (self.estimator_name, self.estimator.settings())
         if given != own:
             raise ValueError(f"the state belongs to estimator {given}, this allocator uses {own}; use the same one")
         if not isinstance(arrays, Mapping):
             raise ValueError(f"the arrays of the allocator state must be a mapping, got {type(arrays).__name__}")
         tracker = Tracker(self.estimator.evidence_size)
-        tracker.load_state_dict(_section(arrays, "tracker."), copy=copy)
-        self.estimator.load_state_dict(_section(arrays, "estimator."))
+        tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
+        self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
         self.failures = Counter(header["failures"])
         for counter in COUNTERS:
@@ -433,11 +407,11 @@ class KnapsackAllocator(Guarded):
         write_state(path, state["header"], state["arrays"])
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Read the state of a file into this allocator; see :meth:`load_state_dict`.
+        """Restore the state in a file; see :meth:`load_state_dict`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, foreign or of another estimator. The allocator is unchanged then.
+            FileNotFoundError: the file does not exist.
+            ValueError: as :meth:`load_state_dict`.
         """
         header, arrays = read_state(path)
         self.load_state_dict({"header": header, "arrays": arrays}, copy=False)
@@ -451,20 +425,20 @@ class KnapsackAllocator(Guarded):
         estimator: Estimator | None = None,
         value: ValueLike | None = None,
     ) -> KnapsackAllocator:
-        """Make an allocator with the settings and the state of a file.
+        """Make an allocator with the settings and the state in a file.
 
         Args:
             path: written by :meth:`save`.
-            success: the success rule; needed if it was a function, else the saved threshold is the default.
-            estimator: an estimator object; needed if the allocator was made with one.
-            value: the value; needed unless it was one of ``VALUES``: no file may name code to run.
+            success: the success rule; required if it was a function, otherwise the saved threshold by default.
+            estimator: an estimator object; required if the allocator was made with one.
+            value: the value; required unless it was one of ``VALUES``, because a file must not name code to run.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or foreign, or an argument it needs is missing.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged or foreign, or a required argument is missing.
         """
         header, arrays = read_state(path)
-        _check_header(header)
+        check_header(header)
         chosen: dict[str, tuple[Any, str]] = {
             "success": (header["success"] if success is None else success, "a success function"),
             "value": (header["value"] if value is None and header["value"] in VALUES else value, "another value"),
@@ -478,33 +452,3 @@ class KnapsackAllocator(Guarded):
         allocator = cls(**{name: found for name, (found, _) in chosen.items()}, **kept, **settings)
         allocator.load_state_dict({"header": header, "arrays": arrays}, copy=False)
         return allocator
-
-
-COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
-"""Counters of the allocator that its state holds."""
-
-HEADER: dict[str, Any] = {
-    "estimator": (str, NoneType),
-    "settings": dict,
-    "min_rollouts": int,
-    "max_rollouts": int,
-    "success": (int, float, NoneType),
-    "budget_unit": str,
-    "value": (str, NoneType),
-    "failures": dict,
-} | dict.fromkeys(COUNTERS, int)
-"""Types of the header's values."""
-
-
-def _check_header(header: Any) -> Mapping[str, Any]:
-    """Refuse a header that is foreign, of another version, incomplete, or has impossible counters."""
-    check_header(header, STATE_FORMAT, STATE_VERSION, HEADER)
-    for name, times in ({name: header[name] for name in COUNTERS} | header["failures"]).items():
-        if not isinstance(times, int) or times < 0:
-            raise ValueError(f"{name!r} of the allocator state must be a whole number >= 0, got {times!r}")
-    return header
-
-
-def _section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays under a prefix, without it."""
-    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

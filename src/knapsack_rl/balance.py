@@ -1,13 +1,13 @@
-"""Rollout balancer: spread unequal work over workers so that all of them finish together.
+"""Rollout balancer: spread unequal work over workers so that they all finish together.
 
 A step of training waits for its last rollout. With N_i rollouts for prompt i, the unit of work is one
 rollout, not one prompt (Li et al., arXiv 2509.25849, rollout balancer), and how long a rollout takes is not
 known before it ends. `knapsack_rl.estimation.lengths.predict_work` turns the lengths seen at earlier visits into an
 expected length per prompt; `RolloutQueue` hands rollouts to whichever worker is free, longest predicted first: the long
-rollouts start early and the short ones fill the gaps that wrong predictions leave.
+rollouts start early and the short ones fill the gaps left by wrong predictions.
 
-The order is deterministic; nothing draws random numbers. A worker processes one rollout at a time at constant
-speed; an engine that generates several at once is as many workers as it has slots.
+The order is deterministic and uses no random numbers. A worker processes one rollout at a time at constant speed; an
+engine that generates several at once counts as one worker per slot.
 """
 
 import heapq
@@ -21,25 +21,25 @@ from knapsack_rl.allocation.checks import check_amounts
 
 
 class RolloutQueue:
-    """Items for workers that pull: longest predicted first, each item handed out once. Thread-safe.
+    """A queue of items for workers that pull: longest predicted first, each handed out once. Thread-safe.
 
     `next(queue)` hands out the index of an item and raises StopIteration when none is waiting;
     `for item in queue` does so in a loop, and any number of threads may loop over one queue. `len(queue)` is
-    the number of waiting items. The order is fixed by the predictions alone: nothing shuffles it.
+    the number of waiting items. The predictions alone fix the order; it is never shuffled.
 
     Rollouts of one prompt are separate items, so they may run on different workers. Items of equal predicted
     work go out prompt by prompt, in the order of each prompt's first item, then by index, so that an engine
     with a prefix cache meets the rollouts of a prompt close together.
 
-    A failed item goes back by its predicted work with `requeue`. A loop that has ended does not see items
-    requeued later: the worker that requeues must go on pulling.
+    `requeue` puts a failed item back in its place by predicted work. A loop that has ended does not see items
+    requeued later, so the worker that requeues must continue to pull.
 
     Args:
         work: (R,) predicted work per item, in [0, 1e300], any unit.
-        ids: R hashable prompt ids, one per item (default: each item is its own prompt); they only break ties.
+        ids: R hashable prompt ids, one per item (default: each item is a separate prompt); they only break ties.
 
     Raises:
-        ValueError: if `work` is not as described or `ids` has another length.
+        ValueError: `work` is not as described, or `ids` has another length.
     """
 
     def __init__(self, work: ArrayLike, ids: Sequence[Hashable] | None = None) -> None:
@@ -79,10 +79,10 @@ class RolloutQueue:
         """Put back an item that was handed out and failed.
 
         Args:
-            index: the item, as `next` gave it.
+            index: the item, as returned by `next`.
 
         Raises:
-            ValueError: if there is no such item, or if it is waiting: never handed out or handed in twice.
+            ValueError: the item does not exist, or is waiting: never handed out, or requeued twice.
         """
         with self._lock:
             whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)

@@ -29,8 +29,8 @@ LIKELY = {
     "own group": "groups are probably found by position, as reshape(-1, N) does, not by id",
     "centre": "groups are probably found by position, as reshape(-1, N) does, or no group mean is subtracted",
     "equal rewards": "groups are probably mixed up, or no group mean is subtracted",
-    "group of one": "it probably gets its raw reward: allocate 0 or at least 2 rollouts to every prompt, and remember "
-    "that failed rollouts shorten groups",
+    "group of one": "the rollout probably gets its raw reward: allocate 0 or at least 2 rollouts to every prompt, and "
+    "note that failed rollouts shorten groups",
     "row order": "rows of a group probably have to be adjacent",
 }
 
@@ -57,22 +57,22 @@ def check_engine(
 ) -> None:
     """Test an engine's advantage function on ragged groups; return silently if it passes.
 
-    The batches have as many rollouts as uniform groups of ``mean_rollouts`` would have, so an engine that reshapes
-    does not fail by itself. The tests check properties (see ``PROPERTIES``) rather than values, so any constant in the
+    The batches have as many rollouts as uniform groups of ``mean_rollouts`` would have, so that reshaping alone does
+    not raise an error. The tests check properties (see ``PROPERTIES``) rather than values, so any constant in the
     denominator, either kind of standard deviation and baselines such as RLOO's pass.
 
     Args:
         advantage_function: takes (R,) whole-number group ids and (R,) float64 rewards, returns (R,) advantages. Wrap
             the engine's own function accordingly.
-        mean_rollouts: N of the uniform groups, >= 2, as the engine is configured.
+        mean_rollouts: N of the uniform groups as configured in the engine, >= 2.
         scale: the standard deviation that the engine divides by. With ``"batch"`` other groups may change the scale of
             a group's advantages, but not their proportions.
         allow: names of properties that may fail, for example ``("group of one",)``.
-        tolerance: largest difference that is ignored; an engine in float32 has errors of about 1e-6.
-        seed: of the test batches.
+        tolerance: largest difference to ignore; an engine in float32 has errors of about 1e-6.
+        seed: seed of the test batches.
 
     Raises:
-        ConformanceError: a property does not hold; the message names each one, with an example.
+        ConformanceError: a property does not hold; the message names each such property with an example.
         ValueError: an argument is out of range.
 
     >>> import knapsack_rl as kr
@@ -106,7 +106,7 @@ def check_engine(
 
 
 def _cases(mean: int, rng: np.random.Generator) -> list[_Case]:
-    """Ragged batches whose totals are multiples of the mean: binary and graded rewards, groups of one."""
+    """Make ragged batches whose totals are multiples of the mean: binary and graded rewards, groups of one."""
     shapes = [
         (mean,) * 4,
         (2, 2 * mean - 2, mean, mean),

@@ -1,6 +1,6 @@
 """Ragged groups: advantages and statistics when every prompt has its own number of rollouts.
 
-A *group* is the set of rollouts of one prompt. Groups may have any size and their rows may stand in any order:
+A *group* is the set of rollouts of one prompt. Groups may have any size and their rows may come in any order:
 ``group_of_rollout`` names the group of each row, so nothing here reshapes by a group size. Suffix ``_R`` is per
 rollout, ``_G`` per group.
 """
@@ -28,8 +28,8 @@ STD_EPSILON = 1e-4
 RELATIVE_SPREAD = 1e-6
 """Rewards of a group count as equal within this share of their magnitude.
 
-Sums of floating-point rewards differ in their last digits; dividing by the spread of such residue would make
-advantages of thousands from no signal at all.
+Sums of floating-point rewards differ in their last digits; dividing by such a spread would turn rounding into
+advantages of thousands.
 """
 
 ABSOLUTE_SPREAD = 1e-12
@@ -40,7 +40,7 @@ DIFFICULTY_CLASSES = ("extremely easy", "easy", "medium", "hard", "extremely har
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """What a batch of ragged groups taught. Ratios are in [0, 1] and NaN where nothing was scored.
+    """Statistics of a batch of ragged groups. Ratios are in [0, 1] and NaN where nothing was scored.
 
     Attributes:
         rollouts: rows with a reward (NaN rewards are left out everywhere below).
@@ -72,7 +72,7 @@ class GroupStatistics:
     largest_group: int
 
     def as_dict(self) -> dict[str, float]:
-        """Flat numbers for a logger; classes become ``class/extremely_easy`` and so on."""
+        """Return flat numbers for a logger; classes become ``class/extremely_easy`` and so on."""
         flat = {name: float(number) for name, number in vars(self).items() if name != "class_shares"}
         for name, share in zip(DIFFICULTY_CLASSES, self.class_shares, strict=True):
             flat[f"class/{name.replace(' ', '_')}"] = share
@@ -81,7 +81,7 @@ class GroupStatistics:
 
 @dataclass(frozen=True, eq=False)
 class GroupOutcomes:
-    """One batch of rollouts, grouped once; everything that reads rewards afterwards reads this.
+    """One batch of rollouts, grouped once; all later code reads the rewards from here.
 
     Attributes:
         group_R: (R,) group index 0..G-1 of each row.
@@ -115,7 +115,7 @@ class GroupOutcomes:
 
 
 def _as_codes(group_of_rollout: ArrayLike) -> NDArray[Any]:
-    """Whole numbers as they are; other ids numbered, because numpy would turn a mixed list into strings."""
+    """Return whole numbers as they are and other ids numbered: numpy would turn a mixed list into strings."""
     if isinstance(group_of_rollout, np.ndarray) and group_of_rollout.dtype.kind in "iu":
         return group_of_rollout
     array = np.asarray(group_of_rollout, dtype=object)
@@ -145,7 +145,7 @@ def _check_rewards(rewards: ArrayLike, rows: int) -> FloatArray:
 
 
 def _ranked(group_of_rollout: ArrayLike) -> tuple[IntArray, int]:
-    """Group index of each row by first appearance, and the number of groups."""
+    """Return the group index of each row by first appearance, and the number of groups."""
     codes = _as_codes(group_of_rollout)
     if codes.ndim != 1:
         raise ValueError(f"group_of_rollout must be one-dimensional, got shape {codes.shape}")
@@ -172,7 +172,7 @@ def check_success_rule(success: SuccessRule) -> None:
 
 
 def successes_of(rewards: FloatArray, success: SuccessRule) -> BoolArray:
-    """Which rewards are successes: ``reward > threshold``, or what the user's function says.
+    """Return which rewards are successes: ``reward > threshold``, or the verdict of the user's function.
 
     NaN (unscored) is never a success.
 
@@ -211,7 +211,7 @@ def group_outcomes(group_of_rollout: ArrayLike, rewards: ArrayLike, success: Suc
 def outcomes_by_position(
     group_R: IntArray, rewards: ArrayLike, groups: int, success: SuccessRule = 0.0
 ) -> GroupOutcomes:
-    """:func:`group_outcomes` where each row names the position of its group; a group may have no row.
+    """Sum up each group, like :func:`group_outcomes`, where rows name positions of groups; a group may be empty.
 
     Args:
         group_R: (R,) int64 positions in [0, groups).
@@ -255,7 +255,7 @@ def group_advantages(
     *,
     epsilon: float = STD_EPSILON,
 ) -> FloatArray:
-    """GRPO advantages of ragged groups: A = (reward - group mean) / (standard deviation + epsilon).
+    """Return GRPO advantages of ragged groups: A = (reward - group mean) / (standard deviation + epsilon).
 
     Groups are found by id, never by position or size. The standard deviation is the sample one (divisor n - 1), as
     in TRL and verl. A group of one rollout, a group whose rewards are equal within rounding, and an unscored (NaN)
@@ -267,8 +267,8 @@ def group_advantages(
         scale: divide by the deviation of the ``"group"``, of the whole ``"batch"``, or by nothing (``"none"``,
             Dr. GRPO).
         weighting: ``"rollout"`` leaves every rollout the same weight, so a prompt weighs in proportion to its number
-            of rollouts N_i (the paper's choice). ``"prompt"`` multiplies by R / (G N_i), so every prompt weighs the
-            same as under uniform allocation.
+            of rollouts N_i (the paper's choice). ``"prompt"`` multiplies by R / (G N_i), so every prompt weighs as
+            much as under uniform allocation.
         epsilon: added to the deviation, >= 0.
 
     Returns:
@@ -277,7 +277,7 @@ def group_advantages(
     Raises:
         ValueError: shapes differ, a reward is infinite, or an option is unknown.
 
-    Source: GRPO (Shao et al. 2024); paper, section 2; weighting: the objective per prompt against per rollout.
+    Source: GRPO (Shao et al. 2024); paper, section 2; weighting: the objective per prompt or per rollout.
     """
     return advantages_of(group_outcomes(group_of_rollout, rewards), scale, weighting, epsilon=epsilon)
 
@@ -285,7 +285,7 @@ def group_advantages(
 def advantages_of(
     groups: GroupOutcomes, scale: Scale = "group", weighting: Weighting = "rollout", *, epsilon: float = STD_EPSILON
 ) -> FloatArray:
-    """:func:`group_advantages` of rollouts that are grouped already.
+    """Return :func:`group_advantages` of rollouts that are already grouped.
 
     Raises:
         ValueError: an option is unknown.
@@ -312,7 +312,7 @@ def advantages_of(
 
 
 def prompt_weights(group_R: IntArray) -> FloatArray:
-    """(R,) factor R / (G N_i) that makes every prompt weigh what it would under uniform allocation.
+    """Return (R,) factors R / (G N_i), under which every prompt weighs as much as under uniform allocation.
 
     Args:
         group_R: (R,) group index of each row; G counts the groups with rows.
@@ -322,7 +322,7 @@ def prompt_weights(group_R: IntArray) -> FloatArray:
 
 
 def group_statistics(group_of_rollout: ArrayLike, rewards: ArrayLike, success: SuccessRule = 0.0) -> GroupStatistics:
-    """Effective ratios, coverage and difficulty classes of a ragged batch.
+    """Return effective ratios, coverage and difficulty classes of a ragged batch.
 
     Args:
         group_of_rollout: (R,) group id of each row, whole numbers or strings, in any order.
@@ -338,7 +338,7 @@ def group_statistics(group_of_rollout: ArrayLike, rewards: ArrayLike, success: S
 
 
 def summarise(groups: GroupOutcomes) -> GroupStatistics:
-    """Statistics of groups already summed up; see :func:`group_statistics`."""
+    """Return :func:`group_statistics` of groups that are already summed up."""
     seen = groups.totals > 0
     totals, successes, effective = groups.totals[seen], groups.successes[seen], groups.effective[seen]
     rollouts, prompts = int(totals.sum()), int(totals.size)
@@ -363,7 +363,7 @@ def summarise(groups: GroupOutcomes) -> GroupStatistics:
 
 
 def difficulty_class(successes: ArrayLike, totals: ArrayLike) -> IntArray:
-    """Index into ``DIFFICULTY_CLASSES`` of the observed rate, -1 where nothing was observed.
+    """Return the index into ``DIFFICULTY_CLASSES`` of the observed rate, -1 where nothing was observed.
 
     Extremely easy is a rate of 1, easy [0.8, 1), medium (0.2, 0.8), hard (0, 0.2], extremely hard 0.
 

@@ -1,4 +1,4 @@
-"""Calls from several threads one after the other; warnings given once; failures that are survived and counted."""
+"""A base class: calls from threads run one after the other, warnings appear once, failures are counted and survived."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ G = TypeVar("G", bound="Guarded")
 
 
 def one_at_a_time(method: Callable[Concatenate[G, P], T]) -> Callable[Concatenate[G, P], T]:
-    """A method that waits until the calls of other threads are over."""
+    """Make a method wait until the calls of other threads are over."""
 
     @wraps(method)
     def locked(self: G, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -26,7 +26,7 @@ def one_at_a_time(method: Callable[Concatenate[G, P], T]) -> Callable[Concatenat
 
 
 class Guarded:
-    """Base of an object with a lock, whose failures inside a run are counted by kind and do not end the run.
+    """Base of objects with a lock, whose failures are counted by kind and do not end a run.
 
     Attributes:
         failures: number of failures survived, by kind.
@@ -38,7 +38,7 @@ class Guarded:
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies get a lock each."""
+        """Leave out the lock; a copy gets a new one."""
         return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -46,9 +46,9 @@ class Guarded:
         self._lock = threading.RLock()
 
     def survive(self, what: str, call: Callable[[], T]) -> T | None:
-        """The result of a call that must not end a run, or None if it raised.
+        """Return the result of a call that must not end a run, or None if it raised.
 
-        A failure is counted under its kind; the first one of each kind is logged with its traceback.
+        A failure is counted by its kind; the first of each kind is logged with its traceback.
 
         Args:
             what: the kind, a noun such as ``"allocation"``.
@@ -65,7 +65,7 @@ class Guarded:
             return None
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Log a warning unless there was one on this topic before."""
+        """Log a warning, unless there was one on this topic before."""
         if topic not in self._warned:
             self._warned.add(topic)
             self._logger.warning("%s (logged once)", message)

@@ -20,7 +20,7 @@ LARGEST_ID = 10**300
 
 
 def refusal(prompt_id: Any) -> str | None:
-    """Return why a value cannot be a prompt id, with the remedy; None for a string or a whole number."""
+    """Return why a value cannot be a prompt id, with a remedy, or None if it can."""
     if isinstance(prompt_id, bool) or not isinstance(prompt_id, (str, int, np.integer)):
         remedy = "decode it" if isinstance(prompt_id, bytes) else "convert it with str() or int()"
         return (
@@ -40,8 +40,7 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
         name: how an error refers to them.
 
     Raises:
-        ValueError: an id is neither (``None``, a float, a bool, bytes, a list...), or a single string is given instead
-            of several ids.
+        ValueError: an id is neither a string nor a whole number, or a single string is given instead of several ids.
     """
     if isinstance(prompt_ids, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of ids, got the single string {prompt_ids!r}")
@@ -77,7 +76,7 @@ def check_batch(prompt_ids: Iterable[Any]) -> list[PromptId]:
 
 
 def hash_of(prompt: Any) -> str:
-    """Return an id for a prompt that has none, from its text or messages."""
+    """Return an id for a prompt without one, from its text or messages."""
     text = json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -99,7 +98,7 @@ def stable_order(prompt_ids: Sequence[PromptId]) -> NDArray[np.float64]:
 
 
 def other_type(prompt_id: PromptId) -> PromptId | None:
-    """Return the id that looks the same but has the other type (``"7"`` for 7 and the reverse), None without one."""
+    """Return the id of the other type that looks the same (``"7"`` for 7 and the reverse), or None."""
     if not isinstance(prompt_id, str):
         return str(prompt_id)
     digits = prompt_id.removeprefix("-")
@@ -112,6 +111,6 @@ def other_type(prompt_id: PromptId) -> PromptId | None:
 def twin_warning(new: PromptId, known: PromptId) -> str:
     """Explain that an id is new although one that looks the same is known."""
     return (
-        f"prompt id {new!r} is new, but {known!r} is known: ids keep their type, so what was observed of "
-        f"{known!r} does not count for {new!r}. Give every id the same type in every epoch"
+        f"prompt id {new!r} is new, but {known!r} is known: they differ in type, so observations of {known!r} do not "
+        f"count for {new!r}. Give every id the same type in every epoch"
     )

@@ -1,4 +1,4 @@
-"""Numbers about one step, for a logger: how its budget was spread, what was expected of it and what came of it.
+"""Numbers about one step, for a logger: how its budget was spread, predictions and outcomes.
 
 Source: paper, section 4, and this project's documentation of metrics.
 """
@@ -23,7 +23,7 @@ BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
 
 @dataclass
 class StepMetrics:
-    """Numbers of the newest step, and what is expected of the prompts whose outcomes are still out.
+    """Numbers of the newest step, and predictions for the prompts whose outcomes are not in yet.
 
     Attributes:
         allocation: about the newest allocation.
@@ -36,7 +36,7 @@ class StepMetrics:
     predicted: dict[PromptId, float] = field(default_factory=dict)
 
     def expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief) -> Allocation:
-        """A batch is allocated on this belief: return the allocation with what is predicted of it."""
+        """Add the predictions of a belief to an allocation, and keep its numbers."""
         found = replace(
             allocation, success_rates=belief.mean, nonzero_gradient=belief.nonzero_gradient(allocation.counts)
         )
@@ -44,7 +44,7 @@ class StepMetrics:
         return self.predict(ids, found)
 
     def expect_nothing(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
-        """A batch is allocated without a belief."""
+        """Keep the numbers of an allocation made without a belief."""
         self.allocation = allocation_metrics(allocation)
         return self.predict(ids, allocation)
 
@@ -55,12 +55,12 @@ class StepMetrics:
         return allocation
 
     def compare(self, ids: list[PromptId], groups: GroupOutcomes, lost: dict[str, float]) -> None:
-        """Outcomes are in: hold them against what was predicted.
+        """Compare outcomes with predictions, and keep the numbers of the batch.
 
         Args:
             ids: (G,) prompts of the groups.
             groups: their outcomes.
-            lost: of :func:`lost_metrics`.
+            lost: returned by :func:`lost_metrics`.
         """
         found = summarise(groups).as_dict()
         seen = groups.totals > 0
@@ -75,12 +75,12 @@ class StepMetrics:
         self.outcomes = found | lost
 
     def as_dict(self) -> dict[str, float]:
-        """All numbers of the step."""
+        """Return all numbers of the step."""
         return self.allocation | self.outcomes
 
 
 def allocation_metrics(allocation: Allocation, belief: Belief | None = None) -> dict[str, float]:
-    """How a budget was spread; and, where it is known what was believed of the prompts, over which of them."""
+    """Return how a budget was spread and, given the belief it was based on, over which prompts."""
     counts = allocation.counts
     spread = {"budget": float(counts.sum()), "budget_min": float(counts.min()), "budget_max": float(counts.max())}
     if belief is None:
@@ -104,10 +104,10 @@ def allocation_metrics(allocation: Allocation, belief: Belief | None = None) -> 
 
 
 def lost_metrics(known: Records, successes: IntArray, totals: IntArray) -> dict[str, float]:
-    """How many prompts had only successes at their last visit, and what share of them now fails more often than not.
+    """Return how many prompts had only successes at their last visit, and the share of them that now mostly fails.
 
     Args:
-        known: (M,) what was recorded of the visited prompts before this visit.
+        known: (M,) records of the visited prompts before this visit.
         successes: (M,) successes of this visit.
         totals: (M,) scored rollouts of this visit.
     """

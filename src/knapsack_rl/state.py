@@ -1,8 +1,8 @@
-"""State on disk: one npz file of plain arrays, written atomically, with a checksum. Never a pickle.
+"""Allocator state on disk: one npz file of plain arrays, written atomically, with a checksum. Never a pickle.
 
 The file is an uncompressed zip archive of npy members, which ``numpy.load`` reads too, and a member ``header.npy`` with
 JSON. Zip stores a crc32 of every member; the header, written last, holds one over names, sizes and checksums of all the
-others. So a changed byte of content, a surplus or missing member, and swapped members are all detected.
+others. So changed bytes, surplus, missing and swapped members are all detected.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import numpy as np
 
 HEADER = "header"
+"""Name of the member that holds the header."""
+
 CHECKSUM = "checksum"
-"""Key in the header."""
+"""Key of the checksum in the header."""
 
 
 @contextlib.contextmanager
@@ -65,17 +68,17 @@ def write_state(path: str | os.PathLike[str], header: Mapping[str, Any], arrays:
     Args:
         path: file to write; its folder must exist.
         header: JSON values.
-        arrays: plain arrays by name; object arrays are refused.
+        arrays: plain arrays by name.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an array holds Python objects, or is named like the header.
+        ValueError: an array holds Python objects or has the name of the header.
     """
     for name, array in arrays.items():
         if array.dtype.hasobject:
-            raise ValueError(f"array {name!r} holds Python objects, which only a pickle could store")
+            raise ValueError(f"array {name!r} holds Python objects, which only a pickle could store; convert it")
         if name == HEADER:
-            raise ValueError(f"no array may be named {HEADER!r}")
+            raise ValueError(f"an array is named {HEADER!r}, a reserved name; choose another one")
     with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             _write_array(archive, name, array)
@@ -106,14 +109,14 @@ DAMAGE = (
 def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read a file that :func:`write_state` wrote.
 
-    Memory is bounded by the size of the file, because compressed members are refused.
+    Compressed members are refused, so memory is bounded by the size of the file.
 
     Returns:
         (header, arrays by name).
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is truncated, damaged or not a state file; it is left as it is.
+        ValueError: the file is truncated, damaged or not a state file; it is left unchanged.
     """
     if Path(path).is_dir():
         raise ValueError(f"{os.fspath(path)} is a folder, not a state file")
@@ -156,7 +159,7 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
         raise ValueError(f"{member.filename} is compressed; state files are not")
     content = np.empty(_check_size(archive, member), np.uint8)
     at = 0
-    with archive.open(member) as file:  # reading it to its end is what makes zipfile compare its checksum
+    with archive.open(member) as file:  # zipfile compares the checksum at the end of the member
         while piece := file.read(PIECE):
             content[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
             at += len(piece)
@@ -174,28 +177,50 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
     return data.reshape(shape, order="F" if fortran else "C")
 
 
-def check_header(header: Any, name: str, version: int, types: Mapping[str, Any]) -> None:
-    """Refuse a header that is foreign, of another version, or incomplete.
+FORMAT = "knapsack-rl allocator"
+VERSION = 4
 
-    Args:
-        header: of a state.
-        name: the value of its ``format``.
-        version: the value of its ``version``.
-        types: type, or tuple of types, of every other value.
+COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
+"""Counters of an allocator in the header, whole numbers >= 0."""
+
+HEADER_TYPES: dict[str, Any] = {
+    "estimator": (str, NoneType),
+    "settings": dict,
+    "min_rollouts": int,
+    "max_rollouts": int,
+    "success": (int, float, NoneType),
+    "budget_unit": str,
+    "value": (str, NoneType),
+    "failures": dict,
+} | dict.fromkeys(COUNTERS, int)
+"""Types of the values in the header of an allocator state, besides its format and version."""
+
+
+def check_header(header: Any) -> Mapping[str, Any]:
+    """Return the header of an allocator state.
 
     Raises:
-        ValueError: says what is wrong with it.
+        ValueError: it is foreign, of another version or incomplete, or a counter is impossible.
     """
     found = header.get("format") if isinstance(header, Mapping) else header
-    if not isinstance(header, Mapping) or found != name:
-        raise ValueError(f"this is not an allocator state: its format is {found!r}, expected {name!r}")
-    if header.get("version") != version:
+    if not isinstance(header, Mapping) or found != FORMAT:
+        raise ValueError(f"this is not an allocator state: its format is {found!r}, expected {FORMAT!r}")
+    if header.get("version") != VERSION:
         raise ValueError(
-            f"the allocator state has version {header.get('version')!r}, this package reads version {version}; use the "
+            f"the allocator state has version {header.get('version')!r}, this package reads version {VERSION}; use the "
             "knapsack-rl that wrote it, or start with a new allocator"
         )
-    for key, kind in types.items():
+    for key, kind in HEADER_TYPES.items():
         if key not in header:
             raise ValueError(f"the allocator state lacks {key!r} in its header")
         if not isinstance(header[key], kind) or isinstance(header[key], bool):
             raise ValueError(f"{key!r} of the allocator state has the wrong type, {type(header[key]).__name__}")
+    for name, times in ({name: header[name] for name in COUNTERS} | header["failures"]).items():
+        if not isinstance(times, int) or times < 0:
+            raise ValueError(f"{name!r} of the allocator state must be a whole number >= 0, got {times!r}")
+    return header
+
+
+def section(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Return the arrays whose names start with a prefix, named without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

@@ -1,10 +1,10 @@
 """The greedy of :mod:`knapsack_rl.allocation.solver` without a table: block by block.
 
-Marginals are computed when they are needed, for some prompts and so many rollouts at a time, which takes half the time
-of a table at hundreds of prompts and a small part of its memory at millions. A first scan keeps the
-largest ``budget - sum(lower)`` of those met so far; the smallest of them is a floor that only rises, so a prompt whose
-marginals have fallen below it is finished. What remains at the end starts at the critical value. A second scan counts
-each prompt's marginals around it. Time and memory are linear in prompts plus budget.
+Marginals are computed when needed, a block of prompts and rollouts at a time. That takes half the time of a table at
+hundreds of prompts and a small part of its memory at millions. A first scan keeps the ``budget - sum(lower)`` largest
+marginals seen so far. The smallest of them is a floor that only rises, so a prompt whose marginals have fallen below it
+is finished; at the end it is the critical value. A second scan counts each prompt's marginals around that value. Time
+and memory are linear in prompts plus budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.solver import share_out
 
 BLOCK = 2**15
-"""Entries of a block: small enough for a core's cache."""
+"""Entries of a block, small enough for the cache of a core."""
 
 _GROWTH = 4  # of the columns from one round of a scan to the next
 
@@ -30,10 +30,10 @@ Visit = Callable[[IntArray, FloatArray], float]
 def greedy_in_blocks(
     marginals: Marginals, budget: int, low: IntArray, high: IntArray, tier: IntArray, priority: FloatArray
 ) -> IntArray:
-    """The counts of :func:`knapsack_rl.allocation.solver.greedy`, identical to the last rollout.
+    """Return exactly the counts of :func:`knapsack_rl.allocation.solver.greedy`.
 
     Args:
-        marginals: of rows that are >= 0 and never rise from their lower bound on.
+        marginals: marginal values >= 0 that never rise from the lower bound of their row on.
         budget: rollouts to hand out, within [sum(low), sum(high)].
         low: (M,) lower bounds.
         high: (M,) upper bounds.
@@ -59,7 +59,7 @@ def greedy_in_blocks(
 
 
 def _critical_value(marginals: Marginals, room: int, low: IntArray, high: IntArray, columns: int) -> float:
-    """The ``room``-th largest marginal within the bounds; 0 if fewer are positive."""
+    """Return the ``room``-th largest marginal within the bounds; 0 if fewer are positive."""
     kept, size, floor = np.empty(room + room // 2 + 1), 0, 0.0
 
     def collect(_: IntArray, open_: FloatArray) -> float:
@@ -80,10 +80,10 @@ def _critical_value(marginals: Marginals, room: int, low: IntArray, high: IntArr
 
 
 def _scan(marginals: Marginals, low: IntArray, high: IntArray, columns: int, visit: Visit) -> None:
-    """Show blocks of marginals to ``visit``, which returns the value at or below which it needs no further ones.
+    """Pass blocks of marginals to ``visit``, which returns the value at or below which it needs no more of them.
 
-    Columns are visited from the first on, more of them in each round, for those prompts that are not finished.
-    Marginals outside the bounds are shown as 0.
+    Each round visits further columns, more than the round before, of the prompts that are not finished. Marginals
+    outside the bounds are passed as 0.
     """
     active, first, widest = np.arange(low.size), int(low.min()), int(high.max())
     columns = min(columns, widest)

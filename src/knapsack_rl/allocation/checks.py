@@ -1,4 +1,4 @@
-"""Array types, and the checks of arguments that every part shares."""
+"""Array types, and checks of arguments shared by all parts of the package."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LARGEST_AMOUNT = 1e300
 
 
 def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) -> FloatArray:
-    """Return success rates as float64, or say which entry is not a probability.
+    """Return success rates as float64.
 
     Args:
         success_rates: any shape, entries in [0, 1].
-        allow_nan: allow NaN, which marks a prompt never seen.
+        allow_nan: whether NaN is allowed; it marks a prompt never seen.
 
     Raises:
-        ValueError: an entry is outside [0, 1], or is NaN where NaN is not allowed, or is not a number.
+        ValueError: an entry is not a number in [0, 1], or is NaN where NaN is not allowed.
     """
     try:
         rates = np.asarray(success_rates, dtype=np.float64)
@@ -39,7 +39,7 @@ def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) ->
 
 
 def check_counts(counts: ArrayLike) -> IntArray:
-    """Return rollout counts as int64, or say which entry is not a whole number >= 0.
+    """Return rollout counts as int64.
 
     Raises:
         ValueError: an entry is negative, fractional or not a number.
@@ -56,10 +56,10 @@ def check_counts(counts: ArrayLike) -> IntArray:
 
 
 def check_whole(name: str, number: Any, *, minimum: int) -> int:
-    """Return a whole number as int, or say what is allowed.
+    """Return a whole number as int.
 
     Raises:
-        ValueError: ``number`` is not an integer (bool is refused too) or is below ``minimum``.
+        ValueError: ``number`` is not an integer, is a bool or is below ``minimum``.
     """
     if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < minimum:
         raise ValueError(f"{name} must be a whole number >= {minimum}, got {number!r}")
@@ -67,15 +67,15 @@ def check_whole(name: str, number: Any, *, minimum: int) -> int:
 
 
 def check_amounts(values: ArrayLike, name: str, largest: float = LARGEST_AMOUNT) -> FloatArray:
-    """Return amounts (counts, lengths, work) as a float64 vector, or say which entry is not allowed.
+    """Return amounts (counts, lengths, work) as a float64 vector.
 
     Args:
         values: (n,) numbers from 0 to ``largest``.
-        name: what an error calls them.
+        name: their name in an error.
         largest: largest amount allowed.
 
     Raises:
-        ValueError: they have another shape, or an entry is out of range or NaN.
+        ValueError: they are not one-dimensional, or an entry is out of range or NaN.
     """
     vector = np.asarray(values, dtype=np.float64)
     if vector.ndim != 1:

@@ -1,14 +1,14 @@
-"""The knapsack where a rollout of prompt i costs c_i: tokens, seconds, steps of an environment.
+"""The knapsack in which a rollout of prompt i costs c_i: tokens, seconds or environment steps.
 
     maximise    sum_i V[i, n_i]
     subject to  sum_i c_i n_i <= budget,   lower_i <= n_i <= upper_i,   n_i whole
 
-By value per cost ("density") greedy is exact for the continuous relaxation: take all rollouts above the critical
-density v, and a fraction of one at v. Without the fraction the counts are feasible, and no counts are worth more than
-theirs plus v times the remainder (the Lagrangian bound at v). The remainder is filled with what still fits, best
-density first. The value and the bound come with the counts: :class:`Certificate`.
+Greedy by value per cost ("density") is exact for the continuous relaxation: take all rollouts above the critical
+density v, and a fraction of one at v. Without the fraction the counts are feasible, and their value plus v times the
+remainder is a bound on the value of any counts (the Lagrangian bound at v). The remainder is filled with what still
+fits, best density first. The counts come with their value and the bound: :class:`Certificate`.
 
-Rows that are not concave are replaced by their concave hulls, which can only be worth more, to find v and the bound.
+To find v and the bound, rows that are not concave are replaced by their concave hulls, which are never below them.
 
 Source: Fox 1966 (marginal analysis); Everett 1963 (the Lagrangian bound).
 """
@@ -25,12 +25,12 @@ from knapsack_rl.allocation import solver
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 
 ROUNDING = 1e-12
-"""Sums of costs may pass the budget by this share of it, and values are exact to this share: rounding."""
+"""Sums of costs may exceed the budget by this share of it, and values are exact to this share: rounding."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The value of an allocation, and a bound that no allocation exceeds.
+    """The value of an allocation and an upper bound on the value of any allocation.
 
     Both are sums of up to millions of doubles and valid to a relative 1e-12.
 
@@ -45,7 +45,7 @@ class Certificate:
 
     @property
     def gap(self) -> float:
-        """The optimum exceeds the value by at most this much; >= 0."""
+        """Most by which the optimum can exceed the value, >= 0."""
         return self.upper_bound - self.value
 
     @property
@@ -55,7 +55,7 @@ class Certificate:
 
 
 def check_costs(costs: ArrayLike, prompts: int) -> FloatArray:
-    """Costs per rollout as (M,) float64.
+    """Return costs per rollout as (M,) float64.
 
     Raises:
         ValueError: they are not one positive finite number per prompt.
@@ -72,7 +72,7 @@ def check_costs(costs: ArrayLike, prompts: int) -> FloatArray:
 
 
 def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: ArrayLike) -> tuple[IntArray, IntArray]:
-    """Bounds as (M,) int64, the upper ones lowered to what the budget can reach.
+    """Return bounds as (M,) int64, the upper ones lowered to what the budget can reach.
 
     Raises:
         ValueError: the budget is not a finite number, bounds are not whole numbers or out of order, or the budget does
@@ -87,7 +87,7 @@ def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: 
             f"a budget of {budget!r} does not fit {costs.size} prompts: min_rollouts costs at least {least!r}; choose "
             f"a finite budget of at least that, or lower min_rollouts"
         )
-    # One more than fits: rounding is settled later, against the exact sum.
+    # One more than fits: rounding is checked later, against the exact sum.
     reachable = np.minimum(np.maximum(budget - least, 0.0) / costs + 1.0, 2.0**53).astype(np.int64)
     return low, low + np.minimum(high - low, reachable)
 
@@ -101,14 +101,14 @@ def solve_with_costs(
     tier: IntArray,
     priority: FloatArray,
 ) -> tuple[IntArray, Certificate, bool]:
-    """Counts within a budget of costs, greedy by value per cost, and what is proven of them.
+    """Return counts within a budget of costs, greedy by value per cost, with their certificate.
 
-    Rollouts without a positive value are never bought, so that part of the budget may stay unspent.
+    Rollouts without a positive value are never bought, so part of the budget may stay unspent.
 
     Args:
         table: (M, K) marginal values.
         costs: (M,) > 0.
-        budget: in the unit of the costs.
+        budget: budget in the unit of the costs.
         low: (M,) lower bounds.
         high: (M,) upper bounds.
         tier: (M,) first tie-break among rollouts of equal density, lower first.
@@ -140,7 +140,7 @@ def solve_with_costs(
 
 
 def _critical_density(density: FloatArray, costs: FloatArray, room: float) -> float:
-    """The density at which the room ends when the densest rollouts are taken first; 0 if all of value fit."""
+    """Return the density at which the room ends, densest rollouts first; 0 if all rollouts of value fit."""
     row, column = np.nonzero(density > 0.0)
     found = density[row, column]
     order = np.argsort(-found)
@@ -160,10 +160,10 @@ def _fill(
     *,
     concave: bool,
 ) -> None:
-    """Raise the counts by what still fits the room, best density first; equal densities go by the documented order."""
+    """Raise the counts by what still fits the room, best density first, ties in the documented order."""
 
     def best_step(i: int) -> tuple[float, int, int, float, int, int]:
-        """Entry of a heap: the next rollouts of a prompt, as many as have the best mean value."""
+        """Return the heap entry of a prompt: its next rollouts, as many as have the best mean value."""
         n = int(counts[i])
         most = 1 if concave else int(min(high[i] - n, room // costs[i]))
         mean = np.cumsum(table[i, n : n + most]) / np.arange(1, most + 1)
@@ -184,7 +184,7 @@ def _fill(
 
 
 def _concave_hull(table: FloatArray, low: IntArray, high: IntArray) -> FloatArray:
-    """Marginals of the smallest concave function above each row within its bounds; equal along a straight piece."""
+    """Return marginals of the smallest concave function above each row within its bounds, equal along each piece."""
     hull = table.copy()
     for i in range(low.size):
         n = int(low[i])

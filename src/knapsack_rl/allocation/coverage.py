@@ -1,13 +1,12 @@
 """Skipping prompts without losing sight of them: allocation with ``min_rollouts = 0``.
 
-Two rollouts for every prompt spend a quarter of the budget at a mean of eight, most of it on prompts that are solved.
-With a minimum of zero a prompt may be skipped. What is saved must not be lost in knowledge, so a skipped prompt is
-looked at again when looking is worth more than the rollouts it costs: the *value of information*. It grows by itself
-while the posterior of a prompt that is left alone spreads.
+Two rollouts for every prompt spend a quarter of the budget at a mean of eight, most of it on solved prompts. With a
+minimum of zero a prompt may be skipped. To keep estimates current, a skipped prompt is checked again as soon as the
+*value of information* exceeds the cost of the rollouts; it grows because the posterior of a skipped prompt spreads.
 
 A group of one has no gradient, so V is not concave at 0: a prompt is worth serving only with a whole *group*, the
 number of rollouts g at which V(g)/g is largest. Replacing the first g marginals by V(g)/g gives the concave envelope,
-on which the greedy is exact but for the one group that the budget cuts in two.
+on which the greedy is exact except for the one group that the budget cuts in two.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.policies import Allocation
 
 LONGEST_SKIP = 8.0
-"""Epochs after which a skipped prompt is looked at whatever the value of information: none starves for ever."""
+"""Epochs after which a skipped prompt is checked whatever the value of information, so no prompt starves."""
 
 
 def allocate_with_skips(
     belief: Belief, age: FloatArray, budget: int, max_rollouts: int, priority: FloatArray
 ) -> Allocation:
-    """Allocate with a minimum of zero: serve by value, then look again at skipped prompts where that is worth it.
+    """Allocate with a minimum of zero: serve by value, then check skipped prompts again where that is worthwhile.
 
     Args:
-        belief: of the batch.
+        belief: belief about the batch.
         age: (M,) epochs since the last visit.
         budget: rollouts, 0 to M max_rollouts.
         max_rollouts: N_up.
@@ -43,15 +42,15 @@ def allocate_with_skips(
     if again.any() and left <= int((~again).sum()) * max_rollouts:
         counts = np.full(counts.size, CHECK_ROLLOUTS)
         counts[~again] = serve_or_skip(belief.marginals[~again], left, max_rollouts, priority[~again])
-        reason = f"{int((counts == 0).sum())} prompts skipped, {int(again.sum())} others looked at again"
+        reason = f"{int((counts == 0).sum())} prompts skipped, {int(again.sum())} others checked again"
     return Allocation(counts, solver.total_value(belief.marginals, counts), reason)
 
 
 def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priority: FloatArray) -> IntArray:
-    """Counts that are 0 or at least 2 and sum to the budget, best by the concave envelope.
+    """Return counts that are 0 or at least 2 and sum to the budget, best by the concave envelope.
 
-    The total value is within the value of one group of the optimum. Only a budget of one rollout, or
-    an odd one under a cap of two, makes a group of one.
+    The total value is within the value of one group of the optimum. A group of one is made only for a budget of one
+    rollout, or an odd one under a cap of two.
 
     Args:
         marginals: (M, K >= 2) D[i, n], falling from n = 1 on, D[i, 0] = 0.
@@ -67,7 +66,7 @@ def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priorit
     group = 2 + np.argmax(average[:, 1:], axis=1)
     per_rollout = average[np.arange(group.size), group - 1]
     envelope = np.where(rollouts <= group[:, None], per_rollout[:, None], table)
-    # Rounding aside the envelope falls; the solver wants it exactly so.
+    # The envelope falls up to rounding; the solver needs it to fall exactly.
     counts = solver.solve(np.minimum.accumulate(envelope, axis=1), budget, 0, max_rollouts, priority=priority)
 
     cut = counts < group
@@ -78,12 +77,12 @@ def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priorit
             counts[i] = min(left, group[i])
             left -= counts[i]
     if left > int((max_rollouts - counts[counts > 0]).sum()):
-        # One rollout and no group with room: the group that misses it least makes it a pair.
+        # One rollout is left and no group has room: the group that loses least gives one more, for a pair.
         spare = np.flatnonzero(counts >= 3)
-        nobody = next(i for i in np.lexsort((priority, -per_rollout)) if counts[i] == 0)
+        paired = next(i for i in np.lexsort((priority, -per_rollout)) if counts[i] == 0)
         if spare.size:
             counts[spare[np.argmin(table[spare, counts[spare] - 1])]] -= 1
-        counts[nobody] = left + min(spare.size, 1)
+        counts[paired] = left + min(spare.size, 1)
         left = 0
     if left:  # less than a pair, or more than the caps of whole groups allow
         served = counts > 0 if counts.any() else np.ones(counts.size, bool)
@@ -94,9 +93,9 @@ def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priorit
 
 
 def price_of_rollout(marginals: FloatArray, counts: IntArray) -> float:
-    """Value of the last rollout handed out: what a rollout must be worth to be spent; 0 if none was.
+    """Return the value of the last rollout handed out, the price of a rollout; 0 if none was.
 
-    A pair counts with its mean.
+    A pair counts by its mean.
     """
     served = np.flatnonzero(counts >= 2)
     if not served.size:
@@ -107,16 +106,16 @@ def price_of_rollout(marginals: FloatArray, counts: IntArray) -> float:
 
 
 def rechecks(belief: Belief, counts: IntArray, age: FloatArray, budget: int) -> NDArray[np.bool_]:
-    """Which skipped prompts get :data:`~knapsack_rl.allocation.belief.CHECK_ROLLOUTS` rollouts all the same.
+    """Return which skipped prompts still get :data:`~knapsack_rl.allocation.belief.CHECK_ROLLOUTS` rollouts.
 
-    A prompt is looked at again if the value of those rollouts and of their information exceeds their price, or if its
-    last visit lies :data:`LONGEST_SKIP` epochs back. If the budget is too small for all, the longest unseen come first.
+    A prompt is checked again if the value of those rollouts and of their information exceeds their price, or if its
+    last visit was :data:`LONGEST_SKIP` epochs ago. If the budget is too small for all, the oldest visits come first.
 
     Args:
-        belief: of the batch.
+        belief: belief about the batch.
         counts: (M,) the plan, 0 for a skipped prompt.
         age: (M,) epochs since the last visit.
-        budget: of the batch.
+        budget: rollouts of the batch.
     """
     chosen = np.zeros(counts.size, bool)
     skipped = np.flatnonzero(counts == 0)

@@ -1,6 +1,6 @@
-"""The order in which bounds give way where a batch's bounds and budget contradict each other.
+"""The order in which bounds are widened if the bounds and the budget of a batch contradict each other.
 
-A run never dies because of allocation: bounds are widened in the order stated here, and the reason is reported.
+Allocation never ends a run: bounds are widened in the order given here, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 def feasible_bounds(
     budget: int, min_rollouts: int, max_rollouts: int, marginals: FloatArray, priority: ArrayLike
 ) -> tuple[IntArray, IntArray, str]:
-    """Bounds under which the budget can be met, and what had to give way ("" if nothing).
+    """Return bounds under which the budget can be met, and what was changed ("" if nothing).
 
     1. A budget below M N_low lowers the minimum to ``budget // M``.
     2. If that is below two, a group could not hold both outcomes: the prompts with the largest value of a pair get
@@ -50,11 +50,11 @@ def feasible_bounds(
 def affordable_minimum(
     budget: float, min_rollouts: int, costs: FloatArray, marginals: FloatArray, priority: ArrayLike
 ) -> tuple[IntArray, str]:
-    """(M,) minima that a budget of costs pays for, and what had to give way ("" if nothing).
+    """Return (M,) minima that a budget of costs pays for, and what was changed ("" if nothing).
 
-    1. A budget that does not pay for N_low rollouts of every prompt lowers the minimum to what it does pay for.
+    1. A budget that does not pay for N_low rollouts of every prompt lowers the minimum to what it pays for.
     2. If that is below two, pairs go to the prompts with the largest value of a pair per cost as far as the budget
-       goes, the others get none.
+       goes; the others get none.
     """
     prompts = costs.size
     lower = np.full(prompts, min_rollouts)
@@ -76,10 +76,10 @@ def affordable_minimum(
 
 
 def evenly(budget: int, min_rollouts: int, priority: FloatArray) -> IntArray:
-    """Counts that are the same for all, or the minimum for as many as the budget serves; nothing here can fail.
+    """Return equal counts for all, or the minimum for as many prompts as the budget serves; this cannot fail.
 
     Args:
-        budget: rollouts.
+        budget: total rollouts.
         min_rollouts: N_low.
         priority: (M,) who is served first, lower first.
     """
@@ -93,5 +93,5 @@ def evenly(budget: int, min_rollouts: int, priority: FloatArray) -> IntArray:
 
 
 def joined(*reasons: str) -> str:
-    """Those of the reasons that hold, in one line."""
+    """Return the reasons that are not empty, in one line."""
     return "; ".join(filter(None, reasons))

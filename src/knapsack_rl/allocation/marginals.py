@@ -12,12 +12,12 @@ from knapsack_rl.allocation.value import MixedOutcomes, ValueLike, differences, 
 
 
 class Marginals:
-    """Marginal values of a batch; an unseen prompt is worth the mean of the others, or of p = 0 if there is none.
+    """Marginal values of a batch; an unseen prompt has the mean of the others, or the value at p = 0 without others.
 
     Args:
         value: see :func:`knapsack_rl.allocate`.
         rates: (M,) success rates, NaN for an unseen prompt.
-        width: most rollouts of a prompt.
+        width: maximum rollouts of a prompt.
     """
 
     def __init__(self, value: ValueLike | ArrayLike, rates: FloatArray, width: int) -> None:
@@ -30,12 +30,12 @@ class Marginals:
             self._falling = False
             return
         self._function = make_value_function(value)  # type: ignore[arg-type]
-        self._falling = isinstance(self._function, MixedOutcomes)  # from one rollout on
+        self._falling = isinstance(self._function, MixedOutcomes)  # from the second rollout on
         if self._unseen.any() and not self._unseen.all():
             self._mean = self._mean_of_seen()
 
     def table(self) -> FloatArray:
-        """(M, K) the whole table."""
+        """Return the whole (M, K) table."""
         if self._table is None:
             self._table = self._rows(slice(None), self._width)
         return self._table
@@ -47,7 +47,7 @@ class Marginals:
         return table
 
     def _mean_of_seen(self) -> FloatArray:
-        """(width,) mean of the rows of seen prompts, added one after the other."""
+        """Return the (width,) mean of the rows of seen prompts, added in order."""
         seen, total = self._rates[~self._unseen], np.zeros((1, self._width))
         size = max(BLOCK // self._width, 1)
         for at in range(0, seen.size, size):
@@ -56,13 +56,13 @@ class Marginals:
         return total[0] / seen.size
 
     def valued(self) -> NDArray[np.bool_]:
-        """(M,) whether any rollout of the prompt is worth anything, for better or worse."""
+        """Return (M,) whether any rollout of the prompt has a marginal value other than 0."""
         # Rows that fall from the second entry on have their largest one there.
         table = self._rows(slice(None), 2) if self._falling else self.table()
         return (table != 0.0).any(axis=1)
 
     def concave(self, lower: IntArray, upper: IntArray) -> bool:
-        """Whether no row rises within the bounds."""
+        """Return whether no row rises within the bounds."""
         return bool(lower.min() >= 1) if self._falling else solver.concave_table(self.table(), lower, upper)[1]
 
     def solve(
@@ -75,7 +75,7 @@ class Marginals:
         priority: FloatArray,
         method: solver.Method,
     ) -> IntArray:
-        """The knapsack over the chosen prompts, to which all other arguments belong."""
+        """Solve the knapsack over the chosen prompts, which all other arguments are about."""
         if self._falling and lower.min(initial=1) >= 1 and method != "dynamic-programming":
             everyone = np.flatnonzero(chosen)
 
@@ -89,7 +89,7 @@ class Marginals:
         return solver.solve_checked(self.table()[chosen], budget, lower, upper, tier, priority, method)
 
     def total(self, counts: IntArray) -> float:
-        """The value of an allocation."""
+        """Return the value of an allocation."""
         if not self._falling:
             return solver.total_value(self.table(), counts)
         values = self._function.values(counts, self._rates)
@@ -99,7 +99,7 @@ class Marginals:
 
 
 def _given_table(value: ArrayLike, prompts: int) -> FloatArray:
-    """Marginal values of a table of values V[i, n], n = 0..K."""
+    """Return the marginal values of a table of values V[i, n], n = 0..K."""
     values = np.asarray(value, dtype=np.float64)
     if values.ndim != 2 or values.shape[0] != prompts or values.shape[1] < 2 or not np.isfinite(values).all():
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Allocation policy: from what is known of the prompts to rollouts per prompt.
+"""Allocation policies: from success rates or beliefs to rollouts per prompt.
 
-All policies use the one solver. :func:`allocate` takes success rates as known (with the paper's fallback rule on
-request); :func:`allocate_estimated` does so with estimates, inside a run that must not end; :func:`allocate_expected`
-and :func:`allocate_tokens` take posterior-expected marginal values, for which no special rule is needed.
+All policies use one solver. :func:`allocate` takes success rates as known, optionally with the paper's fallback rule;
+:func:`allocate_estimated` does the same with estimates in a run, where it degrades instead of raising;
+:func:`allocate_expected` and :func:`allocate_tokens` take posterior-expected marginal values and need no special rule.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from knapsack_rl.allocation.marginals import Marginals
 from knapsack_rl.allocation.value import ValueLike, rollouts_for_probability
 
 FALLBACK_PROBABILITY = 0.9
-"""The paper's alpha: an effective prompt is served once its non-zero gradient is this likely."""
+"""The paper's alpha: an effective prompt needs no more rollouts once a non-zero gradient is this likely."""
 
 LARGEST_BUDGET = 2**28
-"""Rollouts that known rates are given; memory grows with the budget, and a mistaken number must not fill it."""
+"""Largest budget of :func:`allocate`; memory grows with it, and a mistaken number must not fill it."""
 
 LEAST_TOKENS = 1.0
-"""A cost must be positive: an empty answer counts as one token."""
+"""Costs must be positive, so an empty answer counts as one token."""
 
 FIRST_GROUP = 2
-"""Rollouts per prompt that a budget of tokens is taken to pay for while no length was ever observed."""
+"""Rollouts per prompt that a budget of tokens is assumed to pay for before any length is observed."""
 
 BudgetUnit = Literal["rollouts", "tokens"]
 BUDGET_UNITS = ("rollouts", "tokens")
 
-# Classes of a success rate, in the order in which they receive budget that no prompt values.
+# Classes of success rates, in the order in which they receive budget that has no value for any prompt.
 UNSOLVED, UNSEEN, SOLVED, EFFECTIVE = range(4)
 
 
@@ -48,13 +48,13 @@ class Allocation:
     Attributes:
         counts: (M,) int64 rollouts per prompt, in the order of the batch.
         expected_value: the objective at these counts: sum of V(N_i, p_i), or of its posterior expectation.
-        reason: what happened beside the plain optimum (fallback, left-over budget, degradation), "" if nothing.
+        reason: deviations from the plain optimum (fallback, left-over budget, degradation), "" if none.
         degraded: whether the bounds had to be changed to make the batch feasible.
-        success_rates: (M,) rates it was made from; for the stateful allocator the estimates, NaN for unseen prompts.
+        success_rates: (M,) rates used; for the stateful allocator the estimates, NaN for unseen prompts.
         nonzero_gradient: (M,) predicted probability of a non-zero gradient at these counts, NaN for an unseen prompt;
             the stateful allocator sets it.
-        certificate: the value and a bound that no counts within budget and bounds exceed; None where the counts are not
-            meant to be an optimum (the paper's fallback rule, counts given from outside).
+        certificate: the value and a bound on the value of any counts within budget and bounds; None where the counts
+            are not meant to be an optimum (the paper's fallback rule, counts given from outside).
     """
 
     counts: IntArray
@@ -66,12 +66,12 @@ class Allocation:
     certificate: Certificate | None = None
 
     def expand(self) -> IntArray:
-        """(budget,) int64 prompt index of each rollout; the rollouts of a prompt are adjacent."""
+        """Return (budget,) int64 prompt index of each rollout; the rollouts of a prompt are adjacent."""
         return np.repeat(np.arange(self.counts.size), self.counts)
 
 
 def unpredicted(counts: IntArray, reason: str, *, degraded: bool = False) -> Allocation:
-    """An allocation of which nothing is expected: its value and predictions are NaN."""
+    """Return an allocation without predictions: its value and predictions are NaN."""
     unknown = np.full(counts.size, np.nan)
     return Allocation(counts, float("nan"), reason, degraded, success_rates=unknown, nonzero_gradient=unknown.copy())
 
@@ -89,11 +89,10 @@ def allocate(
 ) -> Allocation:
     """Allocate a rollout budget over prompts whose success rates are known: maximise sum V(N_i, p_i).
 
-    The optimum is exact. An unseen prompt (NaN) is valued as a prompt drawn from the other rates of the batch; with
-    no other rate known, the allocation is uniform. Budget that no prompt values (all at
-    p = 0, p = 1 or at their cap) goes evenly to unsolved prompts, then to unseen, then to solved ones. Equal marginal
-    values go to the prompt with fewer rollouts, then to the one with the lower success rate; counts do not depend on
-    the order of the prompts.
+    The optimum is exact. An unseen prompt (NaN) is valued as a prompt drawn from the other rates of the batch; if no
+    rate is known, the allocation is uniform. Budget without value for any prompt (all at p = 0, p = 1 or their cap)
+    goes evenly to unsolved prompts, then to unseen, then to solved ones. Equal marginal values go to the prompt with
+    fewer rollouts, then to the one with the lower success rate; counts do not depend on the order of the prompts.
 
     Args:
         success_rates: (M,) in [0, 1]; NaN for an unseen prompt.
@@ -101,21 +100,21 @@ def allocate(
         min_rollouts: N_low, a whole number or (M,). 0 allows skipping and makes the problem non-concave, so it is
             solved by dynamic programming, O(M budget max_rollouts).
         max_rollouts: N_up, a whole number or (M,).
-        costs: (M,) > 0, what a rollout of each prompt costs: expected tokens, seconds, environment steps. ``budget`` is
-            then a number in the same unit, which the costs of all rollouts must not exceed; what would buy nothing of
-            value stays unspent. ``Allocation.certificate`` bounds how far the counts can be from the optimum.
-        value: what N rollouts are worth: a name of :data:`knapsack_rl.allocation.value.VALUES`, an import path
+        costs: (M,) > 0, cost of a rollout of each prompt: expected tokens, seconds, environment steps. ``budget`` is
+            then a number in the same unit, which the costs of all rollouts must not exceed; budget that would buy
+            nothing of value stays unspent. ``Allocation.certificate`` bounds the distance from the optimum.
+        value: the value of N rollouts: a name of :data:`knapsack_rl.allocation.value.VALUES`, an import path
             ``"package.module:function"``, a function ``f(counts, success_rates)`` that broadcasts like numpy and is 0
             for no rollouts, an object with the methods of ``ValueFunction`` there, or an (M, K+1) table V[i, n] with
             V[i, 0] = 0. Values that are not concave go to dynamic programming; ``reason`` says so. ``"knapsack"`` and
             ``"nonzero-gradient"`` need little memory at any number of prompts.
         fallback: apply the paper's rule instead: unseen prompts get the uniform budget, solved and unsolved ones
-            N_low, and what the effective prompts do not need for a non-zero gradient with probability 0.9 goes evenly
-            to the unsolved prompts, or to the solved ones if there are none.
+            N_low, and budget that the effective prompts do not need for a non-zero gradient with probability 0.9 goes
+            evenly to the unsolved prompts, or to the solved ones if there are none.
         method: see :func:`knapsack_rl.allocation.solver.solve`.
 
     Raises:
-        ValueError: a rate is outside [0, 1], a number is not whole, or the bounds make the budget infeasible.
+        ValueError: a rate is outside [0, 1], a number is not whole, or the budget does not fit the bounds.
 
     Source: paper, section 3 (knapsack) and its fallback strategy.
 
@@ -139,7 +138,7 @@ def allocate(
     solver.check_method(method)
     if fallback and not (isinstance(value, str) and value == "knapsack"):
         raise ValueError(f"fallback=True is the paper's rule for value='knapsack', got value={value!r}; choose one")
-    # An unseen prompt comes after all others that it ties with.
+    # In a tie, unseen prompts come last.
     priority = np.where(kind == UNSEEN, 2.0, rates)
     marginals = Marginals(value, rates, int(upper.max()))
     if costs is not None:
@@ -162,10 +161,10 @@ def _optimum(
     priority: FloatArray,
     method: solver.Method,
 ) -> tuple[IntArray, str]:
-    """The knapsack over the prompts that have a value; what they cannot take is spread over the others."""
+    """Solve the knapsack over the prompts with a value, and spread what they cannot take over the others."""
     valued, concave = marginals.valued(), marginals.concave(lower, upper)
     if concave and method != "dynamic-programming":
-        # The greedy's tie rule hands out what no prompt values, evenly and class by class.
+        # The tie rule of the greedy hands out rollouts without value evenly, class by class.
         counts = marginals.solve(np.ones(kind.size, bool), budget, lower, upper, kind, priority, method)
         return counts, _gift(np.where(valued, 0, counts - lower), kind)
     note = "" if concave else "the values are not concave: solved by dynamic programming"
@@ -180,13 +179,13 @@ def _optimum(
 
 
 def _gift(extra: IntArray, kind: IntArray) -> str:
-    """Who got what no prompt values, in words; "" if nobody did."""
+    """Describe which prompts got rollouts without value; "" if none did."""
     left = int(extra.sum())
     return f"{left} rollouts that no prompt values went to {_by_class(extra, kind)}" if left else ""
 
 
 def _by_class(extra: IntArray, kind: IntArray) -> str:
-    """Which prompts got something, in words: "2 unsolved, 1 solved prompts"."""
+    """Describe which prompts got extra rollouts: "2 unsolved, 1 solved prompts"."""
     names = {UNSOLVED: "unsolved", UNSEEN: "unseen", SOLVED: "solved", EFFECTIVE: "effective"}
     parts = [f"{int((extra[kind == k] > 0).sum())} {name}" for k, name in names.items() if (extra[kind == k] > 0).any()]
     return ", ".join(parts) + " prompts"
@@ -202,7 +201,7 @@ def _paper_rule(
     priority: FloatArray,
     method: solver.Method,
 ) -> tuple[IntArray, str]:
-    """The paper's fallback strategy; every bound holds and every rollout is spent."""
+    """Allocate by the paper's fallback strategy; all bounds hold and all rollouts are spent."""
     effective, unseen = kind == EFFECTIVE, kind == UNSEEN
     counts = lower.copy()
     uniform = np.clip(budget // rates.size, lower[unseen], upper[unseen])
@@ -211,12 +210,12 @@ def _paper_rule(
     counts[unseen] = solver.share_out(lower[unseen], uniform, room, kind[unseen], priority[unseen])
     available = budget - int(counts[~effective].sum())
     if (kind == UNSOLVED).any() or (kind == SOLVED).any():
-        # A prompt is served at its need, which no bound may contradict.
+        # Rollouts that the prompt needs, within its bounds.
         need = rollouts_for_probability(rates[effective], FALLBACK_PROBABILITY)
         need = np.clip(need, lower[effective], upper[effective])
         spend = min(available, math.ceil(need.sum()))
     else:
-        spend = min(available, int(upper[effective].sum()))  # nobody to fall back on
+        spend = min(available, int(upper[effective].sum()))  # there is no prompt to fall back on
     if effective.any():
         level = np.zeros(int(effective.sum()), np.int64)
         counts[effective] = marginals.solve(
@@ -241,7 +240,7 @@ def _priced(
     priority: FloatArray,
     rates: FloatArray,
 ) -> Allocation:
-    """The knapsack with costs; says what stays unspent if nothing of value was left to buy."""
+    """Solve the knapsack with costs; the reason names what stays unspent because nothing of value is left to buy."""
     counts, certificate, sated = solve_with_costs(table, price, budget, lower, upper, kind, priority)
     unspent = budget - float((price * counts).sum())
     reason = f"{unspent:g} of the budget stay unspent: no further rollout has a value" if sated and unspent > 0 else ""
@@ -259,11 +258,12 @@ def allocate_estimated(
     value: ValueLike = "knapsack",
     fallback: bool = True,
 ) -> Allocation:
-    """Allocate by estimates that are taken for the truth; an infeasible batch degrades instead of raising.
+    """Allocate by estimates as if they were true; an infeasible batch degrades instead of raising.
 
     Args:
         success_rates: (M,) estimates, NaN for an unseen prompt.
-        marginals: (M, K >= 2) marginal values, for :func:`~knapsack_rl.allocation.degradation.feasible_bounds` alone.
+        marginals: (M, K >= 2) marginal values, used only by
+            :func:`~knapsack_rl.allocation.degradation.feasible_bounds`.
         budget: total rollouts, >= 0.
         min_rollouts: N_low.
         max_rollouts: N_up.
@@ -298,8 +298,8 @@ def allocate_expected(
         max_rollouts: N_up.
         priority: (M,) last tie-break, lower first; a stable hash of the prompt ids makes the result independent of
             their order.
-        costs: (M,) > 0, expected cost of a rollout; no more than the budget is spent, and a rollout that no prompt
-            values is not bought.
+        costs: (M,) > 0, expected cost of a rollout; at most the budget is spent, and none of it on rollouts without
+            value.
     """
     if priority is None:
         priority = np.zeros(marginals.shape[0])
@@ -314,7 +314,7 @@ def allocate_expected(
 
 
 def _padded(marginals: FloatArray, upper: IntArray) -> FloatArray:
-    """The table with columns of zeros up to the largest bound."""
+    """Return the table with columns of zeros up to the largest bound."""
     missing = int(upper.max(initial=0)) - marginals.shape[1]
     return np.pad(marginals, ((0, 0), (0, missing))) if missing > 0 else marginals
 
@@ -338,7 +338,7 @@ def _expected_with_costs(
 
 
 def first_group(min_rollouts: int, max_rollouts: int) -> int:
-    """Rollouts per prompt where nothing is known of their lengths."""
+    """Return the rollouts per prompt while no length is known."""
     return min(max(FIRST_GROUP, min_rollouts), max_rollouts)
 
 
@@ -362,10 +362,10 @@ def allocate_tokens(
     """Allocate a budget of tokens: the expected tokens of all rollouts do not exceed it.
 
     While no length is known every rollout costs the same, scaled so that the budget pays for ``FIRST_GROUP`` rollouts
-    per prompt (``min_rollouts`` if that is more): the first batch is small rather than over the budget.
+    per prompt (``min_rollouts`` if that is more): the first batch is rather too small than over the budget.
 
     Args:
-        belief: of the batch.
+        belief: belief about the batch.
         tokens: (M,) expected tokens per rollout, or None if no length is known.
         budget: tokens, >= 0.
         min_rollouts: N_low.
@@ -378,7 +378,7 @@ def allocate_tokens(
     if tokens is None:
         group = first_group(min_rollouts, max_rollouts)
         tokens = np.full(len(belief.mean), max(budget, LEAST_TOKENS) / (len(belief.mean) * group))
-        note = f"no length known: the budget is taken to pay for {group} rollouts per prompt"
+        note = f"no length is known: the budget is assumed to pay for {group} rollouts per prompt"
     found = allocate_expected(belief.marginals, budget, min_rollouts, max_rollouts, priority=priority, costs=tokens)
     reason = joined(note, found.reason)
     if found.counts.sum() % multiple == 0:
@@ -421,24 +421,25 @@ def _value_of(belief: Belief, counts: IntArray) -> float:
 
 
 def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, priority: FloatArray) -> Allocation:
-    """Spend the rest of a step's budget, exactly, after the outcomes of a first share.
+    """Allocate the rest of a step's budget exactly, after the outcomes of a first share.
 
-    What no group values is spread evenly. If all groups would pass ``max_rollouts`` the maximum is raised.
+    Rollouts without value for any group are spread evenly. If the budget exceeds the room below ``max_rollouts``, the
+    maximum is raised.
 
     Args:
-        belief: after these outcomes; its marginals are those of further rollouts, columns beyond count as 0.
+        belief: belief after these outcomes; its marginals are those of further rollouts, 0 beyond its columns.
         counts: (M,) rollouts so far.
         budget: rollouts to hand out.
         max_rollouts: N_up, of both shares together.
         priority: (M,) tie-break, lower first.
 
     Returns:
-        The additional counts; predictions are about both shares together.
+        Additional counts; predictions are about both shares together.
     """
     room = room_left(counts, budget, max_rollouts)
     raised = int(np.maximum(max_rollouts - counts, 0).sum()) < budget
     note = f"max_rollouts {max_rollouts} is too low for the rest of the budget: raised" if raised else ""
-    # The first rollout of a group without any is worth nothing, its second something: not concave, so solved as such.
+    # The first rollout of an empty group has no value and the second has one: such a row is not concave.
     table = _padded(belief.marginals, room)
     extra = solver.solve(table, budget, 0, room, priority=priority)
     value = solver.total_value(table, extra)
@@ -454,17 +455,17 @@ def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, pri
 
 
 def room_left(counts: IntArray, budget: int, max_rollouts: int) -> IntArray:
-    """(M,) rollouts that each group may still get: up to the maximum, or evenly beyond it if that is too few."""
+    """Return (M,) rollouts that each group may still get: up to the maximum, or evenly beyond it if too few."""
     room = np.maximum(max_rollouts - counts, 0)
     missing = budget - int(room.sum())
     return room + math.ceil(missing / counts.size) if missing > 0 else room
 
 
 def check_outcomes(counts: ArrayLike, successes: ArrayLike, prompts: int) -> tuple[IntArray, IntArray]:
-    """Counts and successes of a first share as (M,) whole numbers.
+    """Return counts and successes of a first share as (M,) whole numbers.
 
     Raises:
-        ValueError: they do not fit the prompts or each other.
+        ValueError: they do not match the prompts or each other.
     """
     n, s = check_counts(counts), check_counts(successes)
     if n.shape != (prompts,) or s.shape != (prompts,) or (s > n).any():

@@ -1,16 +1,16 @@
-"""The knapsack: how many rollouts each prompt gets, exactly.
+"""The knapsack problem, solved exactly: how many rollouts each prompt gets.
 
     maximise    sum_i V[i, n_i]
     subject to  sum_i n_i = budget,   lower_i <= n_i <= upper_i,   n_i whole
 
-This module sees tables, bounds and a budget, never a success rate. A table of *marginal values*
-D[i, n] = V[i, n+1] - V[i, n] is its input, because differences of values near saturation have no digits left.
+This module works on tables, bounds and a budget, never on success rates. Its input is a table of *marginal values*
+D[i, n] = V[i, n+1] - V[i, n], because differences of values near saturation would lose all digits.
 
-If no row of D rises within its bounds (V concave there), taking the ``budget - sum(lower)`` largest marginals is an
+If no row of D rises within its bounds (V is concave there), taking the ``budget - sum(lower)`` largest marginals is an
 exact optimum: each row hands out its marginals in falling order, so the largest ones overall are always reachable, and
-no other choice of as many marginals has a larger sum. That is the greedy method. It needs no heap: one selection finds
-the *critical value*, the marginal at which the budget ends. Each prompt takes its marginals above that value, and the
-tie rule shares out those that equal it. Any other table goes to a dynamic program, O(M budget upper) in time and
+no other choice of as many marginals has a larger sum. This greedy method needs no heap: one selection finds the
+*critical value*, the marginal at which the budget ends. Each prompt takes its marginals above that value, and the tie
+rule shares out those equal to it. Any other table goes to a dynamic program, O(M budget upper) in time and
 O(M budget) in memory, which refuses more than :data:`MOST_STATES`.
 
 **Ties.** Among rollouts of equal marginal value the greedy takes, in this order: the lower ``tier``; the prompt that
@@ -36,10 +36,10 @@ Method = Literal["auto", "greedy", "dynamic-programming"]
 METHODS = ("auto", "greedy", "dynamic-programming")
 
 CONCAVITY_TOLERANCE = 1e-12
-"""A marginal may rise by this share of the largest magnitude in its row and still count as level: rounding."""
+"""A rise by at most this share of the largest magnitude in a row is rounding and counts as level."""
 
 MOST_STATES = 2**29
-"""Prompts times budget that the dynamic program takes on: 2 GiB."""
+"""Largest number of prompts times budget for the dynamic program: 2 GiB."""
 
 _CHUNK = 2**20  # candidates that the dynamic program compares at a time
 
@@ -47,7 +47,7 @@ _CHUNK = 2**20  # candidates that the dynamic program compares at a time
 def check_bounds(prompts: int, budget: int, lower: ArrayLike, upper: ArrayLike) -> tuple[IntArray, IntArray]:
     """Broadcast bounds to (M,) int64 and check that the budget fits between them.
 
-    An upper bound that the budget cannot reach is lowered to what it can, which keeps tables small.
+    Upper bounds that the budget cannot reach are lowered to what it can, which keeps tables small.
 
     Raises:
         ValueError: bounds are not whole, out of order, or the budget is outside [sum(lower), sum(upper)].
@@ -79,18 +79,18 @@ def _bound(name: str, bound: ArrayLike, prompts: int) -> IntArray:
     array = np.asarray(bound)
     whole = array.dtype.kind in "iu" and array.shape in ((), (prompts,))
     counts = np.full(prompts, array if whole else -1, np.int64)
-    if not whole or (counts < 0).any():  # what does not fit into 64 bits, too
+    if not whole or (counts < 0).any():  # numbers beyond 64 bits are refused, too
         raise ValueError(f"{name} must be a whole number >= 0, or one per prompt ({prompts}), got {bound!r}")
     return counts
 
 
 def _sum(counts: IntArray) -> int:
-    """The sum as a Python number, which does not overflow."""
+    """Return the sum as a Python integer, which does not overflow."""
     return int(counts.sum()) if counts.max(initial=0) < 2**31 else sum(counts.tolist())
 
 
 def total_value(marginals: FloatArray, counts: IntArray) -> float:
-    """Value of an allocation: the sum of the marginals it takes, because V[i, 0] = 0.
+    """Return the value of an allocation: the sum of the marginals it takes, because V[i, 0] = 0.
 
     Args:
         marginals: (M, K) D[i, n].
@@ -127,7 +127,7 @@ def solve(
 
     Raises:
         ValueError: the marginals are not finite or too few, the budget does not fit the bounds, the method is
-            unknown, or greedy is asked for rows that are not concave.
+            unknown, or it is greedy and a row is not concave.
     """
     check_method(method)
     table = np.ascontiguousarray(marginals, dtype=np.float64)
@@ -165,7 +165,7 @@ def solve_checked(
     priority: FloatArray,
     method: Method = "auto",
 ) -> IntArray:
-    """:func:`solve` for arguments that are checked already: float64 and int64 arrays that fit.
+    """Solve like :func:`solve`, for arguments that are already checked: matching float64 and int64 arrays.
 
     Raises:
         ValueError: as :func:`solve` for the table and the method, or the dynamic program would be too large.
@@ -193,7 +193,7 @@ def check_states(prompts: int, budget: int) -> None:
 
 
 def concave_table(table: FloatArray, low: IntArray, high: IntArray) -> tuple[FloatArray, bool]:
-    """The table, rid of rises that are mere rounding, and whether its rows never rise within their bounds.
+    """Return the table without rises due to rounding, and whether its rows never rise within their bounds.
 
     Raises:
         ValueError: an entry within the bounds is not finite, or the rows are shorter than an upper bound.
@@ -204,7 +204,7 @@ def concave_table(table: FloatArray, low: IntArray, high: IntArray) -> tuple[Flo
     table = table[:, :width]
     possible = table[:, int(low.min(initial=width)) :]
     if np.isfinite(table).all() and not (possible[:, 1:] > possible[:, :-1]).any():
-        return table, True  # the usual case, without a look at each row's bounds
+        return table, True  # the usual case, without comparing the bounds of each row
     column = np.arange(width)
     reached = column < high[:, None]
     if not (np.isfinite(table) | ~reached).all():
@@ -224,7 +224,7 @@ def concave_table(table: FloatArray, low: IntArray, high: IntArray) -> tuple[Flo
 def greedy(
     table: FloatArray, budget: int, low: IntArray, high: IntArray, tier: IntArray, priority: FloatArray
 ) -> IntArray:
-    """The best rollouts of a table that :func:`concave_table` found concave; arguments as for :func:`solve_checked`."""
+    """Return the optimum of a table that :func:`concave_table` found concave; arguments as of :func:`solve_checked`."""
     room = budget - int(low.sum())
     if room == 0:
         return low.copy()
@@ -240,9 +240,9 @@ def greedy(
 
 
 def share_out(few: IntArray, many: IntArray, budget: int, tier: IntArray, priority: FloatArray) -> IntArray:
-    """Counts between ``few`` and ``many`` that sum to the budget where all rollouts between are worth the same.
+    """Return counts between ``few`` and ``many`` that sum to the budget; all rollouts in between have the same value.
 
-    The order is that of ties: tier, count, priority, position.
+    They are handed out in the order of ties: tier, count, priority, position.
     """
     counts = few.copy()
     left = budget - int(few.sum())
@@ -259,8 +259,8 @@ def share_out(few: IntArray, many: IntArray, budget: int, tier: IntArray, priori
 
 
 def _level(few: IntArray, many: IntArray, left: int, priority: FloatArray) -> IntArray:
-    """Raise ``few`` to a common level as far as ``left`` goes; what is then left goes by priority, then position."""
-    low, high = int(few.min()), int(many.max())  # at ``low`` the budget suffices, at ``high`` it does not
+    """Raise ``few`` to a common level as far as ``left`` goes; the remainder goes by priority, then position."""
+    low, high = int(few.min()), int(many.max())  # the budget suffices for ``low`` and not for ``high``
     while high - low > 1:
         level = (low + high) // 2
         if int(np.maximum(np.minimum(many, level) - few, 0).sum()) <= left:
@@ -277,11 +277,11 @@ def _level(few: IntArray, many: IntArray, left: int, priority: FloatArray) -> In
 def _dynamic_program(table: FloatArray, budget: int, low: IntArray, high: IntArray) -> IntArray:
     """Maximise over any table, row by row: best(total) = max_n best of the rows before (total - n) + V[i, n].
 
-    Among equal totals a later row takes fewer rollouts. Only totals from which the budget can still be met are visited.
+    Among equal totals later rows take fewer rollouts. Only totals from which the budget can still be met are visited.
     """
     prompts = low.size
     choice = np.zeros((prompts, budget + 1), np.int32)
-    best = np.zeros(1)  # of the totals from ``start`` on
+    best = np.zeros(1)  # for totals from ``start`` on
     start = 0
     rest_low, rest_high = int(low.sum()), int(high.sum())
     for i in range(prompts):

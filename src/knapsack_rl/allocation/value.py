@@ -1,4 +1,4 @@
-"""The value of a rollout budget: the paper's equations, and one protocol for other values.
+"""The value of a rollout budget: the paper's equations, and a protocol for other values.
 
 Source: Li et al., *Knapsack RL*, arXiv 2509.25849. A prompt with success rate p that is given N rollouts
 yields a non-zero GRPO gradient unless all its rewards are equal. The paper values the item (prompt, N) as the
@@ -27,10 +27,10 @@ from knapsack_rl.allocation.checks import FloatArray, check_counts, check_succes
 
 
 def nonzero_gradient_probability(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-    """Probability that a group of N rollouts holds both a success and a failure: 1 - p^N - (1-p)^N.
+    """Return the probability that a group of N rollouts has both a success and a failure: 1 - p^N - (1-p)^N.
 
-    No rollouts and one rollout cannot differ, so the result is 0 there. Computed without cancellation: small p
-    keeps full relative precision.
+    It is 0 for fewer than two rollouts, which cannot differ. It is computed without cancellation, so small p keeps full
+    relative precision.
 
     Args:
         counts: rollouts N per group, whole numbers >= 0; broadcasts with ``success_rates``.
@@ -54,10 +54,10 @@ def nonzero_gradient_probability(counts: ArrayLike, success_rates: ArrayLike) ->
 
 
 def information_gain(success_rates: ArrayLike) -> FloatArray:
-    """Information gain p (1-p)^2 of a prompt: the largest at p = 1/3.
+    """Return the information gain p (1-p)^2 of a prompt, which is largest at p = 1/3.
 
     It is the first-order change of the success probability after one gradient step on a softmax policy: the
-    derivative p (1-p) times the remaining head-room (1-p).
+    derivative p (1-p) times the remaining headroom (1-p).
 
     Raises:
         ValueError: a rate is outside [0, 1].
@@ -69,7 +69,7 @@ def information_gain(success_rates: ArrayLike) -> FloatArray:
 
 
 def value(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-    """Value V(N, p) = (1 - p^N - (1-p)^N) p (1-p)^2 of giving a prompt N rollouts.
+    """Return the value V(N, p) = (1 - p^N - (1-p)^N) p (1-p)^2 of N rollouts of a prompt.
 
     Args:
         counts: rollouts N, whole numbers >= 0; broadcasts with ``success_rates``.
@@ -84,7 +84,7 @@ def value(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
 
 
 def marginal_values(success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
-    """Table of the paper's marginal values, D[i, n] = V(n+1, p_i) - V(n, p_i).
+    """Return the table of the paper's marginal values, D[i, n] = V(n+1, p_i) - V(n, p_i).
 
     Args:
         success_rates: (M,) p in [0, 1].
@@ -100,9 +100,9 @@ def marginal_values(success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
 
 
 def rollouts_for_probability(success_rates: ArrayLike, probability: float = 0.9) -> FloatArray:
-    """Rollouts needed for a non-zero gradient with the given probability: ln(1-a) / ln(max(p, 1-p)).
+    """Return the rollouts needed for a non-zero gradient with probability a: ln(1-a) / ln(max(p, 1-p)).
 
-    The paper's estimate: it counts only the commoner outcome's run. 229.1 for p = 0.01 and a = 0.9.
+    This is the paper's estimate, which considers only runs of the more common outcome: 229.1 for p = 0.01 and a = 0.9.
 
     Args:
         success_rates: p in [0, 1].
@@ -123,41 +123,25 @@ def rollouts_for_probability(success_rates: ArrayLike, probability: float = 0.9)
         return np.asarray(math.log1p(-probability) / np.log1p(-np.minimum(p, 1.0 - p)))
 
 
-def expected_rollouts_until_mixed(success_rates: ArrayLike) -> FloatArray:
-    """Expected rollouts until a group holds both outcomes: 1/p + 1/(1-p) - 1. 100.01 for p = 0.01.
-
-    Returns:
-        Float64 array, >= 3; infinite where p is 0 or 1.
-
-    Raises:
-        ValueError: a rate is outside [0, 1].
-
-    Source: first success and first failure are both needed; the first draw is one of them.
-    """
-    p = check_success_rates(success_rates)
-    with np.errstate(divide="ignore", over="ignore"):
-        return 1.0 / p + 1.0 / (1.0 - p) - 1.0
-
-
 @runtime_checkable
 class ValueFunction(Protocol):
-    """A value, and its differences without loss of digits."""
+    """A value function, with differences that lose no digits."""
 
     def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-        """V(N, p), broadcasting; zero for N = 0."""
+        """Return V(N, p), broadcasting; zero for N = 0."""
         ...
 
     def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
-        """(M, max_rollouts) table of D[i, n] = V(n+1, p_i) - V(n, p_i)."""
+        """Return the (M, max_rollouts) table of D[i, n] = V(n+1, p_i) - V(n, p_i)."""
         ...
 
 
 @dataclass(frozen=True)
 class MixedOutcomes:
-    """A gain per prompt if the group holds both outcomes: V = (1 - p^N - (1-p)^N) gain(p).
+    """A gain per prompt if the group has both outcomes: V = (1 - p^N - (1-p)^N) gain(p).
 
     The marginal value of rollout n+1, for n >= 1, is gain(p) [p^n (1-p) + (1-p)^n p]: a sum of two geometric
-    sequences, which never rises. The first rollout is worth nothing, because a group of one has no gradient.
+    sequences, which never rises. The first rollout has no value, because a group of one has no gradient.
 
     Attributes:
         gain: maps success rates in [0, 1] to numbers >= 0, elementwise.
@@ -166,14 +150,14 @@ class MixedOutcomes:
     gain: Callable[[FloatArray], FloatArray]
 
     def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-        """V(N, p), broadcasting."""
+        """Return V(N, p), broadcasting."""
         return nonzero_gradient_probability(counts, success_rates) * self.gain(check_success_rates(success_rates))
 
     def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
-        """(M, max_rollouts) table.
+        """Return the (M, max_rollouts) table.
 
-        Each column follows from the one before by two multiplications, which rounding cannot make rise; no nearly equal
-        numbers are subtracted.
+        Each column follows from the previous one by two multiplications, which rounding cannot make rise; nearly equal
+        numbers are never subtracted.
         """
         p = check_success_rates(success_rates).ravel()
         table = np.zeros((p.size, max_rollouts))
@@ -191,7 +175,7 @@ class CustomFunction:
     function: Callable[..., ArrayLike]
 
     def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-        """V(N, p), broadcasting.
+        """Return V(N, p), broadcasting.
 
         Raises:
             ValueError: the function returns another shape, NaN or infinity.
@@ -200,7 +184,7 @@ class CustomFunction:
         return _checked(self.function(n, p), n, p)
 
     def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
-        """(M, max_rollouts) differences of the function's values.
+        """Return the (M, max_rollouts) differences of the function's values.
 
         Raises:
             ValueError: see :meth:`values`; or the function is not 0 for no rollouts.
@@ -210,7 +194,7 @@ class CustomFunction:
 
 
 def differences(values: FloatArray) -> FloatArray:
-    """(M, K) marginal values of a table V[i, n], n = 0..K, whose first column must be 0.
+    """Return the (M, K) marginal values of a table V[i, n], n = 0..K, whose first column must be 0.
 
     Raises:
         ValueError: the value of no rollouts is not 0 for some prompt.
@@ -233,11 +217,11 @@ ValueLike = str | ValueFunction | Callable[..., ArrayLike]
 
 
 def make_value_function(value: ValueLike) -> ValueFunction:
-    """The value function of a name, an import path, an object or ``f(counts, success_rates)``, tried once.
+    """Return the value function of a name, import path, object or ``f(counts, success_rates)``, tried once.
 
     Raises:
-        ValueError: the name is unknown, the path leads nowhere, or the function is not usable: not finite, of another
-            shape than its broadcast arguments, or not 0 for no rollouts.
+        ValueError: the name is unknown, the import fails, or the function is not usable: not finite, not of the
+            broadcast shape of its arguments, or not 0 for no rollouts.
     """
     if isinstance(value, str) and value in VALUES:
         return VALUES[value]
@@ -267,7 +251,7 @@ def _try(function: ValueFunction) -> None:
     """Evaluate a value function once for a few counts and rates.
 
     Raises:
-        ValueError: it fails, or what it returns is not usable.
+        ValueError: it fails, or its result is not usable.
     """
     n, p = np.arange(5), np.array([0.1, 0.5, 0.9])
     try:
@@ -294,19 +278,7 @@ def _checked(values: ArrayLike, counts: NDArray[Any], success_rates: FloatArray)
 
 
 def _geometric(start: FloatArray, ratio: FloatArray, length: int) -> FloatArray:
-    """(M, length) start, start * ratio, start * ratio * ratio, ..."""
+    """Return the (M, length) sequences start, start * ratio, start * ratio * ratio, ..."""
     powers = np.empty((start.size, length))
     powers[:, 0], powers[:, 1:] = start, ratio[:, None]
     return np.multiply.accumulate(powers, axis=1, out=powers)
-
-
-def marginal_table(value: ValueLike, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
-    """(M, max_rollouts) marginal values for a vector of success rates, such as the grid of a posterior.
-
-    With posterior weights W (prompts, grid points), ``W @ marginal_table(value, grid, K)`` is the expected marginal
-    value per prompt; expectation keeps concavity.
-
-    Raises:
-        ValueError: a rate is outside [0, 1], or the value is not known or not usable.
-    """
-    return make_value_function(value).marginals(success_rates, max_rollouts)

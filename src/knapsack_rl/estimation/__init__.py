@@ -1,1 +1,1 @@
-"""Rewards in, what is known of each prompt out: records, estimators, expected lengths."""
+"""From rewards to beliefs about prompts: records, estimators, expected lengths."""

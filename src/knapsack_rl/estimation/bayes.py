@@ -1,10 +1,10 @@
 """Posteriors on a grid of success rates, with a prior learned from the population of prompts.
 
-Both estimators of this module say that a prompt's posterior is *prior times likelihood* on a grid that is evenly
-spaced in logits. The prior is the nonparametric maximum-likelihood estimate from all prompts, so unseen, unsolved and
-solved prompts need no special rule. They differ in how evidence ages while the policy moves:
-:class:`EmpiricalBayesEstimator` discounts old counts by a constant, :class:`BayesFilterEstimator` lets the likelihood
-of old counts diffuse and drift by amounts which it learns from how well it predicts.
+In both estimators of this module the posterior of a prompt is *prior times likelihood* on a grid that is evenly spaced
+in logits. The prior is the nonparametric maximum-likelihood estimate from all prompts, so unseen, unsolved and solved
+prompts need no special rule. The estimators differ in how evidence ages while the policy changes:
+:class:`EmpiricalBayesEstimator` discounts old counts by a constant; :class:`BayesFilterEstimator` lets the likelihood
+of old counts diffuse and drift, by amounts that it learns from how well it predicts.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ LARGEST_LOGIT = 7.0
 """The grid spans success rates from 0.0009 to 0.9991."""
 
 REFIT_SAMPLE = 20_000
-"""Most prompts that a refit looks at, evenly spaced in order of first observation; more add time and no knowledge."""
+"""Most prompts used in a refit, evenly spaced in order of first observation; more only take more time."""
 
 _Move = tuple[NDArray[np.intp], FloatArray]
 """(M, grid_points + 1) places that the points of shifted rows lie between, and (M, 1) how far on the way."""
 
 _Ages = tuple[FloatArray, NDArray[np.intp]]
-"""(D,) distinct ages and (M,) the place of each prompt's age among them: exponentials are computed once per age."""
+"""(D,) distinct ages and (M,) index of each prompt's age among them: exponentials are computed once per age."""
 
 
 class GridPosterior(Estimator):
-    """A prior over a grid of success rates, fitted to likelihoods, and what a posterior on the grid implies.
+    """A prior over a grid of success rates, fitted to likelihoods, and beliefs from a posterior on the grid.
 
     Args:
         grid_points: success rates in the grid, >= 3, evenly spaced in logits from -7 to 7.
@@ -59,7 +59,7 @@ class GridPosterior(Estimator):
         self.use_value("knapsack")
 
     def use_value(self, value: ValueLike) -> None:
-        """Maximise another value from now on; what was learned of success rates stays.
+        """Maximise another value from now on, and keep all that was learned about success rates.
 
         Raises:
             ValueError: the value is unknown.
@@ -69,14 +69,14 @@ class GridPosterior(Estimator):
         self._mixed: FloatArray = np.empty((0, self.grid.size))  # chance of mixed outcomes for 0, 1, ... rollouts
 
     def binomial_likelihood(self, successes: FloatArray | IntArray, failures: FloatArray | IntArray) -> FloatArray:
-        """(M, grid_points) likelihood of counts up to a factor per row, whose largest entry is 1."""
+        """Return the (M, grid_points) likelihood of counts, scaled so that the largest entry of each row is 1."""
         log = np.outer(successes, self._log_success) + np.outer(failures, self._log_failure)
         return np.exp(log - log.max(axis=1, keepdims=True))
 
     def fit_prior(self, likelihood: FloatArray) -> None:
         """Fit the prior to (M, grid_points) likelihoods by EM, from a flat start.
 
-        One prompt's weight of a flat prior is added, so that no rate becomes impossible.
+        A flat prior with the weight of one prompt is added, so that every rate stays possible.
         """
         size = self.grid.size
         weights = np.full(size, 1.0 / size)
@@ -86,12 +86,12 @@ class GridPosterior(Estimator):
         self.prior = weights
 
     def posterior_of(self, likelihood: FloatArray) -> FloatArray:
-        """(M, grid_points) probability of each success rate of the grid, rows sum to 1."""
+        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
         joint = likelihood * self.prior
         return joint / joint.sum(axis=1, keepdims=True)
 
     def belief_of(self, posterior: FloatArray, max_rollouts: int) -> Belief:
-        """Posterior mean and expectations over the grid."""
+        """Return the posterior mean and expectations over the grid."""
         if self._values.shape[1] < max_rollouts:
             self._values = self.value.marginals(self.grid, max_rollouts)
             self._mixed = nonzero_gradient_probability(np.arange(max_rollouts + 1)[:, None], self.grid)
@@ -106,14 +106,14 @@ class GridPosterior(Estimator):
         )
 
     def posterior(self, records: Records) -> FloatArray:
-        """(M, grid_points) probability of each success rate of the grid, rows sum to 1."""
+        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
         raise NotImplementedError
 
     def believe_after(self, records: Records, counts: IntArray, successes: IntArray, more_rollouts: int) -> Belief:
-        """Belief after a first share of outcomes: gains of further rollouts, and chances with both shares together.
+        """Return the belief after a first share of outcomes: gains of further rollouts, and predictions.
 
-        In a value of mixed outcomes, more rollouts gain a group nothing that holds both outcomes already. Of a group
-        with n equal outcomes the updated posterior gives the value of k more:
+        With a value of mixed outcomes, a group that has both outcomes gains nothing from more rollouts. For a group
+        with equal outcomes the updated posterior gives the value of k more:
 
             all failures:   V(k) = E[gain(p) (1 - (1-p)^k)]     a success is missing
             all successes:  V(k) = E[gain(p) (1 - p^k)]         a failure is missing
@@ -122,15 +122,15 @@ class GridPosterior(Estimator):
         All are concave (the last from k = 1 on), so the knapsack with these rows is exact.
 
         **Bias.** The size of a group then depends on its outcomes, as under any stopping rule. The posterior is not
-        affected: its likelihood p^s (1-p)^f is the same under every stopping rule. Group statistics are: a group that
-        stops soon after its first success overstates its rate, E[s/n] > p, and advantages, which compare with the group
-        mean, inherit that. It is inverse binomial sampling.
+        affected: its likelihood p^s (1-p)^f is the same under every stopping rule. Group statistics are affected: a
+        group that stops soon after its first success overstates its rate, E[s/n] > p (inverse binomial sampling), and
+        so do advantages, which are relative to the group mean.
 
         Args:
-            records: of M prompts.
+            records: records of M prompts.
             counts: (M,) rollouts of the first share.
-            successes: (M,) of them.
-            more_rollouts: columns of marginal values of further rollouts.
+            successes: (M,) successes among them.
+            more_rollouts: number of columns of marginal values of further rollouts.
 
         Raises:
             ValueError: the value does not depend on mixed outcomes alone.
@@ -164,7 +164,7 @@ class GridPosterior(Estimator):
         """Restore the prior.
 
         Raises:
-            ValueError: the prior is missing, does not fit the grid or is not a distribution.
+            ValueError: the prior is missing, does not match the grid or is not a distribution.
         """
         prior = np.asarray(state.get("prior", ()), dtype=np.float64)
         if prior.shape != self.grid.shape or not (prior >= 0).all() or not np.isclose(prior.sum(), 1.0):
@@ -173,7 +173,7 @@ class GridPosterior(Estimator):
 
 
 class EmpiricalBayesEstimator(GridPosterior):
-    """Binomial likelihood of discounted counts, prior fitted to all prompts.
+    """An estimator with the binomial likelihood of discounted counts and a prior fitted to all prompts.
 
     Args:
         discount: see :class:`~knapsack_rl.estimation.protocol.Estimator`.
@@ -194,53 +194,53 @@ class EmpiricalBayesEstimator(GridPosterior):
         self.fit_prior(self.binomial_likelihood(sample.successes, sample.failures))
 
     def posterior(self, records: Records) -> FloatArray:
-        """(M, grid_points) probability of each success rate of the grid, rows sum to 1."""
+        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
         return self.posterior_of(self.binomial_likelihood(records.successes, records.failures))
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
-        """Posterior mean and expectations over the grid."""
+        """Return the posterior mean and expectations over the grid."""
         return self.belief_of(self.posterior(records), max_rollouts)
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of an equal estimator."""
+        """Return the keyword arguments of an equal estimator."""
         return {"discount": self.discount, "grid_points": self.grid.size, "iterations": self.iterations}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The fitted prior."""
+        """Return the fitted prior."""
         return {"prior": self.prior.copy()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Restore the prior; ``ValueError`` if there is none that fits."""
+        """Restore the prior; ``ValueError`` if it is missing or does not match."""
         self.load_prior(state)
 
 
 class BayesFilterEstimator(GridPosterior):
     r"""A Bayes filter: success rates walk in logits between visits, by a step and a drift learned from the data.
 
-    Per prompt the tracker keeps the likelihood of everything observed as a function of the rate *now*,
+    For each prompt the tracker keeps the likelihood of all observations as a function of the *current* rate,
     L(g) = P(observations | logit now = g). Between visits it is blurred by a random walk and shifted by the drift; a
     visit multiplies it by its binomial likelihood:
 
         L_new(g) = Binomial(successes | n, g) * (drift . walk(age) L_old)(g).
 
-    Read backwards in time, the walk with reflecting ends is the same walk for a population that is spread evenly over
-    the logits; L is exact then, and an approximation for another population (the exact recursion, which weighs by the
-    prior at each step, costs twice the time and captured no more of the gain). The posterior is L times a prior of the
-    population *as it is now*, refitted from all L. So old evidence fades as it loses its worth, and evidence on common
-    movement is shared between prompts.
+    For a population spread evenly over the logits, the walk with reflecting ends is the same in reversed time, and L is
+    exact; for other populations it is an approximation (the exact recursion, which weighs by the prior at each step,
+    takes twice the time and captured no more of the gain). The posterior is L times a prior of the *current*
+    population, refitted from all L. So old evidence fades as it becomes outdated, and evidence about common movement is
+    shared between prompts.
 
-    The walk is the continuous-time walk on the grid's points with reflecting ends; its generator is diagonal in
-    cosines, which makes any age exact by two small matrix products. Variance and drift per epoch are moved once an
-    epoch to those of their neighbouring values (half to double variance, drift one notch up or down) under which the
-    visits of the epoch would have been predicted best. No constant needs tuning.
+    The walk is the continuous-time walk on the points of the grid with reflecting ends. Its generator is diagonal in
+    cosines, so two small matrix products give the exact result for any age. Once an epoch, variance and drift per epoch
+    move to those neighbouring values (half to double the variance, drift one step up or down) that would have predicted
+    the visits of the epoch best. No constant needs tuning.
 
     Args:
         grid_points: see :class:`GridPosterior`.
         iterations: see :class:`GridPosterior`.
 
     Attributes:
-        variance: of the walk, in squared logits per epoch; learned.
-        drift: in logits per epoch; learned.
+        variance: variance of the walk in squared logits per epoch; learned.
+        drift: drift in logits per epoch; learned.
 
     Raises:
         ValueError: a number is out of range.
@@ -249,16 +249,16 @@ class BayesFilterEstimator(GridPosterior):
     likelihood (Dawid 1984); the prior as in :class:`GridPosterior`.
     """
 
-    discount: float = 0.8  # of the tracker's counts, which serve lengths and metrics here, not the estimate
+    discount: float = 0.8  # of the tracker's counts, used here for lengths and metrics, not for the estimate
 
     START_VARIANCE = 0.09
     VARIANCE_RANGE = (1e-6, 25.0)
     VARIANCE_FACTORS = np.array([0.5, 0.5**0.5, 1.0, 2**0.5, 2.0])
     DRIFT_STEPS = np.array([-0.05, 0.0, 0.05])
     DRIFT_LIMIT = 1.0
-    # The information of a visit serves a few later ones too; chosen on a development set, where 1 to 8 differ little.
+    # The information of a visit helps a few later ones too; chosen on a development set, where 1 to 8 differ little.
     VISITS_SERVED = 3.0
-    # No past makes a rate impossible: a prompt may have jumped.
+    # No history makes a rate impossible, because the rate of a prompt may jump.
     FLOOR = 1e-12
 
     def __init__(self, grid_points: int = 57, iterations: int = 40) -> None:
@@ -275,7 +275,7 @@ class BayesFilterEstimator(GridPosterior):
         self._decay = (1.0 - np.cos(np.pi * wave / grid_points)) / self._spacing**2
 
     def absorb(self, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
-        """Multiply what is known by the likelihood of a visit, and score the neighbouring variances and drifts."""
+        """Multiply the evidence by the likelihood of a visit, and score the neighbouring variances and drifts."""
         visit = self.binomial_likelihood(successes, totals - successes)
         again = np.flatnonzero(records.visits)
         known = np.ones_like(visit)
@@ -304,19 +304,19 @@ class BayesFilterEstimator(GridPosterior):
         return now
 
     def _log_score(self, walked: FloatArray, drifted: _Move, hit: FloatArray) -> tuple[float, FloatArray]:
-        """Log probability of visits after such a drift, up to a constant that all predictions share; the likelihood."""
+        """Return the log probability of visits after a drift, up to a common constant, and the likelihood."""
         shifted = _shifted(walked, drifted)
         return float(np.log(np.einsum("mg,mg->m", shifted, hit) / product(shifted, self.prior)).sum()), shifted
 
     def _likelihood(self, records: Records) -> FloatArray:
-        """(M, grid_points) likelihood of all past visits as a function of the rate now; ones for an unseen prompt."""
+        """Return the (M, grid_points) likelihood of all visits given the current rate; ones for an unseen prompt."""
         walked = self._walk(product(records.evidence, self._cosines), _distinct(records.age), self.variance)
         now = self._shift(walked, records.age * self.drift)
         now[records.visits == 0] = 1.0
         return now
 
     def _walk(self, waves: FloatArray, ages: _Ages, variance: float) -> FloatArray:
-        """Let rows, given by their cosine coefficients, walk for their ages."""
+        """Apply the walk over their ages to rows given by their cosine coefficients."""
         distinct, which = ages
         damping = np.exp(np.outer(-variance * distinct, self._decay))[which]
         damping *= waves
@@ -324,21 +324,21 @@ class BayesFilterEstimator(GridPosterior):
         return np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
 
     def _shift(self, rows: FloatArray, logits: FloatArray) -> FloatArray:
-        """Move each row up by so many logits, linearly between points; the end value moves in from outside."""
+        """Shift each row up by a number of logits, linear between points and constant beyond the ends."""
         return _shifted(rows, self._move(logits))
 
     def _move(self, logits: FloatArray) -> _Move:
-        """Where the points of each row come from in a shift, for rows that share it."""
+        """Return where the points of each row come from in a shift, for rows that share it."""
         cells, size = logits / self._spacing, self.grid.size
         whole = np.floor(cells)
-        source = np.arange(-1, size) - whole.astype(np.intp)[:, None]  # of the point below the first, and of all points
+        source = np.arange(-1, size) - whole.astype(np.intp)[:, None]  # for the point below the first, and all points
         np.maximum(source, 0, out=source)
         np.minimum(source, size - 1, out=source)
         source += size * np.arange(logits.size)[:, None]
         return source, (cells - whole)[:, None]
 
     def refit(self, population: Records) -> None:
-        """Move variance and drift to their best neighbours, then fit the prior to the population as it is now."""
+        """Move variance and drift to their best neighbours, then fit the prior to the current population."""
         if self._scores_of_variance.any():
             moved = self.variance * float(self.VARIANCE_FACTORS[np.argmax(self._scores_of_variance)])
             self.variance = min(max(moved, self.VARIANCE_RANGE[0]), self.VARIANCE_RANGE[1])
@@ -350,11 +350,11 @@ class BayesFilterEstimator(GridPosterior):
         self.fit_prior(likelihood / likelihood.max(axis=1, keepdims=True))
 
     def posterior(self, records: Records) -> FloatArray:
-        """(M, grid_points) probability of each success rate of the grid, rows sum to 1."""
+        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
         return self.posterior_of(self._likelihood(records))
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
-        """Posterior mean and expectations over the grid, and what another look would be worth."""
+        """Return the posterior mean, expectations over the grid, and the value of information."""
         likelihood = self._likelihood(records)
         belief = self.belief_of(self.posterior_of(likelihood), max_rollouts)
 
@@ -364,10 +364,10 @@ class BayesFilterEstimator(GridPosterior):
         return replace(belief, value_of_information=value_of_information)
 
     def _value_of_information(self, likelihood: FloatArray, price: float, max_rollouts: int) -> FloatArray:
-        """Expected gain at the next visit from deciding with the outcome, times the visits that it serves.
+        """Return the expected gain at the next visit from knowing the outcome, times the visits that it helps.
 
-        At a visit a prompt earns max over n of E[V(n)] - price n, which is convex in the posterior: knowing more never
-        hurts. The posteriors compared are those an epoch from now, with each outcome and without.
+        At a visit a prompt earns max over n of E[V(n)] - price n, which is convex in the posterior, so knowing more
+        never hurts. The posteriors compared are those an epoch from now, with each outcome and without.
 
         Source: value of information (Howard 1966), one step ahead (knowledge gradient, Frazier et al. 2008).
         """
@@ -390,11 +390,11 @@ class BayesFilterEstimator(GridPosterior):
         return self.VISITS_SERVED * gain
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of an equal estimator."""
+        """Return the keyword arguments of an equal estimator."""
         return {"grid_points": self.grid.size, "iterations": self.iterations}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Prior, variance and drift, and the scores of the epoch under way."""
+        """Return the prior, variance and drift, and the scores of the current epoch."""
         return {
             "prior": self.prior.copy(),
             "walk": np.array([self.variance, self.drift]),
@@ -437,12 +437,12 @@ def _shifted(rows: FloatArray, move: _Move) -> FloatArray:
 
 
 def _distinct(ages: FloatArray) -> _Ages:
-    """Distinct ages and the place of each among them: prompts of one earlier batch share their age."""
+    """Return distinct ages and the index of each age among them; prompts of one earlier batch share their age."""
     return np.unique(ages, return_inverse=True)
 
 
 def _sample(population: Records) -> Records:
-    """At most ``REFIT_SAMPLE`` prompts, evenly spaced."""
+    """Return at most ``REFIT_SAMPLE`` prompts, evenly spaced."""
     if len(population) <= REFIT_SAMPLE:
         return population
     return population.take(np.linspace(0, len(population) - 1, REFIT_SAMPLE).astype(np.int64))

@@ -1,6 +1,6 @@
-"""Lengths of rollouts: their expectation per prompt, from what was observed, and the tokens of a rollout.
+"""Expected lengths of rollouts per prompt, from observed lengths.
 
-A failure runs longer than a success of the same prompt, often to the limit. So lengths are kept apart by outcome, and
+A failure is usually longer than a success of the same prompt, often up to the limit. So lengths are kept by outcome:
 
     c_i = p_i E[length | success] + (1 - p_i) E[length | failure].
 
@@ -18,9 +18,9 @@ from knapsack_rl.allocation.policies import LEAST_TOKENS
 from knapsack_rl.estimation.tracker import Outcome, Records
 
 LONGEST = 1e9
-"""Tokens of one rollout; squares of mistaken numbers would overflow what is kept of lengths."""
+"""Most tokens of one rollout; squares of mistaken numbers would overflow the sums of lengths."""
 
-MIN_COUNT = 1e-9  # a discounted count below this holds no usable evidence: the prompt reads as never seen
+MIN_COUNT = 1e-9  # a discounted count below this holds no usable evidence: the prompt counts as never seen
 _MAX_COUNT = 2.0**53  # above this, adding 1 to a float64 count changes nothing
 _UNDERFLOW = 1e-300  # a smaller sum was discounted to nothing
 _SUMS_RTOL = 1e-4  # `total² <= count · total_squared` may fail by this, as sums accumulated in float32 do
@@ -31,8 +31,8 @@ _OUTCOMES: tuple[Outcome, Outcome] = ("success", "failure")
 def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -> FloatArray:
     """Return the expected work per rollout of each prompt, shrunk towards the population mean.
 
-    The raw mean of a few heavy-tailed lengths is noisy, and the population mean ignores what is known. The
-    one-way random-effects model (length = population mean + prompt effect + noise) weighs the two: the
+    The raw mean of a few heavy-tailed lengths is noisy, and the population mean ignores observations of the prompt.
+    The one-way random-effects model (length = population mean + prompt effect + noise) weighs the two: the
     prediction is `mu + n_i / (n_i + s2_within / s2_between) · (mean_i − mu)`. Both variances come from the
     one-way analysis of variance for unequal group sizes (method of moments), and `mu` weighs each prompt's
     mean by that same factor. Every prediction lies between the smallest and the largest observed mean.
@@ -42,14 +42,14 @@ def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -
     * nothing observed at all: ones, that is, equal work;
     * a prompt never seen (count below 1e-9, which discounting can produce): `mu`;
     * one seen prompt: its mean, for every prompt;
-    * no prompt with more than one rollout, so that the variances cannot be separated: they are taken as
+    * no prompt with more than one rollout, so that the variances cannot be separated: they are assumed to be
       equal, which gives the factor n_i / (n_i + 1) and keeps the order of equally observed prompts;
     * means that differ no more than noise explains (s2_between estimated as 0): the pooled mean for all;
-    * no noise inside any prompt: each prompt's own mean.
+    * no noise within any prompt: the mean of each prompt.
 
     Args:
         count: (P,) rollouts observed per prompt, in [0, 2^53]. Discounted counts need not be whole; they are
-            read as numbers of rollouts, which overstates the noise and so shrinks more.
+            treated as numbers of rollouts, which overstates the noise and so shrinks more.
         total: (P,) sum of their lengths in tokens (or any unit of work), >= 0.
         total_squared: (P,) sum of their squared lengths, >= total² / count.
 
@@ -57,8 +57,8 @@ def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -
         (P,) float64 expected work per rollout, in the unit of `total`; finite and >= 0.
 
     Raises:
-        ValueError: if the shapes differ or are not one-dimensional, if a value is outside its range (1e300 at
-            most), or if the three sums cannot come from the same observations.
+        ValueError: the shapes differ or are not one-dimensional, a value is outside its range (1e300 at most), or the
+            three sums cannot come from the same observations.
     """
     count_P = check_amounts(count, "count", _MAX_COUNT)
     total_P = check_amounts(total, "total")
@@ -86,25 +86,25 @@ def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -
 
 
 def shrunk_lengths(sums: tuple[FloatArray, FloatArray, FloatArray], rows: IntArray) -> FloatArray:
-    """(M,) expected length of a rollout of each prompt, shrunk to the population; ones if nothing was observed.
+    """Return (M,) expected lengths of a rollout of each prompt, shrunk to the population; ones if none is known.
 
     Args:
         sums: (P,) count, sum and sum of squares of the lengths of every known prompt.
-        rows: (M,) which of the P prompts; -1 for one never seen, which has the population's mean.
+        rows: (M,) index of each prompt; -1 for one never seen, which has the population's mean.
     """
-    # One prompt without observations is put last, where -1 finds it.
+    # A prompt without observations is appended, where index -1 finds it.
     return predict_work(*(np.append(column, 0.0) for column in sums))[rows]
 
 
 def expected_tokens(everyone: Records, rows: IntArray, success_rates: FloatArray) -> FloatArray | None:
-    """(M,) expected tokens per rollout, at least 1; None while no length was ever observed.
+    """Return (M,) expected tokens per rollout, at least 1, or None if no length has been observed.
 
-    Where lengths are known of one outcome only, they are used for the other too.
+    If lengths are known of one outcome only, they are used for the other too.
 
     Args:
         everyone: records of all known prompts.
         rows: (M,) their rows, -1 for a prompt never seen.
-        success_rates: (M,) estimates; where NaN, the share of successes among all rollouts of known length is used.
+        success_rates: (M,) estimates; NaN is replaced by the share of successes among all rollouts of known length.
     """
     observed = {outcome: everyone.lengths_of(outcome) for outcome in _OUTCOMES}
     counts = {outcome: float(sums[0].sum()) for outcome, sums in observed.items()}
@@ -122,7 +122,7 @@ def check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
     """Return the tokens of each rollout as (R,) float64.
 
     Raises:
-        ValueError: there is not one per rollout, or one is not a number from 0 to ``LONGEST``.
+        ValueError: there is not one per rollout, or one is outside [0, ``LONGEST``].
     """
     array = np.asarray(lengths, dtype=np.float64)
     if array.shape != (rollouts,) or not ((array >= 0) & (array <= LONGEST)).all():
@@ -133,10 +133,10 @@ def check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
 
 
 def _variance_ratio(n: FloatArray, mean: FloatArray, within_squares: FloatArray) -> float | None:
-    """Return s2_within / s2_between of the seen prompts; None if nothing shows that prompts differ."""
+    """Return s2_within / s2_between of the seen prompts, or None without evidence that prompts differ."""
     if len(n) < 2:
         return None
-    repeated = n > 1.0  # only these inform about noise: a count of 1 or less has no degree of freedom
+    repeated = n > 1.0  # a count of 1 or less has no degree of freedom for noise
     if not repeated.any():
         return 1.0
     within = float(within_squares[repeated].sum() / (n[repeated] - 1.0).sum())
@@ -157,7 +157,7 @@ def _check_sums(count_P: FloatArray, total_P: FloatArray, total_squared_P: Float
     # Cauchy and Schwarz, by square roots because squares may overflow.
     impossible_P = total_P > np.sqrt(count_P) * np.sqrt(total_squared_P) * (1.0 + _SUMS_RTOL)
     impossible_P &= count_P >= MIN_COUNT
-    # Discounting makes the count 0 some visits before the sums of longer lengths: that is not a mistake.
+    # Discounting takes the count to 0 some visits before the sums of longer lengths, which is not an error.
     impossible_P |= (count_P == 0.0) & (np.maximum(total_P, total_squared_P) > _UNDERFLOW)
     if impossible_P.any():
         i = int(np.argmax(impossible_P))

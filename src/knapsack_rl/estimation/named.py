@@ -1,4 +1,4 @@
-"""From reward counts to what is known of each prompt's success rate.
+"""The estimators of success rates, by name.
 
 An estimator turns :class:`~knapsack_rl.estimation.tracker.Records` into a
 :class:`~knapsack_rl.allocation.belief.Belief`: a mean success rate and expected marginal values per prompt. To add one,
@@ -16,7 +16,7 @@ import numpy as np
 
 from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
-from knapsack_rl.allocation.value import ValueLike, make_value_function, marginal_table, nonzero_gradient_probability
+from knapsack_rl.allocation.value import ValueLike, make_value_function, nonzero_gradient_probability
 from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator
 from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import RECENT, Records
@@ -25,16 +25,16 @@ _ANY_RATE = np.linspace(0.01, 0.99, 99)
 
 
 class WindowEstimator(Estimator):
-    """The paper's rule: a mean of recent rewards, taken for the truth.
+    """The paper's rule: a mean of recent rewards, treated as the true rate.
 
-    If the newest visit gave at least ``window`` rewards, their mean; else the mean of the newest ``window`` rewards
-    across visits. Below ``minimum`` rewards in all the prompt counts as unseen and gets the uniform budget. Allocation
-    is by the paper's rule with its fallback.
+    The estimate is the mean of the rewards of the newest visit if there are at least ``window`` of them, otherwise of
+    the newest ``window`` rewards across visits. With fewer than ``minimum`` rewards in all, the prompt counts as unseen
+    and gets the uniform budget. Allocation is by the paper's rule with its fallback.
 
     Args:
         window: rewards, 1 to 64.
         minimum: rewards, >= 1.
-        fallback: whether the paper's fallback applies; without it the plain knapsack takes the means for the truth.
+        fallback: whether the paper's fallback applies; without it the plain knapsack treats the means as true rates.
 
     Raises:
         ValueError: a number is out of range.
@@ -63,7 +63,7 @@ class WindowEstimator(Estimator):
         self.value = make_value_function(value)
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
-        """Point estimates; NaN means too few rewards, and such a prompt is valued as if every rate were as likely."""
+        """Return point estimates; NaN marks too few rewards, and such a prompt is valued by the mean over all rates."""
         length = np.minimum(records.rollouts, self.window)
         mask = np.uint64(2**self.window - 1)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -76,19 +76,17 @@ class WindowEstimator(Estimator):
         def nonzero_gradient(counts: IntArray) -> FloatArray:
             return np.where(np.isnan(mean), np.nan, nonzero_gradient_probability(counts, known))
 
-        marginals = marginal_table(self.value, known, max_rollouts)
-        marginals[np.isnan(mean)] = marginal_table(self.value, _ANY_RATE, max_rollouts).mean(axis=0)
+        marginals = self.value.marginals(known, max_rollouts)
+        marginals[np.isnan(mean)] = self.value.marginals(_ANY_RATE, max_rollouts).mean(axis=0)
         return Belief(mean, marginals, nonzero_gradient)
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of an equal estimator."""
-        settings = {"window": self.window, "minimum": self.minimum}
-        # Named only when off, so that states saved before it existed still belong to an equal estimator.
-        return settings if self.fallback else settings | {"fallback": False}
+        """Return the keyword arguments of an equal estimator."""
+        return {"window": self.window, "minimum": self.minimum, "fallback": self.fallback}
 
 
 class BetaEstimator(Estimator):
-    """A discounted Beta posterior per prompt, with expected values in closed form.
+    """An estimator with a discounted Beta posterior per prompt and expected values in closed form.
 
     With p ~ Beta(a, b): E[D(N)] = [B(a+N+1, b+3) + B(a+2, b+N+2)] / B(a, b), B the Beta function, and
     P(non-zero gradient | N) = 1 - [B(a+N, b) + B(a, b+N)] / B(a, b).
@@ -110,7 +108,7 @@ class BetaEstimator(Estimator):
         self.discount = check_discount(discount)
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
-        """Posterior mean and closed-form expectations."""
+        """Return the posterior mean and closed-form expectations."""
         a, b = self.prior_successes + records.successes, self.prior_failures + records.failures
         n = np.arange(1, max_rollouts)
         total = a + b
@@ -136,7 +134,7 @@ class BetaEstimator(Estimator):
         return Belief(a / total, table, nonzero_gradient)
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments of an equal estimator."""
+        """Return the keyword arguments of an equal estimator."""
         return {
             "prior_successes": self.prior_successes,
             "prior_failures": self.prior_failures,
@@ -153,7 +151,7 @@ ESTIMATORS: dict[str, Callable[..., Estimator]] = {
 
 
 def make_estimator(name: str, **settings: Any) -> Estimator:
-    """Estimator by name.
+    """Make an estimator by name.
 
     Raises:
         ValueError: the name is unknown or a setting is out of range.

@@ -1,8 +1,8 @@
 """Matrix products that do not depend on the number of threads.
 
-A BLAS library splits large products over its threads, and where it splits decides how sums are rounded; a last bit that
-differs can turn a tie. So products are made in blocks of rows that are too small to be split: OpenBLAS, which numpy's
-wheels bring, takes one thread below 2^18 multiplications (matrix by matrix) and 9216 entries (matrix by vector).
+A BLAS library splits large products over its threads, and the split affects rounding; a different last bit can decide
+a tie. So products are computed in blocks of rows that are too small to be split: OpenBLAS, which comes with numpy's
+wheels, uses one thread below 2^18 multiplications (matrix by matrix) and 9216 entries (matrix by vector).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VECTOR_WORK = 9000
 
 
 def product(a: NDArray[Any], b: NDArray[Any]) -> FloatArray:
-    """``a @ b`` for a matrix a, and a matrix or vector b."""
+    """Return ``a @ b`` for a matrix a and a matrix or vector b."""
     work = a.shape[1] if b.ndim == 1 else a.shape[1] * b.shape[1]
     out = np.empty((a.shape[0], *b.shape[1:]))
     for rows in _blocks(a.shape[0], (VECTOR_WORK if b.ndim == 1 else MATRIX_WORK) // max(work, 1)):
@@ -29,7 +29,7 @@ def product(a: NDArray[Any], b: NDArray[Any]) -> FloatArray:
 
 
 def product_of_columns(a: NDArray[Any], x: NDArray[Any]) -> FloatArray:
-    """``a.T @ x`` for a matrix a and a vector x."""
+    """Return ``a.T @ x`` for a matrix a and a vector x."""
     total = np.zeros(a.shape[1])
     for rows in _blocks(a.shape[0], VECTOR_WORK // max(a.shape[1], 1)):
         total += a[rows].T @ x[rows]
@@ -37,7 +37,7 @@ def product_of_columns(a: NDArray[Any], x: NDArray[Any]) -> FloatArray:
 
 
 def dot(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """``x @ y`` for vectors, summed by numpy, which takes one thread and keeps errors small."""
+    """Return ``x @ y`` for vectors, summed by numpy in one thread with small rounding errors."""
     return float((x * y).sum())
 
 

@@ -1,4 +1,4 @@
-"""The interface of an estimator: one method to write, the other parts optional with defaults."""
+"""The interface of an estimator: one required method; all other parts are optional and have defaults."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from knapsack_rl.estimation.tracker import Records
 
 
 class Estimator(Protocol):
-    """Turns the records of prompts into beliefs. Derive from it: only :meth:`believe` must be written.
+    """Turns records of prompts into beliefs. Derive from it; only :meth:`believe` is required.
 
-    Every other part is optional and has a default here: an estimator that keeps the tracker's counts undiscounted,
-    learns nothing from other prompts and has the paper's value built in. What an estimator learns must be part of
-    :meth:`state_dict`, and what it is made with part of :meth:`settings`, or a resumed run differs.
-    ``KnapsackAllocator.top_up`` needs an estimator derived from :class:`knapsack_rl.estimation.bayes.GridPosterior`.
+    All other parts are optional. Their defaults make an estimator that keeps the tracker's counts undiscounted, learns
+    nothing from other prompts and has the paper's value built in. :meth:`state_dict` must return all that an estimator
+    learns, and :meth:`settings` its arguments, or a resumed run differs. ``KnapsackAllocator.top_up`` needs an
+    estimator derived from :class:`knapsack_rl.estimation.bayes.GridPosterior`.
     """
 
     discount: float = 1.0
     """Optional: factor of a prompt's older counts at each new visit, in (0, 1]."""
 
     paper_rule: ClassVar[bool] = False
-    """Optional: whether the mean is a point estimate to be allocated by the paper's rule."""
+    """Optional: whether the mean is a point estimate, to allocate by the paper's rule."""
 
     fallback: bool = True
-    """Optional, read where ``paper_rule`` is true: whether the paper's fallback applies."""
+    """Optional, used if ``paper_rule`` is true: whether the paper's fallback applies."""
 
     evidence_size: int = 0
-    """Optional: numbers per prompt that :meth:`absorb` makes and the tracker keeps beside its counts."""
+    """Optional: numbers per prompt that :meth:`absorb` returns and the tracker keeps beside its counts."""
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
-        """Beliefs about the prompts of a batch, with ``max_rollouts`` columns of marginal values."""
+        """Return beliefs about the prompts of a batch, with ``max_rollouts`` columns of marginal values."""
         ...
 
     def absorb(self, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
-        """(M, evidence_size) new evidence of M prompts just visited. Optional: none by default.
+        """Return (M, evidence_size) new evidence about M prompts just visited. Optional: none by default.
 
         Args:
-            records: of the M prompts, before the visit.
+            records: records of the M prompts before the visit.
             successes: (M,) successes of the visit.
             totals: (M,) rollouts of the visit, >= 1.
         """
         return np.zeros((len(records), self.evidence_size))
 
     def refit(self, population: Records) -> None:
-        """Learn from all prompts seen; called at first observation, then about once an epoch. Optional."""
+        """Learn from all prompts seen; called after the first observation, then about once an epoch. Optional."""
         return
 
     def use_value(self, value: ValueLike) -> None:
-        """Maximise another value than the paper's from now on. Optional: refused by default.
+        """Maximise a value other than the paper's from now on. Optional: refused by default.
 
         Raises:
             ValueError: the estimator has the paper's value built in, or the value is not usable.
@@ -65,11 +65,11 @@ class Estimator(Protocol):
         )
 
     def settings(self) -> dict[str, Any]:
-        """Keyword arguments that make an equal estimator; JSON values. Optional: none by default."""
+        """Return the keyword arguments of an equal estimator, JSON values. Optional: none by default."""
         return {}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Arrays that hold what was learned. Optional: none by default."""
+        """Return arrays with all that was learned. Optional: none by default."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
@@ -100,6 +100,33 @@ def check_estimator(estimator: Any) -> Estimator:
     return estimator
 
 
+def finite_belief(estimator: Estimator, records: Records, max_rollouts: int) -> Belief:
+    """Return the estimator's belief.
+
+    Raises:
+        ArithmeticError: a marginal value is not finite.
+    """
+    belief = estimator.believe(records, max_rollouts)
+    if not np.isfinite(belief.marginals).all():
+        raise ArithmeticError("the estimator returned marginal values that are not finite")
+    return belief
+
+
+def finite_evidence(estimator: Estimator, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
+    """Return the estimator's new evidence after a visit.
+
+    Raises:
+        ArithmeticError: it has the wrong shape or is not finite.
+    """
+    evidence = estimator.absorb(records, successes, totals)
+    if evidence.shape != records.evidence.shape or not np.isfinite(evidence).all():
+        raise ArithmeticError(
+            f"the estimator returned evidence of shape {evidence.shape}, expected finite numbers of shape "
+            f"{records.evidence.shape}"
+        )
+    return evidence
+
+
 def check_discount(discount: float) -> float:
     """Return the discount, or raise ``ValueError`` if it is not in (0, 1]."""
     if not 0.0 < discount <= 1.0:
@@ -108,11 +135,11 @@ def check_discount(discount: float) -> float:
 
 
 def check_choices(estimator: Estimator, budget_unit: str, value: ValueLike, min_rollouts: int) -> None:
-    """Refuse a unit or a value that the estimator or the bounds cannot serve.
+    """Refuse a unit or a value that the estimator or the bounds do not support.
 
     Raises:
-        ValueError: the unit or the value is unknown or not usable, tokens meet a minimum below two, or the estimator
-            has another value than this one built in.
+        ValueError: the unit or the value is unknown or not usable, tokens are combined with a minimum below two, or the
+            estimator has another value built in.
     """
     if budget_unit not in BUDGET_UNITS:
         raise ValueError(f"budget_unit must be one of {', '.join(BUDGET_UNITS)}, got {budget_unit!r}")
@@ -125,8 +152,8 @@ def check_choices(estimator: Estimator, budget_unit: str, value: ValueLike, min_
         )
     if budget_unit == "tokens" and min_rollouts < FIRST_GROUP:
         raise ValueError(
-            f"budget_unit='tokens' needs min_rollouts >= {FIRST_GROUP}, got {min_rollouts}: skipping weighs the value "
-            "of looking again in rollouts"
+            f"budget_unit='tokens' needs min_rollouts >= {FIRST_GROUP}, got {min_rollouts}: skipping prompts is "
+            "supported for budgets of rollouts only"
         )
     if other_value:
         estimator.use_value(value)

@@ -1,7 +1,6 @@
-"""Observations of every prompt: the one place where state lives.
+"""Observations of every prompt, in columns with one row per prompt, keyed by a stable id.
 
-State is a set of columns, one row per prompt, keyed by a stable id. History is bounded, so memory and files are
-linear in the number of prompts, however long the run.
+The history kept per prompt is bounded, so memory and files are linear in the number of prompts, however long the run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ RECENT = 64
 
 Outcome = Literal["success", "failure"]
 MOMENTS = ("count", "sum", "squares")
-"""Sums of lengths that are kept, for successes and failures apart: failures run longer."""
+"""Sums of lengths, kept separately for successes and failures because failures are longer."""
 
 
 @dataclass
@@ -33,13 +32,11 @@ class Records:
     Attributes:
         successes: discounted number of successes.
         failures: discounted number of failures.
-        rollouts: rollouts scored in all, undiscounted.
+        rollouts: total rollouts scored, undiscounted.
         visits: batches in which the prompt was scored.
         recent: newest outcomes as bits, the newest lowest, 1 for a success; ``min(rollouts, RECENT)`` are valid.
         newest_successes: successes of the newest visit.
         newest_total: rollouts of the newest visit.
-        first_successes: successes of the first visit.
-        first_total: rollouts of the first visit.
         success_length_count: discounted number of successes of known length.
         success_length_sum: discounted sum of their lengths, in tokens.
         success_length_squares: discounted sum of their squared lengths.
@@ -47,8 +44,8 @@ class Records:
         failure_length_sum: discounted sum of their lengths, in tokens.
         failure_length_squares: discounted sum of their squared lengths.
         last_visit: the tracker's clock (prompt visits of all prompts so far) after the newest visit.
-        evidence: (P, E) numbers that the estimator keeps of past visits beside the counts; E may be 0.
-        age: time since the newest visit in epochs, that is in visits per known prompt. Derived, not stored.
+        evidence: (P, E) numbers that the estimator keeps about past visits beside the counts; E may be 0.
+        age: time since the newest visit in epochs, that is in visits per known prompt; derived, not stored.
     """
 
     successes: FloatArray
@@ -58,8 +55,6 @@ class Records:
     recent: NDArray[np.uint64]
     newest_successes: IntArray
     newest_total: IntArray
-    first_successes: IntArray
-    first_total: IntArray
     success_length_count: FloatArray
     success_length_sum: FloatArray
     success_length_squares: FloatArray
@@ -72,12 +67,12 @@ class Records:
 
     @classmethod
     def empty(cls, size: int, evidence_size: int = 0) -> Records:
-        """Records of ``size`` prompts never seen."""
+        """Return records of ``size`` prompts never seen."""
         columns: dict[str, Any] = {column: np.zeros(size, dtype) for column, dtype in COLUMNS.items()}
         return cls(**columns, evidence=np.zeros((size, evidence_size), np.float32), age=np.zeros(size))
 
     def take(self, rows: IntArray) -> Records:
-        """The records of the given rows; row -1 is a prompt never seen."""
+        """Return the records of the given rows; row -1 is a prompt never seen."""
         if not len(self):
             return Records.empty(rows.size, self.evidence.shape[1])
         taken = {column: getattr(self, column)[rows] for column in (*COLUMNS, "evidence", "age")}
@@ -88,7 +83,7 @@ class Records:
         return Records(**taken)
 
     def lengths_of(self, outcome: Outcome) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """(count, sum, sum of squares) of the lengths of rollouts that ended so."""
+        """Return count, sum and sum of squares of the lengths of rollouts with this outcome."""
         return tuple(getattr(self, f"{outcome}_length_{moment}") for moment in MOMENTS)
 
     @property
@@ -121,7 +116,7 @@ class Tracker:
     """Per-prompt records keyed by a stable id (``str`` or ``int``; ``7`` and ``"7"`` are different prompts).
 
     Args:
-        evidence_size: numbers per prompt that the estimator keeps, see the protocol ``Estimator``.
+        evidence_size: numbers that the estimator keeps per prompt, see the protocol ``Estimator``.
     """
 
     def __init__(self, evidence_size: int = 0) -> None:
@@ -141,7 +136,7 @@ class Tracker:
         return list(self._row_of)
 
     def records(self) -> Records:
-        """The records of all prompts seen; views, not to be written to."""
+        """Return the records of all prompts seen, as views that must not be written to."""
         size = len(self)
         columns = {column: getattr(self._records, column)[:size] for column in (*COLUMNS, "evidence")}
         return Records(**columns, age=self._age(columns["last_visit"]))
@@ -150,11 +145,11 @@ class Tracker:
         return (self._clock - last_visit) / max(len(self), 1)
 
     def rows(self, prompt_ids: Iterable[PromptId]) -> IntArray:
-        """Row of each prompt, -1 for one never seen."""
+        """Return the row of each prompt, -1 for one never seen."""
         return np.fromiter(map(self._row_of.get, prompt_ids, repeat(-1)), np.int64)
 
     def twin(self, prompt_ids: list[PromptId]) -> tuple[PromptId, PromptId] | None:
-        """The first id that is new but known under the other type, and that known one; None if there is none."""
+        """Return the first new id that is known under the other type, with that known id, or None."""
         for row in np.flatnonzero(self.rows(prompt_ids) < 0):
             new = prompt_ids[row]
             known = other_type(new)
@@ -163,7 +158,7 @@ class Tracker:
         return None
 
     def lookup(self, prompt_ids: Iterable[PromptId]) -> Records:
-        """Records of the given prompts, in their order; zeros for a prompt never seen."""
+        """Return the records of the given prompts in their order; zeros for a prompt never seen."""
         rows = self.rows(prompt_ids)
         found = self._records.take(rows)
         found.age = np.where(rows >= 0, self._age(found.last_visit), 0.0)
@@ -186,8 +181,8 @@ class Tracker:
             prompt_of_rollout: (R,) index into ``prompt_ids``, in the order in which rollouts were scored.
             successes: (R,) whether each rollout succeeded.
             lengths: (R,) tokens of each rollout, if known.
-            discount: what older counts of these prompts are multiplied by, in (0, 1]: the policy has moved since.
-            evidence: (P, E) the estimator's new evidence of these prompts.
+            discount: factor of older counts of these prompts, in (0, 1]: the policy has changed since.
+            evidence: (P, E) the estimator's new evidence about these prompts.
         """
         rows_P = self._rows_or_new(prompt_ids)
         size = len(prompt_ids)
@@ -198,8 +193,6 @@ class Tracker:
         for column, amount in (("successes", good), ("failures", total - good)):
             counts = getattr(store, column)
             counts[rows_P] = counts[rows_P] * discount + amount
-        first = store.visits[rows_P] == 0
-        store.first_successes[rows_P[first]], store.first_total[rows_P[first]] = good[first], total[first]
         store.newest_successes[rows_P], store.newest_total[rows_P] = good, total
         store.rollouts[rows_P] += total
         store.visits[rows_P] += 1
@@ -227,9 +220,9 @@ class Tracker:
         return self.rows(prompt_ids)
 
     def state_dict(self, *, copy: bool = True) -> dict[str, np.ndarray]:
-        """Columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types.
+        """Return columns and ids as arrays; ids are UTF-8 JSON in a byte array, so they keep their types.
 
-        Without ``copy`` the arrays are the tracker's and change with it.
+        Without ``copy`` the arrays change with the tracker.
         """
         ids = np.frombuffer(json.dumps(self.prompt_ids).encode(), dtype=np.uint8)
         records = self.records()
@@ -237,7 +230,7 @@ class Tracker:
         return {"prompt_ids": ids} | {name: array.copy() if copy else array for name, array in columns.items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray], *, copy: bool = True) -> None:
-        """Replace everything by a saved state; without ``copy`` the tracker keeps its arrays.
+        """Replace everything by a saved state; without ``copy`` the tracker uses its arrays.
 
         Raises:
             ValueError: a column is missing, has the wrong length or type, or ids repeat.
@@ -265,12 +258,12 @@ def _shift_in(
 def _columns_of(
     state: Mapping[str, np.ndarray], types: Mapping[str, Any], evidence_size: int, *, copy: bool
 ) -> tuple[dict[PromptId, int], dict[str, np.ndarray]]:
-    """The row of each id, and the columns and the evidence, after all checks.
+    """Return the row of each id, and the columns with the evidence, after all checks.
 
     Args:
         state: arrays by name.
         types: columns of one number per prompt, with their types.
-        evidence_size: numbers per prompt that the estimator keeps.
+        evidence_size: numbers that the estimator keeps per prompt.
         copy: whether to copy the arrays.
 
     Raises:
@@ -278,7 +271,7 @@ def _columns_of(
     """
     missing = {"prompt_ids", "evidence", *types} - set(state)
     if missing:
-        raise ValueError(f"the tracker state lacks {sorted(missing)}; it is not one of this version")
+        raise ValueError(f"the tracker state lacks {sorted(missing)}; it belongs to another version")
     row_of = _parse_ids(state["prompt_ids"])
     size = len(row_of)
     columns = {}
