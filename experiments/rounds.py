@@ -116,7 +116,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         allocation = self.session.adopt(prompts, np.bincount(group_R))
         outcomes = outcomes_by_position(group_R, self._outcome(self._scored), len(prompts), self.allocator.success)
         seconds = time.perf_counter() - started - generating
-        self._finish_step(Step(Plan(prompts, allocation, seconds), group_R, ragged=True, seconds=seconds), merged)
+        self._finish_step(Step(Plan(prompts, allocation, seconds), group_R, ragged=True), merged)
         return select(merged, self.rounds.keep(prompts, group_R, outcomes.success_R.astype(np.int64)))
 
     def _one_round(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Scored]:
@@ -136,13 +136,13 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         (checkpoint / ROUNDS_FILE).write_text(json.dumps(self.rounds.state_dict()), encoding="utf-8")
         super().save_progress(checkpoint)
 
-    def restore_allocator(self, checkpoint: Path) -> None:
+    def restore_progress(self, checkpoint: Path) -> None:
         """Restore the rule too.
 
         Raises:
             FileNotFoundError: the checkpoint is not one of this trainer.
         """
-        super().restore_allocator(checkpoint)
+        super().restore_progress(checkpoint)
         self.rounds.load_state_dict(json.loads((checkpoint / ROUNDS_FILE).read_text(encoding="utf-8")))
 
 

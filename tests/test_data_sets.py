@@ -1,4 +1,4 @@
-"""Data sets by name: what a run is given, how answers are checked. Nothing is fetched; samples are in tests/data."""
+"""Data sets by name: their rows and verifiers. Nothing is fetched; samples are in tests/data."""
 
 import json
 import re

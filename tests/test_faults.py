@@ -74,7 +74,7 @@ def test_rewards_of_any_number_type_pass() -> None:
         assert repr(call(lambda returned=returned, **_: returned)) == repr(rewards)
 
 
-def test_what_is_no_reward_is_refused_with_its_prompt() -> None:
+def test_a_result_that_is_not_a_reward_is_refused_with_its_prompt() -> None:
     for returned, message in (
         ([1, 2], "mine returned 2 rewards for 3 completions"),
         ([], "mine returned 0 rewards for 3 completions"),
@@ -115,13 +115,13 @@ def test_a_raising_function_is_attributed_to_its_prompt() -> None:
             raise ZeroDivisionError
         return [0.0]
 
-    with pytest.raises(RewardError, match="a batch of 3 completions, and for none of them alone"):
+    with pytest.raises(RewardError, match="a batch of 3 completions, but for none of them alone"):
         call(fails_together)
     with pytest.raises(KeyboardInterrupt):
         call(lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
-# What a hanging function may be: asleep, busy, deaf to exceptions, backtracking in a regular expression.
+# Ways to hang: asleep, busy, deaf to exceptions, backtracking in a regular expression.
 
 
 def sleeps():
@@ -188,12 +188,12 @@ def test_a_deadline_that_strikes_on_the_way_out_leaves_no_lock_taken() -> None:
     assert int(done.stdout) > 0
 
 
-def test_a_slow_batch_of_quick_completions_is_told_apart_from_a_hang() -> None:
+def test_a_slow_batch_of_quick_completions_is_distinguished_from_a_hang() -> None:
     def slow(completions, **_):
         time.sleep(0.15 * len(completions))
         return [0.0] * len(completions)
 
-    with pytest.raises(RewardError, match=r"more than 0\.3 s for a batch of 3 completions, and for none of them alone"):
+    with pytest.raises(RewardError, match=r"more than 0\.3 s for a batch of 3 completions, but for none of them alone"):
         watched(slow, "slow", "prompt_id", 0.3)(**COLUMNS)
 
 
@@ -212,7 +212,7 @@ def test_an_asynchronous_function_that_hangs_is_ended() -> None:
         asyncio.run(watched(own_timeout, "mine", "prompt_id", 30.0)(**COLUMNS))
 
 
-def test_what_cannot_be_interrupted_is_told_and_ends_late(caplog) -> None:
+def test_a_call_that_ignores_the_interrupt_is_logged_and_ends_late(caplog) -> None:
     def deaf(completions, **_):
         for _ in range(2):
             with contextlib.suppress(BaseException):
@@ -221,7 +221,7 @@ def test_what_cannot_be_interrupted_is_told_and_ends_late(caplog) -> None:
 
     with pytest.raises(RewardError, match=r"deaf took more than 0\.1 s"):
         watched(deaf, "deaf", "prompt_id", 0.1)(**COLUMNS)
-    assert "a call of at most 0.1 s was told to end and still runs" in caplog.text
+    assert "a call limited to 0.1 s was interrupted and is still running" in caplog.text
 
 
 def test_a_hang_in_training_ends_the_run_with_the_prompt(tmp_path) -> None:
@@ -269,7 +269,7 @@ def test_an_asynchronous_reward_trains(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, NAN, INF, -INF])
-def test_a_reward_that_is_none_is_counted_and_the_run_goes_on(value, tmp_path) -> None:
+def test_a_missing_reward_is_counted_and_the_run_continues(value, tmp_path) -> None:
     def sometimes(completions, **_):
         return [value, *tiny.has_digit_five(completions)[1:]]
 
@@ -396,7 +396,7 @@ class WrongAllocator(kr.KnapsackAllocator):
 
 
 @pytest.mark.parametrize("answer", ["raise", "short", "sum", "negative"])
-def test_training_goes_on_evenly_where_the_allocator_fails(answer: str, tmp_path, caplog) -> None:
+def test_training_continues_evenly_if_the_allocator_fails(answer: str, tmp_path, caplog) -> None:
     allocator = WrongAllocator("beta")
     allocator.answer = answer
     trainer = trainer_of(tmp_path, extra={"allocator": allocator}, log_allocations=True)
@@ -415,7 +415,7 @@ def test_training_goes_on_evenly_where_the_allocator_fails(answer: str, tmp_path
 # --- ids and data ---
 
 
-def test_an_id_that_changes_its_type_is_told_once(caplog) -> None:
+def test_an_id_that_changes_its_type_is_logged_once(caplog) -> None:
     allocator = kr.KnapsackAllocator("beta")
     allocator.observe([7, 7, "x", -3], [1, 0, 1, 1])
     allocator.allocate([7, "x"], 8)
@@ -465,7 +465,7 @@ def rows_of(*prompts):
     ("other", "message"),
     [
         (rows_of(5, 6), None),  # other prompts: each process trains on what it brought, allocated together
-        (rows_of(5, 6)[1:] + rows_of(7)[:1], "different prompts stand in one block"),
+        (rows_of(5, 6)[1:] + rows_of(7)[:1], "rows holds different prompts"),
         ([row | {"prompt": "9+9="} for row in rows_of(1, 2)], "id 'p1' names different prompts in one batch"),
     ],
 )
@@ -528,7 +528,7 @@ def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> N
     rows = [row for row in tiny.dataset(30) if row["prompt_id"] not in ("p0", "p5")]
     rest = trainer_of(tmp_path / "rest", data=Dataset.from_list(rows), max_steps=6)
     with caplog.at_level(logging.INFO):
-        rest.restore_allocator(tmp_path / "checkpoint-6")
+        rest.restore_progress(tmp_path / "checkpoint-6")
     assert (
         "of 28 prompts 22 are known, 6 are new (added, or not visited yet); 2 known prompts are no longer"
         in caplog.text
@@ -538,22 +538,28 @@ def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> N
 
     caplog.clear()
     same = trainer_of(tmp_path / "same", max_steps=6)
-    same.restore_allocator(tmp_path / "checkpoint-6")
+    same.restore_progress(tmp_path / "checkpoint-6")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_checkpoints_within_a_generation_are_told(tmp_path, caplog) -> None:
-    def told(**changes):
+def test_checkpoints_within_a_generation_are_warned_about(tmp_path, caplog) -> None:
+    def warnings_of(**changes):
         caplog.clear()
         settings = {"save_strategy": "steps", "gradient_accumulation_steps": 2, "steps_per_generation": 4}
         trainer_of(tmp_path, per_device_train_batch_size=4, **(settings | changes))
         return [record.message for record in caplog.records if "save_steps" in record.message]
 
-    assert len(told(save_steps=3)) == 1
+    assert len(warnings_of(save_steps=3)) == 1
     assert (
-        told(save_steps=4) == told(save_steps=3, save_strategy="no") == told(save_steps=1, steps_per_generation=2) == []
+        warnings_of(save_steps=4)
+        == warnings_of(save_steps=3, save_strategy="no")
+        == warnings_of(save_steps=1, steps_per_generation=2)
+        == []
     )
-    assert "Make save_steps x gradient_accumulation_steps a multiple of 8" in told(save_steps=2, num_iterations=2)[0]
+    assert (
+        "Make save_steps x gradient_accumulation_steps a multiple of 8"
+        in warnings_of(save_steps=2, num_iterations=2)[0]
+    )
 
 
 # --- disk ---
@@ -576,7 +582,7 @@ def test_a_full_disk_at_a_checkpoint_stops_the_run_and_spares_the_earlier_one(tm
     assert not list((tmp_path / "checkpoint-4").glob(".*tmp"))
 
 
-def test_resume_passes_over_a_checkpoint_that_was_cut_short(tmp_path) -> None:
+def test_resume_skips_an_incomplete_checkpoint(tmp_path) -> None:
     whole = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
     for name in (STATE_FILE, "trainer_state.json"):

@@ -93,7 +93,7 @@ def test_a_name_that_the_hub_does_not_know_is_named_with_what_may_be_given(monke
         "the model my-model is neither a folder here nor available from the hub: We could"
     )
     assert "connect to load the files (a model is arithmetic-base or smollm2-135m, a Hugging" in str(caught.value)
-    assert caplog.messages == ["there is no folder my-model here; asking the hub for a model of this name"]
+    assert caplog.messages == ["no folder my-model here; asking the hub for a model of this name"]
 
 
 def test_a_cached_model_is_not_reported_as_a_request(monkeypatch, caplog):

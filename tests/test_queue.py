@@ -1,4 +1,4 @@
-"""Prompts that wait: every one gets its turn, every step its rollouts, and all steps one price."""
+"""The queue of prompts: every prompt gets its turn, every step its rollouts, and all steps one price."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows_of(ids):
 
 
 def informed(rates, rollouts=4000):
-    """An allocator that knows the rates of prompts 0, 1, ... as well as counts can tell."""
+    """An allocator that knows the rates of prompts 0, 1, ... as well as counts can show."""
     allocator = KnapsackAllocator("beta")
     for prompt_id, p in enumerate(rates):
         good = round(p * rollouts)

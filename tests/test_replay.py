@@ -15,7 +15,7 @@ from knapsack_rl.trl.replay import Success, SuccessBuffer, log_probs_now, mix_in
 from knapsack_rl.trl.step import Step
 
 
-def test_what_the_buffer_does_with_a_visit():
+def test_a_visit_stores_uses_or_forgets_a_success():
     buffer, stored = SuccessBuffer(2), Success(np.array([7, 1]), np.array([-1.0, -2.0]), 1.0)
     assert buffer.review("a", 1, 8, 0.05) == "store"
     assert buffer.review("a", 1, 8, np.nan) == "store"  # nothing known: the visit's own rate
@@ -87,7 +87,7 @@ def test_the_gradient_of_a_replayed_success_is_that_of_the_clipped_importance_we
     total, figures = mix_in(
         buffer,
         trainer,
-        Step(Plan(["first", "second"], allocation), group_R, ragged=False, seconds=0.0),
+        Step(Plan(["first", "second"], allocation), group_R, ragged=False),
         outcomes_by_position(group_R, rewards, 2),
         rewards,
         output,

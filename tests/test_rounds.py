@@ -1,4 +1,4 @@
-"""The trainer that generates in rounds: rows, advantages, account of what was generated."""
+"""The trainer that generates in rounds: rows, advantages, totals of generated rollouts."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_rollouts_of_several_batches_that_arrive_together_keep_their_plans() -> 
 
 
 class Broken(KnapsackAllocator):
-    """Answers with what it is told to, or fails."""
+    """Returns the given answer, or fails."""
 
     answer = None
 

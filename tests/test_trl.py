@@ -265,7 +265,7 @@ def test_share_of_groups_without_spread_is_that_of_the_ragged_groups(scale, tmp_
 
 
 @pytest.mark.parametrize("settings", [{"scale_rewards": "batch"}, GDPO], ids=["batch", "gdpo"])
-def test_share_without_spread_keeps_its_meaning_where_the_stock_trainer_means_the_batch(settings, tmp_path):
+def test_the_share_without_spread_keeps_the_meaning_of_the_stock_trainer(settings, tmp_path):
     # Reward 1 for everything but one completion: most groups have no spread, the batch has some.
     def rarely_different(completions, **_):
         return [0.0] + [1.0] * (len(completions) - 1)
@@ -959,13 +959,13 @@ def training_batch(folder, rows, **changes):
 def test_a_broken_block_is_refused(tmp_path):
     rows = [dict(row) for row in tiny.dataset(4) for _ in range(4)]
     training_batch(tmp_path, rows)
-    with pytest.raises(ValueError, match="different prompts stand in one block of num_generations=4"):
+    with pytest.raises(ValueError, match="one block of num_generations=4 rows holds different prompts"):
         training_batch(tmp_path, rows[1:] + rows[:1])
 
 
 def test_a_block_with_two_ids_is_refused(tmp_path):
     rows = [{"prompt": "1+1=", "prompt_id": k // 2} for k in range(16)]
-    with pytest.raises(ValueError, match="different prompts stand in one block"):
+    with pytest.raises(ValueError, match="rows holds different prompts"):
         training_batch(tmp_path, rows)
 
 
@@ -1029,7 +1029,7 @@ def test_remove_unused_columns_falls_back_to_the_hash(tmp_path):
 
 
 @pytest.mark.parametrize("informed", [True, False])
-def test_a_prompt_that_stands_twice_in_a_batch_forms_one_group(informed, tmp_path, caplog):
+def test_a_prompt_that_is_twice_in_a_batch_forms_one_group(informed, tmp_path, caplog):
     # Two prompts, each in two of the four blocks.
     rows = [dict(tiny.dataset(2)[k % 2]) for k in range(4) for _ in range(4)]
     allocator = KnapsackAllocator()
@@ -1198,7 +1198,7 @@ def test_advantages_of_another_shape_are_refused(tmp_path, monkeypatch):
         trainer.train()
 
 
-def test_rows_of_a_prompt_stand_together(tmp_path):
+def test_rows_of_a_prompt_are_adjacent(tmp_path):
     trainer, batches = ragged_trainer(tmp_path)
     trainer.train()
     for batch in batches:

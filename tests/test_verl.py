@@ -29,7 +29,7 @@ def world(monkeypatch):
 
 
 class Run:
-    """A run of verl's loop over the stand-ins."""
+    """A run of verl's loop on the stand-ins."""
 
     def __init__(self, folder, world, *, prompts=12, mode="sync", changes=None, **settings):
         from knapsack_rl.verl import KnapsackAgentLoopManager, KnapsackCheckpoint, KnapsackReplayBuffer
@@ -224,7 +224,7 @@ def test_the_id_includes_the_source(world):
     assert prompt_ids({"extra_info": [{"id": 3}], "data_source": ["a"]}, "id") == ["a/3"]
 
 
-def test_a_hash_tells_prompts_by_their_text(world):
+def test_a_hash_identifies_prompts_by_their_text(world):
     from knapsack_rl.verl.identity import prompt_ids
 
     same, other = [{"role": "user", "content": "1+1"}], [{"role": "user", "content": "1+2"}]
@@ -282,9 +282,7 @@ def write_rows(path, rows):
 def test_files_that_repeat_an_id_are_refused_before_anything_is_generated(tmp_path, world):
     rows = [{"data_source": "a", "extra_info": {"index": k}} for k in range(3)]
     one, two = write_rows(tmp_path / "one.jsonl", rows), write_rows(tmp_path / "two.jsonl", rows[1:])
-    with pytest.raises(
-        ValueError, match=r"2 of 3 prompt ids stand in several rows.*'a/1' in 2.*Keep one row"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"2 of 3 prompt ids are in several rows.*'a/1' in 2.*Keep one row") as caught:
         Run(tmp_path, world, changes={"data.train_files": [one, two]})
     assert "prompt_id=hash" in str(caught.value)
     other = write_rows(tmp_path / "other.jsonl", [row | {"data_source": "b"} for row in rows])
@@ -296,13 +294,13 @@ def test_files_that_repeat_an_id_are_refused_before_anything_is_generated(tmp_pa
         Run(tmp_path, world, changes={"data.train_files": bare})
 
 
-def test_parquet_files_are_looked_into(tmp_path, world):
+def test_parquet_files_are_checked(tmp_path, world):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     rows = [{"data_source": "a", "prompt": "x", "extra_info": {"index": k // 2}} for k in range(4)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "twice.parquet")
-    with pytest.raises(ValueError, match="2 of 2 prompt ids stand in several rows"):
+    with pytest.raises(ValueError, match="2 of 2 prompt ids are in several rows"):
         Run(tmp_path, world, changes={"data.train_files": str(tmp_path / "twice.parquet")})
 
 
@@ -358,7 +356,7 @@ def test_a_checkpoint_killed_before_its_state_resumes_from_an_older_one(tmp_path
         run.save()
     (tmp_path / "global_step_3" / STATE_FILE).unlink()
     assert state_to_resume(run.config) == tmp_path / "global_step_2" / STATE_FILE
-    assert "global_step_3 holds no knapsack_allocator.npz" in caplog.text
+    assert "global_step_3 has no knapsack_allocator.npz" in caplog.text
 
 
 def test_a_state_of_another_estimator_is_refused_at_the_start(tmp_path, world):
@@ -382,7 +380,7 @@ def test_allocations_are_logged(tmp_path, world):
 
 
 def test_the_log_is_read_by_every_reader(tmp_path, world):
-    """One schema: what verl's adapter writes is what TRL's writes."""
+    """One schema: verl's adapter writes the rows that TRL's writes."""
     run = Run(tmp_path, world, log_allocations=True)
     for _ in range(8):
         run.train()
@@ -438,7 +436,7 @@ def test_rewards_that_are_not_finite_count_as_unscored(tmp_path, world):
     assert run.sample()[1]["knapsack/unscored_rollouts"] == 1
 
 
-def test_a_lost_group_is_no_error(tmp_path, world):
+def test_a_lost_group_is_not_an_error(tmp_path, world):
     run = Run(tmp_path, world)
     run.step = 1
     run.manager.generate_sequences(run.batch())
@@ -453,7 +451,7 @@ def test_a_lost_group_is_no_error(tmp_path, world):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"actor_rollout_ref.rollout.n": 1}, "rollout.n is 1"),
         ({"actor_rollout_ref.rollout.n": 500}, "max_rollouts=128"),
@@ -476,8 +474,8 @@ def test_a_lost_group_is_no_error(tmp_path, world):
         ({"trainer.checkpoint_callback_class": None}, "a resumed run knows nothing of its prompts"),
     ],
 )
-def test_a_configuration_that_cannot_work_is_refused_early(tmp_path, changes, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_configuration_that_cannot_work_is_refused_early(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
         check_config(verl_standins.config(tmp_path, **changes), VerlSettings())
 
 
@@ -556,7 +554,7 @@ def test_the_printed_overrides_are_what_the_checks_want(tmp_path, capsys):
     assert settings == VerlSettings(max_rollouts=64, log_allocations=True)
     everything = parse_overrides([*launch, *overrides(settings)])
     check_config(everything, settings)
-    with pytest.raises(ValueError, match="the plug-in is on in part only"):
+    with pytest.raises(ValueError, match="the plug-in is only partly switched on"):
         check_config(parse_overrides(launch), settings)
 
 

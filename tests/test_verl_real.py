@@ -41,7 +41,7 @@ def plugged_in(**settings):
 def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     model = launch.material.make_model(folder / "model")
-    # The two files number their prompts alike: only the source tells them apart.
+    # The two files number their prompts alike: only the source distinguishes them.
     train = [launch.material.make_data(folder / f"{name}.parquet", DATA // 2, source=name) for name in ("one", "two")]
     return model, train
 

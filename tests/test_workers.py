@@ -1,4 +1,4 @@
-"""However many threads, loading workers or processes there are: the same allocations."""
+"""Allocations do not depend on the number of threads, loading workers or processes."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_a_batch_is_allocated_equally_over_any_number_of_processes(tmp_path, mon
             accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
             with monkeypatch.context() as patch:
                 patch.setattr(trainer, "accelerator", accelerator)
-                mine, step = trainer._allocate_step(everything[rank * share : (rank + 1) * share])
+                mine, step = trainer._plan_step(everything[rank * share : (rank + 1) * share])
             assert len(mine) == share
             rows += [row["prompt_id"] for row in mine]
-        found.append((rows, step.allocation.counts.tolist()))
+        found.append((rows, step.plan.counts.tolist()))
     assert all(one == found[0] for one in found)
     assert max(found[0][1]) > min(found[0][1])

@@ -1,4 +1,4 @@
-"""Which rows are the same prompt."""
+"""The identity of prompts: which rows belong to the same one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
-    """Stable identity of a prompt: its id column, else a hash of the prompt itself.
+    """Return the stable identity of a prompt: its id column, else a hash of the prompt itself.
 
     Raises:
-        ValueError: the id is no string or whole number, or there is none and the prompt holds images.
+        ValueError: the id is not a string or whole number, or is missing and the prompt holds images.
     """
     given = row.get(id_column)
     if given is not None:
@@ -28,7 +28,7 @@ def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
 
 
 def prompt_keys(dataset: Any, id_column: str) -> set[PromptId]:
-    """The identities of all prompts of a data set."""
+    """Return the identities of all prompts of a data set."""
     columns = [name for name in (id_column, "prompt", "image", "images") if name in (dataset.column_names or [])]
     return {prompt_key(row, id_column) for row in dataset.select_columns(columns)}
 
@@ -40,12 +40,12 @@ def check_ids(dataset: Any, id_column: str) -> None:
         ValueError: two rows share an id and differ in their prompt.
     """
     if id_column not in (dataset.column_names or []):
-        logger.info("no column %r: prompts are told apart by a hash of their text", id_column)
+        logger.info("no column %r: prompts are identified by a hash of their text", id_column)
         return
     seen: dict[Any, int] = {}
     for position, prompt_id in enumerate(dataset[id_column]):
         if prompt_id is None:
-            continue  # told apart by its hash
+            continue  # identified by its hash
         first = seen.setdefault(prompt_id, position)
         if first != position and dataset[first]["prompt"] != dataset[position]["prompt"]:
             raise ValueError(
@@ -57,11 +57,11 @@ def check_ids(dataset: Any, id_column: str) -> None:
 def check_same_data(dataset: Any, id_column: str, gather: Callable[[list[Any]], list[Any]]) -> None:
     """Compare this process's data set with those of the others, which all call this at the same time.
 
-    Different prompts are allowed and told: every process trains on rows of all.
+    Different prompts are allowed, with a warning: every process trains on rows of all.
 
     Args:
         dataset: of this process.
-        id_column: without it prompts are told apart by a hash, which cannot clash.
+        id_column: without it prompts are identified by a hash, which cannot clash.
         gather: joins the lists of all processes.
 
     Raises:
