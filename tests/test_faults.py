@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -142,19 +143,20 @@ def backtracks():
     re.match(r"(a*)*b", "a" * 60)
 
 
-@pytest.mark.parametrize("hang", [sleeps, spins, swallows, backtracks])
-def test_a_hanging_function_is_ended_and_attributed_to_its_prompt(hang) -> None:
-    def stuck(completions, **_):
-        if any(text.startswith("b") for text in completions):
-            hang()
-        return [0.0] * len(completions)
-
+def test_a_hanging_function_is_ended_and_attributed_to_its_prompt() -> None:
     before = signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(RewardError, match=r"stuck took more than 0\.2 s for prompt 'p2', completion 'bbb"):
-        watched(stuck, "stuck", "prompt_id", 0.2)(**COLUMNS)
-    assert signal.getsignal(signal.SIGVTALRM) is before
-    assert "deadline" not in {thread.name for thread in threading.enumerate()}
-    assert watched(tiny.has_digit_five, "quick", "prompt_id", 30.0)(**COLUMNS) == [0.0] * 3
+    for hang in (sleeps, spins, swallows, backtracks):
+
+        def stuck(completions, hang=hang, **_):
+            if any(text.startswith("b") for text in completions):
+                hang()
+            return [0.0] * len(completions)
+
+        found = message_of(RewardError, watched(stuck, "stuck", "prompt_id", 0.2), **COLUMNS)
+        assert "stuck took more than 0.2 s for prompt 'p2', completion 'bbb" in found, hang
+        assert signal.getsignal(signal.SIGVTALRM) is before, hang
+        assert "deadline" not in {thread.name for thread in threading.enumerate()}, hang
+        assert watched(tiny.has_digit_five, "quick", "prompt_id", 30.0)(**COLUMNS) == [0.0] * 3, hang
 
 
 STRUCK_WITH_A_LOCK_TAKEN = """
@@ -268,16 +270,17 @@ def test_an_asynchronous_reward_trains(tmp_path) -> None:
     assert trainer.allocator.tracker.records().rollouts.sum() == 48
 
 
-@pytest.mark.parametrize("value", [None, NAN, INF, -INF])
-def test_a_missing_reward_is_counted_and_the_run_continues(value, tmp_path) -> None:
-    def sometimes(completions, **_):
-        return [value, *tiny.has_digit_five(completions)[1:]]
+def test_a_missing_reward_is_counted_and_the_run_continues(tmp_path) -> None:
+    for value in (None, NAN, INF, -INF):
 
-    trainer = trainer_of(tmp_path, sometimes)
-    trainer.train()
-    assert last_metric(trainer, "knapsack/unscored_rollouts") == 3
-    assert trainer.allocator.tracker.records().rollouts.sum() == 48 - 3
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+        def sometimes(completions, value=value, **_):
+            return [value, *tiny.has_digit_five(completions)[1:]]
+
+        trainer = trainer_of(tmp_path / str(value), sometimes)
+        trainer.train()
+        assert last_metric(trainer, "knapsack/unscored_rollouts") == 3, value
+        assert trainer.allocator.tracker.records().rollouts.sum() == 48 - 3, value
+        assert all(torch.isfinite(p).all() for p in trainer.model.parameters()), value
 
 
 # --- the allocator fails ---
@@ -312,30 +315,28 @@ class Failing(BetaEstimator):
         self._maybe("refit")
 
 
-@pytest.mark.parametrize("how", ["raise", "nonsense"])
-@pytest.mark.parametrize("method", ["believe", "absorb", "refit"])
-def test_an_estimator_that_fails_does_not_end_the_run(method: str, how: str, caplog) -> None:
-    allocator = kr.KnapsackAllocator(Failing(method, how))
-    for _ in range(3):
-        allocation = allocator.allocate(["a", "b", 7], 20)
-        assert allocation.counts.sum() == 20
-        assert allocation.counts.min() >= 2
-        allocator.observe([["a", "b", 7][i] for i in allocation.expand()], np.arange(20) % 2)
-    records = allocator.tracker.records()
-    assert records.rollouts.sum() == 60
-    failures = allocator.metrics()["allocation_failures"]
-    logged = [record for record in caplog.records if "failed; the run continues" in record.message]
-    if (method, how) == ("refit", "nonsense"):
-        assert failures == 0
-        return
-    assert failures >= 3 if method != "refit" else failures >= 1
-    assert len(logged) == 1
-    assert logged[0].exc_info is not None
-    if method == "believe":
-        assert sorted(allocation.counts) == [6, 7, 7]
-        assert allocation.reason == "allocation failed: divided evenly"
-        adopted = allocator.adopt(["a", "b"], [3, 1])
-        assert adopted.counts.tolist() == [3, 1]
+def test_an_estimator_that_fails_does_not_end_the_run(caplog) -> None:
+    for case in product(("believe", "absorb", "refit"), ("raise", "nonsense")):
+        method, _ = case
+        caplog.clear()
+        allocator = kr.KnapsackAllocator(Failing(*case))
+        for _ in range(3):
+            allocation = allocator.allocate(["a", "b", 7], 20)
+            assert allocation.counts.sum() == 20, case
+            assert allocation.counts.min() >= 2, case
+            allocator.observe([["a", "b", 7][i] for i in allocation.expand()], np.arange(20) % 2)
+        assert allocator.tracker.records().rollouts.sum() == 60, case
+        failures = allocator.metrics()["allocation_failures"]
+        if case == ("refit", "nonsense"):
+            assert failures == 0
+            continue
+        assert failures >= (1 if method == "refit" else 3), case
+        (logged,) = [record for record in caplog.records if "failed; the run continues" in record.message]
+        assert logged.exc_info is not None, case
+        if method == "believe":
+            assert sorted(allocation.counts) == [6, 7, 7], case
+            assert allocation.reason == "allocation failed: divided evenly", case
+            assert allocator.adopt(["a", "b"], [3, 1]).counts.tolist() == [3, 1], case
 
 
 def test_even_division_is_exact_and_serves_whole_groups() -> None:
@@ -395,21 +396,22 @@ class WrongAllocator(kr.KnapsackAllocator):
         super().record(*arguments, **settings)
 
 
-@pytest.mark.parametrize("answer", ["raise", "short", "sum", "negative"])
-def test_training_continues_evenly_if_the_allocator_fails(answer: str, tmp_path, caplog) -> None:
-    allocator = WrongAllocator("beta")
-    allocator.answer = answer
-    trainer = trainer_of(tmp_path, extra={"allocator": allocator}, log_allocations=True)
-    trainer.train()
-    assert trainer.state.global_step == 3
-    assert last_metric(trainer, "knapsack/allocation_failures") == (6 if answer == "raise" else 3)
-    kinds = 2 if answer == "raise" else 1
-    assert sum("failed; the run continues" in record.message for record in caplog.records) == kinds
-    rows = [json.loads(line) for line in (tmp_path / ALLOCATION_LOG).read_text().splitlines()]
-    assert [row["counts"] for row in rows] == [[4] * 4] * 3
+def test_training_continues_evenly_if_the_allocator_fails(tmp_path, caplog) -> None:
     stock = trainer_of(tmp_path / "stock", allocation="uniform")
     stock.train()
-    assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model), "an even step is the stock step"
+    for answer in ("raise", "short", "sum", "negative"):
+        caplog.clear()
+        allocator, folder = WrongAllocator("beta"), tmp_path / answer
+        allocator.answer = answer
+        trainer = trainer_of(folder, extra={"allocator": allocator}, log_allocations=True)
+        trainer.train()
+        assert trainer.state.global_step == 3, answer
+        kinds = 2 if answer == "raise" else 1  # observing fails too
+        assert last_metric(trainer, "knapsack/allocation_failures") == 3 * kinds, answer
+        assert sum("failed; the run continues" in record.message for record in caplog.records) == kinds, answer
+        rows = [json.loads(line) for line in (folder / ALLOCATION_LOG).read_text().splitlines()]
+        assert [row["counts"] for row in rows] == [[4] * 4] * 3, answer
+        assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model), (answer, "not the stock step")
 
 
 # --- ids and data ---
@@ -461,26 +463,23 @@ def rows_of(*prompts):
     return [{"prompt": f"{k}+1=", "prompt_id": f"p{k}"} for k in prompts for _ in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (rows_of(5, 6), None),  # other prompts: each process trains on what it brought, allocated together
-        (rows_of(5, 6)[1:] + rows_of(7)[:1], "rows holds different prompts"),
-        ([row | {"prompt": "9+9="} for row in rows_of(1, 2)], "id 'p1' names different prompts in one batch"),
-    ],
-)
-def test_a_process_that_sees_other_data(other, message, tmp_path, monkeypatch) -> None:
-    mine = rows_of(1, 2)
-    monkeypatch.setattr(trainer_module, "gather_object", lambda rows: rows + other)
-    trainer = trainer_of(tmp_path)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            trainer._plan_step(mine)
-        return
-    rows, step = trainer._plan_step(mine)
+def test_a_process_that_sees_other_data(tmp_path, monkeypatch) -> None:
+    mine, trainer = rows_of(1, 2), trainer_of(tmp_path)
+
+    def plan_with(other):
+        monkeypatch.setattr(trainer_module, "gather_object", lambda rows: rows + other)
+        return trainer._plan_step(mine)
+
+    # Other prompts: they are allocated together, and each process trains on as many rows as it brought.
+    rows, step = plan_with(rows_of(5, 6))
     assert step.plan.ids == ["p1", "p2", "p5", "p6"]
     assert len(rows) == 8
     assert step.plan.counts.sum() == 16
+    for other, message in (
+        (rows_of(5, 6)[1:] + rows_of(7)[:1], "rows holds different prompts"),
+        ([row | {"prompt": "9+9="} for row in rows_of(1, 2)], "id 'p1' names different prompts in one batch"),
+    ):
+        assert message in message_of(ValueError, plan_with, other)
 
 
 def test_data_sets_of_processes_are_compared(caplog) -> None:
