@@ -26,7 +26,7 @@ START_SECONDS = 120.0
 """Longest start of the worker, which imports sympy; on a busy machine that takes its time."""
 
 GRACE_SECONDS = 5.0
-"""How long after the end of a comparison's time the worker may still reply before it is killed itself."""
+"""Time after the end of a comparison in which the worker may still reply before it is killed itself."""
 
 
 class MathProcess:
@@ -58,7 +58,7 @@ class MathProcess:
         self._lock = threading.Lock()
 
     def equal(self, given: str, right: str) -> bool:
-        """Whether two formulas in LaTeX are equal; False if comparing them takes too much time or memory."""
+        """Return whether two formulas in LaTeX are equal; False if comparing them takes too much time or memory."""
         with self._lock:
             return self._ask(given, right)
 
@@ -134,7 +134,7 @@ class MathProcess:
             assert pipe is not None
             try:
                 pipe.close()
-            except BrokenPipeError:  # an unsent request; there is nobody left to read it
+            except BrokenPipeError:  # an unsent request that nobody will read
                 logger.debug("the worker was gone before its request was sent")
 
 
@@ -161,7 +161,7 @@ def require_math() -> None:
 
 
 def shared_process() -> MathProcess:
-    """The one worker of the calling process, with the default limits; a process that was forked gets another."""
+    """Return the one worker of the calling process, with the default limits; a process that was forked gets another."""
     return _process_of(os.getpid())
 
 

@@ -244,4 +244,4 @@ def _card(folder: Path) -> None:
 
 
 def _no_card(*_: Any, **__: Any) -> None:
-    """In place of TRL's draft, which cannot know the base model and calls it None."""
+    """Do nothing, in place of TRL's draft, which does not know the base model and calls it None."""

@@ -117,11 +117,11 @@ class TrainSettings(AllocationSettings):
 
     @property
     def label(self) -> str:
-        """Short name of the policy and seed, good for a folder."""
+        """Short name of the policy and seed, suitable for a folder."""
         return f"{self.allocation}-n{self.rollouts_per_prompt}-seed{self.seed}"
 
     def to_yaml(self) -> str:
-        """The settings as YAML, in the order of the fields."""
+        """Return the settings as YAML, in the order of the fields."""
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)

@@ -29,7 +29,7 @@ def can_interrupt() -> bool:
 
 @contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
-    """End the body after so many seconds; never with None. Needs :func:`can_interrupt`; not to be nested.
+    """End the body after so many seconds, or never with None; needs :func:`can_interrupt`, and cannot be nested.
 
     The signal is SIGVTALRM, which hardly anything else uses; SIGALRM stays free for the body. Two clocks send it: a
     thread, which works while the body waits, and the timer of the processor time, which works while the body keeps all

@@ -33,6 +33,6 @@ class Generated:
 
     @classmethod
     def load(cls, checkpoint: Path) -> Generated:
-        """Read the numbers of a checkpoint; zeros for a checkpoint of the stock trainer."""
+        """Return the numbers of a checkpoint; zeros for one of the stock trainer."""
         path = checkpoint / GENERATED_FILE
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
