@@ -183,6 +183,13 @@ def test_an_allocator_that_fails_or_answers_wrongly_leaves_the_mean(caplog) -> N
         assert allocator.metrics()["allocation_failures"] == allocator.metrics()["failures/allocation"] == 2
 
 
+def test_an_even_division_spends_the_whole_budget() -> None:
+    for session in (session_of(Broken()), session_of(allocation="uniform")):
+        for budget in range(9, 12):
+            counts = session.plan(["a", "b", "c"], 3, budget=budget).counts
+            assert counts.sum() == budget and counts.max() - counts.min() <= 1, budget
+
+
 def test_failures_are_counted_by_kind(tmp_path) -> None:
     (tmp_path / ALLOCATION_LOG).mkdir()  # a folder in the way
     session = session_of(folder=tmp_path)

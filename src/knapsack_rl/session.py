@@ -266,18 +266,20 @@ class Session:
 
         Args:
             ids: (B,) prompt of each row of the batch.
-            mean: mean rollouts per row; every row gets it under uniform allocation, or if allocation fails.
-            budget: rollouts of the step; ``mean * B`` by default.
+            mean: mean rollouts per row; every row gets it under uniform allocation, or if allocation fails; the first
+                rows get one more if the budget is not a multiple.
+            budget: rollouts of the step, from ``mean * B`` (the default) to fewer than B more.
             multiple: with a budget in tokens, the number of rollouts is a multiple of this.
         """
         started = time.perf_counter()
         distinct, place_R = numbered(ids)
+        rollouts = mean * len(ids) if budget is None else budget
         found = None
         if self.settings.allocation != "uniform":
-            rollouts = mean * len(ids) if budget is None else budget
             found = self.survive("allocation", lambda: self._allocate(distinct, ids, mean, rollouts, multiple))
         if found is None:
-            found = self.adopt(distinct, mean * np.bincount(place_R))
+            extra_R = np.arange(len(ids)) < rollouts - mean * len(ids)  # one more for the first rows
+            found = self.adopt(distinct, np.bincount(place_R, mean + extra_R).astype(np.int64))
         plan = Plan(distinct, found, time.perf_counter() - started)
         unknown = np.full(len(distinct), np.nan)
         estimate = unknown if found.success_rates is None else found.success_rates

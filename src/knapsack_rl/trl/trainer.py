@@ -204,9 +204,11 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         """Return the plan for the prompts of the batch, or for those that the queue serves."""
         args: Any = self.args
         size: Any = self.num_generations
-        if self.queue is None:
+        queue = self.queue
+        if queue is None:
             return self.session.plan(drawn, size, multiple=self.accelerator.num_processes * args.steps_per_generation)
-        served = self.queue.choose(self.allocator, budget, len(set(drawn)))
+        chosen = self.session.survive("queue", lambda: queue.choose(self.allocator, budget, len(set(drawn))))
+        served = chosen or list(queue.rows)[: budget // size]
         return self.session.plan(served, budget // len(served), budget=budget)
 
     def _agree_on(self, plan: Plan) -> Plan:
