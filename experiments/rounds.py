@@ -21,9 +21,9 @@ from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.session import Plan
-from knapsack_rl.trl.identity import prompt_key
+from knapsack_rl.trl.identity import keys_of_blocks, prompt_key
 from knapsack_rl.trl.replay import pad_to
-from knapsack_rl.trl.step import Scored, Step, keys_of_blocks
+from knapsack_rl.trl.step import Scored, Step
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
 
 ROUNDS_FILE = "rounds.json"
@@ -95,8 +95,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         if not self._training:
             return super()._generate_and_score_completions(inputs)
         started, generating = time.perf_counter(), 0.0
-        size: Any = self.num_generations
-        drawn = keys_of_blocks(inputs, size, self._setting("prompt_id_column"))
+        drawn = keys_of_blocks(inputs, self._mean, self._setting("prompt_id_column"))
         self.rounds.start(list(dict.fromkeys(drawn)))
         ids: list[PromptId] = []
         parts: list[dict[str, Any]] = []

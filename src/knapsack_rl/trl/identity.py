@@ -27,6 +27,43 @@ def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
     return hash_of(row.get("prompt"))
 
 
+def keys_of_blocks(rows: list[dict[str, Any]], size: int, id_column: str) -> list[PromptId]:
+    """Return the prompt of each block of ``size`` rows, as TRL's sampler draws them.
+
+    Raises:
+        ValueError: a block holds several prompts.
+    """
+    keys = []
+    for at in range(0, len(rows), size):
+        first, *others = rows[at : at + size]
+        key = prompt_key(first, id_column)
+        for row in others:
+            if row.get("prompt") != first.get("prompt") or prompt_key(row, id_column) != key:
+                raise ValueError(
+                    f"one block of num_generations={size} rows holds different prompts (prompt {key!r}): the "
+                    "data loader broke a group. With an IterableDataset, make every process read whole groups"
+                )
+        keys.append(key)
+    return keys
+
+
+def rows_by_prompt(keys: list[PromptId], rows: list[dict[str, Any]]) -> dict[PromptId, dict[str, Any]]:
+    """Return the first row of each prompt.
+
+    Args:
+        keys: (N,) prompt of each row.
+        rows: (N,) of the data set.
+
+    Raises:
+        ValueError: rows of one id hold different prompts.
+    """
+    found: dict[PromptId, dict[str, Any]] = {}
+    for key, row in zip(keys, rows, strict=True):
+        if found.setdefault(key, row).get("prompt") != row.get("prompt"):
+            raise ValueError(f"id {key!r} names different prompts in one batch; make ids unique over all sources")
+    return found
+
+
 def prompt_keys(dataset: Any, id_column: str) -> set[PromptId]:
     """Return the identities of all prompts of a data set."""
     columns = [name for name in (id_column, "prompt", "image", "images") if name in (dataset.column_names or [])]

@@ -13,7 +13,6 @@ from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan
-from knapsack_rl.trl.identity import prompt_key
 
 
 @dataclass
@@ -97,40 +96,3 @@ class Scored:
                     step=step,
                     answer=answer,
                 )
-
-
-def keys_of_blocks(rows: list[dict[str, Any]], size: int, id_column: str) -> list[PromptId]:
-    """Return the prompt of each block of ``size`` rows, as TRL's sampler draws them.
-
-    Raises:
-        ValueError: a block holds several prompts.
-    """
-    keys = []
-    for at in range(0, len(rows), size):
-        first, *others = rows[at : at + size]
-        key = prompt_key(first, id_column)
-        for row in others:
-            if row.get("prompt") != first.get("prompt") or prompt_key(row, id_column) != key:
-                raise ValueError(
-                    f"one block of num_generations={size} rows holds different prompts (prompt {key!r}): the "
-                    "data loader broke a group. With an IterableDataset, make every process read whole groups"
-                )
-        keys.append(key)
-    return keys
-
-
-def rows_by_prompt(keys: list[PromptId], rows: list[dict[str, Any]]) -> dict[PromptId, dict[str, Any]]:
-    """Return the first row of each prompt.
-
-    Args:
-        keys: (N,) prompt of each row.
-        rows: (N,) of the data set.
-
-    Raises:
-        ValueError: rows of one id hold different prompts.
-    """
-    found: dict[PromptId, dict[str, Any]] = {}
-    for key, row in zip(keys, rows, strict=True):
-        if found.setdefault(key, row).get("prompt") != row.get("prompt"):
-            raise ValueError(f"id {key!r} names different prompts in one batch; make ids unique over all sources")
-    return found

@@ -31,12 +31,12 @@ from knapsack_rl.trl.checkpoints import (
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.generated import Generated
-from knapsack_rl.trl.identity import check_ids, check_same_data, prompt_keys
+from knapsack_rl.trl.identity import check_ids, check_same_data, keys_of_blocks, prompt_keys, rows_by_prompt
 from knapsack_rl.trl.internals import check_internals, one_completion_per_row
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
 from knapsack_rl.trl.rewards import watched
-from knapsack_rl.trl.step import Scored, Step, keys_of_blocks, rows_by_prompt
+from knapsack_rl.trl.step import Scored, Step
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -74,9 +74,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             else watched(function, name, self._setting("prompt_id_column"), self._setting("reward_timeout"))
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        varying = self._setting("prompts_per_step") == "varying"
-        size: Any = self.num_generations
-        self.queue = PromptQueue(size) if varying else None
+        self.queue = PromptQueue(self._mean) if self._setting("prompts_per_step") == "varying" else None
         self._scored: Scored | None = None
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
@@ -135,13 +133,13 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     def _generate_rows(self, rows: list[dict[str, Any]], step: Step) -> dict[str, Any]:
         """Let TRL generate and score the rows; its advantages are replaced where groups are ragged."""
-        size: Any = self.num_generations
-        if step.ragged and step.group_R.size % size:  # TRL reshapes to (-1, size): let it see groups of one
+        mean = self._mean
+        if step.ragged and step.group_R.size % mean:  # TRL reshapes to (-1, mean): let it see groups of one
             self.num_generations = 1
         try:
             return super()._generate_and_score_completions(rows)
         finally:
-            self.num_generations = size
+            self.num_generations = mean
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -157,6 +155,12 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if self._training:
             self.generated.add(self._scored.lengths)
         return rewards_per_func
+
+    @property
+    def _mean(self) -> int:
+        """Mean rollouts per prompt."""
+        size: Any = self.num_generations
+        return size
 
     @property
     def _training(self) -> bool:
@@ -175,11 +179,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _plan_step(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Step]:
         """Allocate over the prompts of all processes; return this process's rows and the step."""
         everything = gather_object(inputs)
-        size: Any = self.num_generations
-        drawn = keys_of_blocks(everything, size, self._setting("prompt_id_column"))
-        rows = rows_by_prompt(drawn, everything[::size])
+        drawn = keys_of_blocks(everything, self._mean, self._setting("prompt_id_column"))
+        rows = rows_by_prompt(drawn, everything[:: self._mean])
         distinct, block_prompt = numbered(drawn)
-        stock_R = np.repeat(block_prompt, size)
+        stock_R = np.repeat(block_prompt, self._mean)
         if self.queue is not None:
             self.queue.push(rows)
             rows = dict(self.queue.rows)
@@ -203,12 +206,12 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _plan(self, drawn: list[PromptId], budget: int) -> Plan:
         """Return the plan for the prompts of the batch, or for those that the queue serves."""
         args: Any = self.args
-        size: Any = self.num_generations
         queue = self.queue
         if queue is None:
-            return self.session.plan(drawn, size, multiple=self.accelerator.num_processes * args.steps_per_generation)
+            multiple = self.accelerator.num_processes * args.steps_per_generation
+            return self.session.plan(drawn, self._mean, multiple=multiple)
         chosen = self.session.survive("queue", lambda: queue.choose(self.allocator, budget, len(set(drawn))))
-        served = chosen or list(queue.rows)[: budget // size]
+        served = chosen or list(queue.rows)[: budget // self._mean]
         return self.session.plan(served, budget // len(served), budget=budget)
 
     def _agree_on(self, plan: Plan) -> Plan:
