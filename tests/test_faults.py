@@ -182,7 +182,7 @@ except OutOfTime:
 """
 
 
-def test_a_deadline_that_strikes_on_the_way_out_leaves_no_lock_taken() -> None:
+def test_a_signal_at_the_end_of_a_deadline_leaves_no_lock_held() -> None:
     """A handler that raised just after a lock was taken would leave it taken, and the run would wait for ever."""
     command = [sys.executable, "-c", STRUCK_WITH_A_LOCK_TAKEN, deadline_module.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -453,7 +453,7 @@ def test_an_id_too_long_to_be_printed_is_refused() -> None:
         allocator.allocate(["a", 10**5000], 8)
 
 
-def test_a_budget_beyond_all_reason_is_refused() -> None:
+def test_an_excessive_budget_is_refused() -> None:
     for budget in (2**24 + 1, 2**63, 10**400):
         with pytest.raises(ValueError, match="budget must be at most 16777216 rollouts a step"):
             kr.KnapsackAllocator("beta").allocate(["a", "b"], budget)
@@ -604,7 +604,7 @@ def test_resume_skips_an_incomplete_checkpoint(tmp_path) -> None:
     assert records.rollouts.tolist() == others.rollouts.tolist()
 
 
-def test_a_full_disk_at_the_log_costs_rows_and_not_the_run(tmp_path, monkeypatch, caplog) -> None:
+def test_a_full_disk_at_the_log_loses_rows_and_does_not_end_the_run(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(session_module, "append_row", full_disk)
     trainer = trainer_of(tmp_path, log_allocations=True)
     trainer.train()

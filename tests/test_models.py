@@ -82,7 +82,7 @@ def test_paths_are_distinguished_from_names_on_the_hub():
         assert is_path(name) is path, name
 
 
-def test_a_name_that_the_hub_does_not_know_is_named_with_what_may_be_given(monkeypatch, caplog):
+def test_an_unknown_model_is_named_with_the_allowed_ones(monkeypatch, caplog):
     def offline(*_, **__):
         raise OSError("We couldn't connect\n   to load the files")
 
@@ -190,7 +190,7 @@ class Seen(torch.nn.Module):
         return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
 
 
-def test_the_evaluation_passes_all_columns_and_speaks_in_the_models_template():
+def test_the_evaluation_passes_all_columns_and_uses_the_chat_template():
     tokenizer, model, got = tiny.tokenizer(), Seen(), []
     tokenizer.chat_template = TEMPLATE
     rows = [{"prompt": [{"role": "user", "content": f"{k}+1"}], "answer": "a", "numbers": [k]} for k in (1, 23)]

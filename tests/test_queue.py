@@ -72,7 +72,7 @@ def serve(queue, allocator, budget, batch):
     return served, allocator.allocate(served, budget)
 
 
-def test_one_price_buys_more_than_one_budget_per_batch_and_most_of_what_one_budget_for_all_does():
+def test_one_price_beats_one_budget_per_batch_and_is_close_to_one_budget_for_all():
     """Batches differ: half of them hold hardly anything of value."""
     rng = np.random.default_rng(0)
     batches = [np.where(rng.random(16) < 0.5, 0.995, 0.003) if b % 2 else rng.uniform(0.1, 0.6, 16) for b in range(24)]

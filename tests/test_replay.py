@@ -174,7 +174,7 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
     assert sorted(entry.uses for entry in buffer.entries.values()) == [1] * 4
 
 
-def test_the_log_probabilities_of_now_agree_with_a_plain_forward_pass(tmp_path):
+def test_current_log_probabilities_agree_with_a_plain_forward_pass(tmp_path):
     trainer = tiny.trainer(KnapsackGRPOTrainer, tmp_path, tiny.has_digit_five)
     batch = {
         "prompt_ids": torch.tensor([[0, 5], [4, 5]]),

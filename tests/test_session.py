@@ -122,7 +122,7 @@ def test_the_success_rule_runs_once_a_step() -> None:
     assert found.metrics["effective_gradient_ratio"] == 1.0
 
 
-def test_a_log_row_says_what_was_planned_and_what_came_of_it(tmp_path) -> None:
+def test_a_log_row_has_the_plan_and_its_outcome(tmp_path) -> None:
     session = session_of(folder=tmp_path)
     plan = session.plan(["a", 7, "c"], 3)
     arrived = np.array([0, 0, 1, 0])  # some were lost, those of c altogether

@@ -236,7 +236,7 @@ def test_every_seed_has_the_same_prompts():
     assert (first.train, first.held_out) == (second.train, second.held_out)
 
 
-def test_nothing_need_be_held_out_of_the_generated_task():
+def test_the_generated_task_may_hold_out_nothing():
     task = load_task(TrainSettings(train_prompts=12, held_out_prompts=0, prompts_per_step=4))
     assert (len(task.train), len(task.held_out)) == (12, 0)
 
@@ -677,7 +677,7 @@ def test_the_command_line_interrupts_and_resumes(trained, tmp_path, monkeypatch,
     check_covers(folder, straight.settings)
 
 
-def test_a_second_interruption_stops_at_once_and_what_has_no_checkpoint_cannot_be_resumed(tmp_path):
+def test_a_second_interruption_stops_at_once_and_leaves_nothing_to_resume(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     settings, display = settings_of(allocation="uniform", held_out_prompts=1), Watching("loss 1", times=2)
     with pytest.raises(KeyboardInterrupt):
@@ -788,7 +788,7 @@ def test_warnings_go_to_the_display_and_into_the_folder(trained, tmp_path, monke
     assert all(html.escape(row["remedy"]) in page for row in rows)
 
 
-def test_what_libraries_print_is_turned_off_and_on_again():
+def test_the_output_of_libraries_is_turned_off_and_on_again():
     def state():
         return transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
 

@@ -526,7 +526,7 @@ def test_an_infinite_reward_does_not_end_the_run(tmp_path, caplog):
         assert tiny.fingerprint(trainer.model) != start, case
 
 
-def test_a_batch_without_any_reward_is_survived(tmp_path):
+def test_a_batch_without_any_reward_does_not_end_the_run(tmp_path):
     trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, rewards=(lambda completions, **_: [None] * len(completions),))
     start = tiny.fingerprint(trainer.model)
     trainer.train()
@@ -965,7 +965,7 @@ def test_an_id_is_a_string_or_a_whole_number(tmp_path):
         assert "must hold strings or whole numbers" in message_of(ValueError, training_batch, tmp_path, rows), given
 
 
-def test_without_ids_prompts_are_known_by_a_hash_of_their_text(tmp_path):
+def test_without_ids_prompts_are_identified_by_a_hash_of_their_text(tmp_path):
     batches = []
     trainer = trainer_of(
         KnapsackGRPOTrainer,
@@ -1074,7 +1074,7 @@ def test_vllm_is_asked_for_one_completion_per_row_in_training_only(tmp_path, mon
         assert batch["completions"] == [prompt[:3] for prompt in batch["prompts"]]
 
 
-def test_vllm_gets_every_other_argument_as_it_was():
+def test_vllm_gets_every_other_argument_unchanged():
     calls, training = [], [True, True, False]
 
     def generate(prompts, images, num_generations, profiler=None):

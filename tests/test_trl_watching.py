@@ -49,7 +49,7 @@ def test_without_the_setting_there_are_no_samples(tmp_path):
         KnapsackGRPOConfig(**tiny.arguments(tmp_path, log_samples=-1))
 
 
-def test_a_folder_that_refuses_samples_ends_no_run(tmp_path, caplog):
+def test_a_folder_that_refuses_samples_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / SAMPLES_FILE).mkdir()
     trainer, _ = observed(tmp_path, log_samples=3)
     assert trainer.state.global_step == 8

@@ -123,7 +123,7 @@ def test_the_outcome_may_be_a_value_beside_the_reward(tmp_path, world):
     assert (records.successes / records.rollouts).tolist() == [1.0, 0.0]  # the stand-in returns acc = 1 - reward
 
 
-def test_an_outcome_that_is_not_returned_costs_a_warning_and_no_run(tmp_path, world, caplog):
+def test_a_missing_outcome_is_warned_about_and_does_not_end_the_run(tmp_path, world, caplog):
     run = Run(tmp_path, world, outcome="accuracy")
     sizes, metrics = run.train()
     run.train()
@@ -173,7 +173,7 @@ def test_uniform_allocation_adds_the_id_and_nothing_else(tmp_path, world):
     assert 0 < metrics["knapsack/effective_prompt_ratio"] < 1
 
 
-def test_skipped_prompts_get_zero_rollouts_and_none_gets_one(tmp_path, world):
+def test_a_prompt_gets_no_rollouts_or_at_least_two(tmp_path, world):
     run = Run(tmp_path, world, min_rollouts=0)
     for _ in range(12):
         sizes, _ = run.train()
@@ -252,7 +252,7 @@ def test_one_index_for_all_prompts_is_refused(tmp_path, world):
         run.train(extra_info=[{"index": 0}] * 12)
 
 
-def test_a_missing_index_later_costs_a_warning_and_no_run(tmp_path, world, caplog):
+def test_a_missing_index_in_a_later_batch_is_warned_about(tmp_path, world, caplog):
     run = Run(tmp_path, world)
     run.train()
     run.step += 1
@@ -541,7 +541,7 @@ def test_settings_out_of_range_are_refused():
 # -- command line ---------------------------------------------------------------------------------------------------
 
 
-def test_the_printed_overrides_are_what_the_checks_want(tmp_path, capsys):
+def test_the_printed_overrides_pass_the_checks(tmp_path, capsys):
     assert main(["verl-args", "--max-rollouts", "64", "--log-allocations", "--one-line"]) == 0
     given = parse_overrides(capsys.readouterr().out.split())
     launch = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=8", "trainer.save_freq=5"]

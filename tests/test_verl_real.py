@@ -156,7 +156,7 @@ def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynch
     assert ragged > 3
 
 
-def test_uniform_allocation_gives_what_verl_gives_without_the_plug_in(uniform, stock):
+def test_uniform_allocation_equals_verl_without_the_plug_in(uniform, stock):
     for ours, theirs in zip(uniform.recorded(), stock.recorded(), strict=True):
         mine, reference = by_prompt(ours), by_prompt(theirs)
         assert mine.keys() == reference.keys()

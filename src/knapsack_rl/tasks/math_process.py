@@ -2,7 +2,7 @@
 
 Equality of formulas is decided by the package math-verify, which builds on sympy. Neither bounds time or memory, and
 parts of both evaluate text as Python. So they run in a separate process, :mod:`knapsack_rl.tasks.math_worker`. It has a
-memory limit, receives the text of the two formulas and nothing else, and is killed and forked anew when a comparison
+memory limit, receives the text of the two formulas and nothing else, and is killed and forked again when a comparison
 takes too long.
 """
 
@@ -85,7 +85,7 @@ class MathProcess:
         reply = self._exchange(worker, json.dumps([right, given]).encode() + b"\n", self.seconds + GRACE_SECONDS)
         if reply not in (b"1\n", b"0\n"):
             self.refused += 1
-        if not reply.endswith(b"\n"):  # the worker itself is gone: another starts while the caller goes on
+        if not reply.endswith(b"\n"):  # the worker itself is gone: another starts while the caller continues
             self._end()
             self._worker = self._launch()
         return reply == b"1\n"

@@ -2,7 +2,7 @@
 
 Reads a JSON line ``[right, given]`` of LaTeX texts, writes ``1``, ``0``, or ``-`` where it ran out of time or memory.
 The process itself only imports sympy, which takes seconds, and forks a child that compares. A child that takes too long
-is killed and forked anew, which takes hundredths of a second, so no answer waits for the one before it.
+is killed and forked again, which takes hundredths of a second, so no answer waits for the one before it.
 
 Formulas are parsed by math-verify's LaTeX grammar alone: its other way, for plain expressions, hands text to Python's
 ``eval``. sympy has more places that do, so before the first formula its evaluating parser is replaced by one for
@@ -199,7 +199,7 @@ def main(megabytes: int, seconds: float) -> None:
             reply = child.ask(line, seconds)
         lost = not reply.endswith(b"\n")
         os.write(replies, OUT if lost else reply)
-        if lost:  # the next child starts while the caller goes on
+        if lost:  # the next child starts while the caller continues
             child.end()
             child = _Child(equal, megabytes, seconds)
     child.end()

@@ -99,7 +99,7 @@ class PromptQueue:
         least = max(allocator.min_rollouts, 2)
         budget = min(max(round(mean * len(sample)), least * len(sample) + 1), allocator.max_rollouts * len(sample))
         counts = allocate_expected(marginals, budget, least, allocator.max_rollouts).counts
-        bought = np.flatnonzero(counts > least)  # what the minimum gives has no price
+        bought = np.flatnonzero(counts > least)  # rollouts of the minimum have no price
         return float(marginals[bought, counts[bought] - 1].min(initial=np.inf)) if bought.size else 0.0
 
     def save(self, path: Path) -> None:
