@@ -21,9 +21,9 @@ from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.session import Plan
-from knapsack_rl.trl.identity import prompt_key
+from knapsack_rl.trl.identity import keys_of_blocks, prompt_key
 from knapsack_rl.trl.replay import pad_to
-from knapsack_rl.trl.step import Scored, Step, keys_of_blocks
+from knapsack_rl.trl.step import Scored, Step
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
 
 ROUNDS_FILE = "rounds.json"
@@ -95,8 +95,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         if not self._training:
             return super()._generate_and_score_completions(inputs)
         started, generating = time.perf_counter(), 0.0
-        size: Any = self.num_generations
-        drawn = keys_of_blocks(inputs, size, self._setting("prompt_id_column"))
+        drawn = keys_of_blocks(inputs, self._mean, self._setting("prompt_id_column"))
         self.rounds.start(list(dict.fromkeys(drawn)))
         ids: list[PromptId] = []
         parts: list[dict[str, Any]] = []
@@ -116,7 +115,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         allocation = self.session.adopt(prompts, np.bincount(group_R))
         outcomes = outcomes_by_position(group_R, self._outcome(self._scored), len(prompts), self.allocator.success)
         seconds = time.perf_counter() - started - generating
-        self._finish_step(Step(Plan(prompts, allocation, seconds), group_R, ragged=True, seconds=seconds), merged)
+        self._finish_step(Step(Plan(prompts, allocation, seconds), group_R, ragged=True), merged)
         return select(merged, self.rounds.keep(prompts, group_R, outcomes.success_R.astype(np.int64)))
 
     def _one_round(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Scored]:
@@ -136,13 +135,13 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         (checkpoint / ROUNDS_FILE).write_text(json.dumps(self.rounds.state_dict()), encoding="utf-8")
         super().save_progress(checkpoint)
 
-    def restore_allocator(self, checkpoint: Path) -> None:
+    def restore_progress(self, checkpoint: Path) -> None:
         """Restore the rule too.
 
         Raises:
             FileNotFoundError: the checkpoint is not one of this trainer.
         """
-        super().restore_allocator(checkpoint)
+        super().restore_progress(checkpoint)
         self.rounds.load_state_dict(json.loads((checkpoint / ROUNDS_FILE).read_text(encoding="utf-8")))
 
 

@@ -1,6 +1,6 @@
 """One process of a run whose second process has another data set: ``other_data_worker.py FOLDER new|clash``.
 
-Started by torchrun from ``test_faults.py``. ``new``: other prompts with ids of their own; ``clash``: the same ids for
+Started by torchrun from ``test_faults.py``. ``new``: other prompts with other ids; ``clash``: the same ids for
 other prompts.
 """
 

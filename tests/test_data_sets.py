@@ -1,4 +1,4 @@
-"""Data sets by name: what a run is given, how answers are checked. Nothing is fetched; samples are in tests/data."""
+"""Data sets by name: their rows and verifiers. Nothing is fetched; samples are in tests/data."""
 
 import json
 import re
@@ -411,7 +411,7 @@ def test_reasoning_gym_scores_with_its_own_verifier(gym):
         assert int(row["answer"]) == int(left) + int(right) * (1 if sign == "+" else -1)
 
 
-def test_reasoning_gym_refuses_what_it_does_not_have(gym):
+def test_reasoning_gym_refuses_unknown_tasks_and_knobs(gym):
     for name, message in [
         ("reasoning-gym:soduko", r"no task 'soduko'; name one as reasoning-gym:TASK: .*chain_sum"),
         ("reasoning-gym", r"no task ''"),

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_rewards_of_any_number_type_pass() -> None:
         assert repr(call(lambda returned=returned, **_: returned)) == repr(rewards)
 
 
-def test_what_is_no_reward_is_refused_with_its_prompt() -> None:
+def test_a_result_that_is_not_a_reward_is_refused_with_its_prompt() -> None:
     for returned, message in (
         ([1, 2], "mine returned 2 rewards for 3 completions"),
         ([], "mine returned 0 rewards for 3 completions"),
@@ -115,13 +116,13 @@ def test_a_raising_function_is_attributed_to_its_prompt() -> None:
             raise ZeroDivisionError
         return [0.0]
 
-    with pytest.raises(RewardError, match="a batch of 3 completions, and for none of them alone"):
+    with pytest.raises(RewardError, match="a batch of 3 completions, but for none of them alone"):
         call(fails_together)
     with pytest.raises(KeyboardInterrupt):
         call(lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
-# What a hanging function may be: asleep, busy, deaf to exceptions, backtracking in a regular expression.
+# Ways to hang: asleep, busy, deaf to exceptions, backtracking in a regular expression.
 
 
 def sleeps():
@@ -142,19 +143,20 @@ def backtracks():
     re.match(r"(a*)*b", "a" * 60)
 
 
-@pytest.mark.parametrize("hang", [sleeps, spins, swallows, backtracks])
-def test_a_hanging_function_is_ended_and_attributed_to_its_prompt(hang) -> None:
-    def stuck(completions, **_):
-        if any(text.startswith("b") for text in completions):
-            hang()
-        return [0.0] * len(completions)
-
+def test_a_hanging_function_is_ended_and_attributed_to_its_prompt() -> None:
     before = signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(RewardError, match=r"stuck took more than 0\.2 s for prompt 'p2', completion 'bbb"):
-        watched(stuck, "stuck", "prompt_id", 0.2)(**COLUMNS)
-    assert signal.getsignal(signal.SIGVTALRM) is before
-    assert "deadline" not in {thread.name for thread in threading.enumerate()}
-    assert watched(tiny.has_digit_five, "quick", "prompt_id", 30.0)(**COLUMNS) == [0.0] * 3
+    for hang in (sleeps, spins, swallows, backtracks):
+
+        def stuck(completions, hang=hang, **_):
+            if any(text.startswith("b") for text in completions):
+                hang()
+            return [0.0] * len(completions)
+
+        found = message_of(RewardError, watched(stuck, "stuck", "prompt_id", 0.2), **COLUMNS)
+        assert "stuck took more than 0.2 s for prompt 'p2', completion 'bbb" in found, hang
+        assert signal.getsignal(signal.SIGVTALRM) is before, hang
+        assert "deadline" not in {thread.name for thread in threading.enumerate()}, hang
+        assert watched(tiny.has_digit_five, "quick", "prompt_id", 30.0)(**COLUMNS) == [0.0] * 3, hang
 
 
 STRUCK_WITH_A_LOCK_TAKEN = """
@@ -180,7 +182,7 @@ except OutOfTime:
 """
 
 
-def test_a_deadline_that_strikes_on_the_way_out_leaves_no_lock_taken() -> None:
+def test_a_signal_at_the_end_of_a_deadline_leaves_no_lock_held() -> None:
     """A handler that raised just after a lock was taken would leave it taken, and the run would wait for ever."""
     command = [sys.executable, "-c", STRUCK_WITH_A_LOCK_TAKEN, deadline_module.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -188,12 +190,12 @@ def test_a_deadline_that_strikes_on_the_way_out_leaves_no_lock_taken() -> None:
     assert int(done.stdout) > 0
 
 
-def test_a_slow_batch_of_quick_completions_is_told_apart_from_a_hang() -> None:
+def test_a_slow_batch_of_quick_completions_is_distinguished_from_a_hang() -> None:
     def slow(completions, **_):
         time.sleep(0.15 * len(completions))
         return [0.0] * len(completions)
 
-    with pytest.raises(RewardError, match=r"more than 0\.3 s for a batch of 3 completions, and for none of them alone"):
+    with pytest.raises(RewardError, match=r"more than 0\.3 s for a batch of 3 completions, but for none of them alone"):
         watched(slow, "slow", "prompt_id", 0.3)(**COLUMNS)
 
 
@@ -212,7 +214,7 @@ def test_an_asynchronous_function_that_hangs_is_ended() -> None:
         asyncio.run(watched(own_timeout, "mine", "prompt_id", 30.0)(**COLUMNS))
 
 
-def test_what_cannot_be_interrupted_is_told_and_ends_late(caplog) -> None:
+def test_a_call_that_ignores_the_interrupt_is_logged_and_ends_late(caplog) -> None:
     def deaf(completions, **_):
         for _ in range(2):
             with contextlib.suppress(BaseException):
@@ -221,7 +223,7 @@ def test_what_cannot_be_interrupted_is_told_and_ends_late(caplog) -> None:
 
     with pytest.raises(RewardError, match=r"deaf took more than 0\.1 s"):
         watched(deaf, "deaf", "prompt_id", 0.1)(**COLUMNS)
-    assert "a call of at most 0.1 s was told to end and still runs" in caplog.text
+    assert "a call limited to 0.1 s was interrupted and is still running" in caplog.text
 
 
 def test_a_hang_in_training_ends_the_run_with_the_prompt(tmp_path) -> None:
@@ -268,16 +270,17 @@ def test_an_asynchronous_reward_trains(tmp_path) -> None:
     assert trainer.allocator.tracker.records().rollouts.sum() == 48
 
 
-@pytest.mark.parametrize("value", [None, NAN, INF, -INF])
-def test_a_reward_that_is_none_is_counted_and_the_run_goes_on(value, tmp_path) -> None:
-    def sometimes(completions, **_):
-        return [value, *tiny.has_digit_five(completions)[1:]]
+def test_a_missing_reward_is_counted_and_the_run_continues(tmp_path) -> None:
+    for value in (None, NAN, INF, -INF):
 
-    trainer = trainer_of(tmp_path, sometimes)
-    trainer.train()
-    assert last_metric(trainer, "knapsack/unscored_rollouts") == 3
-    assert trainer.allocator.tracker.records().rollouts.sum() == 48 - 3
-    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+        def sometimes(completions, value=value, **_):
+            return [value, *tiny.has_digit_five(completions)[1:]]
+
+        trainer = trainer_of(tmp_path / str(value), sometimes)
+        trainer.train()
+        assert last_metric(trainer, "knapsack/unscored_rollouts") == 3, value
+        assert trainer.allocator.tracker.records().rollouts.sum() == 48 - 3, value
+        assert all(torch.isfinite(p).all() for p in trainer.model.parameters()), value
 
 
 # --- the allocator fails ---
@@ -312,30 +315,28 @@ class Failing(BetaEstimator):
         self._maybe("refit")
 
 
-@pytest.mark.parametrize("how", ["raise", "nonsense"])
-@pytest.mark.parametrize("method", ["believe", "absorb", "refit"])
-def test_an_estimator_that_fails_does_not_end_the_run(method: str, how: str, caplog) -> None:
-    allocator = kr.KnapsackAllocator(Failing(method, how))
-    for _ in range(3):
-        allocation = allocator.allocate(["a", "b", 7], 20)
-        assert allocation.counts.sum() == 20
-        assert allocation.counts.min() >= 2
-        allocator.observe([["a", "b", 7][i] for i in allocation.expand()], np.arange(20) % 2)
-    records = allocator.tracker.records()
-    assert records.rollouts.sum() == 60
-    failures = allocator.metrics()["allocation_failures"]
-    logged = [record for record in caplog.records if "failed; the run continues" in record.message]
-    if (method, how) == ("refit", "nonsense"):
-        assert failures == 0
-        return
-    assert failures >= 3 if method != "refit" else failures >= 1
-    assert len(logged) == 1
-    assert logged[0].exc_info is not None
-    if method == "believe":
-        assert sorted(allocation.counts) == [6, 7, 7]
-        assert allocation.reason == "allocation failed: divided evenly"
-        adopted = allocator.adopt(["a", "b"], [3, 1])
-        assert adopted.counts.tolist() == [3, 1]
+def test_an_estimator_that_fails_does_not_end_the_run(caplog) -> None:
+    for case in product(("believe", "absorb", "refit"), ("raise", "nonsense")):
+        method, _ = case
+        caplog.clear()
+        allocator = kr.KnapsackAllocator(Failing(*case))
+        for _ in range(3):
+            allocation = allocator.allocate(["a", "b", 7], 20)
+            assert allocation.counts.sum() == 20, case
+            assert allocation.counts.min() >= 2, case
+            allocator.observe([["a", "b", 7][i] for i in allocation.expand()], np.arange(20) % 2)
+        assert allocator.tracker.records().rollouts.sum() == 60, case
+        failures = allocator.metrics()["allocation_failures"]
+        if case == ("refit", "nonsense"):
+            assert failures == 0
+            continue
+        assert failures >= (1 if method == "refit" else 3), case
+        (logged,) = [record for record in caplog.records if "failed; the run continues" in record.message]
+        assert logged.exc_info is not None, case
+        if method == "believe":
+            assert sorted(allocation.counts) == [6, 7, 7], case
+            assert allocation.reason == "allocation failed: divided evenly", case
+            assert allocator.adopt(["a", "b"], [3, 1]).counts.tolist() == [3, 1], case
 
 
 def test_even_division_is_exact_and_serves_whole_groups() -> None:
@@ -395,27 +396,39 @@ class WrongAllocator(kr.KnapsackAllocator):
         super().record(*arguments, **settings)
 
 
-@pytest.mark.parametrize("answer", ["raise", "short", "sum", "negative"])
-def test_training_goes_on_evenly_where_the_allocator_fails(answer: str, tmp_path, caplog) -> None:
-    allocator = WrongAllocator("beta")
-    allocator.answer = answer
-    trainer = trainer_of(tmp_path, extra={"allocator": allocator}, log_allocations=True)
-    trainer.train()
-    assert trainer.state.global_step == 3
-    assert last_metric(trainer, "knapsack/allocation_failures") == (6 if answer == "raise" else 3)
-    kinds = 2 if answer == "raise" else 1
-    assert sum("failed; the run continues" in record.message for record in caplog.records) == kinds
-    rows = [json.loads(line) for line in (tmp_path / ALLOCATION_LOG).read_text().splitlines()]
-    assert [row["counts"] for row in rows] == [[4] * 4] * 3
+def test_training_continues_evenly_if_the_allocator_fails(tmp_path, caplog) -> None:
     stock = trainer_of(tmp_path / "stock", allocation="uniform")
     stock.train()
-    assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model), "an even step is the stock step"
+    for answer in ("raise", "short", "sum", "negative"):
+        caplog.clear()
+        allocator, folder = WrongAllocator("beta"), tmp_path / answer
+        allocator.answer = answer
+        trainer = trainer_of(folder, extra={"allocator": allocator}, log_allocations=True)
+        trainer.train()
+        assert trainer.state.global_step == 3, answer
+        kinds = 2 if answer == "raise" else 1  # observing fails too
+        assert last_metric(trainer, "knapsack/allocation_failures") == 3 * kinds, answer
+        assert sum("failed; the run continues" in record.message for record in caplog.records) == kinds, answer
+        rows = [json.loads(line) for line in (folder / ALLOCATION_LOG).read_text().splitlines()]
+        assert [row["counts"] for row in rows] == [[4] * 4] * 3, answer
+        assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model), (answer, "not the stock step")
+
+
+def test_a_queue_that_cannot_choose_serves_the_oldest_prompts(tmp_path) -> None:
+    allocator = kr.KnapsackAllocator(Failing("believe"))
+    allocator.observe(["p0"] * 4, [0, 1, 0, 1])
+    trainer = trainer_of(tmp_path, extra={"allocator": allocator}, prompts_per_step="varying", log_allocations=True)
+    trainer.train()
+    assert last_metric(trainer, "knapsack/failures/queue") == 3
+    rows = [json.loads(line) for line in (tmp_path / ALLOCATION_LOG).read_text().splitlines()]
+    assert [row["counts"] for row in rows] == [[4] * 4] * 3
+    assert trainer.queue.rows == {}
 
 
 # --- ids and data ---
 
 
-def test_an_id_that_changes_its_type_is_told_once(caplog) -> None:
+def test_an_id_that_changes_its_type_is_logged_once(caplog) -> None:
     allocator = kr.KnapsackAllocator("beta")
     allocator.observe([7, 7, "x", -3], [1, 0, 1, 1])
     allocator.allocate([7, "x"], 8)
@@ -440,7 +453,7 @@ def test_an_id_too_long_to_be_printed_is_refused() -> None:
         allocator.allocate(["a", 10**5000], 8)
 
 
-def test_a_budget_beyond_all_reason_is_refused() -> None:
+def test_an_excessive_budget_is_refused() -> None:
     for budget in (2**24 + 1, 2**63, 10**400):
         with pytest.raises(ValueError, match="budget must be at most 16777216 rollouts a step"):
             kr.KnapsackAllocator("beta").allocate(["a", "b"], budget)
@@ -461,26 +474,23 @@ def rows_of(*prompts):
     return [{"prompt": f"{k}+1=", "prompt_id": f"p{k}"} for k in prompts for _ in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (rows_of(5, 6), None),  # other prompts: each process trains on what it brought, allocated together
-        (rows_of(5, 6)[1:] + rows_of(7)[:1], "different prompts stand in one block"),
-        ([row | {"prompt": "9+9="} for row in rows_of(1, 2)], "id 'p1' names different prompts in one batch"),
-    ],
-)
-def test_a_process_that_sees_other_data(other, message, tmp_path, monkeypatch) -> None:
-    mine = rows_of(1, 2)
-    monkeypatch.setattr(trainer_module, "gather_object", lambda rows: rows + other)
-    trainer = trainer_of(tmp_path)
-    if message:
-        with pytest.raises(ValueError, match=message):
-            trainer._plan_step(mine)
-        return
-    rows, step = trainer._plan_step(mine)
+def test_a_process_that_sees_other_data(tmp_path, monkeypatch) -> None:
+    mine, trainer = rows_of(1, 2), trainer_of(tmp_path)
+
+    def plan_with(other):
+        monkeypatch.setattr(trainer_module, "gather_object", lambda rows: rows + other)
+        return trainer._plan_step(mine)
+
+    # Other prompts: they are allocated together, and each process trains on as many rows as it brought.
+    rows, step = plan_with(rows_of(5, 6))
     assert step.plan.ids == ["p1", "p2", "p5", "p6"]
     assert len(rows) == 8
     assert step.plan.counts.sum() == 16
+    for other, message in (
+        (rows_of(5, 6)[1:] + rows_of(7)[:1], "rows holds different prompts"),
+        ([row | {"prompt": "9+9="} for row in rows_of(1, 2)], "id 'p1' names different prompts in one batch"),
+    ):
+        assert message in message_of(ValueError, plan_with, other)
 
 
 def test_data_sets_of_processes_are_compared(caplog) -> None:
@@ -528,7 +538,7 @@ def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> N
     rows = [row for row in tiny.dataset(30) if row["prompt_id"] not in ("p0", "p5")]
     rest = trainer_of(tmp_path / "rest", data=Dataset.from_list(rows), max_steps=6)
     with caplog.at_level(logging.INFO):
-        rest.restore_allocator(tmp_path / "checkpoint-6")
+        rest.restore_progress(tmp_path / "checkpoint-6")
     assert (
         "of 28 prompts 22 are known, 6 are new (added, or not visited yet); 2 known prompts are no longer"
         in caplog.text
@@ -538,22 +548,28 @@ def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> N
 
     caplog.clear()
     same = trainer_of(tmp_path / "same", max_steps=6)
-    same.restore_allocator(tmp_path / "checkpoint-6")
+    same.restore_progress(tmp_path / "checkpoint-6")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_checkpoints_within_a_generation_are_told(tmp_path, caplog) -> None:
-    def told(**changes):
+def test_checkpoints_within_a_generation_are_warned_about(tmp_path, caplog) -> None:
+    def warnings_of(**changes):
         caplog.clear()
         settings = {"save_strategy": "steps", "gradient_accumulation_steps": 2, "steps_per_generation": 4}
         trainer_of(tmp_path, per_device_train_batch_size=4, **(settings | changes))
         return [record.message for record in caplog.records if "save_steps" in record.message]
 
-    assert len(told(save_steps=3)) == 1
+    assert len(warnings_of(save_steps=3)) == 1
     assert (
-        told(save_steps=4) == told(save_steps=3, save_strategy="no") == told(save_steps=1, steps_per_generation=2) == []
+        warnings_of(save_steps=4)
+        == warnings_of(save_steps=3, save_strategy="no")
+        == warnings_of(save_steps=1, steps_per_generation=2)
+        == []
     )
-    assert "Make save_steps x gradient_accumulation_steps a multiple of 8" in told(save_steps=2, num_iterations=2)[0]
+    assert (
+        "Make save_steps x gradient_accumulation_steps a multiple of 8"
+        in warnings_of(save_steps=2, num_iterations=2)[0]
+    )
 
 
 # --- disk ---
@@ -576,7 +592,7 @@ def test_a_full_disk_at_a_checkpoint_stops_the_run_and_spares_the_earlier_one(tm
     assert not list((tmp_path / "checkpoint-4").glob(".*tmp"))
 
 
-def test_resume_passes_over_a_checkpoint_that_was_cut_short(tmp_path) -> None:
+def test_resume_skips_an_incomplete_checkpoint(tmp_path) -> None:
     whole = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
     for name in (STATE_FILE, "trainer_state.json"):
@@ -588,7 +604,7 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_short(tmp_path) -> None:
     assert records.rollouts.tolist() == others.rollouts.tolist()
 
 
-def test_a_full_disk_at_the_log_costs_rows_and_not_the_run(tmp_path, monkeypatch, caplog) -> None:
+def test_a_full_disk_at_the_log_loses_rows_and_does_not_end_the_run(tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(session_module, "append_row", full_disk)
     trainer = trainer_of(tmp_path, log_allocations=True)
     trainer.train()

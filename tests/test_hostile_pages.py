@@ -83,7 +83,7 @@ class Elements(HTMLParser):
         self.attributes += attrs
 
 
-def test_no_page_takes_text_for_markup(tmp_path: Path) -> None:
+def test_no_page_interprets_text_as_markup(tmp_path: Path) -> None:
     for path in write_pages(tmp_path, "//elsewhere.test"):
         source = path.read_text(encoding="utf-8")
         found = Elements(source)

@@ -67,7 +67,7 @@ def check(found: list[dict], steps: int) -> None:
     assert sum(one["killed"] for one in others) >= len(others) * 0.6
 
 
-def test_a_killed_run_goes_on_as_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_a_killed_run_continues_as_the_uninterrupted_one(tmp_path: Path) -> None:
     steps = EPOCH + 2
     check(run(tmp_path, moments_of(5, steps, seed=3), steps), steps)
 

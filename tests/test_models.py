@@ -82,7 +82,7 @@ def test_paths_are_distinguished_from_names_on_the_hub():
         assert is_path(name) is path, name
 
 
-def test_a_name_that_the_hub_does_not_know_is_named_with_what_may_be_given(monkeypatch, caplog):
+def test_an_unknown_model_is_named_with_the_allowed_ones(monkeypatch, caplog):
     def offline(*_, **__):
         raise OSError("We couldn't connect\n   to load the files")
 
@@ -93,7 +93,7 @@ def test_a_name_that_the_hub_does_not_know_is_named_with_what_may_be_given(monke
         "the model my-model is neither a folder here nor available from the hub: We could"
     )
     assert "connect to load the files (a model is arithmetic-base or smollm2-135m, a Hugging" in str(caught.value)
-    assert caplog.messages == ["there is no folder my-model here; asking the hub for a model of this name"]
+    assert caplog.messages == ["no folder my-model here; asking the hub for a model of this name"]
 
 
 def test_a_cached_model_is_not_reported_as_a_request(monkeypatch, caplog):
@@ -116,9 +116,8 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 # -- Chat --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dataset", "template", "chat", "messages"),
-    [
+def test_chat_is_for_tasks_and_models_that_are_made_for_it(tmp_path):
+    cases = [
         ("file", True, "auto", True),
         ("file", False, "auto", False),
         ("file", True, "off", False),
@@ -126,19 +125,18 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         ("arithmetic", True, "on", True),
         ("sums", True, "auto", False),
         ("countdown", True, "auto", True),
-    ],
-)
-def test_chat_is_for_tasks_and_models_that_are_made_for_it(tmp_path, dataset, template, chat, messages):
-    name = questions(tmp_path) if dataset == "file" else dataset
-    task = load_task(small(dataset=name))
-    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-    tokenizer.chat_template = TEMPLATE if template else None
-    if dataset == "sums":
-        task = dataclasses.replace(task, stop="+")  # the shipped tokenizer has no new line
-    found = for_tokenizer(task, tokenizer, chat)
-    for before, after in zip([*task.train, *task.held_out], [*found.train, *found.held_out], strict=True):
-        expected = [{"role": "user", "content": before["prompt"]}] if messages else before["prompt"]
-        assert after == before | {"prompt": expected}
+    ]
+    for dataset, template, chat, messages in cases:
+        name = questions(tmp_path) if dataset == "file" else dataset
+        task = load_task(small(dataset=name))
+        tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+        tokenizer.chat_template = TEMPLATE if template else None
+        if dataset == "sums":
+            task = dataclasses.replace(task, stop="+")  # the shipped tokenizer has no new line
+        found = for_tokenizer(task, tokenizer, chat)
+        for before, after in zip([*task.train, *task.held_out], [*found.train, *found.held_out], strict=True):
+            expected = [{"role": "user", "content": before["prompt"]}] if messages else before["prompt"]
+            assert after == before | {"prompt": expected}, (dataset, template, chat)
 
 
 def test_chat_without_a_template_is_refused(tmp_path):
@@ -192,7 +190,7 @@ class Seen(torch.nn.Module):
         return torch.cat([input_ids, input_ids[:, -1:]], dim=1)
 
 
-def test_the_evaluation_passes_all_columns_and_speaks_in_the_models_template():
+def test_the_evaluation_passes_all_columns_and_uses_the_chat_template():
     tokenizer, model, got = tiny.tokenizer(), Seen(), []
     tokenizer.chat_template = TEMPLATE
     rows = [{"prompt": [{"role": "user", "content": f"{k}+1"}], "answer": "a", "numbers": [k]} for k in (1, 23)]
@@ -225,14 +223,12 @@ def test_precision(monkeypatch):
         assert models.in_bfloat16(small(precision=precision)) is expected, (precision, gpu)
 
 
-@pytest.mark.parametrize(
-    ("rank", "precision", "kept"),
-    [(0, "bfloat16", torch.float32), (4, "bfloat16", torch.bfloat16), (4, "float32", torch.float32)],
-)
-def test_only_frozen_weights_are_kept_in_bfloat16(rank, precision, kept):
-    settings = small(lora_rank=rank, precision=precision)
-    model = models.load_model(settings, load_task(settings), models.load_tokenizer(settings))
-    assert {weight.dtype for weight in model.parameters()} == {kept}
+def test_only_frozen_weights_are_kept_in_bfloat16():
+    cases = ((0, "bfloat16", torch.float32), (4, "bfloat16", torch.bfloat16), (4, "float32", torch.float32))
+    for rank, precision, kept in cases:
+        settings = small(lora_rank=rank, precision=precision)
+        model = models.load_model(settings, load_task(settings), models.load_tokenizer(settings))
+        assert {weight.dtype for weight in model.parameters()} == {kept}, (rank, precision)
 
 
 def test_lora_trains_adapters_only_and_resumes(tmp_path):
@@ -300,10 +296,10 @@ def test_passes_change_the_model_by_no_more_than_rounding(tmp_path):
 # -- vLLM --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["colocate", "server"])
-def test_without_vllm_the_install_line_comes_before_a_model_is_loaded(tmp_path, how, capsys):
-    assert main(["train", "--vllm", how, "--output", str(tmp_path / "run")]) == 2
-    assert 'pip install "knapsack-rl[trl,vllm]"' in capsys.readouterr().err
+def test_without_vllm_the_install_line_comes_before_a_model_is_loaded(tmp_path, capsys):
+    for how in ("colocate", "server"):
+        assert main(["train", "--vllm", how, "--output", str(tmp_path / "run")]) == 2, how
+        assert 'pip install "knapsack-rl[trl,vllm]"' in capsys.readouterr().err, how
 
 
 def test_vllm_reaches_the_configuration_of_trl(tmp_path, monkeypatch):

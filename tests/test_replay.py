@@ -15,7 +15,7 @@ from knapsack_rl.trl.replay import Success, SuccessBuffer, log_probs_now, mix_in
 from knapsack_rl.trl.step import Step
 
 
-def test_what_the_buffer_does_with_a_visit():
+def test_a_visit_stores_uses_or_forgets_a_success():
     buffer, stored = SuccessBuffer(2), Success(np.array([7, 1]), np.array([-1.0, -2.0]), 1.0)
     assert buffer.review("a", 1, 8, 0.05) == "store"
     assert buffer.review("a", 1, 8, np.nan) == "store"  # nothing known: the visit's own rate
@@ -87,7 +87,7 @@ def test_the_gradient_of_a_replayed_success_is_that_of_the_clipped_importance_we
     total, figures = mix_in(
         buffer,
         trainer,
-        Step(Plan(["first", "second"], allocation), group_R, ragged=False, seconds=0.0),
+        Step(Plan(["first", "second"], allocation), group_R, ragged=False),
         outcomes_by_position(group_R, rewards, 2),
         rewards,
         output,
@@ -174,7 +174,7 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
     assert sorted(entry.uses for entry in buffer.entries.values()) == [1] * 4
 
 
-def test_the_log_probabilities_of_now_agree_with_a_plain_forward_pass(tmp_path):
+def test_current_log_probabilities_agree_with_a_plain_forward_pass(tmp_path):
     trainer = tiny.trainer(KnapsackGRPOTrainer, tmp_path, tiny.has_digit_five)
     batch = {
         "prompt_ids": torch.tensor([[0, 5], [4, 5]]),

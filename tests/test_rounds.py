@@ -1,4 +1,4 @@
-"""The trainer that generates in rounds: rows, advantages, account of what was generated."""
+"""The trainer that generates in rounds: rows, advantages, totals of generated rollouts."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Watched(RoundsGRPOTrainer):
         return output
 
 
-def test_a_step_in_rounds_trains_on_what_the_rule_keeps(tmp_path):
+def test_a_step_in_rounds_trains_on_the_rollouts_that_the_rule_keeps(tmp_path):
     batches = []
     rule = Sequential(4, max_rounds=3)
     trainer = tiny.trainer(

@@ -1,4 +1,4 @@
-"""Rules that generate in rounds, without a model: what they ask for and what they keep."""
+"""Rules that generate in rounds, without a model: their requests and the rollouts they keep."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_skipping_explores_less_while_too_much_is_flat_and_more_otherwise():
 
 
 @pytest.mark.parametrize("kind", [Oversample, Skip])
-def test_a_rule_goes_on_where_it_was_saved(kind):
+def test_a_rule_continues_where_it_was_saved(kind):
     outcome = mixed_if(lambda p: p % 3 == 0)
     straight, stopped = kind(IDS, 3, 2, seed=7), kind(IDS, 3, 2, seed=7)
     for _ in range(5):

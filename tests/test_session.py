@@ -99,7 +99,7 @@ def test_the_success_rule_runs_once_a_step() -> None:
     assert found.metrics["effective_gradient_ratio"] == 1.0
 
 
-def test_a_log_row_says_what_was_planned_and_what_came_of_it(tmp_path) -> None:
+def test_a_log_row_has_the_plan_and_its_outcome(tmp_path) -> None:
     session = session_of(folder=tmp_path)
     plan = session.plan(["a", 7, "c"], 3)
     arrived = np.array([0, 0, 1, 0])  # some were lost, those of c altogether
@@ -127,7 +127,7 @@ def test_rollouts_of_several_batches_that_arrive_together_keep_their_plans() -> 
 
 
 class Broken(KnapsackAllocator):
-    """Answers with what it is told to, or fails."""
+    """Returns the given answer, or fails."""
 
     answer = None
 
@@ -158,6 +158,13 @@ def test_an_allocator_that_fails_or_answers_wrongly_leaves_the_mean(caplog) -> N
         assert allocator.failures == {"allocation": 2}, name
         assert caplog.text.count("allocation failed") == 1, name
         assert allocator.metrics()["allocation_failures"] == allocator.metrics()["failures/allocation"] == 2
+
+
+def test_an_even_division_spends_the_whole_budget() -> None:
+    for session in (session_of(Broken()), session_of(allocation="uniform")):
+        for budget in range(9, 12):
+            counts = session.plan(["a", "b", "c"], 3, budget=budget).counts
+            assert counts.sum() == budget and counts.max() - counts.min() <= 1, budget
 
 
 def test_failures_are_counted_by_kind(tmp_path) -> None:

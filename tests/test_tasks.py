@@ -119,7 +119,7 @@ def test_train_and_held_out_have_the_same_shares() -> None:
         assert abs(count / 4 - held_out[group]) <= 4
 
 
-def test_sizes_that_cannot_be_are_refused_before_drawing() -> None:
+def test_impossible_sizes_are_refused_before_drawing() -> None:
     for sizes in [(0, 5), (5, 0), (-1, 5)]:
         with pytest.raises(ValueError, match="must be at least 1 and at most"):
             make_splits(0, *sizes)
@@ -127,7 +127,7 @@ def test_sizes_that_cannot_be_are_refused_before_drawing() -> None:
         make_splits(train=10**9)
 
 
-def test_sampler_refuses_what_cannot_end() -> None:
+def test_a_sampler_without_unreserved_problems_is_refused() -> None:
     every_small_sum = [Problem(f"{a}+{b}=", str(a + b)[::-1], f"{a}+{b}", 1) for a in range(10) for b in range(10)]
     with pytest.raises(ValueError, match="all 55 problems with 1 and 1 digits"):
         PretrainSampler(every_small_sum)

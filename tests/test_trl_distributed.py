@@ -11,7 +11,7 @@ QUICK = ["default", "none rewards", "gdpo", "steps per generation", "tokens"]
 
 
 def launch(folder, cases):
-    """What each of two processes saw, by case."""
+    """Return what each of two processes saw, by case."""
     return tiny.on_two_processes("trl_worker.py", folder, *cases)
 
 

@@ -1,4 +1,4 @@
-"""What the trainer leaves beside the allocations: sample completions, and warnings of the callback."""
+"""Files of the trainer beside the allocations: sample completions, and warnings of the callback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_samples_are_the_first_and_newest_completions(tmp_path):
     assert len(found) == 6 and any("success" in row for row in found.values())
 
 
-def test_samples_go_on_after_a_resume_and_are_bounded(tmp_path):
+def test_samples_continue_after_a_resume_and_are_bounded(tmp_path):
     def make(steps):
         settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2, "log_samples": 5}
         return trainer_of(KnapsackGRPOTrainer, tmp_path, data=tiny.dataset(24), **settings)
@@ -49,7 +49,7 @@ def test_without_the_setting_there_are_no_samples(tmp_path):
         KnapsackGRPOConfig(**tiny.arguments(tmp_path, log_samples=-1))
 
 
-def test_a_folder_that_refuses_samples_ends_no_run(tmp_path, caplog):
+def test_a_folder_that_refuses_samples_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / SAMPLES_FILE).mkdir()
     trainer, _ = observed(tmp_path, log_samples=3)
     assert trainer.state.global_step == 8
@@ -60,18 +60,18 @@ def never(completions, **_):
     return [0.0] * len(completions)
 
 
-def test_a_run_that_learns_nothing_is_told_so_once(tmp_path):
-    told = []
-    callback = WatchCallback(told.append, window=3)
+def test_a_run_that_learns_nothing_is_reported_once(tmp_path):
+    reported = []
+    callback = WatchCallback(reported.append, window=3)
     trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, rewards=(never,), max_steps=5, extra={"callbacks": [callback]})
     trainer.train()
-    collapse = [finding for finding in told if finding.kind == "collapse"]
+    collapse = [finding for finding in reported if finding.kind == "collapse"]
     assert [finding.step for finding in collapse] == [3]
     assert "verifier" in collapse[0].cause
-    assert [row["kind"] for row in read_rows(tmp_path / WARNINGS_FILE)] == [finding.kind for finding in told]
+    assert [row["kind"] for row in read_rows(tmp_path / WARNINGS_FILE)] == [finding.kind for finding in reported]
 
 
-def test_only_the_main_process_tells(tmp_path, caplog):
+def test_only_the_main_process_warns(tmp_path, caplog):
     args, row = SimpleNamespace(output_dir=str(tmp_path)), {"knapsack/effective_prompt_ratio": 0.0}
     for main in (False, True):
         callback = WatchCallback(window=1)

@@ -78,7 +78,7 @@ class Queue:
 
 
 class Worker:
-    """A Ray handle's stand-in around verl's own worker class, whose agent loop rolls dice."""
+    """A stand-in for a Ray handle, around verl's own worker class, whose agent loop rolls dice."""
 
     def __init__(self, config, queue, rng):
         kind = agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -255,20 +255,20 @@ def test_verls_own_defaults_are_checked(tmp_path):
         check_config(configured(tmp_path, "sync", "algorithm.adv_estimator=gae"), VerlSettings())
 
 
-def test_an_error_is_told_when_verl_makes_its_replay_buffer(tmp_path, monkeypatch):
+def test_an_error_is_raised_when_verl_makes_its_replay_buffer(tmp_path, monkeypatch):
     """That is before it starts a worker."""
     train = material.make_data(tmp_path / "one.parquet", 4)
     there = f"data.train_files={train}"
     Run(configured(tmp_path, "sync", there), monkeypatch)
-    for wrong, told in (
+    for wrong, message in (
         ({"more": [there, "actor_rollout_ref.actor.ppo_mini_batch_size=5"]}, "pad to a multiple of"),
-        ({"more": [f"data.train_files=[{train},{train}]"]}, "4 of 4 prompt ids stand in several rows"),
+        ({"more": [f"data.train_files=[{train},{train}]"]}, "4 of 4 prompt ids are in several rows"),
         ({"more": [there], "prompt_id": "id"}, r"has no extra_info\.id; give every prompt"),
     ):
         config = configured(tmp_path, "sync", *wrong.pop("more"), **wrong)
         trainer = SimpleNamespace(config=config, trainer_mode="sync")
         trainer._add_prompts_to_generate = MethodType(lambda self, count: None, trainer)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             PPOTrainer._build_replay_buffer(trainer)
 
 

@@ -41,7 +41,7 @@ def plugged_in(**settings):
 def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     model = launch.material.make_model(folder / "model")
-    # The two files number their prompts alike: only the source tells them apart.
+    # The two files number their prompts alike: only the source distinguishes them.
     train = [launch.material.make_data(folder / f"{name}.parquet", DATA // 2, source=name) for name in ("one", "two")]
     return model, train
 
@@ -176,7 +176,7 @@ def test_a_budget_in_tokens_varies_the_rollouts_and_pads_nothing(tokens):
     assert any("knapsack/expected_tokens" in metrics for metrics in tokens.metrics())
 
 
-def test_uniform_allocation_gives_what_verl_gives_without_the_plug_in(uniform, stock):
+def test_uniform_allocation_equals_verl_without_the_plug_in(uniform, stock):
     for ours, theirs in zip(uniform.recorded(), stock.recorded(), strict=True):
         mine, reference = by_prompt(ours), by_prompt(theirs)
         assert mine.keys() == reference.keys()

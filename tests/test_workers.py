@@ -1,4 +1,4 @@
-"""However many threads, loading workers or processes there are: the same allocations."""
+"""Allocations do not depend on the number of threads, loading workers or processes."""
 
 from __future__ import annotations
 

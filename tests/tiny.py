@@ -209,7 +209,7 @@ def trainer(
         folder: of the run.
         *rewards: functions, by default :func:`has_digit_five`.
         data: by default 24 prompts.
-        extra: keyword arguments of the trainer, in place of its own.
+        extra: keyword arguments of the trainer that replace the default ones.
         **changes: to :func:`arguments`.
     """
     config: type[GRPOConfig] = KnapsackGRPOConfig

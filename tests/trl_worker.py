@@ -53,7 +53,7 @@ class WatchedTrainer(KnapsackGRPOTrainer):
 
 
 def train(trainer_class: type, case: str, folder: Path, *, ragged: bool = False, **changes: Any) -> dict[str, Any]:
-    """Train one case and tell what this process saw."""
+    """Train one case and return what this process saw."""
     settings = CASES[case] | changes
     rewards = list(settings.pop("rewards", (tiny.digit_sum,)))
     batches: list[dict[str, Any]] = []

@@ -53,7 +53,7 @@ class TransferQueue:
 
 
 class World:
-    """What the stand-ins share: the queue, and how a rollout is rewarded."""
+    """State that the stand-ins share: the queue, and the rewards of rollouts."""
 
     def __init__(self, seed: int = 0) -> None:
         self.queue = TransferQueue()
@@ -78,7 +78,7 @@ class World:
 
 
 def install(monkeypatch: Any, world: World) -> None:
-    """Put the stand-ins where the plug-in imports verl from."""
+    """Install the stand-ins under the names that the plug-in imports."""
 
     class AgentLoopManagerTQ:
         def __init__(self, config: Any, llm_client: Any = None, teacher_client: Any = None, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""One run of any engine: settings, the plan of a step, what is learned from its outcomes, log and state.
+"""One run of any engine: settings, the plan of a step, learning from its outcomes, log and state.
 
 The TRL and verl adapters, the simulator and the command line share this. An engine makes two calls a step::
 
@@ -6,7 +6,8 @@ The TRL and verl adapters, the simulator and the command line share this. An eng
     groups, metrics = session.observe(plan, prompt_R, outcome_R, lengths_R, step)  # after scoring
 
 A configuration that cannot work is refused when the settings are made. After that a run never ends because of
-allocation: the batch gets the mean for every prompt, the failure is logged once and counted by kind.
+allocation: where allocating fails, every prompt of the batch gets the mean, and the failure is logged once and counted
+by kind.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ ALLOCATIONS = ("knapsack", "paper", "uniform")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a settings class, with the help and the choices of its flag."""
+    """Return a field of a settings class, with the help and the choices of its flag."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(kw_only=True)
 class AllocationSettings:
-    """How to allocate. Declared here once; every configuration of the project has these fields.
+    """Settings of the allocation, declared here once; every configuration of the project has these fields.
 
     Attributes:
         allocation: ``"knapsack"``, ``"paper"`` (the paper's rule with its fallback; the estimator is its window),
@@ -56,7 +57,7 @@ class AllocationSettings:
         value: the value that is maximised: a name, or the import path ``"package.module:function"`` of a function
             ``f(counts, success_rates)``. Estimators on a grid take any, the window only without its fallback.
         budget_unit: ``"rollouts"``: a step has prompts x mean rollouts. ``"tokens"``: a step has as many expected
-            tokens as that would take, and its number of rollouts varies; until lengths were observed it is uniform.
+            tokens as that would take, and its number of rollouts varies; until lengths are observed it is uniform.
         min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
             with 1 a prompt may get a single rollout, which is observed but has no gradient.
         max_rollouts: most rollouts of a prompt.
@@ -80,19 +81,19 @@ class AllocationSettings:
 
     @classmethod
     def of(cls, source: Any) -> AllocationSettings:
-        """These settings alone, read from an object that may have some of them as attributes."""
+        """Return these settings alone, read from an object that may have some of them as attributes."""
         names = [spec.name for spec in dataclasses.fields(AllocationSettings)]
         return AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
 
     def check_allocation(self, mean: int | None = None, name: str = "rollouts_per_prompt") -> None:
-        """Check these settings, by making the allocator once.
+        """Check these settings by making the allocator once.
 
         Args:
-            mean: mean rollouts of a prompt, where it is known.
+            mean: mean rollouts of a prompt, if known.
             name: the engine's name for it.
 
         Raises:
-            ValueError: says what is wrong and what is allowed.
+            ValueError: a setting is out of range, or the settings contradict each other.
         """
         check_fields(self, AllocationSettings)
         if not math.isfinite(self.success_threshold):
@@ -131,7 +132,7 @@ class AllocationSettings:
         return found
 
     def make_allocator(self) -> KnapsackAllocator:
-        """The allocator that these settings describe; under uniform allocation it only watches.
+        """Return the allocator that these settings describe; under uniform allocation it only observes.
 
         Raises:
             ValueError: a setting is out of range.
@@ -186,16 +187,16 @@ class Plan:
         return self.allocation.counts
 
     def expand(self) -> IntArray:
-        """(R,) position among the distinct prompts of each rollout; the rollouts of a prompt are adjacent."""
+        """Return the (R,) position of each rollout's prompt among the plan's; the rollouts of a prompt are adjacent."""
         return self.allocation.expand()
 
     def rows_of(self, ids: Sequence[PromptId]) -> IntArray:
-        """(B,) rollouts of each row of the batch; a prompt in several rows divides its rollouts over them.
+        """Return the (B,) rollouts of each row of the batch; a prompt in several rows divides its rollouts over them.
 
         No row gets a single rollout unless its prompt has only one: a group of one has no gradient.
 
         Args:
-            ids: (B,) prompt of each row, each one of the plan's.
+            ids: (B,) prompt of each row, all of them in the plan.
         """
         count_of = dict(zip(self.ids, self.counts.tolist(), strict=True))
         rows: dict[PromptId, list[int]] = {}
@@ -211,10 +212,10 @@ class Plan:
 
 
 class Observation(NamedTuple):
-    """What a step taught.
+    """The outcomes of a step.
 
     Attributes:
-        groups: its rollouts, grouped by position among the plan's prompts.
+        groups: the rollouts, grouped by position among the plan's prompts.
         metrics: numbers for a logger.
     """
 
@@ -223,12 +224,12 @@ class Observation(NamedTuple):
 
 
 class Session:
-    """The allocator of one run, and how it may fail.
+    """The allocator of one run, its log, and its failures.
 
     Args:
         settings: how to allocate.
         allocator: an allocator to use instead of the one that the settings describe.
-        folder: where the allocation log and the warnings go; None for neither.
+        folder: for the allocation log and the warnings; None for neither.
         log_allocations: append each step's row to the allocation log.
         watch: look for signs of failure in the metrics, log each once and append it to the warnings.
         smallest_group: fewest rollouts that a served prompt may have; verl cannot take groups of one.
@@ -257,25 +258,28 @@ class Session:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def plan(self, ids: Sequence[PromptId], mean: int, *, budget: int | None = None, multiple: int = 1) -> Plan:
-        """Rollouts for the prompts of a batch.
+        """Return the rollouts for the prompts of a batch.
 
-        In rollouts the counts sum to the budget, in tokens they are expected to take the tokens of ``mean`` rollouts
-        per row. A prompt that is in the batch several times gets one count for all its rows, see :meth:`Plan.rows_of`.
+        With a budget in rollouts the counts sum to it; with one in tokens they are expected to take the tokens of
+        ``mean`` rollouts per row. A prompt that is in the batch several times gets one count for all its rows, see
+        :meth:`Plan.rows_of`.
 
         Args:
             ids: (B,) prompt of each row of the batch.
-            mean: mean rollouts per row; every row gets it under uniform allocation and where allocation fails.
-            budget: rollouts of the step; ``mean * B`` by default.
-            multiple: in tokens, the number of rollouts is a multiple of this.
+            mean: mean rollouts per row; every row gets it under uniform allocation, or if allocation fails; the first
+                rows get one more if the budget is not a multiple.
+            budget: rollouts of the step, from ``mean * B`` (the default) to fewer than B more.
+            multiple: with a budget in tokens, the number of rollouts is a multiple of this.
         """
         started = time.perf_counter()
         distinct, place_R = numbered(ids)
+        rollouts = mean * len(ids) if budget is None else budget
         found = None
         if self.settings.allocation != "uniform":
-            rollouts = mean * len(ids) if budget is None else budget
             found = self.survive("allocation", lambda: self._allocate(distinct, ids, mean, rollouts, multiple))
         if found is None:
-            found = self.adopt(distinct, mean * np.bincount(place_R))
+            extra_R = np.arange(len(ids)) < rollouts - mean * len(ids)  # one more for the first rows
+            found = self.adopt(distinct, np.bincount(place_R, mean + extra_R).astype(np.int64))
         plan = Plan(distinct, found, time.perf_counter() - started)
         unknown = np.full(len(distinct), np.nan)
         estimate = unknown if found.success_rates is None else found.success_rates
@@ -308,12 +312,12 @@ class Session:
         return found
 
     def adopt(self, ids: list[PromptId], counts: IntArray) -> Allocation:
-        """Counts that the allocator did not choose, with its predictions of them where it has any."""
+        """Return counts that the allocator did not choose, with its predictions for them if it has any."""
         adopted = self.survive("prediction", lambda: self.allocator.adopt(ids, counts))
         return adopted or unpredicted(counts, "divided evenly")
 
     def arrived(self, ids: Sequence[PromptId]) -> tuple[Plan, IntArray]:
-        """The plan of the prompts whose rollouts arrived, whatever batches they were planned in; for engines that mix.
+        """Return the plan of the prompts whose rollouts arrived, for engines that mix batches.
 
         Args:
             ids: (R,) prompt of each rollout that arrived.
@@ -357,7 +361,7 @@ class Session:
         groups = self.survive(
             "success rule", lambda: outcomes_by_position(prompt_R, outcomes, prompts, allocator.success)
         )
-        if groups is None:  # nothing is known of the step's successes
+        if groups is None:  # the successes of the step are unknown
             groups = outcomes_by_position(prompt_R, np.full(outcomes.shape, np.nan), prompts)
         self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
         if lengths_R is not None and not self._lengths_known:
@@ -382,13 +386,13 @@ class Session:
         self._warnings.row({"step": step} | {f"knapsack/{name}": number for name, number in metrics.items()})
 
     def predicted_lengths(self, ids: Sequence[PromptId]) -> FloatArray | None:
-        """(M,) expected tokens of a rollout of each prompt, or None if they could not be predicted."""
+        """Return the (M,) expected tokens of a rollout of each prompt, or None if they could not be predicted."""
         return self.survive("length prediction", lambda: self.allocator.predicted_lengths(ids))
 
     # -- failures ---------------------------------------------------------------------------------------------------
 
     def survive(self, what: str, call: Callable[[], T]) -> T | None:
-        """The result of a call that must not end the run, or None if it raised; failures are counted by kind."""
+        """Return the result of a call that must not end the run, or None if it raised; failures are counted by kind."""
         return self.allocator.survive(what, call)
 
     def warn_once(self, topic: str, message: str) -> None:
@@ -401,7 +405,7 @@ class Session:
         """Write the allocator's state into the folder of a checkpoint.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         self.allocator.save(checkpoint / STATE_FILE)
 

@@ -1,1 +1,1 @@
-"""What it takes to run verl itself on a CPU, for tests: nothing here is part of the product."""
+"""A harness that runs verl itself on a CPU, for tests only."""

@@ -106,10 +106,10 @@ class PlatformCPU(PlatformCUDA):
         yield
 
     def profiler_start(self) -> None:
-        """There is no profiler."""
+        """Do nothing; there is no profiler."""
 
     def profiler_stop(self) -> None:
-        """There is no profiler."""
+        """Do nothing; there is no profiler."""
 
     def cudart(self) -> None:
         return None

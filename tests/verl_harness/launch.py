@@ -1,4 +1,4 @@
-"""Run verl's own ``main_ppo`` on the CPU, two training workers, as a user would: in a process of its own."""
+"""Run verl's own ``main_ppo`` on the CPU, two training workers, as a user would: in a separate process."""
 
 from __future__ import annotations
 
@@ -97,22 +97,22 @@ def environment(folder: Path) -> dict[str, str]:
 
 @dataclass
 class Finished:
-    """What a run left behind."""
+    """The output and files of a finished run."""
 
     folder: Path
     returncode: int
     output: str
 
     def recorded(self) -> list[dict[str, Any]]:
-        """What the recorder wrote, a line for each step."""
+        """The lines of the recorder, one for each step."""
         return _lines(self.folder / "recorded.jsonl")
 
     def allocations(self) -> list[dict[str, Any]]:
-        """What the plug-in logged, a line for each step."""
+        """The rows of the allocation log, one for each step."""
         return _lines(self.folder / "allocations.jsonl")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What verl's file logger wrote, by step."""
+        """The metrics of verl's file logger, by step."""
         files = sorted(self.folder.glob("metrics-*.jsonl"))  # one for each start
         return [line["data"] | {"step": line["step"]} for file in files for line in _lines(file)]
 

@@ -1,7 +1,7 @@
-"""Policies at work in an environment whose true success rates are known.
+"""Simulation of policies in an environment with known success rates.
 
 :func:`simulate` runs one policy over one episode and keeps every visit. A policy sees ids, budgets and rewards, as in
-training; only :class:`KnownRates` is told the truth.
+training; only :class:`KnownRates` sees the true rates.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from knapsack_rl.offline.environments import BoolArray, Environment, Episode
 from knapsack_rl.session import AllocationSettings, Plan, Session
 
 OUTCOMES = 3
-"""Stream of random numbers that decides on rewards; environments use the ones below."""
+"""Number of the random stream that decides on rewards; environments use the lower ones."""
 
 
 class Policy(Protocol):
-    """What decides on rollouts per prompt."""
+    """Decides on the rollouts per prompt."""
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
-        """Counts (M,), and the predicted probability (M,) of a non-zero gradient, NaN where nothing is predicted."""
+        """Return counts (M,), and the predicted probability (M,) of a non-zero gradient, NaN without a prediction."""
         ...
 
     def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
-        """The prompt and the outcome of each rollout."""
+        """Learn from the prompt and the outcome of each rollout."""
         ...
 
 
@@ -43,7 +43,7 @@ PolicyMaker = Callable[[Episode], Policy]
 
 
 def uniform_counts(prompts: int, budget: int) -> IntArray:
-    """(M,) equal counts that sum to the budget; the first prompts get what cannot be divided."""
+    """Return (M,) equal counts that sum to the budget; the remainder goes to the first prompts."""
     counts = np.full(prompts, budget // prompts)
     counts[: budget % prompts] += 1
     return counts
@@ -53,25 +53,25 @@ class Uniform:
     """The same number of rollouts for every prompt.
 
     Args:
-        factor: multiple of the budget to spend, >= 1; 2 is what doubling the compute would buy.
+        factor: multiple of the budget to spend, >= 1; 2 shows the gain from doubling the compute.
     """
 
     def __init__(self, factor: int = 1) -> None:
         self.factor = check_whole("factor", factor, minimum=1)
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
-        """Equal counts; nothing is predicted."""
+        """Return equal counts without predictions."""
         return uniform_counts(prompts.size, self.factor * budget), np.full(prompts.size, np.nan)
 
     def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
-        """Nothing is learned."""
+        """Do nothing."""
 
 
 class KnownRates:
-    """The optimum when the true success rates are known: the upper end of what allocation can buy.
+    """The optimum for the true success rates: an upper bound for allocation.
 
     Args:
-        episode: told what nobody else is told.
+        episode: the episode, which knows the true rates.
         min_rollouts: N_low, >= 0; lowered where the budget of a step requires it.
         max_rollouts: N_up; raised where the budget of a step requires it.
     """
@@ -80,17 +80,17 @@ class KnownRates:
         self.episode, self.min_rollouts, self.max_rollouts = episode, min_rollouts, max_rollouts
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
-        """The exact optimum of the true values, and the true probabilities."""
+        """Return the exact optimum of the true values, and the true probabilities."""
         rates = self.episode.rates(prompts)
         share = budget // prompts.size
-        # Below two a group could not hold both outcomes, so some prompts are better skipped.
+        # A group of fewer than two cannot hold both outcomes, so it is better to skip some prompts.
         lower = self.min_rollouts if share >= self.min_rollouts else share if share >= 2 else 0
         upper = max(self.max_rollouts, -(-budget // prompts.size))
         counts = allocate(rates, budget, lower, upper).counts
         return counts, nonzero_gradient_probability(counts, rates)
 
     def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
-        """There is nothing left to learn."""
+        """Do nothing: the rates are known."""
 
 
 class Allocated:
@@ -105,7 +105,7 @@ class Allocated:
         self._plan = Plan([], unpredicted(np.zeros(0, np.int64), ""))
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
-        """The session's counts and predictions."""
+        """Return the session's counts and predictions."""
         return self._planned(self.session.plan(prompts.tolist(), budget // prompts.size, budget=budget))
 
     def _planned(self, plan: Plan) -> tuple[IntArray, FloatArray]:
@@ -114,7 +114,7 @@ class Allocated:
         return plan.counts, np.full(plan.counts.size, np.nan) if predicted is None else predicted
 
     def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
-        """Pass the outcomes on."""
+        """Pass the outcomes to the session."""
         prompts = np.array(self._plan.ids, dtype=np.int64)
         order = np.argsort(prompts)
         prompt_R = order[np.searchsorted(prompts[order], prompts_R)]
@@ -122,21 +122,21 @@ class Allocated:
 
 
 class Watching(Allocated):
-    """Uniform allocation watched by an allocator, whose predictions can be compared on the same data as another's."""
+    """Uniform allocation observed by an allocator, to compare the predictions of estimators on the same data."""
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
-        """Equal counts, and what the allocator predicts for them."""
+        """Return equal counts, and the allocator's predictions for them."""
         counts, ids = uniform_counts(prompts.size, budget), prompts.tolist()
         return self._planned(Plan(ids, self.session.adopt(ids, counts)))
 
 
 def uniform(factor: int = 1) -> PolicyMaker:
-    """Makes :class:`Uniform`."""
+    """Return a maker of :class:`Uniform`."""
     return lambda _: Uniform(factor)
 
 
 def known_rates(min_rollouts: int = 2, max_rollouts: int = 128) -> PolicyMaker:
-    """Makes :class:`KnownRates`."""
+    """Return a maker of :class:`KnownRates`."""
     return lambda episode: KnownRates(episode, min_rollouts, max_rollouts)
 
 
@@ -146,7 +146,7 @@ def allocated(
     max_rollouts: int = 128,
     **settings: Any,
 ) -> PolicyMaker:
-    """Makes an allocator of its own for every episode.
+    """Return a maker of policies with a fresh allocator for every episode.
 
     Args:
         estimator: a name of ``ESTIMATORS``, or a function that makes an estimator.
@@ -165,7 +165,7 @@ def allocated(
 
 
 def watching(estimator: str, **settings: Any) -> PolicyMaker:
-    """Makes :class:`Watching` with an allocator of its own for every episode."""
+    """Return a maker of :class:`Watching` with a fresh allocator for every episode."""
     return lambda _: Watching(Session(AllocationSettings(), KnapsackAllocator(estimator, **settings)))
 
 
@@ -179,10 +179,10 @@ class Simulation:
         visit: (V,) how often the prompt was visited before.
         rates: (V,) true success rate.
         counts: (V,) rollouts given.
-        predicted: (V,) predicted probability of a non-zero gradient, NaN where none was made.
+        predicted: (V,) predicted probability of a non-zero gradient, NaN without a prediction.
         successes: (V,) successful rollouts.
-        uniform: (V,) what equal counts of the step's budget would have given.
-        best: (V,) what the optimum for the true rates and the step's budget would have given.
+        uniform: (V,) equal counts of the step's budget.
+        best: (V,) optimal counts for the true rates and the step's budget.
     """
 
     step: IntArray
@@ -229,11 +229,11 @@ def simulate(
     """Run a policy over the episode of a seed.
 
     Each step: the policy allocates, every rollout succeeds with its prompt's true rate, the policy observes, the
-    environment trains. Beside the policy's counts it keeps those of equal allocation and of known rates for the same
-    step, so policies can be placed between the two even where rates depend on what the policy did before.
+    environment trains. The result also has the counts of equal allocation and of known rates for the same step, so
+    policies can be placed between the two even if rates depend on earlier decisions of the policy.
 
     Args:
-        environment: where rates and batches come from.
+        environment: the source of rates and batches.
         make_policy: see :func:`uniform`, :func:`known_rates`, :func:`allocated`.
         seed: fixes the episode and the rewards.
         budget: rollouts per prompt, or one budget for each step.
@@ -242,7 +242,7 @@ def simulate(
         advanced: called with (steps done, steps in all) after each step.
 
     Raises:
-        ValueError: there is not one budget for each step, or a budget is no whole number >= 0.
+        ValueError: there is not one budget for each step, or a budget is not a whole number >= 0.
     """
     episode = environment.start(seed)
     batches = episode.batches
@@ -257,7 +257,7 @@ def simulate(
         counts, predicted = policy.allocate(prompts, rollouts)
         best, _ = optimum.allocate(prompts, rollouts)
         row_R = np.repeat(np.arange(prompts.size), counts)
-        # A generator for each step, so that a policy that draws less does not shift what others meet later.
+        # A generator for each step, so that the number of draws in one step does not change the next.
         success_R = np.random.default_rng([seed, OUTCOMES, step]).random(row_R.size) < rates[row_R]
         successes = np.bincount(row_R[success_R], minlength=prompts.size)
         policy.observe(prompts[row_R], success_R)
@@ -280,7 +280,7 @@ def simulate(
 
 
 def _occurrence(prompt: IntArray) -> IntArray:
-    """(V,) how often the same prompt stands earlier in the array."""
+    """Return (V,) how often the same prompt appears earlier in the array."""
     order = np.argsort(prompt, kind="stable")
     sizes = np.bincount(prompt)
     rank = np.empty_like(order)

@@ -53,7 +53,7 @@ class _Stratum:
         return n_large * (n_large + 1) // 2 if self.large == self.small else n_large * n_small
 
     def key(self, index: int) -> _Key:
-        """The problem with this index in ``range(size)``; a one-to-one map."""
+        """Return the problem with this index in ``range(size)``; a one-to-one map."""
         if self.large == self.small:
             # Pairs a >= b numbered along the rows of a triangle.
             row = (math.isqrt(8 * index + 1) - 1) // 2
@@ -64,17 +64,17 @@ class _Stratum:
 
 
 def _count(digits: int) -> int:
-    """Number of non-negative integers with this many decimal digits (zero has one)."""
+    """Return the number of non-negative integers with this many decimal digits (zero has one)."""
     return 10**digits - _first(digits)
 
 
 def _first(digits: int) -> int:
-    """Smallest non-negative integer with this many decimal digits."""
+    """Return the smallest non-negative integer with this many decimal digits."""
     return 0 if digits == 1 else 10 ** (digits - 1)
 
 
 def _strata() -> tuple[_Stratum, ...]:
-    """The strata with their weights, which sum to one: the digits of both operands are independent and uniform."""
+    """Return the strata with weights that sum to one: the digits of both operands are independent and uniform."""
     return tuple(
         _Stratum(large, small, (1 if large == small else 2) / MAX_DIGITS**2)
         for large in range(1, MAX_DIGITS + 1)
@@ -150,12 +150,12 @@ def make_splits(seed: int = 0, train: int = 2048, held_out: int = 512) -> Splits
 
 
 def arithmetic_task(request: DataRequest) -> TaskData:
-    """The generated additions; errors are those of :func:`knapsack_rl.tasks.generated.splits_task`."""
+    """Return the generated additions; errors are those of :func:`knapsack_rl.tasks.generated.splits_task`."""
     return splits_task(request, make_splits, MAX_COMPLETION_TOKENS)
 
 
 def base_model_path() -> Path:
-    """Folder of the base checkpoint that ships with the package.
+    """Return the folder of the base checkpoint that ships with the package.
 
     It is pre-trained on the problems that ``make_splits()`` (seed 0) leaves for pre-training. Load it with
     ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained``; no network is needed.
@@ -164,7 +164,7 @@ def base_model_path() -> Path:
 
 
 def _problem(key: _Key, rng: random.Random) -> Problem:
-    """Spell out a problem, with its operands in random order."""
+    """Return a problem with its operands in random order."""
     left, right = key if rng.random() < 0.5 else key[::-1]
     return Problem(
         prompt=f"{left}+{right}=",
@@ -175,6 +175,6 @@ def _problem(key: _Key, rng: random.Random) -> Problem:
 
 
 def _key_of(problem: Problem) -> _Key:
-    """The identity of a problem, whatever the order of its operands."""
+    """Return the identity of a problem, whatever the order of its operands."""
     left, right = map(int, problem.prompt_id.split("+"))
     return max(left, right), min(left, right)

@@ -40,7 +40,7 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"}
 
 
 def countdown_task(request: DataRequest) -> TaskData:
-    """Generated problems, the same for every run, or those of a copy that ``path`` names.
+    """Return generated problems, the same for every run, or those of a copy that ``path`` names.
 
     Raises:
         ValueError: a setting does not apply, or there are too few problems.
@@ -83,14 +83,14 @@ def countdown_reward(
 
 
 def reaches_target(completion: Any, numbers: Sequence[int], target: int) -> bool:
-    """Whether a completion's expression uses each of the numbers exactly once and equals the target."""
+    """Return whether a completion's expression uses each of the numbers exactly once and equals the target."""
     expression = _expression(text_of(completion))
     used = Counter(int(token) for token in re.findall(r"[0-9]+", expression))
     return used == Counter(numbers) and arithmetic_value(expression) == target
 
 
 def arithmetic_value(expression: str) -> Fraction | None:
-    """The exact value of whole numbers joined by + - * / and parentheses; None for anything else and division by 0."""
+    """Return the exact value of whole numbers with + - * / and parentheses; None for anything else or division by 0."""
     tokens, end = [], 0
     if len(expression) > MAX_EXPRESSION:
         return None
@@ -152,7 +152,7 @@ class _Parser:
 
 
 def _expression(text: str) -> str:
-    """The expression in a completion, without a trailing ``= target``."""
+    """Return the expression in a completion, without a trailing ``= target``."""
     if len(text) > MAX_TEXT:
         return ""
     found = tagged_answer(text)
@@ -178,7 +178,7 @@ def _read(request: DataRequest, row: Row, where: str) -> Row:
 
 
 def _draw(rng: random.Random) -> tuple[tuple[int, ...], int] | None:
-    """Numbers joined at random to make a target, so that there is a solution; None for a target that is not wanted."""
+    """Return random numbers and a target that they can make; None for a target that is not wanted."""
     numbers = [1 + below(99, rng) for _ in range(2 + below(3, rng))]
     target = Fraction(numbers[0])
     for number in numbers[1:]:

@@ -21,7 +21,7 @@ FILE_SETTINGS = ("path", "config", "split", "verifier", "prompt_column", "answer
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """The rows a run trains on and is evaluated on, and their reward.
+    """The rows that a run trains on and is evaluated on, and their reward.
 
     Attributes:
         train: rows with ``prompt``, ``answer`` and ``prompt_id``; other columns go to the reward function.
@@ -74,13 +74,13 @@ class DataRequest:
         return self.train_prompts + self.held_out_prompts
 
     def framed(self, prompt: str, own_template: str = "{prompt}") -> str:
-        """The prompt inside the template."""
+        """Return the prompt inside the template."""
         return (self.template or own_template).replace("{prompt}", prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a data set is on the hub.
+    """The place of a data set on the hub.
 
     Attributes:
         hub: repository name.
@@ -94,7 +94,7 @@ class Source:
 
 
 def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
-    """All rows of a split: of the file or folder that the request names, else of the hub.
+    """Return all rows of a split: of the file or folder that the request names, else of the hub.
 
     Args:
         request: names the file or folder, and may override the configuration.
@@ -102,7 +102,7 @@ def read_rows(request: DataRequest, source: Source, split: str) -> list[Row]:
         split: ``train`` or ``test``, for example; a file has no splits.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         OSError: the hub did not deliver; the message says what to do.
         ValueError: the data cannot be read, or the configuration or split does not exist.
     """
@@ -148,7 +148,7 @@ def _load(place: str, config: str | None, split: str, **options: Any) -> list[Ro
 
 
 def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str], Row]) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and to hold out of a published data set, each in an order that is the same for every run.
+    """Return rows to train on and to hold out of a published data set, each in an order that is the same for every run.
 
     Args:
         request: how many, and whether from a copy.
@@ -175,7 +175,7 @@ def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str
 def split_rows(
     request: DataRequest, train: Sequence[Row], held_out: Sequence[Row] | None
 ) -> tuple[list[Row], list[Row]]:
-    """The first rows for training, and the rows held out: those of ``held_out``, else the next ones.
+    """Return the first rows for training, and the rows held out: those of ``held_out``, else the next ones.
 
     Rows to train on whose prompt is also held out are left out.
 
@@ -202,13 +202,13 @@ def split_rows(
 
 
 def _proposal(rows: int) -> str:
-    """A division of few rows, four fifths to train on."""
+    """Return a proposal for few rows, four fifths of them to train on."""
     held_out = rows // 5
     return f", for example --train-prompts {rows - held_out} --held-out-prompts {held_out}" if held_out else ""
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
-    """Rows with a prompt that no earlier row has."""
+    """Return rows with a prompt that no earlier row has."""
     found: dict[Any, Row] = {}
     for row in rows:
         found.setdefault(row["prompt"], row)
@@ -216,18 +216,18 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
 
 
 def shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
-    """The items in random order; the same state of ``rng`` gives the same order in every version of Python."""
+    """Return the items in random order; the same state of ``rng`` gives the same order in every version of Python."""
     order = sorted((rng.random(), position) for position in range(len(items)))
     return [items[position] for _, position in order]
 
 
 def text_id(source: str, text: str) -> str:
-    """An id for a prompt that does not depend on the order of the rows."""
+    """Return an id for a prompt that does not depend on the order of the rows."""
     return f"{source}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
 def column(row: Row, name: str, where: str) -> Any:
-    """A required value of a row.
+    """Return a required value of a row.
 
     Raises:
         ValueError: it is missing; the message lists the columns.
@@ -240,7 +240,7 @@ def column(row: Row, name: str, where: str) -> Any:
 
 
 def checked_answer(answer: str, verifier: Verifier, where: str) -> str:
-    """The answer of a row, if a completion can match it.
+    """Return the answer of a row, if a completion can match it.
 
     Raises:
         ValueError: it can never be matched; the row is named.

@@ -24,7 +24,7 @@ MAX_COMPLETION_TOKENS = 256
 
 
 def columns_task(request: DataRequest) -> TaskData:
-    """Rows of a file or hub data set: the first ``train_prompts`` to train on, the next ones held out.
+    """Return rows of a file or hub data set: the first ``train_prompts`` to train on, the next ones held out.
 
     A prompt is text, or a list of chat messages, which must then be so in every row.
 

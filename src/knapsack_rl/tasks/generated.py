@@ -36,7 +36,7 @@ class Problem:
 
 
 def to_rows(problems: Sequence[Problem]) -> list[Row]:
-    """Problems as rows for ``datasets.Dataset.from_list``: one dictionary of the fields per problem, in order."""
+    """Return problems as rows for ``datasets.Dataset.from_list``: one dictionary per problem, in order."""
     return [asdict(problem) for problem in problems]
 
 
@@ -107,7 +107,7 @@ def draw_splits(
 
 
 def splits_task(request: DataRequest, make: Callable[..., Splits], max_completion_tokens: int) -> TaskData:
-    """A task of the splits of seed 0, so that every seed of a run trains and is evaluated on the same prompts.
+    """Return a task of the splits of seed 0, so that every seed of a run trains and is evaluated on the same prompts.
 
     Raises:
         ValueError: a setting of files was given, or more problems are asked for than there are.
@@ -123,7 +123,7 @@ def splits_task(request: DataRequest, make: Callable[..., Splits], max_completio
 
 
 def below(limit: int, rng: random.Random) -> int:
-    """A uniform integer in ``range(limit)``, by the one method whose sequence Python guarantees."""
+    """Return a uniform integer in ``range(limit)``, by the only method whose sequence Python guarantees."""
     return int(rng.random() * limit)
 
 

@@ -47,7 +47,7 @@ _DAPO_INSTRUCTIONS = (
 
 
 def gsm8k_task(request: DataRequest) -> TaskData:
-    """GSM8K, held out from its test split; see :func:`_published` for errors."""
+    """Return GSM8K, held out from its test split; see :func:`_published` for errors."""
 
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
         question, solution = (str(column(row, name, where)) for name in ("question", "answer"))
@@ -57,7 +57,7 @@ def gsm8k_task(request: DataRequest) -> TaskData:
 
 
 def math_task(request: DataRequest) -> TaskData:
-    """MATH, its subjects mixed, held out from its test split; see :func:`_published` for errors."""
+    """Return MATH, its subjects mixed, held out from its test split; see :func:`_published` for errors."""
 
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
         problem, answer = str(column(row, "problem", where)), _first_value(row, "answer")
@@ -71,7 +71,7 @@ def math_task(request: DataRequest) -> TaskData:
 
 
 def dapo_math_task(request: DataRequest) -> TaskData:
-    """DAPO-Math-17K; held-out problems are other ones of the same split. See :func:`_published` for errors."""
+    """Return DAPO-Math-17K; held-out problems are other ones of the same split. See :func:`_published` for errors."""
 
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
         answer = _first_value(row | (row.get("reward_model") or {}), "solution", "answer", "ground_truth")
@@ -91,14 +91,14 @@ def _published(
     problem_and_answer: Callable[[Row, str], tuple[str, str]],
     max_completion_tokens: int = 1024,
 ) -> TaskData:
-    """Rows of a published data set in random order, with ids that do not depend on it.
+    """Return rows of a published data set in random order, with ids that do not depend on it.
 
     Args:
         request: how many rows, and whether from a copy.
         source: where the data set is on the hub.
         template: the instruction around each problem, with ``{prompt}`` in it.
         verifier: how answers are checked.
-        problem_and_answer: reads both from a row as stored; gets what an error should call the row.
+        problem_and_answer: reads both from a row as stored; also gets the name of the row for errors.
         max_completion_tokens: longest answer.
 
     Raises:
@@ -125,7 +125,7 @@ def _published(
 
 
 def _first_value(row: Row, *names: str) -> Any:
-    """The first of these columns that has a value, which may be 0; None if none has."""
+    """Return the first of these columns that has a value, which may be 0; None if none has."""
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 

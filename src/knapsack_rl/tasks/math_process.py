@@ -2,7 +2,7 @@
 
 Equality of formulas is decided by the package math-verify, which builds on sympy. Neither bounds time or memory, and
 parts of both evaluate text as Python. So they run in a separate process, :mod:`knapsack_rl.tasks.math_worker`. It has a
-memory limit, receives the text of the two formulas and nothing else, and is killed and forked anew when a comparison
+memory limit, receives the text of the two formulas and nothing else, and is killed and forked again when a comparison
 takes too long.
 """
 
@@ -26,7 +26,7 @@ START_SECONDS = 120.0
 """Longest start of the worker, which imports sympy; on a busy machine that takes its time."""
 
 GRACE_SECONDS = 5.0
-"""How long after the end of a comparison's time the worker may still reply before it is killed itself."""
+"""Time after the end of a comparison in which the worker may still reply before it is killed itself."""
 
 
 class MathProcess:
@@ -58,7 +58,7 @@ class MathProcess:
         self._lock = threading.Lock()
 
     def equal(self, given: str, right: str) -> bool:
-        """Whether two formulas in LaTeX are equal; False if comparing them takes too much time or memory."""
+        """Return whether two formulas in LaTeX are equal; False if comparing them takes too much time or memory."""
         with self._lock:
             return self._ask(given, right)
 
@@ -85,7 +85,7 @@ class MathProcess:
         reply = self._exchange(worker, json.dumps([right, given]).encode() + b"\n", self.seconds + GRACE_SECONDS)
         if reply not in (b"1\n", b"0\n"):
             self.refused += 1
-        if not reply.endswith(b"\n"):  # the worker itself is gone: another starts while the caller goes on
+        if not reply.endswith(b"\n"):  # the worker itself is gone: another starts while the caller continues
             self._end()
             self._worker = self._launch()
         return reply == b"1\n"
@@ -134,7 +134,7 @@ class MathProcess:
             assert pipe is not None
             try:
                 pipe.close()
-            except BrokenPipeError:  # an unsent request; there is nobody left to read it
+            except BrokenPipeError:  # an unsent request that nobody will read
                 logger.debug("the worker was gone before its request was sent")
 
 
@@ -161,7 +161,7 @@ def require_math() -> None:
 
 
 def shared_process() -> MathProcess:
-    """The one worker of the calling process, with the default limits; a process that was forked gets another."""
+    """Return the one worker of the calling process, with the default limits; a process that was forked gets another."""
     return _process_of(os.getpid())
 
 

@@ -2,7 +2,7 @@
 
 Reads a JSON line ``[right, given]`` of LaTeX texts, writes ``1``, ``0``, or ``-`` where it ran out of time or memory.
 The process itself only imports sympy, which takes seconds, and forks a child that compares. A child that takes too long
-is killed and forked anew, which takes hundredths of a second, so no answer waits for the one before it.
+is killed and forked again, which takes hundredths of a second, so no answer waits for the one before it.
 
 Formulas are parsed by math-verify's LaTeX grammar alone: its other way, for plain expressions, hands text to Python's
 ``eval``. sympy has more places that do, so before the first formula its evaluating parser is replaced by one for
@@ -39,7 +39,7 @@ class OutOfTime(BaseException):
 
 
 def _only_numbers(text: Any, *arguments: Any, **settings: Any) -> Any:
-    """In place of sympy's evaluating parser, which sympy uses for every number that it is given as text."""
+    """Return the number in a text; replaces the evaluating parser that sympy uses for every number given as text."""
     import sympy
 
     if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,400}(\.[0-9]{0,400})?", text.strip()):
@@ -70,7 +70,7 @@ def _limit_memory(megabytes: int) -> None:
 
 def _make_comparison() -> Equal:
     import sympy
-    import sympy.physics.units  # parses names of its own when loaded, so it comes first
+    import sympy.physics.units  # parses names when it is loaded, so it comes first
     from sympy import parsing
     from sympy.parsing import sympy_parser
 
@@ -141,7 +141,7 @@ class _Child:
         os.close(replies)
 
     def ask(self, line: bytes, seconds: float) -> bytes:
-        """The reply to a request, or what there is of it after ``seconds`` or when the child has died."""
+        """Return the reply to a request; it is incomplete if ``seconds`` have passed or the child has died."""
         os.write(self._requests, line)
         ready = select.select([self._replies], [], [], seconds)[0]
         return os.read(self._replies, 2) if ready else b""
@@ -199,7 +199,7 @@ def main(megabytes: int, seconds: float) -> None:
             reply = child.ask(line, seconds)
         lost = not reply.endswith(b"\n")
         os.write(replies, OUT if lost else reply)
-        if lost:  # the next child starts while the caller goes on
+        if lost:  # the next child starts while the caller continues
             child.end()
             child = _Child(equal, megabytes, seconds)
     child.end()

@@ -33,12 +33,12 @@ IGNORED = -100  # the label that the loss leaves out
 
 @dataclass(frozen=True)
 class Spectrum:
-    """How success is spread over prompts.
+    """The spread of success over prompts.
 
     Attributes:
-        unsolved: Share of prompts without a success in ``SAMPLES`` samples.
-        solved: Share of prompts with successes only.
-        mean: Mean success rate of one sample at temperature 1.
+        unsolved: share of prompts without a success in ``SAMPLES`` samples.
+        solved: share of prompts with successes only.
+        mean: mean success rate of one sample at temperature 1.
     """
 
     unsolved: float
@@ -55,7 +55,7 @@ class Target:
     mean: tuple[float, float]
 
     def met_by(self, spectrum: Spectrum) -> bool:
-        """Whether the spectrum fits."""
+        """Return whether the spectrum fits."""
         return (
             self.unsolved[0] <= spectrum.unsolved <= self.unsolved[1]
             and spectrum.solved >= self.solved
@@ -64,7 +64,7 @@ class Target:
 
 
 def build_tokenizer(positions: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per character; a character it does not know is an error.
+    """Return a tokenizer with one token per character; a character it does not know is an error.
 
     Args:
         positions: tokens of the longest text.
@@ -83,7 +83,7 @@ def build_tokenizer(positions: int) -> PreTrainedTokenizerFast:
 
 
 def build_model(width: int, layers: int, positions: int, completion: int) -> LlamaForCausalLM:
-    """A randomly initialised decoder with tied embeddings, from torch's global generator.
+    """Return a randomly initialised decoder with tied embeddings, from torch's global generator.
 
     Args:
         width: hidden size, a multiple of 8.
@@ -116,7 +116,7 @@ def build_model(width: int, layers: int, positions: int, completion: int) -> Lla
 
 
 def answer_log_probs(model: Any, problems: Sequence[Problem]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of every answer token given what precedes it.
+    """Return the log-probability of every answer token given the tokens before it.
 
     Returns:
         Two float tensors of shape (problems, tokens): log-probabilities, zero outside the answer, and the
@@ -136,14 +136,14 @@ def answer_log_probs(model: Any, problems: Sequence[Problem]) -> tuple[torch.Ten
 
 
 def success_rates(model: Any, problems: Sequence[Problem]) -> torch.Tensor:
-    """(problems,) exact success rates of one sample at temperature 1: only one sequence of tokens is right."""
+    """Return the (problems,) exact success rates at temperature 1: only one sequence of tokens is right."""
     with torch.inference_mode():
         log_probs, _ = answer_log_probs(model, problems)
         return log_probs.sum(dim=1).exp()
 
 
 def expected_spectrum(model: Any, problems: Sequence[Problem]) -> tuple[Spectrum, torch.Tensor]:
-    """The spectrum expected of ``SAMPLES`` samples per prompt at temperature 1, without sampling.
+    """Return the spectrum expected of ``SAMPLES`` samples per prompt at temperature 1, without sampling.
 
     Only one sequence of tokens is right, so that its probability is the success rate p of the prompt: the
     shares without and with only successes are the means of ``(1 - p)^SAMPLES`` and ``p^SAMPLES``. That is
@@ -162,7 +162,7 @@ def expected_spectrum(model: Any, problems: Sequence[Problem]) -> tuple[Spectrum
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to pre-train.
+    """Settings of pre-training.
 
     Attributes:
         seed: of the batches.
@@ -193,19 +193,19 @@ def train_until(
 ) -> tuple[LlamaForCausalLM, int] | None:
     """Train until the training prompts' spectrum meets the target.
 
-    What is evaluated and returned is a moving average of the weights: the weights themselves jump back and
-    forth across the target from one evaluation to the next, while the average crosses it smoothly.
+    A moving average of the weights is evaluated and returned: the weights themselves jump back and forth across
+    the target from one evaluation to the next, while the average crosses it smoothly.
 
     Args:
-        target: Where to stop.
-        model: The model at its initialisation; changed in place.
-        schedule: How to train.
-        sampler: Problems to train on.
-        prompts: Problems whose spectrum is to meet the target.
-        say: Called with a line of text after each evaluation.
+        target: the spectrum to stop at.
+        model: the model at its initialisation; changed in place.
+        schedule: settings of the training.
+        sampler: problems to train on.
+        prompts: problems whose spectrum must meet the target.
+        say: called with a line of text after each evaluation.
 
     Returns:
-        The averaged model and the number of steps taken, or None if ``schedule.max_steps`` were not enough.
+        The averaged model and the number of steps taken, or None if ``schedule.max_steps`` was not enough.
     """
     rng = random.Random(schedule.seed)  # noqa: S311 - reproducible data, not a secret
     average = copy.deepcopy(model).eval()

@@ -22,11 +22,11 @@ FULL_SCORE = 1.0
 
 
 def reasoning_gym_task(request: DataRequest) -> TaskData:
-    """Problems of a generator, the same for every run.
+    """Return problems of a generator, the same for every run.
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: there is no such task, it has no such knob, or a setting of files was given.
+        ValueError: the task or a knob is unknown, or a setting of files was given.
     """
     refuse(request, *FILE_SETTINGS)
     name, _, query = request.dataset.partition(":")[2].partition("?")
@@ -61,7 +61,7 @@ def _problems(name: str, query: str, size: int) -> Any:
 
 
 def _knobs(query: str) -> dict[str, Any]:
-    """Knobs of a query; numbers, lists and true or false as in JSON, anything else is text."""
+    """Return the knobs of a query; numbers, lists and true or false as in JSON, anything else is text."""
     knobs: dict[str, Any] = {}
     for name, text in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
         if name in ("seed", "size"):
@@ -97,7 +97,7 @@ def _reward_for(problems: Any) -> Any:
 
 
 def answer_of(completion: Any) -> str | None:
-    """The answer in a completion; None if it is too long to be read."""
+    """Return the answer in a completion; None if it is too long to be read."""
     text = text_of(completion)
     if len(text) > MAX_TEXT:
         return None

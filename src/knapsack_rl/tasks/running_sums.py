@@ -73,7 +73,7 @@ def make_running_sums(seed: int = 0, train: int = 2048, held_out: int = 512) -> 
 
 
 def running_sums_task(request: DataRequest) -> TaskData:
-    """The generated sums; errors are those of :func:`knapsack_rl.tasks.generated.splits_task`."""
+    """Return the generated sums; errors are those of :func:`knapsack_rl.tasks.generated.splits_task`."""
     return splits_task(request, make_running_sums, MAX_COMPLETION_TOKENS)
 
 

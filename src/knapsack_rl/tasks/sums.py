@@ -24,7 +24,7 @@ MOST = 10_000
 
 
 def sums_task(request: DataRequest) -> TaskData:
-    """The generated problems: the same ones for every run, in random order, none of them twice.
+    """Return the generated problems: the same ones for every run, in random order, without repetitions.
 
     Raises:
         ValueError: a setting of files was given, or more problems are asked for than there are.

@@ -60,7 +60,7 @@ _OPERATORS = tuple("^*/+=!\\(")
 
 
 def is_correct(completion: str, gold: str, verifier: Verifier = "math") -> bool:
-    r"""Whether the answer in a completion equals the gold answer.
+    r"""Return whether the answer in a completion equals the gold answer.
 
     >>> is_correct("So it is \\boxed{\\frac{2}{4}}.", "0.5")
     True
@@ -76,7 +76,7 @@ def is_correct(completion: str, gold: str, verifier: Verifier = "math") -> bool:
             0.8 s of wall-clock time and 2 GiB per comparison, in a worker process; an answer that needs more is wrong.
 
     Raises:
-        ValueError: there is no such verifier, or the gold answer can never be matched.
+        ValueError: the verifier is unknown, or the gold answer can never be matched.
         ImportError: a formula has to be compared and math-verify is not installed.
     """
     return judge(completion, gold, verifier, lambda given, right: shared_process().equal(given, right))
@@ -101,10 +101,10 @@ def judge(completion: str, gold: str, verifier: Verifier, equal: Equal) -> bool:
 
 
 def gold_answer(gold: str, verifier: Verifier) -> str:
-    """The gold answer alone, as a verifier compares it.
+    """Return the gold answer alone, as a verifier compares it.
 
     Raises:
-        ValueError: there is no such verifier, or the gold answer can never be matched: it is empty or too long, or, for
+        ValueError: the verifier is unknown, or the gold answer can never be matched: it is empty or too long, or, for
             ``"number"``, has no digit.
     """
     if verifier not in get_args(Verifier):
@@ -119,7 +119,7 @@ def gold_answer(gold: str, verifier: Verifier) -> str:
 
 
 def literal(text: str) -> Fraction | None:
-    """The exact value of a plain decimal or fraction of integers; None for anything else."""
+    """Return the exact value of a plain decimal or fraction of integers; None for anything else."""
     if not _LITERAL.fullmatch(text):
         return None
     try:
@@ -129,7 +129,7 @@ def literal(text: str) -> Fraction | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` or ``\fbox{...}``, or of ``\boxed 2``.
+    r"""Return the content of the last ``\boxed{...}`` or ``\fbox{...}``, or of ``\boxed 2``.
 
     Returns:
         The content up to the balancing brace; "" if the box does not end within 512 characters; None without a box.
@@ -151,7 +151,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _boxed_or_last_line(text: str) -> str:
-    """The answer for ``"math"``; "" where there is none."""
+    """Return the answer for ``"math"``; "" if there is none."""
     found = last_boxed(text)
     if found is None:
         found = text.rstrip().rpartition("\n")[2]
@@ -159,7 +159,7 @@ def _boxed_or_last_line(text: str) -> str:
 
 
 def _number_in(text: str, gold: bool = False) -> str:
-    """The answer for ``"number"``; "" where there is none."""
+    """Return the answer for ``"number"``; "" if there is none."""
     _, mark, found = text.rpartition(MARK)
     if mark:
         found = found.lstrip().partition("\n")[0]
@@ -178,7 +178,7 @@ def _number_in(text: str, gold: bool = False) -> str:
 
 
 def _without_words(text: str) -> str:
-    """``72`` of ``72 dollars.``; a text in which more than words follows the number stays as it is."""
+    """Return ``72`` of ``72 dollars.``; a text in which more than words follow the number stays as it is."""
     number = _NUMBER.match(text)
     if number is None:
         return text
@@ -190,7 +190,7 @@ def _without_words(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """An answer without decoration: dollar signs around it, separators in numbers, signs that LaTeX does not know."""
+    """Return an answer without dollar signs and separators in numbers, and with its signs in LaTeX."""
     text = _SEPARATOR.sub("", text.strip().strip("$").strip())
     text = _ROOT.sub(r"\\sqrt{\1}", text.translate(_CHARACTERS))
     mixed = _MIXED.fullmatch(text)
@@ -198,7 +198,7 @@ def _plain(text: str) -> str:
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion as trainers pass it: a string, or messages of which the last one counts.
+    """Return the text of a completion as trainers pass it: a string, or messages of which the last one counts.
 
     Anything else, such as a message without text, is the empty text.
     """
@@ -209,13 +209,13 @@ def text_of(completion: Any) -> str:
 
 
 def tagged_answer(text: str) -> str | None:
-    """The content of the last ``<answer>...</answer>``, or all that follows an open one; None without a tag."""
+    """Return the content of the last ``<answer>...</answer>``, or all that follows an open one; None without a tag."""
     _, tag, found = text.rpartition("<answer>")
     return found.partition("</answer>")[0] if tag else None
 
 
 def same_length(completions: Sequence[Any], answer: Sequence[Any]) -> None:
-    """Refuse columns that do not fit each other.
+    """Refuse columns of different lengths.
 
     Raises:
         ValueError: the numbers of completions and answers differ.

@@ -188,7 +188,7 @@ def _train_here(run: Run, progress: Progress) -> None:
 
 
 def _arguments(run: Run) -> list[str]:
-    """Arguments of ``knapsack-rl train`` that start or resume a run."""
+    """Return the arguments of ``knapsack-rl train`` that start or resume a run."""
     if _resumes(run):
         return ["--quiet", "--resume", str(run.folder)]
     return ["--quiet", "--config", str(run.folder / CONFIG_FILE), "--output", str(run.folder)]

@@ -1,4 +1,4 @@
-"""One process per run folder: a lock file that the operating system releases whenever and however its owner ends."""
+"""One process per run folder: a lock file that the operating system releases however its owner ends."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def load_tokenizer(settings: TrainSettings) -> Any:
     check_model(settings.model)
     from_hub = settings.model not in PRESETS and not Path(settings.model).is_dir()
     if from_hub and not isinstance(try_to_load_from_cache(settings.model, "config.json"), str):
-        logger.warning("there is no folder %s here; asking the hub for a model of this name", settings.model)
+        logger.warning("no folder %s here; asking the hub for a model of this name", settings.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name(settings.model), padding_side="left")
     except (OSError, ValueError) as error:

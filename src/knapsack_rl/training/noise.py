@@ -19,7 +19,7 @@ RENAMED = r"`(is_)?gradient_checkpointing` is deprecated"
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """While the body runs: no progress bars of transformers and datasets, and not the warnings of :data:`RENAMED`.
+    """Hide progress bars of transformers and datasets and the warnings of :data:`RENAMED` while the body runs.
 
     Errors and all other warnings are shown, those of huggingface_hub once instead of twice.
     """

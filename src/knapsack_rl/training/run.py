@@ -55,7 +55,7 @@ if _CHECKPOINTING not in KnapsackGRPOConfig.__dataclass_fields__:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         folder: the run folder.
@@ -93,13 +93,13 @@ def train(
         settings: the run's settings.
         folder: run folder; made if missing.
         display: where progress goes.
-        resume: go on from the folder's newest complete checkpoint.
+        resume: continue from the folder's newest complete checkpoint.
         report: write the report page at the end.
-        make_trainer: makes the trainer; experiments put theirs here.
+        make_trainer: makes the trainer; experiments pass their own.
 
     Raises:
         FileExistsError: the folder already holds a run and ``resume`` is not asked for.
-        FileNotFoundError: ``resume`` is asked for and there is no complete checkpoint.
+        FileNotFoundError: ``resume`` is asked for, but no checkpoint is complete.
         FolderInUseError: another process writes the folder.
         OSError: a checkpoint could not be written; earlier ones are untouched.
     """
@@ -107,7 +107,7 @@ def train(
         checkpoint = find_start(folder, resume=True) if resume else None
         return _train(settings, folder, display, checkpoint, make_trainer, report=False)
     refuse_if_owned(folder)
-    find_start(folder, resume=resume)  # a folder that is refused is left as it is
+    find_start(folder, resume=resume)  # a refused folder is left unchanged
     folder.mkdir(parents=True, exist_ok=True)
     with own_folder(folder):
         checkpoint = find_start(folder, resume=resume)  # again: another run may have come in between
@@ -145,12 +145,12 @@ def _train(
         processing_class=tokenizer,
         callbacks=[recorder],
     )
-    trainer.create_model_card = _no_card  # type: ignore[method-assign] # the folder's own is written at the end
+    trainer.create_model_card = _no_card  # type: ignore[method-assign] # ours is written at the end
     recorder.trainer = trainer
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if trained and checkpoint is not None:
-        trainer.restore_allocator(checkpoint)
+        trainer.restore_progress(checkpoint)
         trainer.state.global_step = steps_of(checkpoint)
     else:
         _run(trainer, recorder, display, checkpoint)
@@ -244,4 +244,4 @@ def _card(folder: Path) -> None:
 
 
 def _no_card(*_: Any, **__: Any) -> None:
-    """In place of TRL's draft, which cannot know the base model and calls it None."""
+    """Do nothing, in place of TRL's draft, which does not know the base model and calls it None."""

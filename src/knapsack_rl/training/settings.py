@@ -61,7 +61,7 @@ class TrainSettings(AllocationSettings):
     chat: str = option("auto", "prompts as chat messages; auto where task and model are for it", ("auto", "on", "off"))
     train_prompts: int = option(2048, "prompts trained on (the first ones of a file)")
     held_out_prompts: int = option(512, "prompts only evaluated on")
-    replay: int = option(0, "uses of a stored rare success of an unsolved prompt at most; 0 stores none")
+    replay: int = option(0, "most uses of a stored rare success of an unsolved prompt; 0 stores none")
     weighting: str = option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
     learning_rate: float = option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = option(1, "optimizer updates on each step's rollouts")
@@ -117,11 +117,11 @@ class TrainSettings(AllocationSettings):
 
     @property
     def label(self) -> str:
-        """Short name of the policy and seed, good for a folder."""
+        """Short name of the policy and seed, suitable for a folder."""
         return f"{self.allocation}-n{self.rollouts_per_prompt}-seed{self.seed}"
 
     def to_yaml(self) -> str:
-        """The settings as YAML, in the order of the fields."""
+        """Return the settings as YAML, in the order of the fields."""
         import yaml
 
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
@@ -162,7 +162,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; an empty file is an empty mapping.
 
     Raises:
-        ValueError: the file holds no mapping or is no YAML.
+        ValueError: the file is not YAML, or not a mapping.
     """
     values = files.read_yaml(path)
     if values is None:

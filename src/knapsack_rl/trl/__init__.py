@@ -1,13 +1,13 @@
 """Knapsack RL on TRL: change ``GRPOTrainer`` to :class:`KnapsackGRPOTrainer`.
 
-The only change to GRPO is the size of the groups: each step's rollouts are divided over its prompts by the allocator
-instead of evenly, and advantages are normalised inside the groups that result. Sampler, generation, loss, logging,
+The only change to GRPO is the size of the groups: the allocator divides each step's rollouts over its prompts, instead
+of evenly, and advantages are normalised inside the resulting groups. Sampler, generation, loss, logging,
 evaluation and checkpoints are TRL's own.
 
-How: TRL's sampler delivers M prompts x G rows. Just before generation the rows of all processes are gathered, the
+TRL's sampler delivers M prompts x G rows. Just before generation the rows of all processes are gathered, the
 budget M x G is allocated afresh, and each process gets its slice of the expanded rows, as many as it brought. TRL then
-generates and scores them; the advantages it computes by reshaping to (M, G) have the right shape and the wrong values,
-and are replaced. Binding this late, the allocation uses every reward observed so far.
+generates and scores them; the advantages it computes by reshaping to (M, G) have the right shape but the wrong values,
+and are replaced. Because it comes this late, the allocation uses every reward observed so far.
 """
 
 try:

@@ -19,7 +19,7 @@ def ragged_advantages(
     aggregation: str,
     weighting: Any,
 ) -> FloatArray:
-    """TRL's advantages for groups of any size.
+    """Return TRL's advantages for groups of any size.
 
     Args:
         groups: the rollouts with their training reward: the weighted sum, NaN where no function gave a reward.

@@ -1,4 +1,4 @@
-"""Checkpoints of the trainer: the allocator's state in each, and what makes resuming from one exact."""
+"""Checkpoints of the trainer: the allocator's state in each, and exact resuming."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SaveAllocator(TrainerCallback):
             try:
                 self._save(folder)
             except OSError as error:
-                # Going on would let the rotation of checkpoints remove the complete ones.
+                # If training continued, the rotation of checkpoints would remove the complete ones.
                 raise OSError(
                     error.errno,
                     f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints "
@@ -46,13 +46,13 @@ class SaveAllocator(TrainerCallback):
 
 
 class SaveSamples(TrainerCallback):
-    """Writes the sample completions beside each checkpoint and at the end, and goes on from them when resuming."""
+    """Writes the sample completions beside each checkpoint and at the end, and reads them when resuming."""
 
     def __init__(self, samples: SampleStore) -> None:
         self._samples = samples
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Go on from what the interrupted run kept."""
+        """Read the samples of the interrupted run."""
         if state.global_step:
             self._samples.read(Path(args.output_dir) / SAMPLES_FILE)
 
@@ -68,11 +68,11 @@ class SaveSamples(TrainerCallback):
         try:
             self._samples.write(Path(args.output_dir) / SAMPLES_FILE)
         except OSError as error:
-            logger.warning("%s could not be written (%s); the run goes on", SAMPLES_FILE, error)
+            logger.warning("%s could not be written (%s); the run continues", SAMPLES_FILE, error)
 
 
 def finished_epochs(checkpoint: Path) -> int:
-    """Whole epochs behind a checkpoint; 0 where it does not say."""
+    """Return the number of whole epochs before a checkpoint; 0 if it does not say."""
     path = checkpoint / TRAINER_STATE_NAME
     return int(TrainerState.load_from_json(str(path)).epoch or 0) if path.is_file() else 0
 
@@ -90,11 +90,11 @@ def log_changed_data(known: Iterable[PromptId], present: set[PromptId]) -> None:
 
 
 def warn_of_split_generations(args: Any, iterations: int) -> None:
-    """Warn where checkpoints fall between the updates that one generation serves: it is not part of a checkpoint."""
+    """Warn where checkpoints fall between the updates that one generation serves, as it is not part of a checkpoint."""
     batches = args.steps_per_generation * iterations
     if args.save_strategy == "steps" and args.save_steps * args.gradient_accumulation_steps % batches:
         logger.warning(
-            "a generation serves %d batches and save_steps=%g saves within one: a run resumed there generates it anew, "
-            "and its prompts are visited twice. Make save_steps x gradient_accumulation_steps a multiple of %d",
+            "a generation serves %d batches and save_steps=%g saves within one: a run resumed there generates again, "
+            "so these prompts are visited twice. Make save_steps x gradient_accumulation_steps a multiple of %d",
             *(batches, args.save_steps, batches),
         )

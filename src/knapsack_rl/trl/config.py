@@ -1,4 +1,4 @@
-"""Configuration of the trainer: TRL's own, and how to allocate."""
+"""Configuration of the trainer: TRL's fields and those of the allocation."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
 
     Attributes:
         prompts_per_step: ``"fixed"``, or ``"varying"``: every step has the same rollouts, but prompts wait in a queue
-            and as many are served as the rollouts pay for at one price for all steps, see
+            and a step serves as many as its rollouts pay for at one price for all steps, see
             :mod:`knapsack_rl.trl.queue`.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation).
         prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
         outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
             the rollout. Unlike the training reward it is neither weighted nor summed.
-        reward_timeout: seconds that one call of a reward function may take, ``None`` for no limit. One that takes
-            longer stops the run with an error that names the prompt.
-        replay: how often a rare success of an unsolved prompt is trained on again at most, see
+        reward_timeout: seconds that one call of a reward function may take, ``None`` for no limit. A longer call
+            stops the run with an error that names the prompt.
+        replay: most times that a rare success of an unsolved prompt is trained on again, see
             :mod:`knapsack_rl.trl.replay`; 0 for never.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
         log_samples: prompts of which sample completions are kept in ``samples.jsonl`` in ``output_dir``, 0 for none:
             the first one, the newest success and the newest failure that the main process generated, each cut to
-            some hundred characters.
+            a few hundred characters.
 
     Raises:
         ValueError: the settings cannot work together; see :func:`check_settings`.
@@ -43,7 +43,7 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that decides on success."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
-    replay: int = field(default=0, metadata={"help": "Uses of a stored rare success at most; 0 for none."})
+    replay: int = field(default=0, metadata={"help": "Most uses of a stored rare success; 0 for none."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
     log_samples: int = field(default=0, metadata={"help": "Prompts of which completions are kept in samples.jsonl."})
 
@@ -58,12 +58,12 @@ _DEFAULTS = {
 
 
 def setting(args: Any, name: str) -> Any:
-    """An allocation setting of ``args``, or its default where ``args`` is a plain ``GRPOConfig``."""
+    """Return an allocation setting of ``args``, or its default if ``args`` is a plain ``GRPOConfig``."""
     return getattr(args, name, _DEFAULTS[name])
 
 
 def check_settings(args: Any) -> AllocationSettings:
-    """Refuse a configuration that cannot work, before a model is loaded; return how to allocate.
+    """Refuse a configuration that cannot work, before a model is loaded; return the settings of the allocation.
 
     Raises:
         ValueError: bounds exclude ``num_generations``, an option is unknown, the estimator cannot serve the value, or

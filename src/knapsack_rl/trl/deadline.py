@@ -1,8 +1,8 @@
 """A limit on the time of a call in this process, for reward functions that hang.
 
 After the time the main thread gets a signal, whose handler raises :class:`OutOfTime` wherever the call is: it ends
-loops, sleeps, reads from a network and regular expressions that backtrack for ever. Code that does not listen to
-signals (one multiplication of huge numbers, some C extensions) goes on until it does.
+loops, sleeps, network reads and regular expressions that backtrack forever. Code that ignores signals (one
+multiplication of huge numbers, some C extensions) continues until it returns.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ class OutOfTime(BaseException):
 
 
 def can_interrupt() -> bool:
-    """Whether a call can be ended here: in the main thread, and not on Windows."""
+    """Return whether a call can be ended here: in the main thread, and not on Windows."""
     return hasattr(signal, "SIGVTALRM") and threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
 def deadline(seconds: float | None) -> Iterator[None]:
-    """End the body after so many seconds; never with None. Needs :func:`can_interrupt`; not to be nested.
+    """End the body after so many seconds, or never with None; needs :func:`can_interrupt`, and cannot be nested.
 
-    SIGVTALRM is used, which hardly anything else does; SIGALRM stays free for what is called. Two clocks send it: a
+    The signal is SIGVTALRM, which hardly anything else uses; SIGALRM stays free for the body. Two clocks send it: a
     thread, which works while the body waits, and the timer of the processor time, which works while the body keeps all
     other threads from running.
 
     Raises:
-        OutOfTime: the body took longer, even if it caught what was to end it.
+        OutOfTime: the body took longer, even if it caught the exception that was meant to end it.
     """
     if seconds is None:
         yield
@@ -54,7 +54,7 @@ def deadline(seconds: float | None) -> Iterator[None]:
         if not armed or time.monotonic() < end:  # processor time of several threads runs faster than the clock
             return
         if late:
-            logger.error("a call of at most %g s was told to end and still runs", seconds)
+            logger.error("a call limited to %g s was interrupted and is still running", seconds)
         late = True
         end = time.monotonic() + seconds  # two clocks strike: the second stroke must not hit the way out
         raise OutOfTime

@@ -1,4 +1,4 @@
-"""What a run has generated: the cost by which policies are compared."""
+"""The rollouts and tokens that a run has generated: the cost by which policies are compared."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from knapsack_rl.runs.files import GENERATED_FILE
 
 @dataclass
 class Generated:
-    """What a run has generated for training so far, over all processes.
+    """Totals of what a run has generated for training so far, over all processes.
 
     Attributes:
-        rollouts: completions, also those that were not trained on.
-        tokens: their tokens, prompts left out.
+        rollouts: completions, including those that were not trained on.
+        tokens: their tokens, without prompts.
     """
 
     rollouts: int = 0
@@ -33,6 +33,6 @@ class Generated:
 
     @classmethod
     def load(cls, checkpoint: Path) -> Generated:
-        """Read the numbers of a checkpoint; zeros for one of the stock trainer."""
+        """Return the numbers of a checkpoint; zeros for one of the stock trainer."""
         path = checkpoint / GENERATED_FILE
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()

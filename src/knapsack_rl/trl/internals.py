@@ -1,4 +1,4 @@
-"""What the trainer needs of TRL's inside, beside the methods that it overrides."""
+"""Checks and wrappers for the internals of TRL that the trainer relies on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 
 def check_internals() -> None:
-    """Compare the two methods that are wrapped with what they are expected to take.
+    """Check that the two private methods that the trainer overrides take the expected arguments.
 
     Raises:
         RuntimeError: this TRL release differs.
@@ -31,13 +31,13 @@ def check_internals() -> None:
 
 
 def one_completion_per_row(generate: Callable[..., Any], training: Callable[[], bool]) -> Callable[..., Any]:
-    """A ``generate`` of TRL's vLLM with n = 1 while training.
+    """Return the ``generate`` of TRL's vLLM with n = 1 while training.
 
-    vLLM's server mode sends every G-th prompt with n = G, which ragged rows break.
+    In server mode TRL sends every G-th prompt with n = G, which ragged rows break.
 
     Args:
         generate: takes ``num_generations`` among its arguments.
-        training: whether the rows are those of training.
+        training: returns whether the rows are those of training.
     """
 
     @wraps(generate)

@@ -1,11 +1,11 @@
-"""Prompts that wait their turn: a fixed number of rollouts per step over a varying number of prompts.
+"""A queue of prompts: a fixed number of rollouts per step over a varying number of prompts.
 
 TRL makes the same number of rows in every step, so a batch can only get more of the budget if fewer prompts share it.
 Here the prompts of the data loader join a queue, and a step serves as many of them, in order, as its rollouts pay for
-at *one price for all steps*: the marginal value at which ``num_generations`` rollouts per prompt would end over all
-prompts known. Every step has exactly its rollouts, every prompt its
-turn; a stretch of prompts without value passes quickly, one of valuable prompts gets more steps. The price gives way
-a little to keep the queue at its usual length, so that a step neither runs out of prompts nor leaves some behind.
+at *one price for all steps*: the marginal value of the last rollout if all known prompts shared ``num_generations``
+rollouts per prompt. Every step has exactly its rollouts and every prompt gets its turn; prompts of little value pass
+quickly, valuable ones get more steps. The price adapts a little to keep the queue at its usual length, so that no step
+runs out of prompts and no prompt waits long.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.ids import PromptId
 
 MOST_BATCHES = 3
-"""The queue holds at most so many batches of the data loader: no prompt waits longer than about so many steps."""
+"""Most batches of the data loader in the queue, which is also about the most steps that a prompt waits."""
 
 USUAL_BATCHES = 1.5
 """Length of the queue, in batches of the data loader, at which the price is that of all prompts."""
 
 CORRECTION = 0.5
-"""By what share the rollouts per prompt rise where the queue is a batch shorter, or fall where it is longer."""
+"""Share by which the rollouts per prompt rise if the queue is a batch shorter, or fall if it is a batch longer."""
 
 PRICE_SAMPLE = 1024
-"""Most prompts that the price looks at, evenly spaced in order of first observation."""
+"""Most prompts that the price is computed from, evenly spaced in order of first observation."""
 
 
 class PromptQueue:
-    """Rows of prompts that wait for their rollouts, first in first out.
+    """Rows of prompts that wait for their rollouts, first in, first out.
 
     Args:
         rollouts_per_prompt: mean rollouts of a prompt, ``num_generations``.
@@ -47,7 +47,7 @@ class PromptQueue:
         self._mean = rollouts_per_prompt
 
     def push(self, rows: Mapping[PromptId, dict[str, Any]]) -> None:
-        """Let prompts join; one that waits already keeps its place.
+        """Add prompts to the queue; one that is already waiting keeps its place.
 
         Raises:
             ValueError: a row cannot be written to a checkpoint.
@@ -63,12 +63,12 @@ class PromptQueue:
             self.rows.setdefault(prompt_id, row)
 
     def choose(self, allocator: KnapsackAllocator, budget: int, batch: int) -> list[PromptId]:
-        """The prompts that a step serves; they stay in the queue until removed.
+        """Return the prompts that a step serves; they stay in the queue until removed.
 
         Args:
             allocator: knows the prompts.
             budget: rollouts of the step.
-            batch: prompts that join in a step.
+            batch: prompts that join per step.
         """
         waiting = list(self.rows)
         excess = len(waiting) / batch - USUAL_BATCHES
@@ -85,12 +85,12 @@ class PromptQueue:
         return waiting[:served]
 
     def remove(self, served: list[PromptId]) -> None:
-        """Take prompts that got their turn out of the queue."""
+        """Remove prompts that have been served."""
         for prompt_id in served:
             self.rows.pop(prompt_id, None)
 
     def _price(self, allocator: KnapsackAllocator, mean: float) -> float:
-        """Value of the last rollout if all known prompts shared so many each; 0 if there is none beyond the minimum."""
+        """Return the value of the last rollout if known prompts had this mean; 0 if none exceeds the minimum."""
         known = allocator.tracker.prompt_ids
         if not known:
             return 0.0
@@ -99,7 +99,7 @@ class PromptQueue:
         least = max(allocator.min_rollouts, 2)
         budget = min(max(round(mean * len(sample)), least * len(sample) + 1), allocator.max_rollouts * len(sample))
         counts = allocate_expected(marginals, budget, least, allocator.max_rollouts).counts
-        bought = np.flatnonzero(counts > least)  # what the minimum gives has no price
+        bought = np.flatnonzero(counts > least)  # rollouts of the minimum have no price
         return float(marginals[bought, counts[bought] - 1].min(initial=np.inf)) if bought.size else 0.0
 
     def save(self, path: Path) -> None:
@@ -115,15 +115,15 @@ class PromptQueue:
         try:
             self.rows = {prompt_id: dict(row) for prompt_id, row in json.loads(path.read_text(encoding="utf-8"))}
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no queue of prompts: {error}") from error
+            raise ValueError(f"{path} does not hold a queue of prompts: {error}") from error
 
 
 def rollouts_at(marginals: FloatArray, price: float, min_rollouts: int, max_rollouts: int) -> IntArray:
-    """(M,) rollouts that are worth their price, within the bounds.
+    """Return the (M,) rollouts that are worth their price, within the bounds.
 
     Args:
-        marginals: (M, K) D[i, n], falling from n = 1 on; D[i, 0] is paid by what follows.
-        price: > 0, value that a rollout must have.
+        marginals: (M, K) D[i, n], falling from n = 1 on; the first rollout has no value without a second.
+        price: > 0, the least value of a rollout.
         min_rollouts: N_low.
         max_rollouts: N_up.
     """

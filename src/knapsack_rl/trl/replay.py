@@ -1,4 +1,4 @@
-"""Replay: keep the rare successes of prompts that are nearly never solved, and train on them again.
+"""Replay: keep the rare successes of prompts that are hardly ever solved, and train on them again.
 
 A group without a success has no gradient, though its prompt may have succeeded an epoch ago. Here the newest success
 of a prompt whose group had few is kept with the log-probabilities it was sampled with. At a later visit without a
@@ -31,7 +31,7 @@ from knapsack_rl.trl.step import Step
 
 REPLAY_FILE = "replay.npz"
 RARE = 1 / 8
-"""A success is kept if its prompt's rate was estimated at most this before the visit; above it the prompt is left."""
+"""A success is kept if its prompt's rate was estimated at most this before the visit; above it is forgotten."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class SuccessBuffer:
         self.entries: dict[PromptId, Success] = {}
 
     def review(self, prompt: PromptId, successes: int, scored: int, estimate: float) -> str:
-        """What to do with a prompt after a visit: "store" a success, "use" the stored one, or "" for nothing.
+        """Return what to do with a prompt after a visit: "store" a success, "use" the stored one, or "" for nothing.
 
         A prompt that succeeds more often than rarely is forgotten; it needs no help.
 
@@ -83,7 +83,7 @@ class SuccessBuffer:
         return ""
 
     def use(self, prompt: PromptId) -> Success:
-        """The stored success of a prompt; after its last use it is dropped."""
+        """Return the stored success of a prompt; after its last use it is dropped."""
         found = self.entries[prompt]
         found.uses += 1
         if found.uses >= self.max_uses:
@@ -110,7 +110,7 @@ class SuccessBuffer:
         """Read what :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is damaged.
         """
         header, arrays = read_state(path)
@@ -130,18 +130,18 @@ def mix_in(
     total: FloatArray,
     output: dict[str, Any],
 ) -> tuple[FloatArray, dict[str, float]]:
-    """Put stored successes in the place of failures, store new ones.
+    """Replace failures by stored successes, and store new ones.
 
     Args:
         buffer: the stored successes.
-        trainer: a ``KnapsackGRPOTrainer`` in one process, for the log-probabilities of the model as it is.
+        trainer: a ``KnapsackGRPOTrainer`` in one process, for log-probabilities under the current model.
         step: the prompts and their rows.
-        groups: the outcomes that decide on success.
+        groups: the outcomes.
         total: (R,) training rewards.
         output: TRL's batch of the same rows; completions, mask, old log-probabilities and number of tokens change.
 
     Returns:
-        (R,) training rewards with those of the successes mixed in, and figures for the log.
+        The (R,) training rewards with those of the successes mixed in, and metrics for the log.
     """
     estimates = step.plan.allocation.success_rates
     stores: list[tuple[PromptId, int]] = []
@@ -149,10 +149,10 @@ def mix_in(
     for group in np.unique(step.group_R).tolist():
         prompt, rows = step.plan.ids[group], np.flatnonzero(step.group_R == group)
         visit = (int(groups.successes[group]), int(groups.totals[group]))
-        what = buffer.review(prompt, *visit, math.nan if estimates is None else float(estimates[group]))
-        if what == "store":
+        action = buffer.review(prompt, *visit, math.nan if estimates is None else float(estimates[group]))
+        if action == "store":
             stores.append((prompt, int(rows[groups.success_R[rows]][0])))
-        elif what == "use" and rows.size > 1:
+        elif action == "use" and rows.size > 1:
             replaced[int(rows[0])] = buffer.use(prompt)
     if stores:
         _store(buffer, trainer, stores, total, output)
@@ -203,7 +203,7 @@ def _replace(trainer: Any, replaced: Mapping[int, Success], output: dict[str, An
 
 
 def log_probs_now(trainer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """(R, T) log-probabilities of the completions' tokens under the model as it is, without gradient."""
+    """Return the (R, T) log-probabilities of the completions' tokens under the current model, without gradient."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
@@ -214,6 +214,6 @@ def log_probs_now(trainer: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tens
 
 
 def pad_to(tensor: torch.Tensor, width: int, fill: float, side: str) -> torch.Tensor:
-    """A (rows, tokens) tensor widened to ``width`` with ``fill`` on the left or right side."""
+    """Return a (rows, tokens) tensor widened to ``width`` with ``fill`` on the left or right side."""
     missing = width - tensor.shape[1]
     return torch.nn.functional.pad(tensor, (missing, 0) if side == "left" else (0, missing), value=fill)

@@ -1,4 +1,4 @@
-"""Reward functions under watch: what they may return, and which prompt a fault belongs to."""
+"""Checks of reward functions: their results, their time, and the prompt behind a fault."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ EXCERPT = 120
 
 
 class RewardError(ValueError):
-    """A reward function raised, hung or returned what is no reward; names function, prompt and completion."""
+    """A reward function raised, hung or returned something other than rewards; names function, prompt, completion."""
 
 
 def watched(
     function: Callable[..., Any], name: str, id_column: str, seconds: float | None = None
 ) -> Callable[..., Any]:
-    """The reward function, with its result checked, its time limited and its faults told apart by prompt.
+    """Return the reward function with its result checked, its time limited and its faults attributed to a prompt.
 
-    Numbers, booleans and one-element tensors are rewards; ``None`` and NaN stand for no reward. To find the prompt
-    behind an exception or a hang the function is called again with one row at a time until that happens.
+    Numbers, booleans and one-element tensors are rewards; ``None`` and NaN mean no reward. To find the prompt behind an
+    exception or a hang, the function is called again with one row at a time until it fails again.
 
     Args:
         function: as TRL calls it; may be asynchronous.
-        name: what an error calls it.
-        id_column: column of prompt ids, named in errors if it is there.
-        seconds: longest time of a call; None for no limit. One that is not asynchronous needs
+        name: its name in errors.
+        id_column: column of prompt ids, which errors name if it is there.
+        seconds: longest time of a call; None for no limit. A synchronous function needs
             :func:`~knapsack_rl.trl.deadline.can_interrupt`.
 
     Raises:
-        RewardError: by the function returned.
+        RewardError: raised by the returned function.
     """
     call = getattr(function, "__call__", None)  # noqa: B004 - the method itself may be asynchronous
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
@@ -51,14 +51,12 @@ def watched(
             try:
                 returned = await limited_wait(columns)
             except (Exception, OutOfTime) as error:
-                found = None
                 for row in range(len(columns["prompts"])):
                     try:
                         await limited_wait(_one_row(columns, row))
-                    except (Exception, OutOfTime) as again:  # noqa: BLE001 - told below, the first one as cause
-                        found = row, again
-                        break
-                raise _raised(name, columns, id_column, seconds, error, found) from error
+                    except (Exception, OutOfTime) as again:  # noqa: BLE001 - it is raised as a RewardError
+                        raise _raised(name, columns, id_column, seconds, again, row) from error
+                raise _raised(name, columns, id_column, seconds, error) from error
             return _checked(returned, name, columns, id_column)
 
         return asynchronous
@@ -72,21 +70,19 @@ def watched(
         try:
             returned = limited(columns)
         except (Exception, OutOfTime) as error:
-            found = None
             for row in range(len(columns["prompts"])):
                 try:
                     limited(_one_row(columns, row))
-                except (Exception, OutOfTime) as again:  # noqa: BLE001 - told below, the first one as cause
-                    found = row, again
-                    break
-            raise _raised(name, columns, id_column, seconds, error, found) from error
+                except (Exception, OutOfTime) as again:  # noqa: BLE001 - it is raised as a RewardError
+                    raise _raised(name, columns, id_column, seconds, again, row) from error
+            raise _raised(name, columns, id_column, seconds, error) from error
         return _checked(returned, name, columns, id_column)
 
     return synchronous
 
 
 def _one_row(columns: dict[str, Any], row: int) -> dict[str, Any]:
-    """The arguments of a call about one completion; nothing is logged twice."""
+    """Return the arguments of a call for one completion; its loggers do nothing, as the first call has logged."""
     size = len(columns["prompts"])
     cut = {
         key: [value[row]] if isinstance(value, list) and len(value) == size else value for key, value in columns.items()
@@ -103,18 +99,15 @@ def _raised(
     id_column: str,
     seconds: float | None,
     error: BaseException,
-    found: tuple[int, BaseException] | None,
+    row: int | None = None,
 ) -> RewardError:
-    def told(fault: BaseException) -> str:
-        return f"took more than {seconds:g} s" if isinstance(fault, OutOfTime) else f"raised {fault!r}"
-
-    if found is None:
-        return RewardError(
-            f"reward function {name} {told(error)} for a batch of {len(columns['prompts'])} completions, and for "
-            "none of them alone"
-        )
-    row, again = found
-    return RewardError(f"reward function {name} {told(again)} for {_described(columns, row, id_column)}")
+    """Return the error for a fault in one row, or without a row for one of the whole batch only."""
+    fault = f"took more than {seconds:g} s" if isinstance(error, OutOfTime) else f"raised {error!r}"
+    if row is None:
+        where = f"a batch of {len(columns['prompts'])} completions, but for none of them alone"
+    else:
+        where = _described(columns, row, id_column)
+    return RewardError(f"reward function {name} {fault} for {where}")
 
 
 def _described(columns: dict[str, Any], row: int, id_column: str) -> str:
@@ -150,10 +143,10 @@ def _checked(returned: Any, name: str, columns: dict[str, Any], id_column: str) 
 def _number(value: Any, row: int, name: str, columns: dict[str, Any], id_column: str) -> float:
     try:
         if isinstance(value, (str, bytes)):
-            raise TypeError("text is no number")
+            raise TypeError("text is not a number")
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise RewardError(
             f"reward function {name} returned {_excerpt(value)} ({type(value).__name__}) for "
-            f"{_described(columns, row, id_column)}; a reward is a number, or None where there is none"
+            f"{_described(columns, row, id_column)}; a reward is a number, or None for no reward"
         ) from error

@@ -1,4 +1,4 @@
-"""One step of the trainer as data: which rows are which prompt, what they were given, and the row of its log."""
+"""One step of the trainer as data: the rows of each prompt and their rewards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan
-from knapsack_rl.trl.identity import prompt_key
 
 
 @dataclass
@@ -22,27 +21,25 @@ class Step:
 
     Attributes:
         plan: its prompts and their rollouts.
-        group_R: (R,) position among the plan's prompts of each row.
+        group_R: (R,) position of each row's prompt among the plan's.
         ragged: whether the rows differ from the stock trainer's.
-        seconds: time that the allocation took.
     """
 
     plan: Plan
     group_R: IntArray  # noqa: N815 - the suffix names the shape
     ragged: bool
-    seconds: float
 
 
 @dataclass
 class Scored:
-    """What the reward functions gave one generation batch.
+    """Rewards and completions of one generation batch.
 
     Attributes:
-        matrix: (R, functions) rewards of the rows of all processes, in rank order; NaN for none.
+        matrix: (R, F) reward of each function for the rows of all processes, in rank order; NaN for none.
         lengths: (R,) tokens of their completions.
-        prompts: those of this process, one per row.
-        completions: of this process.
-        answers: of this process, from a column of that name.
+        prompts: of this process's rows.
+        completions: of this process's rows.
+        answers: of this process's rows, from the column ``answer``.
     """
 
     matrix: FloatArray
@@ -53,7 +50,7 @@ class Scored:
 
     @classmethod
     def joined(cls, parts: Sequence[Scored]) -> Scored:
-        """Several batches of one process as one."""
+        """Join several batches of one process."""
         return cls(
             matrix=np.concatenate([part.matrix for part in parts]),
             lengths=np.concatenate([part.lengths for part in parts]),
@@ -64,26 +61,26 @@ class Scored:
 
     @property
     def finite(self) -> FloatArray:
-        """(R, functions) rewards with NaN for infinite ones, which count as unscored."""
+        """(R, F) rewards with NaN for infinite ones, which count as unscored."""
         return np.where(np.isinf(self.matrix), np.nan, self.matrix)
 
     def outcome(self, function: int | None) -> FloatArray:
-        """(R,) the reward that tells success: that of a function, or of the first that scored the rollout."""
+        """Return the (R,) reward that decides on success: of one function, or of the first that scored the rollout."""
         matrix = self.finite
         if function is not None:
             return matrix[:, function]
         return matrix[np.arange(matrix.shape[0]), (~np.isnan(matrix)).argmax(axis=1)]
 
     def total(self, weights: FloatArray) -> FloatArray:
-        """(R,) the reward that trains: the weighted sum, NaN where no function gave a reward."""
+        """Return the (R,) training reward: the weighted sum, NaN where no function gave a reward."""
         matrix = self.finite
         return np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
 
     def add_to(self, samples: SampleStore, prompts: list[PromptId], groups: GroupOutcomes, step: int) -> None:
-        """Let the main process, which has the first rows, keep samples of its completions.
+        """Keep samples of the completions of the main process, whose rows come first.
 
         Args:
-            samples: where they are kept.
+            samples: the store they are added to.
             prompts: (M,) of the step.
             groups: outcomes of all rows.
             step: number of the generation.
@@ -99,40 +96,3 @@ class Scored:
                     step=step,
                     answer=answer,
                 )
-
-
-def keys_of_blocks(rows: list[dict[str, Any]], size: int, id_column: str) -> list[PromptId]:
-    """The prompt of each block of ``size`` rows, as TRL's sampler draws them.
-
-    Raises:
-        ValueError: a block holds several prompts.
-    """
-    keys = []
-    for at in range(0, len(rows), size):
-        first, *others = rows[at : at + size]
-        key = prompt_key(first, id_column)
-        for row in others:
-            if row.get("prompt") != first.get("prompt") or prompt_key(row, id_column) != key:
-                raise ValueError(
-                    f"rows of different prompts stand in one block of num_generations={size} (prompt {key!r}): the "
-                    "data loader broke a group. With an IterableDataset, make every process read whole groups"
-                )
-        keys.append(key)
-    return keys
-
-
-def rows_by_prompt(keys: list[PromptId], rows: list[dict[str, Any]]) -> dict[PromptId, dict[str, Any]]:
-    """The first row of each prompt.
-
-    Args:
-        keys: (N,) prompt of each row.
-        rows: (N,) of the data set.
-
-    Raises:
-        ValueError: rows of one id hold different prompts.
-    """
-    found: dict[PromptId, dict[str, Any]] = {}
-    for key, row in zip(keys, rows, strict=True):
-        if found.setdefault(key, row).get("prompt") != row.get("prompt"):
-            raise ValueError(f"id {key!r} names different prompts in one batch; make ids unique over all sources")
-    return found

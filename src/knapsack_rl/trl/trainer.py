@@ -1,9 +1,8 @@
-"""The trainer: TRL's GRPO with groups of the size that the allocator gives."""
+"""The trainer: TRL's GRPO with group sizes chosen by the allocator."""
 
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +31,30 @@ from knapsack_rl.trl.checkpoints import (
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.generated import Generated
-from knapsack_rl.trl.identity import check_ids, check_same_data, prompt_keys
+from knapsack_rl.trl.identity import check_ids, check_same_data, keys_of_blocks, prompt_keys, rows_by_prompt
 from knapsack_rl.trl.internals import check_internals, one_completion_per_row
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
 from knapsack_rl.trl.rewards import watched
-from knapsack_rl.trl.step import Scored, Step, keys_of_blocks, rows_by_prompt
+from knapsack_rl.trl.step import Scored, Step
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
-    """``GRPOTrainer`` whose rollouts per prompt are allocated by the knapsack.
+    """``GRPOTrainer`` with rollouts per prompt allocated by the knapsack.
 
-    Takes the arguments of ``GRPOTrainer``; ``args`` may be a plain ``GRPOConfig`` (defaults of
+    Takes the arguments of ``GRPOTrainer``; ``args`` may be a plain ``GRPOConfig`` (the defaults of
     :class:`KnapsackGRPOConfig` apply).
 
     Args:
         *args: as ``GRPOTrainer``.
-        allocator: an allocator to use, for a success function or another estimator; by default one is made from the
-            configuration.
+        allocator: an allocator to use instead of the one that the configuration describes, for example with another
+            success function or estimator.
         **kwargs: as ``GRPOTrainer``.
 
     Raises:
         ValueError: the configuration cannot work: bounds that exclude ``num_generations``, ``seed`` in
             ``generation_kwargs``, ids that name several prompts, a world size that differs from the launcher's.
-        RuntimeError: this TRL release has other internals than the trainer needs.
+        RuntimeError: the internals of this TRL release are not the ones that the trainer needs.
     """
 
     def __init__(self, *args: Any, allocator: KnapsackAllocator | None = None, **kwargs: Any) -> None:
@@ -75,9 +74,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             else watched(function, name, self._setting("prompt_id_column"), self._setting("reward_timeout"))
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        varying = self._setting("prompts_per_step") == "varying"
-        size: Any = self.num_generations
-        self.queue = PromptQueue(size) if varying else None
+        self.queue = PromptQueue(self._mean) if self._setting("prompts_per_step") == "varying" else None
         self._scored: Scored | None = None
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
@@ -109,7 +106,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         return Path(self._get_output_dir(getattr(self, "_trial", None)))
 
     def _check_run(self) -> None:
-        """Check what is known only once the model, the rewards and the processes are there."""
+        """Check the settings that depend on the reward functions and processes, which only exist now."""
         outcome = self._setting("outcome_reward")
         if outcome is not None and outcome not in self.reward_func_names:
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
@@ -136,17 +133,17 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     def _generate_rows(self, rows: list[dict[str, Any]], step: Step) -> dict[str, Any]:
         """Let TRL generate and score the rows; its advantages are replaced where groups are ragged."""
-        size: Any = self.num_generations
-        if step.ragged and step.group_R.size % size:  # TRL reshapes to (-1, size): let it see groups of one
+        mean = self._mean
+        if step.ragged and step.group_R.size % mean:  # TRL reshapes to (-1, mean): let it see groups of one
             self.num_generations = 1
         try:
             return super()._generate_and_score_completions(rows)
         finally:
-            self.num_generations = size
+            self.num_generations = mean
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        # The completion mask would not do for lengths: TRL blanks the rows of truncated answers on request.
+        # Lengths cannot be read from the completion mask: on request TRL blanks the rows of truncated answers.
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
         self._scored = Scored(
             matrix=rewards_per_func.detach().double().cpu().numpy(),
@@ -160,12 +157,18 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         return rewards_per_func
 
     @property
+    def _mean(self) -> int:
+        """Mean rollouts per prompt."""
+        size: Any = self.num_generations
+        return size
+
+    @property
     def _training(self) -> bool:
         return bool(self.model is not None and self.model.training)
 
     @property
     def _generation(self) -> int:
-        """Number of the generation under way, from 1; an update may take several, or one serve several updates."""
+        """Number of the current generation, from 1; an update may take several, or several updates may share one."""
         args: Any = self.args
         accumulation = args.gradient_accumulation_steps
         batches = self.state.global_step * accumulation + self._step % accumulation
@@ -175,13 +178,11 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     def _plan_step(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Step]:
         """Allocate over the prompts of all processes; return this process's rows and the step."""
-        started = time.perf_counter()
         everything = gather_object(inputs)
-        size: Any = self.num_generations
-        drawn = keys_of_blocks(everything, size, self._setting("prompt_id_column"))
-        rows = rows_by_prompt(drawn, everything[::size])
+        drawn = keys_of_blocks(everything, self._mean, self._setting("prompt_id_column"))
+        rows = rows_by_prompt(drawn, everything[:: self._mean])
         distinct, block_prompt = numbered(drawn)
-        stock_R = np.repeat(block_prompt, size)
+        stock_R = np.repeat(block_prompt, self._mean)
         if self.queue is not None:
             self.queue.push(rows)
             rows = dict(self.queue.rows)
@@ -200,19 +201,21 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             share = group_R.size // self.accelerator.num_processes
             start = self.accelerator.process_index * share
             mine = [dict(rows[plan.ids[group]]) for group in group_R[start : start + share]]
-        return mine, Step(plan, group_R, ragged, time.perf_counter() - started)
+        return mine, Step(plan, group_R, ragged)
 
     def _plan(self, drawn: list[PromptId], budget: int) -> Plan:
-        """The plan for the prompts of the batch, or for as many as the queue serves."""
+        """Return the plan for the prompts of the batch, or for those that the queue serves."""
         args: Any = self.args
-        size: Any = self.num_generations
-        if self.queue is None:
-            return self.session.plan(drawn, size, multiple=self.accelerator.num_processes * args.steps_per_generation)
-        served = self.queue.choose(self.allocator, budget, len(set(drawn)))
+        queue = self.queue
+        if queue is None:
+            multiple = self.accelerator.num_processes * args.steps_per_generation
+            return self.session.plan(drawn, self._mean, multiple=multiple)
+        chosen = self.session.survive("queue", lambda: queue.choose(self.allocator, budget, len(set(drawn))))
+        served = chosen or list(queue.rows)[: budget // self._mean]
         return self.session.plan(served, budget // len(served), budget=budget)
 
     def _agree_on(self, plan: Plan) -> Plan:
-        """One process decides for all, so that no difference between machines can split a group."""
+        """Return the main process's plan everywhere, so that differences between machines cannot split a group."""
         decision = [plan]
         broadcast_object_list(decision)
         return decision[0]
@@ -252,7 +255,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     @property
     def _aggregation(self) -> str:
-        return getattr(self, "multi_objective_aggregation", "sum_then_normalize")  # TRL 1.9 has the one way only
+        return getattr(self, "multi_objective_aggregation", "sum_then_normalize")  # TRL 1.9 has no choice
 
     def _replace_advantages(self, step: Step, scored: Scored, trained: GroupOutcomes, output: dict[str, Any]) -> None:
         advantages = ragged_advantages(
@@ -284,7 +287,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _mix_in(
         self, step: Step, groups: GroupOutcomes, total: FloatArray, output: dict[str, Any]
     ) -> FloatArray | None:
-        """Training rewards with those of stored successes, which take the place of failures; None if there are none."""
+        """Return the training rewards with stored successes in place of failures; None if there are none."""
         if self.replay is None:
             return None
         trained, figures = mix_in(self.replay, self, step, groups, total, output)
@@ -293,12 +296,12 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         return trained if figures["replay/mixed_in"] else None
 
     def _outcome(self, scored: Scored) -> FloatArray:
-        """(R,) the reward that tells success: the named function's, or the first that scored the rollout."""
+        """Return the (R,) reward that decides on success: the named function's, or the first to score the rollout."""
         name = self._setting("outcome_reward")
         return scored.outcome(None if name is None else self.reward_func_names.index(name))
 
     def _add_metrics(self, step: Step, learned: dict[str, float], trained: GroupOutcomes, lengths: IntArray) -> None:
-        numbers = learned | {"allocation_seconds": step.seconds}
+        numbers = dict(learned)
         if self.queue is not None:
             numbers["prompts_waiting"] = float(len(self.queue.rows))
         if self.accelerator.num_processes > 1:
@@ -314,10 +317,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GRPOTrainer.train``; resuming also restores the allocator.
 
-        ``True`` takes the newest complete checkpoint, so that one whose writing was cut short is passed over. A
-        checkpoint without allocator state (made by the stock trainer) resumes with nothing known of the prompts, and
-        says so. The order of prompts goes on where it was, in every epoch; TRL's own would start again with that of
-        the first one.
+        ``True`` takes the newest complete checkpoint and skips an incomplete one. A checkpoint without allocator state
+        (made by the stock trainer) resumes with nothing known of the prompts, with a warning. The order of prompts
+        continues where it was, in every epoch; TRL alone would start again with the order of the first one.
         """
         folder = resume_from_checkpoint
         if folder is True:
@@ -326,17 +328,17 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             resume_from_checkpoint = folder or True
         if folder:
             self._epochs_finished = finished_epochs(Path(folder))
-            self.restore_allocator(Path(folder))
+            self.restore_progress(Path(folder))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
         for _ in range(self._epochs_finished):
-            next(iter(sampler), None)  # what it draws at the begin of an epoch
+            next(iter(sampler), None)  # draws an epoch's order, as at its start
         return sampler
 
     def save_progress(self, checkpoint: Path) -> None:
-        """Write into a checkpoint what a resumed run must know; the allocator's state comes last and marks it complete.
+        """Write the state of the run into a checkpoint; the allocator's comes last and marks it complete.
 
         Raises:
             OSError: a file cannot be written.
@@ -348,11 +350,11 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             self.replay.save(checkpoint / REPLAY_FILE)
         self.session.save(checkpoint)
 
-    def restore_allocator(self, checkpoint: Path) -> None:
-        """Load the allocator's state from a checkpoint; :meth:`train` does this when it resumes.
+    def restore_progress(self, checkpoint: Path) -> None:
+        """Load what :meth:`save_progress` wrote; :meth:`train` does this when it resumes.
 
-        Where the data set has changed, what is known of prompts that are in both is kept, what is known of the others
-        stays in the state, and the numbers are logged.
+        If the data set has changed, estimates of all prompts are kept, also of those that were removed, and the numbers
+        of known, new and removed prompts are logged.
 
         Raises:
             ValueError: the state is damaged or belongs to another estimator.
@@ -369,7 +371,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 )
         else:
             self.session.warn_once(
-                "no state", f"{checkpoint} holds no {STATE_FILE}: the allocator starts with nothing known"
+                "no state", f"{checkpoint} has no {STATE_FILE}: the allocator starts with nothing known"
             )
         self.generated = Generated.load(checkpoint)
         if self.replay is not None:

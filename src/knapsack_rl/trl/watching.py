@@ -27,7 +27,7 @@ class WatchCallback(TrainerCallback):
         self._log: WarningLog | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Take in a row of the log."""
+        """Look at a row of the log."""
         if not state.is_world_process_zero or not logs:
             return
         if self._log is None:

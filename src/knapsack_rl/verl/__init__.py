@@ -1,14 +1,14 @@
-"""Knapsack RL on verl: a few overrides on the command line of an unmodified, pip-installed verl 0.9 or 0.10.
+"""Knapsack RL on verl: a few overrides on the command line of stock verl 0.9 or 0.10.
 
 verl's v1 trainer asks an agent-loop manager to generate for a batch of prompts and a replay buffer for the finished
-groups. Both can be named in its configuration, and that is all the plug-in uses:
+groups. Its configuration can name both, and the plug-in needs nothing else:
 
-* :class:`KnapsackAgentLoopManager` gives each prompt of a training batch its own number of rollouts;
+* :class:`KnapsackAgentLoopManager` sets the number of rollouts of each prompt of a training batch;
 * :func:`KnapsackReplayBuffer` observes the rewards of the groups that verl samples, and adds the metrics;
 * :class:`KnapsackCheckpoint` writes the allocator's state into verl's checkpoints.
 
-All three live in verl's task runner, one process, and share one :class:`~knapsack_rl.verl.session.Session`. What other
-processes must know of a prompt, its id, travels with the prompt through verl's own transfer queue.
+All three live in verl's task runner, one process, and share one :class:`~knapsack_rl.verl.session.VerlSession`.
+The id of a prompt, which other processes need too, travels with the prompt through verl's transfer queue.
 
 ``knapsack-rl verl-args`` prints the overrides.
 """
@@ -35,7 +35,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load the classes when verl asks for them: a launch line is made and checked on machines without verl."""
+    """Load the classes when verl asks for them, so that a launch line can be checked on machines without verl."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -21,8 +21,8 @@ STEP_FOLDER = "global_step_"
 class KnapsackCheckpoint(CheckpointCallback):
     """Writes ``knapsack_allocator.npz`` into each ``global_step_N``, after verl has written everything else.
 
-    Name it as ``trainer.checkpoint_callback_class``. With a callback of your own, derive it from this class and call
-    ``super().on_save(...)``.
+    Set ``trainer.checkpoint_callback_class`` to it. To use another callback as well, derive it from
+    this class and call ``super().on_save(...)``.
     """
 
     def on_save(
@@ -34,10 +34,10 @@ class KnapsackCheckpoint(CheckpointCallback):
 
 
 def state_to_resume(config: Any) -> Path | None:
-    """The state that belongs to the checkpoint which verl resumes from, or ``None`` where it starts afresh.
+    """Return the state of the checkpoint that verl resumes from, or ``None`` for a fresh start.
 
-    A checkpoint without a state (the run was killed between the two, or trained without the plug-in) resumes from the
-    newest older one, with a warning, or with nothing known.
+    For a checkpoint without a state (the run was killed in between, or trained without the plug-in) it is the newest
+    older one, or ``None``, with a warning.
 
     Args:
         config: verl's configuration.
@@ -57,7 +57,7 @@ def state_to_resume(config: Any) -> Path | None:
         return state
     older = [path for path in checkpoint.parent.glob(f"{STEP_FOLDER}*/{STATE_FILE}") if _step(path) < _step(state)]
     newest = max(older, key=_step, default=None)
-    logger.warning("%s holds no %s; the allocator starts from %s", checkpoint, STATE_FILE, newest or "nothing known")
+    logger.warning("%s has no %s; the allocator starts from %s", checkpoint, STATE_FILE, newest or "nothing known")
     return newest
 
 

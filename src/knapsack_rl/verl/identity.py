@@ -1,4 +1,4 @@
-"""Which rows of verl's data are the same prompt."""
+"""The identity of prompts in verl's data: which rows belong to the same one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from knapsack_rl.offline.tables import read_columns
 logger = logging.getLogger(__name__)
 
 ADVICE = (
-    "give every prompt a whole number or string extra_info.{key} that is unique within its data_source, or tell "
-    "prompts apart by their text with ++trainer.v1.sampler.sampler_kwargs.prompt_id=hash"
+    "give every prompt a whole number or string extra_info.{key} that is unique within its data_source, or "
+    "identify prompts by their text with ++trainer.v1.sampler.sampler_kwargs.prompt_id=hash"
 )
 
 
 def prompt_ids(rows: Mapping[str, Sequence[Any]], how: str) -> list[str]:
-    """A stable id for each row of a batch.
+    """Return a stable id for each row of a batch.
 
     Args:
         rows: columns of verl's batch: ``raw_prompt`` for ``"hash"``, else ``extra_info`` and ``data_source``.
         how: ``"hash"``, or the key of extra_info that holds the id (``"index"``).
 
     Raises:
-        ValueError: a row has no id, an id is no string or whole number, or a prompt to be hashed holds images.
+        ValueError: a row has no id, an id is not a string or whole number, or a prompt to be hashed holds images.
     """
     if how == "hash":
         return [_hash(prompt) for prompt in _column(rows, "raw_prompt", how)]
@@ -68,10 +68,10 @@ def _not_text(part: Any) -> bool:
 def check_files(files: str | Sequence[str] | None, how: str) -> None:
     """Refuse training files in which a prompt has no id or shares it with another row, before anything is generated.
 
-    Files that are not on a local disk are left to the check of each batch.
+    Files that are not on a local disk are only checked batch by batch.
 
     Raises:
-        ValueError: an id is missing, or stands in several rows.
+        ValueError: an id is missing, or is in several rows.
     """
     if how == "hash" or not files:
         return
@@ -79,7 +79,7 @@ def check_files(files: str | Sequence[str] | None, how: str) -> None:
     for name in [files] if isinstance(files, str) else files:
         path = Path(name).expanduser()
         if not path.is_file() or path.suffix not in (".parquet", ".jsonl"):
-            logger.info("%s is not looked into for repeated prompt ids", name)
+            logger.info("%s is not checked for repeated prompt ids", name)
             continue
         try:
             times.update(prompt_ids(_identifying_columns(path), how))
@@ -88,7 +88,7 @@ def check_files(files: str | Sequence[str] | None, how: str) -> None:
     repeated = [prompt_id for prompt_id, n in times.items() if n > 1]
     if repeated:
         raise ValueError(
-            f"{len(repeated)} of {len(times)} prompt ids stand in several rows of data.train_files, for example "
+            f"{len(repeated)} of {len(times)} prompt ids are in several rows of data.train_files, for example "
             f"{repeated[0]!r} in {times[repeated[0]]}: their histories would be mixed. Keep one row of each prompt; if "
             f"they are different prompts, {ADVICE.format(key=how)}"
         )

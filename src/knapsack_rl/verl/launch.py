@@ -1,4 +1,4 @@
-"""Launching verl with the plug-in: its settings, the overrides that switch it on, and what is checked beforehand.
+"""Launching verl with the plug-in: its settings, the overrides that switch it on, and the checks before a run.
 
 Nothing here imports verl, so that a launch line can be made and checked on any machine. A configuration is a nested
 mapping: verl's own (OmegaConf) or plain dictionaries.
@@ -30,7 +30,7 @@ SWITCHES = {
 """The overrides that switch the plug-in on."""
 
 ADDED = (MANAGER_KEY,)
-"""Keys that verl's YAML may not list, so that Hydra wants ++ in front; those of SETTINGS_KEY too."""
+"""Keys that verl's YAML may lack, so Hydra needs ++ in front, as for the keys below SETTINGS_KEY."""
 
 UNGROUPED = ("gae", "remax", "reinforce_plus_plus")
 """verl's advantage estimators without groups: their gradient is not zero where all rewards of a prompt are equal."""
@@ -38,27 +38,27 @@ UNGROUPED = ("gae", "remax", "reinforce_plus_plus")
 
 @dataclass(kw_only=True)
 class VerlSettings(AllocationSettings):
-    """How to allocate: the keys below ``trainer.v1.sampler.sampler_kwargs``.
+    """Settings of the plug-in: the keys below ``trainer.v1.sampler.sampler_kwargs``.
 
     The fields of :class:`~knapsack_rl.session.AllocationSettings`, and the following.
 
     Attributes:
-        prompt_id: names a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt itself), or
-            another key of extra_info, which is put behind data_source too.
+        prompt_id: identifies a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt itself),
+            or another key of extra_info, used together with data_source.
         outcome: ``"reward"``, or the name of a value that the reward function returns beside its score (``acc``).
         log_allocations: append each batch's allocation and outcome to allocations.jsonl in trainer.default_local_dir.
         watch: log signs of failure once each, and append them to warnings.jsonl in trainer.default_local_dir.
-        poll_interval: seconds between looks of the replay buffer at finished groups; verl's own is 2.
+        poll_interval: seconds between checks of the replay buffer for finished groups; verl's default is 2.
 
     Raises:
         ValueError: a setting is out of range.
     """
 
-    prompt_id: str = option("index", "names a prompt: index, hash, or a key of extra_info")
+    prompt_id: str = option("index", "identifies a prompt: index, hash, or a key of extra_info")
     outcome: str = option("reward", "reward, or a value that the reward function returns beside its score")
     log_allocations: bool = option(False, "append allocations to allocations.jsonl")
     watch: bool = option(False, "log signs of failure, each once")
-    poll_interval: float = option(2.0, "seconds between looks at finished groups")
+    poll_interval: float = option(2.0, "seconds between checks for finished groups")
 
     def __post_init__(self) -> None:
         check_fields(self, type(self))
@@ -73,7 +73,7 @@ class VerlSettings(AllocationSettings):
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any] | None) -> VerlSettings:
-        """Settings from the sampler's keyword arguments; a key that does not exist is refused.
+        """Return settings from the sampler's keyword arguments; unknown keys are refused.
 
         Raises:
             ValueError: a key is unknown or a value out of range.
@@ -89,7 +89,7 @@ class VerlSettings(AllocationSettings):
 
 
 def overrides(settings: VerlSettings) -> list[str]:
-    """The overrides that switch the plug-in on with these settings; defaults are left out."""
+    """Return the overrides that switch the plug-in on with these settings, without defaults."""
     lines = [f"{'++' if key in ADDED else ''}{key}={value}" for key, value in SWITCHES.items()]
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -99,22 +99,22 @@ def overrides(settings: VerlSettings) -> list[str]:
 
 
 def parse_overrides(given: Iterable[str]) -> dict[str, Any]:
-    """Hydra overrides ``key=value`` as nested dictionaries, as far as the checks need them.
+    """Return Hydra overrides ``key=value`` as nested dictionaries, as far as the checks need them.
 
     Raises:
-        ValueError: an argument is no override.
+        ValueError: an argument is not an override.
     """
     config: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
         path = key.lstrip("+").split(".")
         if not equals or not all(path):
-            raise ValueError(f"{text!r} is no override of verl; write key=value, as on the command line of verl")
+            raise ValueError(f"{text!r} is not an override of verl; write key=value, as on the command line of verl")
         inner = config
         for part in path[:-1]:
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"{text!r} contradicts an override before it: {part!r} is a value already")
+                raise ValueError(f"{text!r} contradicts an earlier override: {part!r} already is a value")
         inner[path[-1]] = _value_of(value)
     return config
 
@@ -133,7 +133,7 @@ def _value_of(text: str) -> Any:
 
 
 def pick(config: Any, path: str, default: Any = None) -> Any:
-    """The value at a dotted path, or the default where a part of the path is missing or null."""
+    """Return the value at a dotted path, or the default if a part of the path is missing or null."""
     for part in path.split("."):
         if not isinstance(config, Mapping) and not hasattr(config, "get"):
             return default
@@ -147,9 +147,9 @@ def check_config(config: Any, settings: VerlSettings, *, switched_on: bool = Tru
     """Refuse a configuration that cannot work, before a worker starts.
 
     Args:
-        config: verl's configuration, or the part of it that is known; what is missing has verl's default.
+        config: verl's configuration, or the known part of it; missing keys have verl's defaults.
         settings: of the plug-in.
-        switched_on: also check that the overrides of the plug-in are all there.
+        switched_on: also check that all overrides of the plug-in are present.
 
     Raises:
         ValueError: one line for each problem, with what is allowed and the fix.
@@ -186,7 +186,7 @@ def _feature_problems(config: Any) -> list[str]:
             "allocate; use grpo or another estimator with groups"
         )
     if not pick(config, "trainer.use_v1", True):
-        found.append("trainer.use_v1=False is the legacy trainer, which has no such extension points; set it to True")
+        found.append("trainer.use_v1=False is the legacy trainer, which lacks the extension points; set it to True")
     if pick(config, "algorithm.filter_groups.enable", False):
         found.append(
             "algorithm.filter_groups.enable=True: verl does not pass the filter to a custom sampler, so it would "
@@ -232,7 +232,7 @@ def _size_problems(config: Any) -> list[str]:
 
 
 def rows_multiple(config: Any) -> int:
-    """The number of rollouts that verl pads an update to a multiple of."""
+    """Return the number to a multiple of which verl pads the rollouts of an update."""
     gpus, per_replica = _world(config)
     return math.lcm(gpus // per_replica, _mini_batch(config) * pick(config, "actor_rollout_ref.rollout.n", 1))
 
@@ -247,7 +247,7 @@ def _syncs(config: Any) -> Any:
 
 
 def _world(config: Any) -> tuple[int, int]:
-    """(GPUs that train, GPUs that hold one replica of the model)."""
+    """Return (GPUs that train, GPUs that hold one replica of the model)."""
     gpus = pick(config, "trainer.nnodes", 1) * pick(config, "trainer.n_gpus_per_node", 8)
     actor = pick(config, "actor_rollout_ref.actor", {})
     if pick(actor, "strategy", "fsdp") == "megatron":
@@ -265,11 +265,11 @@ def _switch_problems(config: Any) -> list[str]:
     found = []
     for key, value in SWITCHES.items():
         if key == CALLBACK_KEY:
-            # A callback of the user's own may save the state itself, see KnapsackCheckpoint.
+            # Another callback may save the state itself, see KnapsackCheckpoint.
             missing = pick(config, "trainer.save_freq", -1) > 0 and pick(config, key) is None
             why = "without it a resumed run knows nothing of its prompts"
         else:
-            missing, why = pick(config, key) is None, "the plug-in is on in part only"
+            missing, why = pick(config, key) is None, "the plug-in is only partly switched on"
         if missing:
             found.append(f"{key} is not set: {why}; add {'++' if key in ADDED else ''}{key}={value}")
     return found

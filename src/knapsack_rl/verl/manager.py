@@ -1,4 +1,4 @@
-"""The agent-loop manager: verl's own, which is told how many rollouts each prompt of a training batch gets."""
+"""The agent-loop manager: verl's own, with a number of rollouts for each prompt of a training batch."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from knapsack_rl.verl.launch import pick, rows_multiple
 logger = logging.getLogger(__name__)
 
 COUNT_FIELD = "__rollout_n__"
-"""What verl's agent-loop workers read the number of rollouts of a prompt from."""
+"""Field from which verl's agent-loop workers read the number of rollouts of a prompt."""
 
 ID_FIELD = "knapsack_prompt_id"
-"""Travels with a prompt through verl and names it where its rewards are read."""
+"""Field that travels with a prompt through verl and identifies it when its rewards are read."""
 
 
 class KnapsackAgentLoopManager(AgentLoopManagerTQ):
-    """``AgentLoopManagerTQ`` whose training batches have an own number of rollouts for each prompt.
+    """``AgentLoopManagerTQ`` with a number of rollouts for each prompt of a training batch.
 
-    The counts of a batch sum to its prompts x ``rollout.n``, or with a budget in tokens to a multiple of what verl
-    updates on, so verl pads nothing. Rows are ordered so that every agent-loop worker sends its longest predicted
+    The counts of a batch sum to its prompts x ``rollout.n``, or with a budget in tokens to a multiple of the rows
+    of an update, so verl pads nothing. Rows are ordered so that every agent-loop worker sends its longest predicted
     rollouts first; verl routes each request to the least-loaded replica. Validation is passed on untouched.
 
     Args:
@@ -57,13 +57,13 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         self._identified_a_batch = False
 
     def generate_sequences(self, prompts: TensorDict) -> Any:
-        """As the parent; a training batch is given its counts first.
+        """As the parent, after adding the counts to a training batch.
 
         Args:
             prompts: verl's batch, a row for each prompt.
 
         Raises:
-            ValueError: the prompts of the first training batch cannot be told apart.
+            ValueError: the prompts of the first training batch cannot be identified.
         """
         if tensordict_utils.get(prompts, "validate", False):
             return super().generate_sequences(prompts)
@@ -81,7 +81,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
             )
         tensordict_utils.assign_non_tensor_stack(prompts, ID_FIELD, ids)
         if self.session.settings.allocation == "uniform":
-            return prompts  # stock verl, but for the id
+            return prompts  # stock verl, except for the id
         tensordict_utils.assign_non_tensor_stack(prompts, COUNT_FIELD, plan.rows_of(ids).tolist())
         lengths = self.session.predicted_lengths(ids)
         if lengths is None:
@@ -95,7 +95,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         return tensordict_utils.index_select_tensor_dict(prompts, order.tolist())
 
     def _identify(self, prompts: TensorDict) -> list[PromptId] | None:
-        """Ids of the batch; refused on the first batch if there are none, and done without, once told, later."""
+        """Return the ids of the batch; without ids the first batch is refused, a later one gets None and a warning."""
         rows = {name: _plain(prompts, name) for name in ("raw_prompt", "extra_info", "data_source") if name in prompts}
         try:
             ids: list[PromptId] = list(prompt_ids(rows, self.session.settings.prompt_id))
@@ -112,7 +112,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
 
 
 def longest_first(lengths: FloatArray, workers: int) -> IntArray:
-    """Order of rows that deals the longest ones to all workers in turn, each worker's longest in front.
+    """Return an order of rows that deals the longest ones to all workers in turn, each worker's longest first.
 
     verl cuts a batch into one contiguous piece for each worker, and a worker sends requests in the order of its rows.
 
@@ -129,5 +129,5 @@ def longest_first(lengths: FloatArray, workers: int) -> IntArray:
 
 
 def _plain(prompts: TensorDict, name: str) -> Sequence[Any]:
-    """A column of verl's batch as a plain list."""
+    """Return a column of verl's batch as a plain list."""
     return [getattr(value, "data", value) if not isinstance(value, dict) else value for value in list(prompts[name])]

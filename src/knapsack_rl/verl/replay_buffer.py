@@ -1,8 +1,7 @@
-"""The replay buffer: verl's own, which also observes the rewards of the groups that it hands to training."""
+"""The replay buffer: verl's own, which also observes the rewards of the groups that are trained on."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +14,15 @@ from knapsack_rl.verl import session
 from knapsack_rl.verl.launch import VerlSettings
 from knapsack_rl.verl.manager import ID_FIELD
 
-logger = logging.getLogger(__name__)
-
 
 class _Observes:
-    """Mixed into verl's replay buffers: opens the session of the run, and observes what is sampled."""
+    """Mixin of verl's replay buffers that opens the session of the run and observes the sampled groups."""
 
     def __init__(self, *args: Any, sampler_kwargs: Any = None, refill_fn: Any = None, **kwargs: Any) -> None:
         settings = VerlSettings.from_mapping(sampler_kwargs)
         self.session = session.start(settings)
         # The refill function is a method of the trainer, whose configuration is checked here, before workers start.
-        # Where it is not, the manager does the checks.
+        # Without it, the manager does the checks.
         config = getattr(getattr(refill_fn, "__self__", None), "config", None)
         if config is not None:
             self.session.check(config)
@@ -48,7 +45,7 @@ class _Observes:
 
     def _observe(self, batch: Any, step: int) -> dict[str, float]:
         read = self.session.survive("reading", lambda: read_outcomes(batch, self.session.settings.outcome))
-        if read is None:  # training goes on with what verl sampled; nothing is learned
+        if read is None:  # training continues with the sampled batch; nothing is learned
             return {}
         ids, outcomes, lengths = read
         plan, prompt_R = self.session.arrived(ids)
@@ -64,8 +61,8 @@ class _KnapsackReplayBufferAsync(_Observes, ReplayBufferAsync):
     pass
 
 
-def KnapsackReplayBuffer(*, trainer_mode: str, **kwargs: Any) -> ReplayBuffer:  # noqa: N802 - stands for a class
-    """The replay buffer for a trainer mode: name this as ``trainer.v1.sampler.custom_sampler.name``.
+def KnapsackReplayBuffer(*, trainer_mode: str, **kwargs: Any) -> ReplayBuffer:  # noqa: N802 - called like a class
+    """Return the replay buffer for a trainer mode; set ``trainer.v1.sampler.custom_sampler.name`` to this function.
 
     Args:
         trainer_mode: ``"sync"``, or one of verl's asynchronous modes.
@@ -80,9 +77,9 @@ def KnapsackReplayBuffer(*, trainer_mode: str, **kwargs: Any) -> ReplayBuffer:  
 
 
 def read_outcomes(batch: Any, outcome: str) -> tuple[list[str], FloatArray, FloatArray]:
-    """(prompt ids, outcomes, tokens generated) of the sessions in a sampled batch.
+    """Return (prompt ids, outcomes, tokens generated) of the sessions in a sampled batch.
 
-    A session of several turns may leave several rows; as in verl its last one has the reward.
+    A session of several turns may have several rows; as in verl, the last one has the reward.
 
     Args:
         batch: keys ``{uid}_{session}_{index}``, tags and partition, as the replay buffer returns them.

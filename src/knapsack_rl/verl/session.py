@@ -10,7 +10,7 @@ from knapsack_rl.session import Session
 from knapsack_rl.verl.identity import check_files
 from knapsack_rl.verl.launch import VerlSettings, check_config, pick
 
-# As verl's own modules: where a run restores its state from is worth a line in its output.
+# As for verl's own modules: the output of a run says which state was restored.
 logging.getLogger("knapsack_rl.verl").setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 
@@ -29,7 +29,7 @@ class VerlSession(Session):
         self._checked = False
 
     def check(self, config: Any) -> None:
-        """Refuse a configuration or training files that cannot work; the first caller of the run does it.
+        """Refuse a configuration or training files that cannot work; only the first call of a run checks.
 
         Args:
             config: verl's configuration.
@@ -50,13 +50,13 @@ _open: list[VerlSession] = []
 
 
 def start(settings: VerlSettings) -> VerlSession:
-    """Open the session of a run; verl makes its replay buffer first, so that is where this is called."""
+    """Open the session of a run; the replay buffer calls this, because verl makes it first."""
     _open[:] = [VerlSession(settings)]
     return _open[0]
 
 
 def current() -> VerlSession:
-    """The session of this run.
+    """Return the session of this run.
 
     Raises:
         RuntimeError: none was opened in this process: the replay buffer of the plug-in is missing.
