@@ -20,6 +20,10 @@ from knapsack_rl.ids import PromptId
 BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
 """Left edges of the budget histogram's bins; the last is open."""
 
+DIFFICULTIES = ("hard", "medium", "easy", "unseen")
+DIFFICULTY_EDGES = (0.2, np.nextafter(0.8, 1.0), np.inf)
+"""Success rates below 0.2 are hard, above 0.8 easy."""
+
 
 @dataclass
 class StepMetrics:
@@ -91,11 +95,9 @@ def allocation_metrics(allocation: Allocation, belief: Belief | None = None) -> 
         "estimated_success_rate": float(belief.mean[~unseen].mean()) if not unseen.all() else float("nan"),
         "fallback": float(allocation.reason.startswith("fallback") or "; fallback" in allocation.reason),
     }
-    given = max(int(counts.sum()), 1)
-    with np.errstate(invalid="ignore"):
-        hard, easy = belief.mean < 0.2, belief.mean > 0.8
-    for name, members in (("unseen", unseen), ("hard", hard), ("medium", ~(unseen | hard | easy)), ("easy", easy)):
-        found[f"budget_to/{name}"] = float(counts[members].sum() / given)
+    difficulty = np.searchsorted(DIFFICULTY_EDGES, belief.mean, side="right")  # NaN is sorted to the end
+    given = np.bincount(difficulty, weights=counts, minlength=len(DIFFICULTIES)) / max(counts.sum(), 1)
+    found |= {f"budget_to/{name}": float(share) for name, share in zip(DIFFICULTIES, given, strict=True)}
     bins = np.searchsorted(BUDGET_BINS, counts, side="right") - 1
     shares = np.bincount(bins, minlength=len(BUDGET_BINS)) / counts.size
     names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(BUDGET_BINS)]
