@@ -272,14 +272,14 @@ class Session:
             multiple: with a budget in tokens, the number of rollouts is a multiple of this.
         """
         started = time.perf_counter()
-        distinct, place_R = numbered(ids)
+        distinct, place_B = numbered(ids)
         rollouts = mean * len(ids) if budget is None else budget
         found = None
-        if self.settings.allocation != "uniform":
+        if self.settings.allocation != "uniform" and (self.allocator.budget_unit == "rollouts" or self._lengths_known):
             found = self.survive("allocation", lambda: self._allocate(distinct, ids, mean, rollouts, multiple))
         if found is None:
-            extra_R = np.arange(len(ids)) < rollouts - mean * len(ids)  # one more for the first rows
-            found = self.adopt(distinct, np.bincount(place_R, mean + extra_R).astype(np.int64))
+            rollouts_B = mean + (np.arange(len(ids)) < rollouts - mean * len(ids))
+            found = self.adopt(distinct, np.bincount(place_B, rollouts_B).astype(np.int64))
         plan = Plan(distinct, found, time.perf_counter() - started)
         unknown = np.full(len(distinct), np.nan)
         estimate = unknown if found.success_rates is None else found.success_rates
@@ -295,8 +295,6 @@ class Session:
         """Ask the allocator, which may be one of the user's, and check its answer."""
         if self.allocator.budget_unit == "rollouts":
             found = self.allocator.allocate(distinct, rollouts)
-        elif not self._lengths_known:
-            return self.adopt(distinct, mean * np.bincount(numbered(ids)[1]))
         else:
             budget = mean * float(self.allocator.predicted_lengths(ids).sum())
             found = self.allocator.allocate(distinct, budget, multiple=multiple)

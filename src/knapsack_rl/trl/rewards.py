@@ -28,7 +28,7 @@ def watched(
 
     Args:
         function: as TRL calls it; may be asynchronous.
-        name: its name in errors.
+        name: name of the function in errors.
         id_column: column of prompt ids, which errors name if it is there.
         seconds: longest time of a call; None for no limit. A synchronous function needs
             :func:`~knapsack_rl.trl.deadline.can_interrupt`.
@@ -55,8 +55,8 @@ def watched(
                     try:
                         await limited_wait(_one_row(columns, row))
                     except (Exception, OutOfTime) as again:  # noqa: BLE001 - it is raised as a RewardError
-                        raise _raised(name, columns, id_column, seconds, again, row) from error
-                raise _raised(name, columns, id_column, seconds, error) from error
+                        raise _error(name, columns, id_column, seconds, again, row) from error
+                raise _error(name, columns, id_column, seconds, error) from error
             return _checked(returned, name, columns, id_column)
 
         return asynchronous
@@ -74,8 +74,8 @@ def watched(
                 try:
                     limited(_one_row(columns, row))
                 except (Exception, OutOfTime) as again:  # noqa: BLE001 - it is raised as a RewardError
-                    raise _raised(name, columns, id_column, seconds, again, row) from error
-            raise _raised(name, columns, id_column, seconds, error) from error
+                    raise _error(name, columns, id_column, seconds, again, row) from error
+            raise _error(name, columns, id_column, seconds, error) from error
         return _checked(returned, name, columns, id_column)
 
     return synchronous
@@ -93,7 +93,7 @@ def _one_row(columns: dict[str, Any], row: int) -> dict[str, Any]:
     return cut
 
 
-def _raised(
+def _error(
     name: str,
     columns: dict[str, Any],
     id_column: str,
@@ -101,7 +101,7 @@ def _raised(
     error: BaseException,
     row: int | None = None,
 ) -> RewardError:
-    """Return the error for a fault in one row, or without a row for one of the whole batch only."""
+    """Return the error for a fault in a row, or in the whole batch alone if there is no row."""
     fault = f"took more than {seconds:g} s" if isinstance(error, OutOfTime) else f"raised {error!r}"
     if row is None:
         where = f"a batch of {len(columns['prompts'])} completions, but for none of them alone"

@@ -21,8 +21,8 @@ STEP_FOLDER = "global_step_"
 class KnapsackCheckpoint(CheckpointCallback):
     """Writes ``knapsack_allocator.npz`` into each ``global_step_N``, after verl has written everything else.
 
-    Set ``trainer.checkpoint_callback_class`` to it. To use another callback as well, derive it from
-    this class and call ``super().on_save(...)``.
+    Set ``trainer.checkpoint_callback_class`` to it. To use another callback as well, derive it from this class and call
+    ``super().on_save(...)``.
     """
 
     def on_save(
