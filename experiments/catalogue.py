@@ -78,9 +78,11 @@ def draw(name: str, rows: Sequence[Row], folder: Path) -> Path:
     """
     import matplotlib as mpl
 
+    from experiments import plots
+
     path = folder / f"{name}.svg"
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
-        load(name).draw(rows).savefig(path, dpi=200, metadata={"Date": None})
+        plots.PLOTS[name](rows).savefig(path, dpi=200, metadata={"Date": None})
     return path
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from experiments.trace import Split
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 """One line of an experiment's JSONL file: plain JSON values."""
@@ -85,10 +82,6 @@ class Experiment(Protocol):
 
     def tables(self, rows: Sequence[Row]) -> dict[str, str]:
         """Markdown tables by name."""
-        ...
-
-    def draw(self, rows: Sequence[Row]) -> Figure:
-        """The plot of the page."""
         ...
 
 

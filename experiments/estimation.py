@@ -10,16 +10,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from experiments.contract import Finding, Options, Row, by_name, markdown_table
 from experiments.trace import load_trace
 from knapsack_rl.offline.environments import Environment, Replay, Synthetic
 from knapsack_rl.offline.scoring import HEADINGS, cell, compare
 from knapsack_rl.offline.simulate import PolicyMaker, allocated, known_rates, uniform, watching
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LISTED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "paper": ("window", {}),
@@ -106,7 +103,8 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     return []
 
 
-def _place(row: Row) -> str:
+def place(row: Row) -> str:
+    """The environment of a row in words; "watched" is the recorded run under uniform allocation."""
     where = str(row["environment"])
     return ("watched" if where.endswith(WATCHED) else RECORDED) if where.startswith(RECORDED) else where
 
@@ -119,7 +117,7 @@ def _cell(row: Row, name: str) -> str:
 def figures(rows: Sequence[Row]) -> Callable[[str], str]:
     """Mean and deviation over seeds by name: "recorded run: Beta, gain captured", "watched: paper, Brier score"."""
     return by_name(
-        {f"{_place(row)}: {row['policy']}, {long}": _cell(row, name) for row in rows for name, long in HEADINGS.items()}
+        {f"{place(row)}: {row['policy']}, {long}": _cell(row, name) for row in rows for name, long in HEADINGS.items()}
     )
 
 
@@ -127,7 +125,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     """The recorded run, the predictions while all watch uniform allocation, and the gain in every environment."""
     by_place: dict[str, dict[str, Row]] = {}
     for row in rows:
-        by_place.setdefault(_place(row), {})[row["policy"]] = row
+        by_place.setdefault(place(row), {})[row["policy"]] = row
     synthetic = {where: found for where, found in by_place.items() if where not in (RECORDED, "watched")}
     columns = ("gain_captured", "effective_rollouts", "effective_prompts")
     watched = ("predicted", "realised", "brier")
@@ -148,11 +146,3 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
              for where, found in synthetic.items()],
         ),
     }  # fmt: skip
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """Gain captured in the recorded run, and reliability of the predictions."""
-    from experiments import plots
-
-    places = {_place(row): row["environment"] for row in rows}
-    return plots.estimators(rows, places[RECORDED], places["watched"])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize
@@ -18,9 +18,6 @@ from experiments.statistics import RESAMPLES, SEED
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.value import information_gain, nonzero_gradient_probability, value
 from knapsack_rl.offline.environments import BoolArray
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 GROUP_SIZES = (2, 4, 8, 16, 64)
 """N at which gradients are measured."""
@@ -298,10 +295,3 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         "Spearman": markdown_table(("value", *TARGETS.values()), correlations),
         "sizes": markdown_table(("prompts", *(f"N = {n}" for n in GROUP_SIZES)), sizes),
     }
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """Gains against success rate, growth with N, and correlations."""
-    from experiments import plots
-
-    return plots.gradient_value(rows)

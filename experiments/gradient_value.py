@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.contract import Options, Row
-from experiments.gradient_fit import GROUP_SIZES, Measured, draw, figures, findings, fit, tables, write_fit
+from experiments.gradient_fit import GROUP_SIZES, Measured, figures, findings, fit, tables, write_fit
 from experiments.pieces import Piece, run_pieces
 from experiments.values import FITTED_VALUE
 from knapsack_rl.allocation.checks import FloatArray, IntArray
@@ -31,7 +31,7 @@ from knapsack_rl.training.settings import TrainSettings
 if TYPE_CHECKING:
     from experiments.gradient_measure import ArithmeticModel, Directions, Pair
 
-__all__ = ["draw", "figures", "findings", "measure", "pieces", "tables"]
+__all__ = ["figures", "findings", "measure", "pieces", "tables"]
 
 
 STRATA = (0.001, 0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)

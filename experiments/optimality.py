@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -41,9 +41,6 @@ from knapsack_rl.allocation.value import value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.offline.environments import draw_rates
 from knapsack_rl.offline.simulate import uniform_counts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -360,10 +357,3 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         "times": markdown_table(("prompts", OURS, PAPER, HIGHS, f"{OURS}, with costs"), times),
         "losses": markdown_table(("rates", *RULES), losses),
     }
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """Gaps, time, and value lost by rules."""
-    from experiments import plots
-
-    return plots.solver(rows)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import gradient_fit, optimality, robustness
+from experiments import estimation, gradient_fit, optimality, robustness
+from experiments.claims import TRAINING
 from experiments.contract import Row, select
 from experiments.extract import CLASS_SERIES
 from experiments.gradient_fit import CLASSES, FORMULAS, GROUP_SIZES, TARGETS, Measured
@@ -250,14 +252,10 @@ def _correlations(measured: Measured, ax: Axes) -> None:
     _finish(ax, "Value against measurement")
 
 
-def estimators(rows: Sequence[Row], recorded: str, watched: str) -> Figure:
-    """Gain captured in the recorded run by seed, and reliability of the predictions under uniform allocation.
-
-    Args:
-        rows: of ``experiments.estimation``.
-        recorded: the environment of the first panel.
-        watched: the environment of the second.
-    """
+def estimators(rows: Sequence[Row]) -> Figure:
+    """Gain captured in the recorded run by seed, and reliability of the predictions under uniform allocation."""
+    environments = {estimation.place(row): row["environment"] for row in rows}
+    recorded, watched = environments[estimation.RECORDED], environments["watched"]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     gains = {
@@ -274,3 +272,13 @@ def estimators(rows: Sequence[Row], recorded: str, watched: str) -> Figure:
 
 def _calibration(predicted: list[float], realised: list[float], groups: list[int]) -> Calibration:
     return Calibration(np.array(predicted), np.array(realised), np.array(groups), np.nan, np.nan)
+
+
+PLOTS: dict[str, Callable[[Sequence[Row]], Figure]] = {
+    **{name: partial(training, arms=one.arms, names=one.panels) for name, one in TRAINING.items()},
+    "robustness": gain_by_setting,
+    "optimality": solver,
+    "gradient-value": gradient_value,
+    "estimation": estimators,
+}
+"""The plot of each experiment, from its rows."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,9 +22,6 @@ from knapsack_rl.allocation.value import nonzero_gradient_probability
 from knapsack_rl.offline.environments import BoolArray, Environment, Episode, Replay, Synthetic
 from knapsack_rl.offline.scoring import figures as scores
 from knapsack_rl.offline.simulate import Policy, PolicyMaker, allocated, simulate
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RECORDED = "recorded run"
 WINDOW, SAMPLED = "window (rewards)", "fresh rewards"
@@ -356,10 +352,3 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         body = [(label, *(_percent(line[at]) if at in line else "–" for at in points)) for label, line in lines.items()]
         found[name] = markdown_table((knob, *(f"{at:g}" for at in points)), body)
     return found
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """Gain captured against each setting."""
-    from experiments import plots
-
-    return plots.gain_by_setting(rows)

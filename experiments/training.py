@@ -12,8 +12,6 @@ from experiments.names import fill, first_name
 from experiments.statistics import Estimate
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from knapsack_rl.training.compare import Run
 
 
@@ -124,9 +122,3 @@ class Training:
     def tables(self, rows: Sequence[Row]) -> dict[str, str]:
         """Tables by name."""
         return {name: self._table(table, rows) for name, table in self.layout.items()}
-
-    def draw(self, rows: Sequence[Row]) -> Figure:
-        """The panels side by side."""
-        from experiments import plots
-
-        return plots.training(rows, self.arms, self.panels)

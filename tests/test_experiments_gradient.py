@@ -18,7 +18,7 @@ from knapsack_rl.allocation.value import nonzero_gradient_probability
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from experiments import gradient_value  # noqa: E402
+from experiments import catalogue, gradient_value  # noqa: E402
 from experiments.gradient_measure import (  # noqa: E402
     ArithmeticModel,
     Directions,
@@ -266,7 +266,7 @@ def test_the_quick_version(tmp_path: Path) -> None:
     assert len(gradient_value.findings(rows)) == 6
     assert gradient_value.figures(rows)("prompts") == str(len(prompts))
     assert set(gradient_value.tables(rows)) == {"Spearman", "sizes"}
-    gradient_value.draw(rows).savefig(tmp_path / "figure.svg")
+    catalogue.draw("gradient-value", rows, tmp_path)
 
 
 def test_the_shipped_value_is_the_fit_to_the_shipped_rows() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import optimality, optimality_cases
+from experiments import catalogue, optimality, optimality_cases
 from experiments.contract import Options, Row, select
 from experiments.optimality_cases import CASE_VALUES, Case, draw_case
 from experiments.pieces import Piece, run_pieces
@@ -105,7 +105,7 @@ def test_the_quick_version_measures_all_methods_and_its_solver_is_optimal(quick)
 def test_text_and_figure_follow_the_rows(quick, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [dict(row) for row in quick[0]]
-    optimality.draw(rows).savefig(tmp_path / "figure.svg")
+    catalogue.draw("optimality", rows, tmp_path)
     assert set(optimality.tables(rows)) == {"times", "losses"}
     assert optimality.figures(rows)("false certificates") == "0"
     broken = select(rows, part="gaps", method="ours", size="small", costs=False)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import robustness
+from experiments import catalogue, robustness
 from experiments.contract import Options, Row
 from experiments.robustness import (
     DELAY,
@@ -99,7 +99,7 @@ def test_the_quick_version(tmp_path: Path) -> None:
     assert len(robustness.findings(rows)) == 5
     assert robustness.figures(rows)(f"{RECORDED}: rates known but for noise, {LOGITS} 0") == "100 ± 0 %"
     assert set(robustness.tables(rows)) == set(robustness.KNOBS)
-    robustness.draw(rows).savefig(tmp_path / "figure.svg")
+    catalogue.draw("robustness", rows, tmp_path)
 
 
 def rows_with(late: float, rival: float) -> list[Row]:

@@ -22,6 +22,8 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+EXPERIMENTS = {f"experiments.{path.stem}": path for path in sorted((ROOT / "experiments").glob("*.py"))}
+ALL = FILES | EXPERIMENTS
 
 
 def statements(tree: ast.AST, *, lazy: bool) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -38,17 +40,17 @@ def statements(tree: ast.AST, *, lazy: bool) -> Iterator[ast.Import | ast.Import
 
 @functools.cache
 def imported(module: str, *, lazy: bool) -> frozenset[str]:
-    """What a module imports: modules of the package by their full name, others by their first name."""
+    """What a module imports: modules of the project by their full name, others by their first name."""
     found: set[str] = set()
-    for node in statements(ast.parse(FILES[module].read_text(encoding="utf-8")), lazy=lazy):
+    for node in statements(ast.parse(ALL[module].read_text(encoding="utf-8")), lazy=lazy):
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{module}: relative import"
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
             source = str(node.module)
             # `from package import module` names the module; of a name inside a module, the module counts.
-            names = [f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source for alias in node.names]
-        found.update(name if name.split(".")[0] == NAME else name.split(".")[0] for name in names)
+            names = [f"{source}.{alias.name}" if f"{source}.{alias.name}" in ALL else source for alias in node.names]
+        found.update(name if name in ALL or name.split(".")[0] == NAME else name.split(".")[0] for name in names)
     return frozenset(found)
 
 
@@ -135,6 +137,8 @@ def test_there_is_no_circle_of_modules_or_of_rooms():
             room = module.split(".")[1]
             rooms.setdefault(room, set()).update({name.split(".")[1] for name in below} - {room})
     assert not without_ends(rooms)
+    experiments = {module: set(imported(module, lazy=True) & EXPERIMENTS.keys()) for module in EXPERIMENTS}
+    assert experiments["experiments.__main__"] and not without_ends(experiments)
     assert without_ends({"a": {"b"}, "b": {"a"}, "c": {"a"}})
 
 
