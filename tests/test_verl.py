@@ -15,7 +15,14 @@ from cases import message_of
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.cli import main
 from knapsack_rl.offline.reward_logs import read_reward_log
-from knapsack_rl.verl.launch import VerlSettings, check_config, overrides, parse_overrides, pick
+from knapsack_rl.verl.launch import (
+    VerlSettings,
+    check_config,
+    overrides,
+    parse_overrides,
+    pick,
+    varying_rows_multiple,
+)
 from verl_harness import example
 from verl_standins import Batch
 
@@ -449,6 +456,22 @@ def test_a_lost_group_is_not_an_error(tmp_path, world):
 
 
 # -- configuration --------------------------------------------------------------------------------------------------
+
+
+def test_a_varying_number_of_rows_fits_micro_batches_too():
+    config = {
+        "trainer": {"n_gpus_per_node": 4},
+        "actor_rollout_ref": {
+            "actor": {"ppo_mini_batch_size": 3},
+            "rollout": {"n": 4, "log_prob_micro_batch_size_per_gpu": 8},
+            "ref": {"log_prob_micro_batch_size_per_gpu": 5},
+        },
+    }
+    assert varying_rows_multiple(config) == 480  # mini-batches of 12, micro-batches of 32 and 20
+    config["actor_rollout_ref"]["ref"]["log_prob_use_dynamic_bsz"] = True
+    assert varying_rows_multiple(config) == 96
+    config["actor_rollout_ref"]["rollout"]["log_prob_use_dynamic_bsz"] = True
+    assert varying_rows_multiple(config) == 12
 
 
 def test_a_configuration_that_cannot_work_is_refused_early(tmp_path):

@@ -237,6 +237,21 @@ def rows_multiple(config: Any) -> int:
     return math.lcm(gpus // per_replica, _mini_batch(config) * pick(config, "actor_rollout_ref.rollout.n", 1))
 
 
+def varying_rows_multiple(config: Any) -> int:
+    """Return the number of which the rollouts of an update must be a multiple where their number varies.
+
+    Log probabilities are computed in micro-batches, which verl does not pad unless their size is dynamic.
+    """
+    gpus, per_replica = _world(config)
+    parts = [pick(config, f"actor_rollout_ref.{part}", {}) for part in ("rollout", "ref")]
+    micro = [
+        pick(part, "log_prob_micro_batch_size_per_gpu") or 1
+        for part in parts
+        if not pick(part, "log_prob_use_dynamic_bsz", False)
+    ]
+    return math.lcm(rows_multiple(config), *(gpus // per_replica * size for size in micro))
+
+
 def _mini_batch(config: Any) -> Any:
     return pick(config, "actor_rollout_ref.actor.ppo_mini_batch_size", 256)
 

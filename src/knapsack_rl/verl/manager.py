@@ -17,7 +17,7 @@ from knapsack_rl.ids import PromptId
 from knapsack_rl.verl import session
 from knapsack_rl.verl.checkpoint import state_to_resume
 from knapsack_rl.verl.identity import prompt_ids
-from knapsack_rl.verl.launch import pick, rows_multiple
+from knapsack_rl.verl.launch import pick, varying_rows_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ ID_FIELD = "knapsack_prompt_id"
 class KnapsackAgentLoopManager(AgentLoopManagerTQ):
     """``AgentLoopManagerTQ`` with a number of rollouts for each prompt of a training batch.
 
-    The counts of a batch sum to its prompts x ``rollout.n``, or with a budget in tokens to a multiple of the rows
-    of an update, so verl pads nothing. Rows are ordered so that every agent-loop worker sends its longest predicted
+    The counts of a batch sum to its prompts x ``rollout.n``, or with a budget in tokens to a multiple of what verl
+    divides an update into, so it pads nothing. Rows are ordered so that every agent-loop worker sends its longest predicted
     rollouts first; verl routes each request to the least-loaded replica. Validation is passed on untouched.
 
     Args:
@@ -74,7 +74,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         ids = self._identify(prompts)
         if ids is None:
             return prompts  # stock verl
-        plan = self.session.plan(ids, mean, multiple=rows_multiple(self.config))
+        plan = self.session.plan(ids, mean, multiple=varying_rows_multiple(self.config))
         if len(plan.ids) < len(ids):
             self.session.warn_once(
                 "repeats", "a batch holds a prompt more than once; its rows divide one number of rollouts"
