@@ -32,8 +32,8 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
     """``AgentLoopManagerTQ`` with a number of rollouts for each prompt of a training batch.
 
     The counts of a batch sum to its prompts x ``rollout.n``, or with a budget in tokens to a multiple of what verl
-    divides an update into, so it pads nothing. Rows are ordered so that every agent-loop worker sends its longest predicted
-    rollouts first; verl routes each request to the least-loaded replica. Validation is passed on untouched.
+    divides an update into, so it pads nothing. Rows are ordered so that every agent-loop worker sends its longest
+    predicted rollouts first; verl routes each request to the least-loaded replica. Validation is passed on untouched.
 
     Args:
         *args: as ``AgentLoopManagerTQ``.
