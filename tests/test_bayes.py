@@ -19,7 +19,13 @@ import knapsack_rl as kr
 from cases import named_case
 from knapsack_rl.allocation.value import marginal_values
 from knapsack_rl.estimation import bayes
-from knapsack_rl.estimation.bayes import LARGEST_LOGIT, BayesFilterEstimator, EmpiricalBayesEstimator
+from knapsack_rl.estimation.bayes import (
+    LARGEST_LOGIT,
+    BayesFilterEstimator,
+    EmpiricalBayesEstimator,
+    _distinct,
+    _shifted,
+)
 from knapsack_rl.estimation.tracker import Records
 from oracles import assert_same_state
 from strategies import no_deadline
@@ -140,7 +146,7 @@ def test_shift(points: int, cells: float, seed: int) -> None:
     estimator = make(points)
     spacing = 2 * LARGEST_LOGIT / (points - 1)
     row = random_evidence(1, points, seed)
-    found = estimator._shift(row, np.array([cells * spacing]))
+    found = _shifted(row, estimator._move(_distinct(np.array([cells])), spacing))
     np.testing.assert_allclose(found[0], shifted(row[0], cells), atol=1e-12)
     assert found.min() >= row.min() * (1 - 1e-12)
     assert found.max() <= row.max() * (1 + 1e-12)

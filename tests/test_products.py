@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
@@ -38,6 +39,6 @@ def test_blocks_are_small_and_cover_every_row(monkeypatch) -> None:
     monkeypatch.setattr(np, "matmul", watched)
     products.product(np.ones((5000, 57)), np.ones((57, 128)))
     products.product(np.ones((5000, 57)), np.ones(57))
-    assert sum(a[0] for a, _ in seen) == 10_000
-    assert max(a[0] * a[1] * b[1] for a, b in seen if len(b) == 2) <= 2**18
-    assert max(a[0] * a[1] for a, b in seen if len(b) == 1) < 9216
+    assert sum(math.prod(a[:-1]) for a, _ in seen) == 10_000
+    assert max(a[-2] * a[-1] * b[1] for a, b in seen if len(b) == 2) <= 2**18  # a stack is multiplied block by block
+    assert max(a[-2] * a[-1] for a, b in seen if len(b) == 1) < 9216

@@ -155,7 +155,7 @@ class KnapsackAllocator(Guarded):
         if found is None:
             counts = evenly(rollouts, self.min_rollouts, stable_order(ids))
             found = self._step.expect_nothing(ids, unpredicted(counts, EVENLY, degraded=True))
-        self._step.allocation["allocation_seconds"] = time.perf_counter() - started
+        self._step.details["allocation_seconds"] = time.perf_counter() - started
         return found
 
     def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
@@ -180,7 +180,7 @@ class KnapsackAllocator(Guarded):
         found = allocate_tokens(belief, tokens, budget, *bounds, stable_order(ids), multiple)
         found = self._step.expect(ids, self._note_degradation(found), belief)
         if tokens is not None:
-            self._step.allocation["expected_tokens"] = dot(tokens, found.counts)
+            self._step.details["expected_tokens"] = dot(tokens, found.counts)
         return found
 
     def _note_degradation(self, allocation: Allocation) -> Allocation:
@@ -235,7 +235,7 @@ class KnapsackAllocator(Guarded):
         found = self.survive("top-up", spend)
         if found is None:
             found = self._step.predict(ids, unpredicted(evenly(left, 1, order), EVENLY, degraded=True))
-        self._step.allocation["top_up_seconds"] = time.perf_counter() - started
+        self._step.details["top_up_seconds"] = time.perf_counter() - started
         return found
 
     @one_at_a_time
@@ -261,7 +261,7 @@ class KnapsackAllocator(Guarded):
             return self._step.expect(ids, Allocation(given, total_value(belief.marginals, given), reason), belief)
 
         found = self.survive("prediction", predict) or self._step.expect_nothing(ids, unpredicted(given, reason))
-        self._step.allocation["allocation_seconds"] = time.perf_counter() - started
+        self._step.details["allocation_seconds"] = time.perf_counter() - started
         return found
 
     @one_at_a_time

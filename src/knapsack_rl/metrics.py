@@ -30,26 +30,30 @@ class StepMetrics:
     """Numbers of the newest step, and predictions for the prompts whose outcomes are not in yet.
 
     Attributes:
-        allocation: about the newest allocation.
+        allocation: the newest one; :meth:`as_dict` describes it.
+        estimated: whether it was based on estimates.
+        details: other numbers about it.
         outcomes: about the newest batch that was observed.
         predicted: probability of a non-zero gradient, by prompt; NaN where nothing was predicted.
     """
 
-    allocation: dict[str, float] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    estimated: bool = False
+    details: dict[str, float] = field(default_factory=dict)
     outcomes: dict[str, float] = field(default_factory=dict)
     predicted: dict[PromptId, float] = field(default_factory=dict)
 
     def expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief) -> Allocation:
-        """Add the predictions of a belief to an allocation, and keep its numbers."""
+        """Add the predictions of a belief to an allocation, and keep it."""
         found = replace(
             allocation, success_rates=belief.mean, nonzero_gradient=belief.nonzero_gradient(allocation.counts)
         )
-        self.allocation = allocation_metrics(found, belief)
+        self.allocation, self.estimated, self.details = found, True, {}
         return self.predict(ids, found)
 
     def expect_nothing(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
-        """Keep the numbers of an allocation made without a belief."""
-        self.allocation = allocation_metrics(allocation)
+        """Keep an allocation made without a belief."""
+        self.allocation, self.estimated, self.details = allocation, False, {}
         return self.predict(ids, allocation)
 
     def predict(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
@@ -80,22 +84,24 @@ class StepMetrics:
 
     def as_dict(self) -> dict[str, float]:
         """Return all numbers of the step."""
-        return self.allocation | self.outcomes
+        allocation = {} if self.allocation is None else allocation_metrics(self.allocation, estimated=self.estimated)
+        return allocation | self.details | self.outcomes
 
 
-def allocation_metrics(allocation: Allocation, belief: Belief | None = None) -> dict[str, float]:
-    """Return how a budget was spread and, given the belief it was based on, over which prompts."""
+def allocation_metrics(allocation: Allocation, *, estimated: bool) -> dict[str, float]:
+    """Return how a budget was spread and, where it was based on estimates, over which prompts."""
     counts = allocation.counts
     spread = {"budget": float(counts.sum()), "budget_min": float(counts.min()), "budget_max": float(counts.max())}
-    if belief is None:
+    rates = allocation.success_rates
+    if not estimated or rates is None:
         return spread
-    unseen = np.isnan(belief.mean)
+    unseen = np.isnan(rates)
     found = spread | {
         "expected_value": allocation.expected_value,
-        "estimated_success_rate": float(belief.mean[~unseen].mean()) if not unseen.all() else float("nan"),
+        "estimated_success_rate": float(rates[~unseen].mean()) if not unseen.all() else float("nan"),
         "fallback": float(allocation.reason.startswith("fallback") or "; fallback" in allocation.reason),
     }
-    difficulty = np.searchsorted(DIFFICULTY_EDGES, belief.mean, side="right")  # NaN is sorted to the end
+    difficulty = np.searchsorted(DIFFICULTY_EDGES, rates, side="right")  # NaN is sorted to the end
     given = np.bincount(difficulty, weights=counts, minlength=len(DIFFICULTIES)) / max(counts.sum(), 1)
     found |= {f"budget_to/{name}": float(share) for name, share in zip(DIFFICULTIES, given, strict=True)}
     bins = np.searchsorted(BUDGET_BINS, counts, side="right") - 1

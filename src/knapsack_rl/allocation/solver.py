@@ -244,8 +244,10 @@ def share_out(few: IntArray, many: IntArray, budget: int, tier: IntArray, priori
 
     They are handed out in the order of ties: tier, count, priority, position.
     """
-    counts = few.copy()
     left = budget - int(few.sum())
+    if int(many.sum()) - int(few.sum()) == left:
+        return many.copy()
+    counts = few.copy()
     tied = np.flatnonzero(few < many)
     for level in np.unique(tier[tied]):
         members = tied[tier[tied] == level]

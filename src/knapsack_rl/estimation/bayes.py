@@ -288,7 +288,7 @@ class BayesFilterEstimator(GridPosterior):
         """Add the log predictive probability of the visits under each candidate; return :meth:`_likelihood`."""
         waves = product(records.evidence, self._cosines)
         hit, ages = visit * self.prior, _distinct(records.age)
-        moves = [self._move(records.age * (self.drift + step)) for step in self.DRIFT_STEPS]
+        moves = [self._move(ages, self.drift + step) for step in self.DRIFT_STEPS]
         unchanged = moves[int(np.flatnonzero(self.DRIFT_STEPS == 0.0)[0])]
         for k, factor in enumerate(self.VARIANCE_FACTORS):
             walked = self._walk(waves, ages, self.variance * factor)
@@ -310,8 +310,10 @@ class BayesFilterEstimator(GridPosterior):
 
     def _likelihood(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) likelihood of all visits given the current rate; ones for an unseen prompt."""
-        walked = self._walk(product(records.evidence, self._cosines), _distinct(records.age), self.variance)
-        now = self._shift(walked, records.age * self.drift)
+        ages = _distinct(records.age)
+        now = _shifted(
+            self._walk(product(records.evidence, self._cosines), ages, self.variance), self._move(ages, self.drift)
+        )
         now[records.visits == 0] = 1.0
         return now
 
@@ -323,19 +325,15 @@ class BayesFilterEstimator(GridPosterior):
         walked = product(damping, self._cosines.T)
         return np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
 
-    def _shift(self, rows: FloatArray, logits: FloatArray) -> FloatArray:
-        """Shift each row up by a number of logits, linear between points and constant beyond the ends."""
-        return _shifted(rows, self._move(logits))
-
-    def _move(self, logits: FloatArray) -> _Move:
-        """Return where the points of each row come from in a shift, for rows that share it."""
-        cells, size = logits / self._spacing, self.grid.size
+    def _move(self, ages: _Ages, drift: float) -> _Move:
+        """Return where the points of each row come from after a drift over their ages."""
+        distinct, which = ages
+        cells, size = distinct * drift / self._spacing, self.grid.size
         whole = np.floor(cells)
         source = np.arange(-1, size) - whole.astype(np.intp)[:, None]  # for the point below the first, and all points
-        np.maximum(source, 0, out=source)
-        np.minimum(source, size - 1, out=source)
-        source += size * np.arange(logits.size)[:, None]
-        return source, (cells - whole)[:, None]
+        source = np.minimum(np.maximum(source, 0), size - 1).take(which, axis=0)
+        source += size * np.arange(which.size)[:, None]
+        return source, (cells - whole)[which, None]
 
     def refit(self, population: Records) -> None:
         """Move variance and drift to their best neighbours, then fit the prior to the current population."""
@@ -375,9 +373,9 @@ class BayesFilterEstimator(GridPosterior):
         net = np.cumsum(self._values[:, :max_rollouts], axis=1) - price * np.arange(1, max_rollouts + 1)
 
         def earned(at_check: FloatArray) -> FloatArray:
-            an_epoch = np.ones(at_check.shape[0])
-            walked = self._walk(product(at_check, self._cosines), _distinct(an_epoch), self.variance)
-            later = self.posterior_of(self._shift(walked, an_epoch * self.drift))
+            an_epoch = _distinct(np.ones(at_check.shape[0]))
+            walked = self._walk(product(at_check, self._cosines), an_epoch, self.variance)
+            later = self.posterior_of(_shifted(walked, self._move(an_epoch, self.drift)))
             return np.maximum(product(later, net).max(axis=1), 0.0)
 
         k = np.arange(CHECK_ROLLOUTS + 1)
@@ -430,6 +428,7 @@ class BayesFilterEstimator(GridPosterior):
 
 
 def _shifted(rows: FloatArray, move: _Move) -> FloatArray:
+    """Shift each row up, linear between points and constant beyond the ends."""
     source, part = move
     moved = rows.take(source, mode="clip")  # all are in range: the mode saves a copy
     near, far = moved[:, 1:], moved[:, :-1]

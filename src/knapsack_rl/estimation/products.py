@@ -21,10 +21,13 @@ VECTOR_WORK = 9000
 
 def product(a: NDArray[Any], b: NDArray[Any]) -> FloatArray:
     """Return ``a @ b`` for a matrix a and a matrix or vector b."""
-    work = a.shape[1] if b.ndim == 1 else a.shape[1] * b.shape[1]
-    out = np.empty((a.shape[0], *b.shape[1:]))
-    for rows in _blocks(a.shape[0], (VECTOR_WORK if b.ndim == 1 else MATRIX_WORK) // max(work, 1)):
-        np.matmul(a[rows], b, out=out[rows])
+    size, width = a.shape
+    rows = VECTOR_WORK // max(width, 1) if b.ndim == 1 else MATRIX_WORK // max(width * b.shape[1], 1)
+    rows = max(rows, 1)
+    out, even = np.empty((size, *b.shape[1:])), size - size % rows
+    # numpy multiplies a stack of blocks one block after the other.
+    np.matmul(a[:even].reshape(-1, rows, width), b, out=out[:even].reshape(-1, rows, *b.shape[1:]))
+    np.matmul(a[even:], b, out=out[even:])
     return out
 
 
