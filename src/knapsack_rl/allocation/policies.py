@@ -308,7 +308,8 @@ def allocate_expected(
     budget = int(budget)
     lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, priority)
     table = _padded(marginals, upper)
-    counts = solver.solve(table, budget, lower, upper, priority=priority)
+    order = np.asarray(priority, dtype=np.float64)
+    counts = solver.solve_checked(table, budget, lower, upper, np.zeros(lower.size, np.int64), order)
     total = solver.total_value(table, counts)
     return Allocation(counts, total, degradation, degraded=bool(degradation), certificate=Certificate(total, total))
 
