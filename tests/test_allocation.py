@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -471,3 +472,28 @@ def test_priority_decides_who_is_served_in_a_degraded_batch() -> None:
     order = priority[::-1].copy()
     turned = {float(order[i]) for i in np.flatnonzero(allocate_expected(table, 6, 2, 8, priority=order).counts)}
     assert served == turned
+
+
+def test_tables_with_negative_marginals_are_solved_exactly() -> None:
+    """A rollout without value is better than one of negative value; such a table was certified optimal and was not."""
+    rng = np.random.default_rng(0)
+    beside_zeros = 0
+    for case in range(600):
+        prompts, width = int(rng.integers(1, 4)), int(rng.integers(2, 5))
+        marginals = rng.integers(-3, 4, (prompts, width)) * (rng.random((prompts, width)) < 0.6)
+        marginals[rng.random(prompts) < 0.3] = 0
+        if case % 2:
+            marginals = -np.sort(-marginals, axis=1)
+        table = np.concatenate([np.zeros((prompts, 1)), np.cumsum(marginals, axis=1)], axis=1)
+        low = int(rng.integers(0, 2))
+        budget = int(rng.integers(low * prompts, width * prompts + 1))
+        method: Any = ("auto", "dynamic-programming")[case % 3 == 0]
+        found = kr.allocate(np.full(prompts, 0.5), budget, low, width, value=table, method=method)
+        best = max(
+            sum(table[i, n] for i, n in enumerate(counts))
+            for counts in itertools.product(range(low, width + 1), repeat=prompts)
+            if sum(counts) == budget
+        )
+        assert found.expected_value == pytest.approx(best, abs=1e-12), (case, table, budget, low, found)
+        beside_zeros += bool((marginals < 0).any() and (marginals == 0).all(axis=1).any())
+    assert beside_zeros > 100

@@ -56,10 +56,14 @@ class Marginals:
         return total[0] / seen.size
 
     def valued(self) -> NDArray[np.bool_]:
-        """Return (M,) whether any rollout of the prompt has a marginal value other than 0."""
+        """Return (M,) whether it matters for the value how many rollouts the prompt gets.
+
+        It does if a marginal value is not 0, and for every prompt if one is negative: a rollout without value is then
+        better.
+        """
         # Rows that fall from the second entry on have their largest one there.
         table = self._rows(slice(None), 2) if self._falling else self.table()
-        return (table != 0.0).any(axis=1)
+        return (table != 0.0).any(axis=1) | (table < 0.0).any()
 
     def concave(self, lower: IntArray, upper: IntArray) -> bool:
         """Return whether no row rises within the bounds."""
