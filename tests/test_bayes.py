@@ -446,7 +446,6 @@ def test_first_visits_give_no_information_about_the_walk() -> None:
     assert (estimator.variance, estimator.drift) == (BayesFilterEstimator.START_VARIANCE, 0.0)
 
 
-@pytest.mark.xfail(strict=True, reason="equal scores move variance and drift to their first candidates")
 def test_visits_without_information_about_the_walk_do_not_move_it() -> None:
     """Two visits at the same time: every variance and every drift predicts the second alike."""
     estimator = make()

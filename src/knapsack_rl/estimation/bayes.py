@@ -338,9 +338,9 @@ class BayesFilterEstimator(GridPosterior):
     def refit(self, population: Records) -> None:
         """Move variance and drift to their best neighbours, then fit the prior to the current population."""
         if self._scores_of_variance.any():
-            moved = self.variance * float(self.VARIANCE_FACTORS[np.argmax(self._scores_of_variance)])
+            moved = self.variance * _best(self.VARIANCE_FACTORS, self._scores_of_variance, 1.0)
             self.variance = min(max(moved, self.VARIANCE_RANGE[0]), self.VARIANCE_RANGE[1])
-            drifted = self.drift + float(self.DRIFT_STEPS[np.argmax(self._scores_of_drift)])
+            drifted = self.drift + _best(self.DRIFT_STEPS, self._scores_of_drift, 0.0)
             self.drift = min(max(drifted, -self.DRIFT_LIMIT), self.DRIFT_LIMIT)
             self._scores_of_variance[:] = 0.0
             self._scores_of_drift[:] = 0.0
@@ -433,6 +433,12 @@ def _shifted(rows: FloatArray, move: _Move) -> FloatArray:
     moved = rows.take(source, mode="clip")  # all are in range: the mode saves a copy
     near, far = moved[:, 1:], moved[:, :-1]
     return near + part * (far - near)
+
+
+def _best(candidates: FloatArray, scores: FloatArray, current: float) -> float:
+    """Return the candidate with the highest score, the current one among equals."""
+    best = scores == scores.max()
+    return current if best[candidates == current].any() else float(candidates[np.argmax(best)])
 
 
 def _distinct(ages: FloatArray) -> _Ages:
