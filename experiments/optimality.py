@@ -36,11 +36,11 @@ from experiments.optimality_cases import (
 from experiments.pieces import Piece, run_pieces
 from experiments.statistics import bootstrap_interval
 from knapsack_rl.allocation.checks import IntArray
+from knapsack_rl.allocation.degradation import uniform_counts
 from knapsack_rl.allocation.policies import allocate
 from knapsack_rl.allocation.value import value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.offline.environments import draw_rates
-from knapsack_rl.offline.simulate import uniform_counts
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from experiments.robustness import (
     WINDOW,
     curve,
 )
+from knapsack_rl.allocation.degradation import uniform_counts
 from knapsack_rl.offline.environments import Synthetic
 from knapsack_rl.offline.scoring import gain_captured
-from knapsack_rl.offline.simulate import allocated, known_rates, simulate, uniform_counts
+from knapsack_rl.offline.simulate import allocated, known_rates, simulate
 
 PLACE = Synthetic("late-training", prompts=96, epochs=6, batch_size=32)
 

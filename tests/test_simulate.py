@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import knapsack_rl as kr
 from cases import named_case
+from knapsack_rl.allocation.degradation import uniform_counts
 from knapsack_rl.offline.environments import Replay, Synthetic, Trace
 from knapsack_rl.offline.scoring import (
     cell,
@@ -22,7 +23,7 @@ from knapsack_rl.offline.scoring import (
     gain_captured,
     markdown_tables,
 )
-from knapsack_rl.offline.simulate import Simulation, allocated, known_rates, simulate, uniform, uniform_counts
+from knapsack_rl.offline.simulate import Simulation, allocated, known_rates, simulate, uniform
 
 SMALL = Synthetic("late-training", prompts=48, epochs=6, batch_size=16)
 POLICIES = {

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.degradation import uniform_counts
 from knapsack_rl.allocation.policies import BUDGET_UNITS, Allocation, unpredicted
 from knapsack_rl.allocation.value import VALUES
 from knapsack_rl.allocator import KnapsackAllocator
@@ -205,9 +206,7 @@ class Plan:
         counts = np.zeros(len(ids), dtype=np.int64)
         for prompt_id, places in rows.items():
             served = places[: max(count_of[prompt_id] // 2, 1)]
-            each, extra = divmod(count_of[prompt_id], len(served))
-            counts[served] = each
-            counts[served[:extra]] += 1
+            counts[served] = uniform_counts(len(served), count_of[prompt_id])
         return counts
 
 
@@ -278,7 +277,7 @@ class Session:
         if self.settings.allocation != "uniform" and (self.allocator.budget_unit == "rollouts" or self._lengths_known):
             found = self.survive("allocation", lambda: self._allocate(distinct, ids, mean, rollouts, multiple))
         if found is None:
-            rollouts_B = mean + (np.arange(len(ids)) < rollouts - mean * len(ids))
+            rollouts_B = uniform_counts(len(ids), rollouts)
             found = self.adopt(distinct, np.bincount(place_B, rollouts_B).astype(np.int64))
         plan = Plan(distinct, found, time.perf_counter() - started)
         unknown = np.full(len(distinct), np.nan)

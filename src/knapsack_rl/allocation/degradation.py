@@ -75,6 +75,12 @@ def affordable_minimum(
     return lower, f"{shortage}: {int((lower > 0).sum())} prompts served, the others skipped"
 
 
+def uniform_counts(prompts: int, budget: int) -> IntArray:
+    """Return (M,) equal counts that sum to the budget; the remainder goes to the first prompts."""
+    each, extra = divmod(budget, max(prompts, 1))
+    return each + (np.arange(prompts) < extra)
+
+
 def evenly(budget: int, min_rollouts: int, priority: FloatArray) -> IntArray:
     """Return equal counts for all, or the minimum for as many prompts as the budget serves; this cannot fail.
 
@@ -84,11 +90,8 @@ def evenly(budget: int, min_rollouts: int, priority: FloatArray) -> IntArray:
         priority: (M,) who is served first, lower first.
     """
     served = min(priority.size, budget // max(min_rollouts, 1)) or 1
-    each, extra = divmod(budget, served)
     counts = np.zeros(priority.size, np.int64)
-    first = np.argsort(priority, kind="stable")[:served]
-    counts[first] = each
-    counts[first[:extra]] += 1
+    counts[np.argsort(priority, kind="stable")[:served]] = uniform_counts(served, budget)
     return counts
 
 

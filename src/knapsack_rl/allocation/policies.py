@@ -301,22 +301,20 @@ def allocate_expected(
         costs: (M,) > 0, expected cost of a rollout; at most the budget is spent, and none of it on rollouts without
             value.
     """
-    if priority is None:
-        priority = np.zeros(marginals.shape[0])
+    order = np.zeros(marginals.shape[0]) if priority is None else np.asarray(priority, dtype=np.float64)
     if costs is not None:
-        return _expected_with_costs(marginals, costs, budget, min_rollouts, max_rollouts, priority)
+        return _expected_with_costs(marginals, costs, budget, min_rollouts, max_rollouts, order)
     budget = int(budget)
-    lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, priority)
+    lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, order)
     table = _padded(marginals, upper)
-    order = np.asarray(priority, dtype=np.float64)
     counts = solver.solve_checked(table, budget, lower, upper, np.zeros(lower.size, np.int64), order)
     total = solver.total_value(table, counts)
     return Allocation(counts, total, degradation, degraded=bool(degradation), certificate=Certificate(total, total))
 
 
-def _padded(marginals: FloatArray, upper: IntArray) -> FloatArray:
-    """Return the table with columns of zeros up to the largest bound."""
-    missing = int(upper.max(initial=0)) - marginals.shape[1]
+def _padded(marginals: FloatArray, most: IntArray) -> FloatArray:
+    """Return the table with columns of zeros up to the largest count."""
+    missing = int(most.max(initial=0)) - marginals.shape[1]
     return np.pad(marginals, ((0, 0), (0, missing))) if missing > 0 else marginals
 
 
@@ -326,14 +324,13 @@ def _expected_with_costs(
     budget: float,
     min_rollouts: int,
     max_rollouts: int,
-    priority: ArrayLike,
+    priority: FloatArray,
 ) -> Allocation:
     lower, degradation = affordable_minimum(budget, min_rollouts, costs, marginals, priority)
     upper = np.where(lower > 0, max_rollouts, 0) if degradation else max_rollouts
     low, high = check_affordable(costs, budget, lower, upper)
     level, unknown = np.zeros(low.size, np.int64), np.full(low.size, np.nan)
-    order = np.asarray(priority, dtype=np.float64)
-    found = _priced(_padded(marginals, high), costs, budget, low, high, level, order, unknown)
+    found = _priced(_padded(marginals, high), costs, budget, low, high, level, priority, unknown)
     reason = joined(degradation, found.reason)
     return replace(found, reason=reason, degraded=bool(degradation), success_rates=None)
 
@@ -389,7 +386,7 @@ def allocate_tokens(
 
 
 def rounded(counts: IntArray, multiple: int, min_rollouts: int, gains: FloatArray) -> IntArray:
-    """Counts whose sum is a multiple: the rollouts of least gain go, or those of most gain are added.
+    """Return counts whose sum is a multiple: the rollouts of least gain go, or those of most gain are added.
 
     Args:
         counts: (M,) rollouts per prompt.
@@ -417,8 +414,7 @@ def rounded(counts: IntArray, multiple: int, min_rollouts: int, gains: FloatArra
 
 
 def _value_of(belief: Belief, counts: IntArray) -> float:
-    missing = max(int(counts.max(initial=0)) - belief.marginals.shape[1], 0)
-    return solver.total_value(np.pad(belief.marginals, ((0, 0), (0, missing))), counts)
+    return solver.total_value(_padded(belief.marginals, counts), counts)
 
 
 def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, priority: FloatArray) -> Allocation:

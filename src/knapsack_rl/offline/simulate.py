@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
+from knapsack_rl.allocation.degradation import uniform_counts
 from knapsack_rl.allocation.policies import allocate, unpredicted
 from knapsack_rl.allocation.value import nonzero_gradient_probability, value
 from knapsack_rl.allocator import KnapsackAllocator
@@ -40,13 +41,6 @@ class Policy(Protocol):
 
 PolicyMaker = Callable[[Episode], Policy]
 """Makes a fresh policy for an episode."""
-
-
-def uniform_counts(prompts: int, budget: int) -> IntArray:
-    """Return (M,) equal counts that sum to the budget; the remainder goes to the first prompts."""
-    counts = np.full(prompts, budget // prompts)
-    counts[: budget % prompts] += 1
-    return counts
 
 
 class Uniform:

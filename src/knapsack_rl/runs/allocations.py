@@ -60,7 +60,7 @@ class Visits:
 def allocation_row(
     step: int, prompt_ids: list[PromptId], allocation: Allocation, groups: GroupOutcomes, seconds: float
 ) -> dict[str, Any]:
-    """One row of the log.
+    """Return one row of the log.
 
     Args:
         step: number of the step, from 1.
@@ -88,7 +88,7 @@ def allocation_row(
 
 
 def read_visits(path: Path) -> tuple[list[dict[str, Any]], tuple[PromptId, ...], Visits]:
-    """Rows of an allocation log by step, distinct prompt ids in the order of their first visit, and all visits.
+    """Return the rows of an allocation log by step, the distinct prompt ids by first visit, and all visits.
 
     Where a step was logged more than once (after a resume), the later row counts.
 
