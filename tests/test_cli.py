@@ -110,7 +110,7 @@ def test_the_help_lists_every_setting_and_its_default(command, capsys):
         listed = f"\n  --{spec.name.replace('_', '-')} " in out
         assert listed == (spec.name not in varied), spec.name
         if listed:
-            default = f"(default: {spec.default})" if spec.default != "" else ""
+            default = f"(default: {spec.default})" if spec.default not in ("", None) else ""
             assert "".join(f"{spec.metadata['help']} {default}".split()) in text, spec.name
 
 
