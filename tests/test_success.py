@@ -95,8 +95,10 @@ def test_a_format_of_all_alike_scores_nothing_and_a_difference_between_prompts_d
     starts = np.arange(0, 64, 8)
     by_prompt = np.repeat(np.arange(8) % 2 == 0, 8)
     alternating = np.arange(64) % 2 == 0
-    assert told_apart(by_prompt, by_prompt.astype(float), starts) == pytest.approx(0.5)
-    assert told_apart(alternating, alternating.astype(float), starts) == 0.0
+    # 8 groups against 32 that say 0.05 of the variance 0.25; alternating ones add nothing
+    assert told_apart(by_prompt, by_prompt.astype(float), starts) == pytest.approx((8 * 0.25 + 32 * 0.0125) / 40 / 0.5)
+    assert told_apart(alternating, alternating.astype(float), starts) == pytest.approx(32 * 0.0125 / 40 / 0.5)
+    assert told_apart(np.ones(64, bool), by_prompt.astype(float), starts) == 0.0
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4))

@@ -408,7 +408,8 @@ class Session:
         """Return what counts as a success, as JSON values: the reward, its cutoff and, if learned, its range."""
         rule, learned = self.allocator.success, self.allocator.learned
         if learned is None:
-            return {"reward": " + ".join(self.rewards), "above": None if callable(rule) else rule}
+            name = self.rewards[0] if len(self.rewards) == 1 else f"the sum of {', '.join(self.rewards)}"
+            return {"reward": name, "above": None if callable(rule) else rule}
         part = learned.deciding
         name = self.rewards[learned.order[0]] if len(self.rewards) == len(learned.parts) else f"part {learned.order[0]}"
         return {

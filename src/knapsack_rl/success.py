@@ -32,6 +32,9 @@ OUTLIERS = 0.01
 BETTER = 1.25
 """Factor by which another cutoff or another part of the reward must be better than the present one to replace it."""
 
+PRIOR_SHARE, PRIOR_GROUPS = 0.05, 32
+"""How well any cutoff is taken to tell prompts apart, and how many groups it takes to outweigh that."""
+
 ROWS_KEPT = 4096
 """Recent rollouts from which the rule is learned."""
 
@@ -261,6 +264,8 @@ def told_apart(success: BoolArray, reward: FloatArray, starts: IntArray) -> floa
         (sum r  sum s - sum r s) / (n (n-1))
 
     is an unbiased estimate of E[r] E[s], so noise inside groups adds nothing, and groups of any size may be averaged.
+    The average is shrunk to ``PRIOR_SHARE`` of the covariance between rollouts, so that with few groups the successes
+    count that make up most of the reward, and those that never vary are worth nothing.
 
     Args:
         success: (R,) ordered by group.
@@ -276,9 +281,10 @@ def told_apart(success: BoolArray, reward: FloatArray, starts: IntArray) -> floa
     r, s = np.where(scored, reward, 0.0), np.where(scored, success, 0.0)
     n, sum_r, sum_s, sum_rs = (np.add.reduceat(np.asarray(x, np.float64), starts) for x in (scored, r, s, r * s))
     n, sum_r, sum_s, sum_rs = (x[n >= 2] for x in (n, sum_r, sum_s, sum_rs))
-    rate = float(np.mean(sum_s / n)) if n.size else 0.0
+    rate, reward_mean = (float(np.mean(x / n)) if n.size else 0.0 for x in (sum_s, sum_r))
     if not 0.0 < rate < 1.0:
         return 0.0
-    products = (sum_r * sum_s - sum_rs) / (n * (n - 1))
-    covariance = float(np.mean(products)) - rate * float(np.mean(sum_r / n))
-    return max(covariance, 0.0) / (rate * (1.0 - rate)) ** 0.5
+    of_rollouts = float(np.mean(sum_rs / n)) - rate * reward_mean
+    between = float(np.mean((sum_r * sum_s - sum_rs) / (n * (n - 1)))) - rate * reward_mean
+    shrunk = (n.size * max(between, 0.0) + PRIOR_GROUPS * PRIOR_SHARE * of_rollouts) / (n.size + PRIOR_GROUPS)
+    return max(shrunk, 0.0) / (rate * (1.0 - rate)) ** 0.5
