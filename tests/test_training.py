@@ -119,7 +119,12 @@ def test_a_value_out_of_range_is_refused():
 
 
 def test_a_value_of_another_type_is_refused():
-    others = {"int": [1.0, "8", True, None, [8]], "float": ["1", True, None], "str": [1, None, True, b"a"]}
+    others = {
+        "int": [1.0, "8", True, None, [8]],
+        "float": ["1", True, None],
+        "str": [1, None, True, b"a"],
+        "NoneType": ["1", True, [1.0]],  # a number that need not be given
+    }
     for spec in FIELDS:
         kind = type(spec.default).__name__
         for value in others[kind]:
