@@ -166,25 +166,33 @@ def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str
         ValueError: there are too few rows, or none can be used.
         OSError: neither the hub nor the copy delivered.
     """
+    skipped: list[str] = []
 
     def rows_of(split: str) -> list[Row]:
-        rows = distinct(usable(read_rows(request, source, split), as_row, request.path or request.dataset))
-        return shuffled(rows, random.Random(0))  # noqa: S311 - reproducible data, not a secret
+        rows = usable(read_rows(request, source, split), as_row, request.path or request.dataset, skipped)
+        return shuffled(distinct(rows), random.Random(0))  # noqa: S311 - reproducible data, not a secret
 
     no_splits = Path(request.path).suffix in READABLE
     held_out = None
     if source.held_out_split and request.held_out_prompts and not no_splits:
         held_out = rows_of(source.held_out_split)
-    return split_rows(request, rows_of(request.split or "train"), held_out)
+    return split_rows(request, rows_of(request.split or "train"), held_out, skipped)
 
 
-def usable(stored: Iterable[Row], as_row: Callable[[Row, str], Row], place: str, most: int | None = None) -> list[Row]:
+def usable(
+    stored: Iterable[Row],
+    as_row: Callable[[Row, str], Row],
+    place: str,
+    skipped: list[str],
+    most: int | None = None,
+) -> list[Row]:
     """Return the rows that can be used; the others are skipped, and counted in one line of the log.
 
     Args:
         stored: rows as stored.
         as_row: makes a row with prompt, answer and id from a row as stored and from its name in errors.
         place: name of the data in errors; rows are counted from 1.
+        skipped: gets one message for each row that cannot be used.
         most: number of rows after which no more is read, None for all.
 
     Raises:
@@ -203,26 +211,32 @@ def usable(stored: Iterable[Row], as_row: Callable[[Row, str], Row], place: str,
     if odd and not found:
         raise ValueError(f"{odd[0]} (none of {read} rows can be used)")
     if odd:
-        shown = "; ".join(odd[:SHOWN_ROWS])
-        logger.warning("%d of %d rows of %s cannot be used and are skipped: %s", len(odd), read, place, shown)
+        logger.warning("%d of %d rows of %s cannot be used and are skipped: %s", len(odd), read, place, _first(odd))
+    skipped += odd
     return found
 
 
+def _first(messages: Sequence[str]) -> str:
+    return "; ".join([*messages[:SHOWN_ROWS], *(["..."] if len(messages) > SHOWN_ROWS else [])])
+
+
 def split_rows(
-    request: DataRequest, train: Sequence[Row], held_out: Sequence[Row] | None
+    request: DataRequest, train: Sequence[Row], held_out: Sequence[Row] | None, skipped: Sequence[str] = ()
 ) -> tuple[list[Row], list[Row]]:
     """Return the first rows for training, and the rows held out: those of ``held_out``, else the next ones.
 
-    Rows to train on whose prompt is also held out are left out.
+    Rows to train on whose prompt is also held out are left out. ``skipped`` says why rows could not be used; it is part
+    of the error where too few are left.
 
     Raises:
         ValueError: there are too few rows.
     """
+    reason = f". {len(skipped)} rows cannot be used: {_first(skipped)}" if skipped else ""
     if held_out is None:
         if len(train) < request.wanted:
             raise ValueError(
                 f"{request.dataset} holds {len(train)} rows, but train_prompts + held_out_prompts is {request.wanted}; "
-                f"lower them{_proposal(len(train))}"
+                f"lower them{_proposal(len(train))}{reason}"
             )
         return list(train[: request.train_prompts]), list(train[request.train_prompts : request.wanted])
     kept_out = list(held_out[: request.held_out_prompts])
@@ -233,7 +247,7 @@ def split_rows(
         ("held_out_prompts", len(kept_out), request.held_out_prompts),
     ):
         if found < wanted:
-            raise ValueError(f"{request.dataset} holds {found} rows for {name}, which is {wanted}; lower it")
+            raise ValueError(f"{request.dataset} holds {found} rows for {name}, which is {wanted}; lower it{reason}")
     return kept, kept_out
 
 

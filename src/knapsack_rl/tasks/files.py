@@ -43,14 +43,15 @@ def columns_task(request: DataRequest) -> TaskData:
     if Path(request.dataset).suffix in READABLE:
         refuse(request, "path", "config", "split")
     stored = read_rows(request, Source(hub=request.dataset), request.split or "train")
-    positions = itertools.count()
+    positions, skipped = itertools.count(), list[str]()
     rows = usable(
         stored,
         lambda row, where: _as_row(row, where, next(positions), request, verifier),
         request.dataset,
+        skipped,
         most=request.wanted,
     )
-    train, held_out = split_rows(request, rows, None)
+    train, held_out = split_rows(request, rows, None, skipped)
     return TaskData(
         train=train,
         held_out=held_out,

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,24 @@ _NAMES = (
 """Of sympy, what an answer may contain."""
 
 
-def has_full_score(problems: Any, entry: dict[str, Any], answer: str) -> bool:
+COIN_TOLERANCE = Fraction(1, 10_000)
+"""Largest error of a probability in ``coin_flip``, as in its own verifier."""
+
+
+def has_full_score(problems: Any, entry: dict[str, Any], answer: str, name: str = "") -> bool:
     """Return whether the task's verifier gives an answer the full score, which must be a finite number.
 
     Some verifiers measure a distance, and take one that is not a number for none: an answer that is no number is wrong
-    unless the right one is.
+    unless the right one is. ``coin_flip`` gives the full score to every beginning of the right number, such as ``0``:
+    the answer must also be near.
     """
-    if _NOT_A_NUMBER.search(answer) and not _NOT_A_NUMBER.search(str(entry["answer"])):
+    right = str(entry["answer"])
+    if _NOT_A_NUMBER.search(answer) and not _NOT_A_NUMBER.search(right):
         return False
     score = float(problems.score_answer(answer, entry))
-    return math.isfinite(score) and score >= FULL_SCORE
+    if not (math.isfinite(score) and score >= FULL_SCORE):
+        return False
+    return name != "coin_flip" or abs(Fraction(answer.replace(",", "")) - Fraction(right)) <= COIN_TOLERANCE
 
 
 def value_of(code: str, names: dict[str, Any]) -> Any:
@@ -119,7 +128,7 @@ def main(megabytes: int, seconds: float, name: str, size: int, knobs: dict[str, 
     _replace_evaluation()
 
     def check(index: int, answer: str) -> bool:
-        return index < 0 or has_full_score(problems, entries[index], answer)
+        return index < 0 or has_full_score(problems, entries[index], answer, name)
 
     for entry in entries[:4]:  # what a verifier loads when it is first called, it loads before there is a guard
         problems.score_answer(str(entry["answer"]), entry)

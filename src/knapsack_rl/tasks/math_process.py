@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -129,9 +130,11 @@ class GuardedProcess:
         # A new session, so that it can be ended together with its child. No text of a model is in the command. Problems
         # that depend on the order of sets are the same in every process only with a fixed seed of hashes.
         environment = os.environ | {"PYTHONHASHSEED": "0"}
-        return subprocess.Popen(  # noqa: S603
+        worker = subprocess.Popen(  # noqa: S603
             self._command(), stdin=pipe, stdout=pipe, stderr=nothing, start_new_session=True, env=environment
         )
+        self._end_worker = weakref.finalize(self, _end, worker, os.getpid())
+        return worker
 
     @staticmethod
     def _exchange(worker: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
@@ -150,16 +153,22 @@ class GuardedProcess:
 
     def _end(self) -> None:
         worker, self._worker, self._ready = self._worker, None, False
-        if worker is None:
-            return
-        _kill(worker)
-        worker.wait()
-        for pipe in (worker.stdin, worker.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:  # an unsent request that nobody will read
-                logger.debug("the worker was gone before its request was sent")
+        if worker is not None:
+            self._end_worker()
+
+
+def _end(worker: subprocess.Popen[bytes], owner: int) -> None:
+    """End a worker; a process that was forked from its owner leaves it alone."""
+    if os.getpid() != owner:
+        return
+    _kill(worker)
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        assert pipe is not None
+        try:
+            pipe.close()
+        except BrokenPipeError:  # an unsent request that nobody will read
+            logger.debug("the worker was gone before its request was sent")
 
 
 class MathProcess(GuardedProcess):

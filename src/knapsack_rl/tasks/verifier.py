@@ -162,9 +162,9 @@ def answer_text(value: Any) -> str:
 
 def is_missing(value: Any) -> bool:
     """Return whether a field of a row is empty: nothing, blank text, or what a column of floats has instead."""
-    return (
-        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
-    )
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _without_decimals(text: str) -> str:
