@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import parse_qsl
@@ -49,20 +50,18 @@ class GymProcess(GuardedProcess):
         super().__init__("knapsack_rl.tasks.gym_worker", arguments, seconds, megabytes=4096)
         self._settings = (name, size, knobs, seconds)
         self.rows: list[tuple[str, str]] = []
-        self._made: list[tuple[str, str]] = []
 
     def copy(self) -> GymProcess:
         """Return the same with a worker of its own."""
         return GymProcess(*self._settings)
 
+    def _launch(self) -> subprocess.Popen[bytes]:
+        self.rows = []
+        return super()._launch()
+
     def _greeted(self, line: bytes) -> None:
         question, answer = json.loads(line)
-        self._made.append((question, answer))
-
-    def start(self) -> None:
-        """Start the worker, and wait until all problems are made."""
-        super().start()
-        self.rows, self._made = self._made, []
+        self.rows.append((question, answer))
 
 
 def reasoning_gym_task(request: DataRequest) -> TaskData:

@@ -153,7 +153,7 @@ def answer_text(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+    if not isinstance(value, numbers.Real) and getattr(value, "ndim", None) == 0:  # an array or tensor of one number
         value = value.item()
     if isinstance(value, (numbers.Real, Decimal)) and math.isfinite(value):
         return _without_decimals(str(value))
