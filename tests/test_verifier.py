@@ -61,6 +61,7 @@ PAIRS = [
     ("number", "18", "18 cm²", True),
     ("number", "60", "60 km/h", True),
     ("number", "18", "so the answer is 18 m^2.", True),
+    ("number", "18", "so the answer is 18m^{2} in all", True),
     ("number", "2", "so the answer is 18 m^2.", False),
     ("number", "32", "the answer is 2^5", False),  # the last number is 5
     ("number", "12 345", "12345", False),  # two numbers or one: neither is guessed

@@ -4,8 +4,8 @@
 writes a JSON line ``[question, answer]`` for each and ``ready``. A request is ``[index, answer]``: does the task's own
 verifier give the full score? See :mod:`knapsack_rl.tasks.guarded_worker` for replies, limits and the guard.
 
-A dozen of these verifiers evaluate text as Python, on their own or by sympy's parser. Both are replaced by arithmetic
-on the syntax tree, and the guard refuses what is left.
+Nine of these verifiers evaluate an answer as Python, five of them by sympy's parser. Both are replaced by arithmetic on
+the syntax tree, and the guard refuses what is left.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from knapsack_rl.tasks.guarded_worker import own_replies, serve
@@ -43,14 +44,11 @@ def _make_check() -> Callable[..., bool]:
         assert hasattr(module, name), f"sympy has no {module.__name__}.{name}: this release is not supported"
         setattr(module, name, _only_numbers)
     _without_generated_code()
-    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
     units = LatexExtractionConfig()
     # math-verify takes a last letter for a unit: it reads 3t as 3, and cannot read a+b+c. Units of one letter are rare.
-    symbols = LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True)
-    )
+    symbols = LatexExtractionConfig(normalization_config=replace(units.normalization_config, units=False))
 
     def read(text: str) -> list[Any]:
         config = symbols if _SYMBOL_AT_END.search(text) else units
