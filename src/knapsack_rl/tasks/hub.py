@@ -62,7 +62,10 @@ def math_task(request: DataRequest) -> TaskData:
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
         problem, answer = str(column(row, "problem", where)), _first_value(row, "answer")
         if answer is None:
-            answer = last_boxed(str(column(row, "solution", where)))
+            solution = _first_value(row, "solution")
+            if solution is None:
+                raise ValueError(f"{where}: no value in column 'answer' or 'solution'; columns are {', '.join(row)}")
+            answer = last_boxed(str(solution))
             if not answer:
                 raise ValueError(f"{where}: the solution has no \\boxed{{}} answer")
         return problem, checked_answer(answer, "math", where)

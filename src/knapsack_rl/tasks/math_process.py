@@ -110,7 +110,7 @@ class GuardedProcess:
                 if not line:
                     self._end()
                     raise RuntimeError(
-                        f"the process that checks answers did not start within {START_SECONDS:.0f} s; try: "
+                        f"the process that checks answers did not start, or not within {START_SECONDS:.0f} s; try: "
                         + shlex.join(self._command())
                     )
                 self._greeted(line)

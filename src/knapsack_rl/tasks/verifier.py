@@ -19,7 +19,8 @@ plain literals (``-1,234.5``, ``1e3``, ``3/4``) are compared as exact fractions;
 process with limits on time and memory, see :mod:`knapsack_rl.tasks.math_process`.
 
 math-verify reads formulas and numbers. What is rewritten here before is what it cannot read or reads as something else:
-spaces between thousands, ``3 1/2``, ``√2``, degree signs, dashes, ``2 x 10^5``, units without ``\\text``, bold type.
+spaces between thousands, ``3 1/2``, ``√2``, degree signs, dashes, ``2 x 10^5``, units without ``\\text``, Markdown, and
+words before the answer.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MARK = "####"
 
 WHITE = " \t\r\n\f\v"
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
 _LITERAL = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,2})?(?:/[0-9]+)?")
 # No two parts match the same character, so that the search is linear. In 10-5 the sign is an operator.
 _NUMBER = re.compile(
@@ -63,13 +64,17 @@ _MIXED = re.compile(r"([-+]?[0-9]+)[ \t]+([0-9]+)/([0-9]+)")
 _DIGITS_APART = re.compile(r"[-+]?[0-9]+(?:[ \t]+[0-9]+)+")
 _SEPARATOR = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|\{,\}|,\\!|[~\u00a0\u202f\u2009])+(?=[0-9]{3}(?![0-9]))")
 _TIMES_TEN = re.compile(r"(?<=[0-9]) ?(?:[xX*]|\\times) ?10\^\{?([-+]?[0-9]{1,3})\}?(?![0-9])")
-_UNIT = re.compile(r"\s*[A-Za-z]+(?:/[A-Za-z]+)?(?:\^[0-9]|\^\{[0-9]\}|[²³])?\.?")
+_UNIT = re.compile(r"\s*[A-Za-z]+(?:/[A-Za-z]+)?(?:\^[0-9]|\^\{[0-9]\}|[²³])?\.?|\s*\([A-Za-z -]+\)\.?")
 _POWER_OF_UNIT = re.compile(r"([0-9] ?[A-Za-z]+)(?:\^[0-9]|\^\{[0-9]\})(?![0-9])")
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")
 _ROOT = re.compile(r"√\s*([0-9]+|[A-Za-z])")
-_CHARACTERS = str.maketrans({"−": "-", "–": "-", "°": "", "×": "\\times ", "·": "\\cdot "})
+_CHARACTERS = str.maketrans({"−": "-", "–": "-", "°": "", "×": "\\times ", "·": "\\cdot ", "\u200b": "", "\ufeff": ""})
 _CURRENCY_OR_PERCENT = re.compile(r"\\?[$%]|[€£¥]")
-_BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?!\w)")
+_EMPHASIS = re.compile(r"(?<!\S)(\*{1,3}|__?|`)(?=\S)([^*_`]+)(?<=\S)\1(?!\w)")
+_LEAD = re.compile(
+    r"(?:(?:so |thus |hence )?(?:the )?(?:final )?answer(?: is)?:?|[≈~]|\\approx(?![a-z])|USD?(?![a-z])|EUR|GBP|Rs\.?)\s*",
+    re.IGNORECASE,
+)
 _OPERATORS = tuple("^*/+=!\\(")
 
 
@@ -209,8 +214,8 @@ def _boxed_or_last_line(text: str) -> str:
     """Return the answer for ``"math"``; "" if there is none."""
     found = last_boxed(text)
     if found is None:
-        found = text.rstrip().rpartition("\n")[2]
-    return _plain(found)
+        found = _bare(text.rstrip().rpartition("\n")[2])
+    return _plain(_bare(_plain(found)))
 
 
 def _number_in(text: str, gold: bool = False) -> str:
@@ -219,7 +224,7 @@ def _number_in(text: str, gold: bool = False) -> str:
     if mark:
         found = found.lstrip().partition("\n")[0]
     boxed = last_boxed(found)
-    found = _BOLD.sub(r"\1", _plain(found if boxed is None else boxed))
+    found = _plain(_bare(_plain(found if boxed is None else boxed)))
     found = _CURRENCY_OR_PERCENT.sub("", found).strip()
     found = _POWER_OF_UNIT.sub(r"\1", re.sub(r"^([-+])\s+", r"\1", found))
     if not re.search("[0-9]", found):
@@ -246,9 +251,16 @@ def _without_words(text: str) -> str:
     return token
 
 
+def _bare(text: str) -> str:
+    """Return an answer without Markdown around it and without words such as "The answer is" before it."""
+    text = _EMPHASIS.sub(r"\2", text.strip())
+    lead = _LEAD.match(text)
+    return text[lead.end() :] if lead else text
+
+
 def _plain(text: str) -> str:
     """Return an answer without dollar signs and separators in numbers, and with its signs in LaTeX."""
-    text = _SEPARATOR.sub("", text.strip().removesuffix(".").strip("$").strip().removesuffix("."))
+    text = _SEPARATOR.sub("", text.strip().removesuffix(".").strip("$").strip().rstrip("\\ ").removesuffix("."))
     text = _TIMES_TEN.sub(r"\\times 10^{\1}", text)
     text = _ROOT.sub(r"\\sqrt{\1}", text.translate(_CHARACTERS))
     mixed = _MIXED.fullmatch(text)
