@@ -76,14 +76,14 @@ def test_further_ways_to_write_an_answer(kind, gold, answer, equal, patient) -> 
 
 NUMBERS_18 = r"""
 #### *18*|#### __18__|#### `18`|#### ***18***|**18**|The answer is **18**.|#### **18** dollars|#### $18$|#### \(18\)
-#### \text{18}|#### 18\text{ dollars}|#### 18\\|\boxed{18.}|\boxed{\$18.00}|\boxed{18\ \text{m}^2}|\boxed{18~\mathrm{km}}
-#### 18 (eighteen)|#### ≈ 18|#### The answer is 18|#### Answer: 18|#### US$ 18|#### Rs. 18|#### 18€|#### 1.8 x 10^1
-#### x = 18|It costs 18 dollars.
+#### \text{18}|#### 18\text{ dollars}|#### 18\\|\boxed{18.}|\boxed{\$18.00}|\boxed{18\ \text{m}^2}
+\boxed{18~\mathrm{km}}|#### 18 (eighteen)|#### ≈ 18|#### The answer is 18|#### Answer: 18|#### US$ 18
+#### Rs. 18|#### 18€|#### 1.8 x 10^1|#### x = 18|It costs 18 dollars.
 """
 FORMULAS_18 = r"""
-18|$18$|\(18\)|\[18\]|**18**|`18`|The answer is $18$.|**Answer:** 18|**Answer: 18**|\boxed{18}.|\boxed{\text{18}}|\fbox{$18$}
-\boxed{18 \mathrm{~cm}}|\boxed{x = 18}|\boxed{$18$}|\boxed{**18**}|\boxed{18\\}|\boxed{18\ }|\boxed{\boxed{18}}
-\boxed {18}|\boxed{\approx 18}
+18|$18$|\(18\)|\[18\]|**18**|`18`|The answer is $18$.|**Answer:** 18|**Answer: 18**|\boxed{18}.
+\boxed{\text{18}}|\fbox{$18$}|\boxed{18 \mathrm{~cm}}|\boxed{x = 18}|\boxed{$18$}|\boxed{**18**}|\boxed{18\\}
+\boxed{18\ }|\boxed{\boxed{18}}|\boxed {18}|\boxed{\approx 18}
 """
 INVISIBLE = ["#### 18\u200b", "####\u00a018", "####\n18"]
 

@@ -72,7 +72,7 @@ _CHARACTERS = str.maketrans({"−": "-", "–": "-", "°": "", "×": "\\times ",
 _CURRENCY_OR_PERCENT = re.compile(r"\\?[$%]|[€£¥]")
 _EMPHASIS = re.compile(r"(?<!\S)(\*{1,3}|__?|`)(?=\S)([^*_`]+)(?<=\S)\1(?!\w)")
 _LEAD = re.compile(
-    r"(?:(?:so |thus |hence )?(?:the )?(?:final )?answer(?: is)?:?|[≈~]|\\approx(?![a-z])|USD?(?![a-z])|EUR|GBP|Rs\.?)\s*",
+    r"(?:(?:so |thus )?(?:the )?(?:final )?answer(?: is)?:?|[≈~]|\\approx(?![a-z])|USD?(?![a-z])|EUR|GBP|Rs\.?)\s*",
     re.IGNORECASE,
 )
 _OPERATORS = tuple("^*/+=!\\(")
