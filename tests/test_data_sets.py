@@ -161,6 +161,20 @@ def test_rows_of_a_file_that_cannot_be_used_are_skipped_and_counted(tmp_path, ca
         load(write(tmp_path / "odd.jsonl", odd), 1, 0)
 
 
+def test_rows_of_dapo_math_that_cannot_be_used_are_skipped_and_counted(tmp_path, caplog):
+    pytest.importorskip("math_verify")
+    odd = [
+        {"prompt": "1?", "reward_model": "{'ground_truth': '1'}"},
+        {"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}},
+        {"prompt": 5, "solution": "1"},
+        {"prompt": "2?", "reward_model": {"ground_truth": None}},
+    ]
+    good = {"prompt": [{"role": "user", "content": "3?"}], "reward_model": {"ground_truth": 0}}
+    (row,) = load("dapo-math-17k", 1, 0, path=write(tmp_path / "d.jsonl", [*odd, good]), template="{prompt}").train
+    assert (row["prompt"], row["answer"]) == ("3?", "0")
+    assert "4 of 5 rows of" in caplog.text
+
+
 def test_rows_of_countdown_that_cannot_be_used_are_skipped_and_counted(tmp_path, caplog):
     good = {"nums": [44.0, "19", 35], "target": 98.0}
     odd = [{"nums": [1, "x"], "target": 3}, {"nums": [1.5, 2], "target": 3}, {"nums": 5, "target": 3}, {"nums": [1, 2]}]

@@ -77,10 +77,13 @@ def dapo_math_task(request: DataRequest) -> TaskData:
     """Return DAPO-Math-17K; held-out problems are other ones of the same split. See :func:`_published` for errors."""
 
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
-        answer = _first_value(row | (row.get("reward_model") or {}), "solution", "answer", "ground_truth")
+        nested = row.get("reward_model")
+        answer = _first_value(row | (nested if isinstance(nested, dict) else {}), "solution", "answer", "ground_truth")
         if answer is None:
             raise ValueError(f"{where}: no answer in solution, answer or reward_model.ground_truth")
         problem = _without_instructions(text_of(column(row, "prompt", where)))
+        if not problem:
+            raise ValueError(f"{where}: no text in column 'prompt', got {str(row['prompt'])[:80]!r}")
         return problem, checked_answer(answer, "math", where)
 
     return _published(request, DAPO_MATH, MATH_TEMPLATE, "math", problem_and_answer)
