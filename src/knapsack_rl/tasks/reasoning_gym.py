@@ -68,8 +68,9 @@ def reasoning_gym_task(request: DataRequest) -> TaskData:
     """Return problems of a generator, the same for every run.
 
     Raises:
-        ImportError: reasoning-gym is not installed.
-        ValueError: the task or a knob is unknown, or a setting of files was given.
+        ImportError: reasoning-gym is not installed, or the system cannot fork processes (Windows).
+        ValueError: the task or a knob is unknown, its verifier pays for any text, or a setting of files was given.
+        RuntimeError: the process that makes the problems ended.
     """
     refuse(request, *FILE_SETTINGS)
     name, _, query = request.dataset.partition(":")[2].partition("?")
