@@ -335,13 +335,15 @@ def test_a_missing_column_of_a_file_is_named(question_file):
         assert re.search(rf"row 1: no column 'text'; columns are .*\(name another with {name}, --", found), name
 
 
-def test_a_row_without_an_answer_is_refused(tmp_path):
+def test_a_row_without_an_answer_is_skipped(tmp_path):
     for value in (None, ""):
         rows = [*QUESTIONS[:3], QUESTIONS[3] | {"solution": value}, *QUESTIONS[4:]]
         path = write_rows(tmp_path / "qa.jsonl", rows)
-        found = message_of(ValueError, load_task, question_settings(path))
+        task = load_task(question_settings(path))
+        assert [row["prompt_id"] for row in [*task.train, *task.held_out]] == [f"qa.jsonl:{k}" for k in (0, 1, 2, 4, 5)]
+        found = message_of(ValueError, load_task, question_settings(path, train_prompts=5))
+        assert "qa.jsonl holds 5 rows" in found
         assert "qa.jsonl, row 4: no value in column 'solution'" in found, value
-        load_task(question_settings(path, train_prompts=2))  # rows that are not used do not matter
 
 
 def test_a_missing_file_is_named(tmp_path):
