@@ -261,7 +261,7 @@ def test_a_run_folder_is_read(tmp_path):
 
 def test_a_run_folder_knows_its_columns(tmp_path):
     write_run(tmp_path / "run", steps=2)
-    with pytest.raises(ValueError, match="is a run folder, which fixes columns and successes"):
+    with pytest.raises(ValueError, match="is an allocation log, which fixes columns and successes"):
         read_reward_log(tmp_path / "run", success=0.5)
 
 
