@@ -177,7 +177,8 @@ def test_an_interruption_is_reported_and_exits_with_130(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("knapsack_rl.cli.allocate.read_columns", interrupted)
+    monkeypatch.setattr("knapsack_rl.cli.allocate.first_rows", interrupted)
+    Path("rates.csv").touch()
     assert main(["allocate", "rates.csv"]) == 130
     assert capsys.readouterr() == ("", "knapsack-rl: interrupted\n")
 
@@ -407,14 +408,15 @@ def test_bad_input_to_allocate_is_one_line(refused):
         ("success_rate\n0.5\n", ("--min-rollouts", "9", "--max-rollouts", "8"), "min_rollouts"),
         ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1 is empty; every row needs a prompt id"),
         (
-            "prompt_id,score\na,1\n",
+            "prompt_id,mark\na,1\n",
             (),
-            "no column 'reward'; its columns are prompt_id, score (name another with --reward-column, or name a column "
-            "of success rates instead of 'success_rate' with --rate-column)",
+            "its columns are prompt_id, mark: name one with --reward-column (or name a column of success rates with "
+            "--rate-column)",
         ),
-        ("id,reward\na,1\n", (), "no column 'prompt_id'; its columns are id, reward (name another with --id-column)"),
+        ("name,reward\na,1\n", (), "its columns are name, reward: name one with --id-column"),
+        ("prompt_id,accuracy\na,0.5\nb,1\n", (), "name their column with --rate-column if they are success rates"),
         ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is not a number"),
-        ("prompt_id,reward\na,inf\n", (), "reward"),
+        ("prompt_id,reward\na,inf\n", (), "none of the 1 rollouts has a reward"),
         ("prompt_id,step,reward\na,1,1\na,,1\n", (), "column 'step', row 2 is empty"),
         ("prompt_id,reward\na,1\n", ("--fallback",), "--estimator window"),
         ("prompt_id,reward\na,1\n", ("--max-rollouts", "1"), "max_rollouts"),
@@ -427,7 +429,7 @@ def test_bad_input_to_allocate_is_one_line(refused):
 
 
 def test_a_file_that_cannot_be_read_is_one_line(refused):
-    assert "there is no file missing.csv" in refused("allocate", "missing.csv")
+    assert "there is no file or folder missing.csv" in refused("allocate", "missing.csv")
     Path("table.txt").write_text("success_rate\n0.5\n")
     assert ".csv, .jsonl, .json, .parquet" in refused("allocate", "table.txt")
 

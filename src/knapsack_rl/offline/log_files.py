@@ -24,6 +24,10 @@ SHOWN_FILES = 5
 """Number of files that a remark lists."""
 
 
+class NoLogError(ValueError):
+    """A folder holds no log."""
+
+
 @dataclass(frozen=True)
 class LogFiles:
     """The files of a log.
@@ -64,7 +68,8 @@ def find_log(path: Path) -> LogFiles:
     tables = [file for file in sorted(path.iterdir()) if table_suffix(file) and file.is_file()]
     own_log = stored(path / ALLOCATION_LOG)
     if own_log.is_file():
-        return LogFiles("allocations", f"run folder {path}", (own_log,), _others(tables, [own_log]))
+        completions = ("completions/",) if (path / "completions").is_dir() else ()
+        return LogFiles("allocations", f"run folder {path}", (own_log,), (*completions, *_others(tables, [own_log])))
     for folder in (path, path / "completions"):
         files = _numbered(folder.glob("completions_*")).get(TRL_GROUP)
         if files:
@@ -87,12 +92,12 @@ def _only(path: Path, tables: Sequence[Path], groups: dict[tuple[str, str], list
     if len(single) == 1 and not groups:
         return LogFiles("table", str(single[0]), (single[0],))
     if groups or single:
-        several = [f"{prefix}*{suffix} ({len(files)})" for (prefix, suffix), files in groups.items()]
+        several = [f"{prefix}*{suffix} ({len(files)} files)" for (prefix, suffix), files in groups.items()]
         raise ValueError(
             f"{path} holds several logs: {_listed([*several, *(file.name for file in single)])}; name one file, or a "
             "folder with one kind of file"
         )
-    raise ValueError(
+    raise NoLogError(
         f"{path} holds no readable log: expected a run folder ({ALLOCATION_LOG}), TRL's completions_*.parquet, verl's "
         f"N.jsonl or a single table; found {_listed(sorted(entry.name for entry in path.iterdir())) or 'nothing'}"
     )

@@ -13,7 +13,7 @@ from knapsack_rl.groups import SuccessRule, group_outcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.environments import BoolArray
 from knapsack_rl.offline.log_files import LogFiles, find_log, remark_on_unread
-from knapsack_rl.offline.rollouts import ColumnNames, Done, Rollouts, check_no_options, read_files
+from knapsack_rl.offline.rollouts import ColumnNames, Done, Rollouts, check_no_options, read_tables
 from knapsack_rl.runs.allocations import read_visits
 
 
@@ -84,9 +84,7 @@ class RewardLog:
         Raises:
             ValueError: no rollout has a reward.
         """
-        scored = np.flatnonzero(~np.isnan(rollouts.rewards))
-        if not scored.size:
-            raise ValueError(f"{rollouts.source}: none of the {rollouts.rewards.size} rollouts has a reward")
+        scored = rollouts.scored()
         scored = scored[np.argsort(rollouts.steps[scored], kind="stable")]
         known, step_R = np.unique(rollouts.steps[scored], return_inverse=True)
         seen, first, prompt_R = np.unique(rollouts.prompt[scored], return_index=True, return_inverse=True)
@@ -131,7 +129,7 @@ def read_reward_log(
     if log.kind == "allocations":
         check_no_options(log, names, success)
         return _read_run(log)
-    return RewardLog.of(read_files(log, names, done), 0.0 if success is None else success)
+    return RewardLog.of(read_tables(log, names, done), 0.0 if success is None else success)
 
 
 def _read_run(log: LogFiles) -> RewardLog:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.groups import SuccessRule
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.log_files import (
     SHOWN_FILES,
@@ -123,9 +124,25 @@ class Rollouts:
             source, tuple(number), prompt, step_R.astype(np.int64), np.where(infinite, np.nan, reward_R), tuple(notes)
         )
 
+    def scored(self) -> IntArray:
+        """Return the rows with a reward.
+
+        Raises:
+            ValueError: there are none.
+        """
+        rows = np.flatnonzero(~np.isnan(self.rewards))
+        if not rows.size:
+            raise ValueError(f"{self.source}: none of the {self.rewards.size} rollouts has a reward")
+        return rows
+
 
 def read_rollouts(
-    path: str | Path, names: ColumnNames | None = None, done: Done | None = None, *, need_steps: bool = True
+    path: str | Path,
+    names: ColumnNames | None = None,
+    success: SuccessRule | None = None,
+    done: Done | None = None,
+    *,
+    need_steps: bool = True,
 ) -> Rollouts:
     """Read the log at a path, rollout by rollout.
 
@@ -135,6 +152,7 @@ def read_rollouts(
         path: a run folder or its allocation log, a folder of TRL's completions (or one that holds ``completions/``), a
             folder of verl's dumps or of other numbered files, or a CSV, JSON or parquet file with a row per rollout.
         names: columns to read instead of the usual ones.
+        success: the success rule that the rewards will meet, if one is given; an allocation log has its own.
         done: called with a line of text up to :data:`READ_STEPS` times while the log is read.
         need_steps: refuse a log without steps; otherwise all its rows have step 0.
 
@@ -143,18 +161,19 @@ def read_rollouts(
         ValueError: the path holds no readable log, or a column is missing; the message lists what was found.
         ImportError: parquet needs pyarrow.
     """
-    return read_files(find_log(Path(path)), names or ColumnNames(), done, need_steps=need_steps)
-
-
-def read_files(log: LogFiles, names: ColumnNames, done: Done | None = None, *, need_steps: bool = True) -> Rollouts:
-    """Read the files of a log, see :func:`read_rollouts`."""
+    log, names = find_log(Path(path)), names or ColumnNames()
     if log.kind == "allocations":
-        return _counted(log, names)
+        check_no_options(log, names, success)
+        return _counted(log)
+    return read_tables(log, names, done, need_steps=need_steps)
+
+
+def read_tables(log: LogFiles, names: ColumnNames, done: Done | None = None, *, need_steps: bool = True) -> Rollouts:
+    """Read the files of a log that is not an allocation log, see :func:`read_rollouts`."""
     return _Reader(log, names, done or (lambda _: None), need_steps).read()
 
 
-def _counted(log: LogFiles, names: ColumnNames) -> Rollouts:
-    check_no_options(log, names)
+def _counted(log: LogFiles) -> Rollouts:
     rows, prompt_ids, visits = read_visits(log.files[0])
     steps = np.array([row["step"] for row in rows], dtype=np.int64)
     kinds = np.stack([visits.successes, visits.scored - visits.successes, visits.arrived - visits.scored], axis=1)
@@ -168,7 +187,7 @@ def _counted(log: LogFiles, names: ColumnNames) -> Rollouts:
     )
 
 
-def check_no_options(log: LogFiles, names: ColumnNames, success: Any = None) -> None:
+def check_no_options(log: LogFiles, names: ColumnNames, success: SuccessRule | None) -> None:
     """Refuse options that an allocation log has no use for.
 
     Raises:
@@ -253,7 +272,7 @@ class _Reader:
         if self._log.kind == "trl":
             return prompt, step, self._reward_function()
         reward = _usual((own[1], *REWARD_NAMES), columns)
-        named = [name for name, values in columns.items() if "reward" in name.lower() and _able(values)]
+        named = [name for name in columns if "reward" in name.lower()]
         if reward is None and len(named) != 1:
             raise _no_usual(REWARD_NAMES, columns, file, "reward", "--reward-column")
         return prompt, step, reward or named[0]
@@ -290,10 +309,13 @@ class _Reader:
         raise ValueError(f"{file}: the reward column is unclear: {found}; name it with --reward-column")
 
     def _choice(self) -> str:
-        step = "the names of the files" if self._log.numbered else "nowhere (all rows are one step)"
+        read = f"read prompt from column {self._prompt!r}, "
         if self._step is not None:
-            step = f"column {self._step!r}"
-        return f"read prompt from column {self._prompt!r}, step from {step}, reward from column {self._reward!r}"
+            read += f"step from column {self._step!r}, "
+        elif self._log.numbered:
+            read += "step from the names of the files, "
+        read += f"reward from column {self._reward!r}"
+        return read if self._step is not None or self._log.numbered else f"{read}; all rows count as one step"
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -303,7 +325,7 @@ class _Reader:
         A file of several that cannot be read is left out.
         """
         trl = self._log.kind == "trl"
-        needed = {self._prompt, self._step, self._reward, *(("prompt", "completion") if trl else ())}
+        needed = {self._prompt, self._step or self._prompt, self._reward, *(("prompt", "completion") if trl else ())}
         parts: list[Part] = []
         remarks: list[str] = []
         rows, generation = 0, None

@@ -79,7 +79,7 @@ def read_chunks(
 
     Args:
         path: the file.
-        names: columns needed; parquet leaves out the others.
+        names: columns needed; of a parquet file that has them all, no others are read.
         torn: called with a remark if incomplete rows were skipped, as a killed writer leaves them; None refuses them.
         position: called with the bytes of the file read so far, after each chunk.
 
@@ -251,8 +251,8 @@ def _read_parquet(raw: BufferedReader, incomplete: Incomplete, names: Collection
     content = decompressed(raw)
     try:
         file = parquet.ParquetFile(raw if content is raw else io.BytesIO(content.read()))
-        found = file.schema_arrow.names
-        columns = None if names is None else [name for name in found if name in names]
+        # Where one is missing the others are read too, for the message that lists them.
+        columns = list(names) if names is not None and {*names} <= {*file.schema_arrow.names} else None
         for batch in file.iter_batches(CHUNK_ROWS, columns=columns):
             yield batch.to_pydict()
     except (pyarrow.ArrowException, ValueError, OSError, EOFError) as error:  # damaged data is an OSError
