@@ -58,7 +58,8 @@ def check_success_rule(success: SuccessRule) -> None:
 def successes_of(rewards: FloatArray, success: SuccessRule) -> BoolArray:
     """Return which rewards are successes: ``reward > threshold``, or the verdict of the user's function.
 
-    NaN (unscored) is never a success.
+    Engines and their logs hold rewards in float32, where 0.4 is 0.4000000059604645. A reward that is the threshold in
+    float32 is therefore not above it. NaN (unscored) is never a success.
 
     Raises:
         ValueError: the function returns another shape, or the threshold is not finite.
@@ -72,7 +73,9 @@ def successes_of(rewards: FloatArray, success: SuccessRule) -> BoolArray:
             )
         return verdict & scored
     check_success_rule(success)
-    return scored & (rewards > success)
+    with np.errstate(over="ignore"):
+        single = float(np.float32(success))
+    return scored & (rewards > (max(success, single) if np.isfinite(single) else success))
 
 
 def total_reward(parts: FloatArray) -> FloatArray:
