@@ -56,7 +56,7 @@ def test_groups_are_those_of_a_dictionary(rows):
         with pytest.raises(ValueError, match=f"none of the {rows.rewards.size} rollouts has a reward"):
             RewardLog.from_rollouts(rows.groups.tolist(), steps.astype(float), rows.rewards)
         return
-    log = RewardLog.from_rollouts(rows.groups.tolist(), steps.astype(float), rows.rewards)
+    log = RewardLog.from_rollouts(rows.groups.tolist(), steps.astype(float), rows.rewards, success=0.0)
     expected = {}
     for prompt, step, reward in zip(rows.groups.tolist(), steps.tolist(), rows.rewards.tolist(), strict=True):
         if not math.isnan(reward):

@@ -463,7 +463,7 @@ def test_the_outcome_is_by_default_the_reward_that_tells_prompts_apart(tmp_path,
         log_allocations=True,
     )
     assert_tracked(trainer, outcomes_by_prompt(batches, lambda batch: tiny.has_digit_five(batch["completions"])))
-    assert [record for record in caplog.records if "counts as a success" in record.message][0].message.startswith(
+    assert next(record for record in caplog.records if "counts as a success" in record.message).message.startswith(
         "allocation counts as a success: has_digit_five above 0.25 (from 0 to 0.5); "
     )
     row = json.loads((tmp_path / ALLOCATION_LOG).read_text().splitlines()[-1])

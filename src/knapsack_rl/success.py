@@ -236,8 +236,9 @@ def _learned(part: Part, column: FloatArray, whole: FloatArray, starts: IntArray
         return part
     levels = np.unique(np.clip(np.append(column[~np.isnan(column)], (low, high)), low, high))
     above = np.unique(np.searchsorted(levels, low + (high - low) * NODES))
-    cutoffs = 0.5 * (levels[above - 1] + levels[above])
-    same = (levels.searchsorted(part.cutoff, side="right") == above) & (part.low < part.high)
+    above = above[np.argsort(np.abs(0.5 * (levels[above - 1] + levels[above] - low - high)), kind="stable")]
+    cutoffs = 0.5 * (levels[above - 1] + levels[above])  # of equally good ones the one closest to the middle
+    same = (levels.searchsorted(part.cutoff, side="right") == above) & (part.score > 0.0)
     scores = np.array([told_apart(column > cutoff, whole, starts) for cutoff in cutoffs])
     best = int(np.argmax(scores * np.where(same, BETTER, 1.0)))
     return Part(low, high, part.cutoff if same[best] else float(cutoffs[best]), float(scores[best]))

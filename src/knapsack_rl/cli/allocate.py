@@ -113,7 +113,7 @@ def _from_rewards(parsed: argparse.Namespace) -> tuple[list[PromptId], Allocatio
     if parsed.fallback:
         raise ValueError("--fallback applies to success rates; for rewards use --estimator window, the paper's rule")
     settings = AllocationSettings(
-        success_threshold=parsed.success_threshold or 0.0, **{name: getattr(parsed, name) for name in ALLOCATION_FLAGS}
+        success_threshold=parsed.success_threshold, **{name: getattr(parsed, name) for name in ALLOCATION_FLAGS}
     )
     log = _read_log(parsed)
     allocator, prompts = settings.make_allocator(), list(log.prompt_ids)

@@ -20,7 +20,10 @@ def add_log_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-column", metavar="NAME", help="column of training steps (default: the usual names)")
     parser.add_argument("--reward-column", metavar="NAME", help="column of rewards (default: the usual names)")
     parser.add_argument(
-        "--success-threshold", type=float, metavar="X", help="a reward above X is a success (default: 0)"
+        "--success-threshold",
+        type=float,
+        metavar="X",
+        help="a reward above X is a success (default: learned from the rewards)",
     )
 
 

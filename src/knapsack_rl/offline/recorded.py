@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from knapsack_rl.groups import SuccessRule
 from knapsack_rl.offline.log_files import NoLogError, find_log
 from knapsack_rl.offline.reward_logs import RewardLog
 from knapsack_rl.offline.rollouts import ColumnNames, Done, check_no_options, read_tables
 from knapsack_rl.runs.allocations import Visits
 from knapsack_rl.runs.files import CONFIG_FILE
 from knapsack_rl.runs.log import RunLog
+from knapsack_rl.success import SuccessRule
 
 
 def read_run(
@@ -26,7 +26,7 @@ def read_run(
     Args:
         path: see :func:`knapsack_rl.offline.rollouts.read_rollouts`.
         names: columns to read instead of the usual ones.
-        success: a reward above this is a success, or a function of the rewards; None means above 0.
+        success: a reward above this is a success, or a function of the rewards; learned by default.
         done: called with a line of text up to :data:`knapsack_rl.offline.rollouts.READ_STEPS` times.
 
     Raises:
@@ -45,7 +45,7 @@ def read_run(
     if log.kind == "allocations":
         check_no_options(log, names, success)
         return RunLog.load(path)
-    return of_rewards(RewardLog.of(read_tables(log, names, done), 0.0 if success is None else success), path)
+    return of_rewards(RewardLog.of(read_tables(log, names, done), success), path)
 
 
 def of_rewards(log: RewardLog, path: Path) -> RunLog:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import SuccessRule, group_outcomes
+from knapsack_rl.groups import group_outcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.environments import BoolArray
 from knapsack_rl.offline.log_files import LogFiles, find_log, remark_on_unread
 from knapsack_rl.offline.rollouts import ColumnNames, Done, Rollouts, check_no_options, read_tables
 from knapsack_rl.runs.allocations import read_visits
+from knapsack_rl.success import LearnedSuccess, SuccessRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class RewardLog:
         steps: FloatArray,
         rewards: FloatArray,
         *,
-        success: SuccessRule = 0.0,
+        success: SuccessRule | None = None,
         source: str = "rewards",
         notes: Iterable[str] = (),
     ) -> RewardLog:
@@ -64,7 +65,7 @@ class RewardLog:
             prompt_ids: (R,) prompt of each rollout.
             steps: (R,) whole numbers.
             rewards: (R,) finite, or NaN for a rollout without a reward.
-            success: a reward above this is a success, or a function of the rewards.
+            success: a reward above this is a success, or a function of the rewards; learned by default.
             source: description of the source.
             notes: remarks to keep.
 
@@ -74,12 +75,12 @@ class RewardLog:
         return cls.of(Rollouts.of(prompt_ids, steps, rewards, source=source, notes=notes), success)
 
     @classmethod
-    def of(cls, rollouts: Rollouts, success: SuccessRule = 0.0) -> RewardLog:
+    def of(cls, rollouts: Rollouts, success: SuccessRule | None = None) -> RewardLog:
         """Sum up the rollouts of a log.
 
         Args:
             rollouts: as read.
-            success: a reward above this is a success, or a function of the rewards.
+            success: a reward above this is a success, or a function of the rewards; learned by default.
 
         Raises:
             ValueError: no rollout has a reward.
@@ -90,7 +91,17 @@ class RewardLog:
         seen, first, prompt_R = np.unique(rollouts.prompt[scored], return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))  # prompts in the order of their first visit
         prompt_R = rank[prompt_R]
-        groups = group_outcomes(step_R * seen.size + prompt_R, rollouts.rewards[scored], success)
+        rewards, group_R = rollouts.rewards[scored], step_R * seen.size + prompt_R
+        notes = rollouts.notes
+        if success is None:
+            learned = learned_success(step_R, group_R, rewards).deciding
+            success = learned.cutoff
+            if learned.low < learned.high and (learned.low, learned.high) != (0.0, 1.0):
+                notes += (
+                    f"a reward above {learned.cutoff:g} counts as a success: of the range from {learned.low:g} to "
+                    f"{learned.high:g} it tells prompts apart best; --success-threshold names another",
+                )
+        groups = group_outcomes(group_R, rewards, success)
         return cls(
             source=rollouts.source,
             prompt_ids=tuple(rollouts.prompt_ids[k] for k in seen[np.argsort(rank)]),
@@ -101,9 +112,23 @@ class RewardLog:
             successes=groups.successes,
             effective=groups.effective,
             unscored=int(rollouts.rewards.size - scored.size),
-            graded=np.unique(rollouts.rewards[scored]).size > 2,
-            notes=rollouts.notes,
+            graded=np.unique(rewards).size > 2,
+            notes=notes,
         )
+
+
+def learned_success(step_R: IntArray, group_R: IntArray, rewards: FloatArray) -> LearnedSuccess:
+    """Return the success rule that a run with these rewards would have learned by its end.
+
+    Args:
+        step_R: (R,) step of each rollout, ascending.
+        group_R: (R,) group of each rollout.
+        rewards: (R,) finite.
+    """
+    rule = LearnedSuccess()
+    for rows in np.split(np.arange(step_R.size), np.flatnonzero(np.diff(step_R)) + 1):
+        rule.learn(np.unique(group_R[rows], return_inverse=True)[1], rewards[rows, None])
+    return rule
 
 
 def read_reward_log(
@@ -117,7 +142,7 @@ def read_reward_log(
     Args:
         path: see :func:`knapsack_rl.offline.rollouts.read_rollouts`.
         names: columns to read instead of the usual ones.
-        success: a reward above this is a success, or a function of the rewards; None means above 0.
+        success: a reward above this is a success, or a function of the rewards; learned by default.
         done: called with a line of text up to :data:`knapsack_rl.offline.rollouts.READ_STEPS` times.
 
     Raises:
@@ -129,7 +154,7 @@ def read_reward_log(
     if log.kind == "allocations":
         check_no_options(log, names, success)
         return _read_run(log)
-    return RewardLog.of(read_tables(log, names, done), 0.0 if success is None else success)
+    return RewardLog.of(read_tables(log, names, done), success)
 
 
 def _read_run(log: LogFiles) -> RewardLog:

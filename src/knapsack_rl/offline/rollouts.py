@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import SuccessRule
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.log_files import (
     SHOWN_FILES,
@@ -29,6 +28,7 @@ from knapsack_rl.offline.log_files import (
 )
 from knapsack_rl.offline.tables import Columns, TableError, column, identities, numbers, read_chunks, rows_of
 from knapsack_rl.runs.allocations import read_visits
+from knapsack_rl.success import SuccessRule
 
 ID_NAMES = (
     *("prompt_id", "id", "example_id", "index", "problem_id", "question_id"),
