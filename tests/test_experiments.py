@@ -142,7 +142,7 @@ def test_the_grammar_of_figures():
     for name, message in (
         ("paper, magic", "measure must be one of accuracy at the end, "),
         ("knapsack, accuracy at the end", "needs runs of the arm 'knapsack'; the rows hold paper, uniform"),
-        ("paper / uniform, accuracy", "a ratio is one of rollouts or tokens, got 'accuracy'"),
+        ("paper / uniform, accuracy", "a ratio is one of rollouts, tokens or seconds, got 'accuracy'"),
     ):
         with pytest.raises(ValueError, match=message):
             figure(name)
