@@ -77,7 +77,7 @@ class Plan:
         ]
 
 
-QUICK_PLAN = Plan(QUICK, ("uniform", "knapsack"), (0,), (3e-4, 6e-4), 2, 1)
+QUICK_PLAN = Plan(QUICK, ARMS, (0,), (3e-4, 6e-4), 2, 1)
 
 
 def chosen_rate(rows: Sequence[Row]) -> float:

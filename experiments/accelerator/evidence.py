@@ -113,8 +113,7 @@ def _steps(rows: Sequence[Row]) -> str:
     """Seconds of a step and share of rows in the update, over all runs of an arm."""
     lines = []
     for arm in ARMS:
-        if not (runs := select(rows, part="training", arm=arm)):
-            continue  # the dry run has fewer arms
+        runs = select(rows, part="training", arm=arm)
         steps, rollouts = (sum(run[key] for run in runs) for key in ("steps", "rollouts"))
         parts = {part: sum(run["seconds"][part] for run in runs) / steps for part in PARTS}
         updated = sum(run["rows_updated"] for run in runs) / rollouts
