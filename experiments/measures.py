@@ -146,6 +146,7 @@ MEASURES: dict[str, Measure] = {
     "seconds": _count(lambda row: row["evaluations"]["seconds"][-1] if "seconds" in row["evaluations"] else None),
     "rollouts with a gradient": _share(lambda row: series_mean(row, "rollout_ratio")),
     "prompts with a gradient": _share(lambda row: series_mean(row, "prompt_ratio")),
+    "training success at the end": _share(lambda row: series_mean(row, "training_success", last=LAST)),
     "all correct at the end": _share(lambda row: series_mean(row, "all_correct", last=LAST)),
     "all wrong at the end": _share(lambda row: series_mean(row, "all_wrong", last=LAST)),
     "all correct or all wrong at the end": _share(lambda row: series_mean(row, "all_correct", "all_wrong", last=LAST)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
+from experiments import catalogue  # noqa: E402
 from experiments.accelerator import __main__ as command  # noqa: E402
 from experiments.accelerator import train  # noqa: E402
+from experiments.accelerator.evidence import ACCELERATOR  # noqa: E402
 from experiments.accelerator.policy import Policy, Rollouts  # noqa: E402
+from experiments.contract import Options, seeds_of, select  # noqa: E402
 
 SHARED = [4, 7, 3, 9, 5]
 PROMPTS = [[*SHARED, *rest] for rest in ([2, 12], [3, 6, 8, 12], [7, 12], [9, 9, 9, 9, 12])]
@@ -264,3 +268,43 @@ def test_bad_arguments_are_named(tmp_path, capsys):
     ):
         assert command.main([*rows, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+# -- Evidence ----------------------------------------------------------------------------------------------------------
+
+EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
+
+
+def test_rows_on_record_are_read_and_the_dry_run_needs_none(tmp_path, capsys):
+    done = []
+    record = Options(record=EVIDENCE, runs=tmp_path)
+    rows = ACCELERATOR.measure(record, done.append)
+    assert rows == catalogue.read("accelerator", EVIDENCE)
+    with pytest.raises(FileNotFoundError, match="python -m experiments\\.accelerator --model FOLDER"):
+        ACCELERATOR.measure(Options(record=tmp_path), done.append)
+    dry = ACCELERATOR.measure(Options(quick=True, runs=tmp_path), done.append)
+    assert len(done) == 2 * ACCELERATOR.pieces(record)
+    assert {row["machine"]["device"] for row in dry} == {"CPU"}
+    assert ACCELERATOR.findings(dry)
+    assert set(ACCELERATOR.tables(dry)) == set(ACCELERATOR.tables(rows))
+
+
+def test_tables_hold_whole_seeds_only():
+    rows = catalogue.read("accelerator", EVIDENCE)
+    assert seeds_of(rows) == 3
+    compared = [row for row in rows if row["part"] == "training"]
+    assert {(row["arm"], row["seed"]) for row in compared} == {(a, s) for a in command.ARMS for s in range(3)}
+    assert all(row["finished"] and row["steps"] == row["settings"]["steps"] for row in compared)
+    assert {row["settings"]["learning_rate"] for row in compared} == {command.chosen_rate(select(rows, part="tuning"))}
+    ends = [np.mean(row["evaluations"]["accuracy"][-3:]) for row in select(compared, arm="uniform")]
+    assert ACCELERATOR.figures(rows)("uniform, accuracy at the end").startswith(f"{100 * np.mean(ends):.1f} % [")
+
+
+def test_a_seed_that_was_cut_is_compared_where_both_runs_were():
+    def row(arm, accuracy):
+        return {"part": "cut", "arm": arm, "machine": {"device": "x"}, "evaluations": {"accuracy": accuracy}}
+
+    rows = [row("uniform", [0.0, 0.1, 0.2, 0.3, 0.9]), row("knapsack", [0.0, 0.1, 0.1, 0.1])]
+    assert ACCELERATOR.figures(rows)("cut seed") == "−10.0"
+    assert ACCELERATOR.figures(rows[:1])("cut seed") == "–"
+    assert ACCELERATOR.figures(rows)("learning rate") == "–"

@@ -415,7 +415,7 @@ def test_the_command_fills_in_the_pages_without_training(tmp_path, monkeypatch, 
         (tmp_path / name).write_text("{{claims}} {{weighting: paper, accuracy at the end}}")
     catalogue.write("weighting", rows_of("weighting"), tmp_path / "docs" / "evidence")
     assert main(["page"]) == 0
-    assert capsys.readouterr().out == f"wrote {Path('docs/evidence.md')}, {Path('docs/estimation.md')}\n"
+    assert capsys.readouterr().out == f"wrote {', '.join(str(Path('docs') / name) for name in page.PAGES)}\n"
     assert "70.1 % [" in Path("docs/evidence.md").read_text()
 
 

@@ -11,9 +11,11 @@ from experiments.accelerator.__main__ import ARMS, QUICK_PLAN, Measurement, chos
 from experiments.accelerator.train import PARTS
 from experiments.claims import accuracy_table, better, by_arm, dearer, more_gradients
 from experiments.contract import Finding, Options, Row, markdown_table, select
+from experiments.measures import ESTIMATE_CLASSES
 from experiments.pool import label
 from experiments.statistics import at_least
 from experiments.training import Claim, Table, Training
+from knapsack_rl.report.comparison import accuracy_at_end
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +79,17 @@ def _facts(rows: Sequence[Row]) -> dict[str, str]:
     machines = [row["machine"] for row in rows]
     names = {key: ", ".join(sorted({machine[key] for machine in machines})) for key in machines[0]}
     tuned = select(rows, part="tuning")
-    return names | {"learning rate": f"{chosen_rate(tuned):g}" if tuned else "–"}
+    return names | {"learning rate": f"{chosen_rate(tuned):g}" if tuned else "–", "cut seed": _cut(rows)}
+
+
+def _cut(rows: Sequence[Row]) -> str:
+    """Knapsack minus uniform of a seed that was cut short, over the last three evaluations that both runs made."""
+    curves = {row["arm"]: row["evaluations"] for row in select(rows, part="cut")}
+    if len(curves) < 2:
+        return "–"
+    made = min(len(curve["accuracy"]) for curve in curves.values())
+    ends = {arm: accuracy_at_end(curve["accuracy"][:made]) for arm, curve in curves.items()}
+    return f"{100 * (ends['knapsack'] - ends['uniform']):+.1f}".replace("-", "−")
 
 
 def _tuning(rows: Sequence[Row]) -> str:
@@ -102,10 +114,21 @@ def _throughput(rows: Sequence[Row]) -> str:
                 f"{row['rollouts_per_second']:,.0f}",
                 f"{row['tokens_per_second']:,.0f}",
                 *(f"{100 * row['seconds'][part] / total:.1f} %" for part in PARTS),
+                f"{100 * row['rows_updated']:.0f} %",
                 "–" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.1f} GB",
             )
         )
-    header = ("format", "prefix shared", "rows skipped", "a step", "rollouts/s", "tokens/s", *PARTS, "memory")
+    header = (
+        "format",
+        "prefix shared",
+        "rows skipped",
+        "a step",
+        "rollouts/s",
+        "tokens/s",
+        *PARTS,
+        "rows in it",
+        "memory",
+    )
     return markdown_table(header, lines)
 
 
@@ -146,8 +169,14 @@ ACCELERATOR = Accelerator(
     layout={
         "accuracy": accuracy_table(**{"seconds to it": "{row} / uniform, seconds"}),
         "run": Table(
-            by_arm("accuracy before", "rollouts with a gradient", "prompts with a gradient", "largest allocation",
-                   "no success at the last visit", "seconds")
+            by_arm("accuracy before", "training success at the end", "no success at the last visit",
+                   "rollouts with a gradient", "prompts with a gradient", "largest allocation",
+                   "all correct at the end", "all wrong at the end")
+        ),
+        "rates": Table(
+            {f"rollouts, {label(arm)}": f"{arm}, rollouts at estimate {{row}}" for arm in ("paper", "knapsack")},
+            {name: name for name in ESTIMATE_CLASSES},
+            "estimated success rate",
         ),
     },
     panels=("accuracy", "rollout_ratio"),
