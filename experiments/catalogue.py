@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from experiments import estimation, gradient_value, optimality, pool, robustness
+from experiments.accelerator.evidence import ACCELERATOR
 from experiments.claims import TRAINING
 from experiments.contract import Experiment, Options, Row
 
@@ -20,6 +21,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "optimality": cast(Experiment, optimality),
     "gradient-value": cast(Experiment, gradient_value),
     "estimation": cast(Experiment, estimation),
+    "accelerator": ACCELERATOR,
 }
 """All experiments by name, in the order of the claims."""
 

@@ -117,5 +117,5 @@ def select(rows: Sequence[Row], **wanted: object) -> list[Row]:
 
 
 def seeds_of(rows: Sequence[Row]) -> int:
-    """Number of seeds in the rows."""
-    return len({row["seed"] for row in rows})
+    """Number of seeds in the rows that are compared."""
+    return len({row["seed"] for row in rows if row.get("part", "training") == "training"})

@@ -50,15 +50,22 @@ def extract(run: Run, arm: str, rule: str = "") -> Row:
         "rule": rule,
         "seed": run.settings.seed,
         "settings": dataclasses.asdict(run.settings),
-        "steps": int(log.steps.size),
         "rollouts_per_prompt": run.settings.rollouts_per_prompt,
+        **summarise(log),
+        "exact": _exact(run.settings, run, log) if run.settings.dataset in ONE_COMPLETION else None,
+        "replay": {"mixed_in": float(log.metric("replay/mixed_in")[1].sum())},
+    }
+
+
+def summarise(log: RunLog) -> Row:
+    """The part of a row that the log alone gives."""
+    return {
+        "steps": int(log.steps.size),
         "rollouts": int(log.rollouts.sum()),
         "evaluations": _evaluations(log),
         "series": _series(log),
         "budget": _budget(log),
         "classes": {"transitions": log.transitions.tolist(), "unsolved_share": _number(log.unsolved_share)},
-        "exact": _exact(run.settings, run, log) if run.settings.dataset in ONE_COMPLETION else None,
-        "replay": {"mixed_in": float(log.metric("replay/mixed_in")[1].sum())},
     }
 
 

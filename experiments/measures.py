@@ -5,7 +5,7 @@ A figure of training runs is named by arms and a measure:
 - ``knapsack, rollouts``: mean over the seeds of an arm;
 - ``knapsack - uniform, accuracy at the end``: mean difference of two arms, paired by seed;
 - ``uniform-2n / knapsack, rollouts``: what the first arm generates to reach the final accuracy of the second, over what
-  the second generates for it; also with ``tokens``.
+  the second generates for it; also with ``tokens``, and with ``seconds`` where rows have them.
 
 Arms are the names of ``experiments.pool.ARMS``, measures those of ``MEASURES``.
 """
@@ -143,8 +143,10 @@ MEASURES: dict[str, Measure] = {
     "rollouts": _count(lambda row: row["rollouts"]),
     "tokens": _count(lambda row: row["evaluations"]["tokens"][-1]),
     "steps": _count(lambda row: row["steps"]),
+    "seconds": _count(lambda row: row["evaluations"]["seconds"][-1] if "seconds" in row["evaluations"] else None),
     "rollouts with a gradient": _share(lambda row: series_mean(row, "rollout_ratio")),
     "prompts with a gradient": _share(lambda row: series_mean(row, "prompt_ratio")),
+    "training success at the end": _share(lambda row: series_mean(row, "training_success", last=LAST)),
     "all correct at the end": _share(lambda row: series_mean(row, "all_correct", last=LAST)),
     "all wrong at the end": _share(lambda row: series_mean(row, "all_wrong", last=LAST)),
     "all correct or all wrong at the end": _share(lambda row: series_mean(row, "all_correct", "all_wrong", last=LAST)),
@@ -196,8 +198,8 @@ def estimate(rows: Sequence[Row], name: str) -> tuple[Estimate, str]:
             known = sorted({row["arm"] for row in rows})
             raise ValueError(f"figure {name!r} needs runs of the arm {arm!r}; the rows hold {', '.join(known)}")
     if right and mark == " / ":
-        if measure not in ("rollouts", "tokens"):
-            raise ValueError(f"figure {name!r}: a ratio is one of rollouts or tokens, got {measure!r}")
+        if measure not in ("rollouts", "tokens", "seconds"):
+            raise ValueError(f"figure {name!r}: a ratio is one of rollouts, tokens or seconds, got {measure!r}")
         cost = relative_cost(rows, left, right, measure)
         return cost, cost.times()
     if measure not in MEASURES:

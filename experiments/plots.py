@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import estimation, gradient_fit, optimality, robustness
+from experiments.accelerator.evidence import ACCELERATOR
 from experiments.claims import TRAINING
 from experiments.contract import Row, select
 from experiments.extract import CLASS_SERIES
@@ -280,5 +281,6 @@ PLOTS: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "optimality": solver,
     "gradient-value": gradient_value,
     "estimation": estimators,
+    "accelerator": ACCELERATOR.plot,
 }
 """The plot of each experiment, from its rows."""

@@ -108,7 +108,7 @@ def relative_cost(rows: Sequence[Row], arm: str, reference: str, unit: str = "ro
         rows: runs of both arms.
         arm: the arm.
         reference: the arm whose accuracy is to be reached.
-        unit: "rollouts" or "tokens".
+        unit: "rollouts", "tokens" or "seconds".
 
     Returns:
         The factor; its ``bounds`` counts the runs that never reach the target.

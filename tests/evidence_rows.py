@@ -48,6 +48,7 @@ def run_row(
             "step": steps.tolist(),
             "rollouts": (steps / 40 * rollouts).tolist(),
             "tokens": (steps / 40 * tokens).tolist(),
+            "seconds": (steps / 40 * tokens / 100).tolist(),
             "accuracy": list(accuracy),
             "greedy": list(accuracy),
         },

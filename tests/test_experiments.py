@@ -142,7 +142,7 @@ def test_the_grammar_of_figures():
     for name, message in (
         ("paper, magic", "measure must be one of accuracy at the end, "),
         ("knapsack, accuracy at the end", "needs runs of the arm 'knapsack'; the rows hold paper, uniform"),
-        ("paper / uniform, accuracy", "a ratio is one of rollouts or tokens, got 'accuracy'"),
+        ("paper / uniform, accuracy", "a ratio is one of rollouts, tokens or seconds, got 'accuracy'"),
     ):
         with pytest.raises(ValueError, match=message):
             figure(name)
@@ -415,7 +415,7 @@ def test_the_command_fills_in_the_pages_without_training(tmp_path, monkeypatch, 
         (tmp_path / name).write_text("{{claims}} {{weighting: paper, accuracy at the end}}")
     catalogue.write("weighting", rows_of("weighting"), tmp_path / "docs" / "evidence")
     assert main(["page"]) == 0
-    assert capsys.readouterr().out == f"wrote {Path('docs/evidence.md')}, {Path('docs/estimation.md')}\n"
+    assert capsys.readouterr().out == f"wrote {', '.join(str(Path('docs') / name) for name in page.PAGES)}\n"
     assert "70.1 % [" in Path("docs/evidence.md").read_text()
 
 

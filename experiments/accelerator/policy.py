@@ -1,0 +1,210 @@
+"""A causal language model that samples ragged groups in one batch and learns from them.
+
+Prompts that begin alike, such as few-shot prompts, share their first tokens: these pass through the model once, and
+their keys and values are repeated for all rows. Rows without an advantage have no gradient and are left out of the
+update.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CLIP = 1.0
+"""Largest norm of a step's gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """Completions of a batch of prompts.
+
+    Attributes:
+        tokens: (R, T) sampled tokens; what follows the end of an answer is padding.
+        lengths: (R,) tokens of each answer, with the one that ends it.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+
+    @property
+    def sampled(self) -> Tensor:
+        """(R, T) whether a token belongs to the answer."""
+        return torch.arange(self.tokens.shape[1], device=self.tokens.device) < self.lengths[:, None]
+
+    def rows(self, chosen: Tensor) -> Rollouts:
+        """Some rows, without columns that hold padding alone.
+
+        Args:
+            chosen: which rows, by position; at least one.
+        """
+        lengths = self.lengths[chosen]
+        return Rollouts(self.tokens[chosen, : int(lengths.max())], lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class _Context:
+    """What stands before the completions: the shared tokens in a cache, the others padded on the left."""
+
+    cache: Any
+    tokens: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+class Policy:
+    """The model, its optimizer, and the tokens that all prompts share.
+
+    Weights in a short format are copies of float32 ones, on which the optimizer works, so that small updates are not
+    rounded away.
+
+    Args:
+        model: causal language model of transformers, on its device and in the format of its passes.
+        prompts: token ids of every prompt that will be used.
+        ends: (vocabulary,) whether a token ends an answer.
+        max_tokens: longest answer.
+        learning_rate: of AdamW, constant.
+        seed: of the sampling.
+        share_prefix: pass the tokens that all prompts share through the model once.
+        skip_rows: leave rows without an advantage out of the update.
+        rows_per_pass: most rows of the update in memory at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[list[int]],
+        ends: Sequence[bool],
+        *,
+        max_tokens: int,
+        learning_rate: float,
+        seed: int = 0,
+        share_prefix: bool = True,
+        skip_rows: bool = True,
+        rows_per_pass: int = 256,
+    ) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        self.max_tokens, self.skip_rows, self.rows_per_pass = max_tokens, skip_rows, rows_per_pass
+        # transformers 5.24 renames the argument.
+        self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        # The last token of a prompt is never shared: its logits start the answer.
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False) if share_prefix else []
+        shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+        self.shared = torch.tensor([shared], dtype=torch.long, device=self.device)
+        self.ends = torch.tensor(ends, device=self.device)
+        self.padding = int(self.ends.nonzero()[0])
+        self._random = torch.Generator(self.device).manual_seed(seed)
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._master = [weight.detach().float().clone().requires_grad_() for weight in self._weights]
+        self._optimizer = torch.optim.AdamW(
+            self._master, lr=learning_rate, weight_decay=0.0, fused=self.device.type == "cuda"
+        )
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], temperature: Sequence[float] | float = 1.0) -> Rollouts:
+        """Sample one completion per row.
+
+        Args:
+            prompts: (R,) token ids of each row's prompt.
+            temperature: of the rows, or one per row; 0 takes the most probable token.
+        """
+        self.model.eval()
+        context = self._context(prompts)
+        heat = torch.as_tensor(temperature, dtype=torch.float32, device=self.device).expand(len(prompts))[:, None]
+        lengths = torch.full((len(prompts),), self.max_tokens, device=self.device)
+        running = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
+        tokens, mask, positions, columns = context.tokens, context.mask, context.positions, []
+        for at in range(self.max_tokens):
+            logits = self._logits(context.cache, tokens, mask, positions, last=1)[:, 0]
+            # The largest of logits with Gumbel noise is a sample of their softmax.
+            noise = -torch.empty_like(logits).exponential_(generator=self._random).log()
+            chosen = torch.where(running, (logits + heat * noise).argmax(-1), self.padding)
+            columns.append(chosen)
+            ended = running & self.ends[chosen]
+            lengths = torch.where(ended, at + 1, lengths)
+            running = running & ~ended
+            if not running.any():
+                break
+            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = functional.pad(mask, (0, 1), value=1)
+        return Rollouts(torch.stack(columns, dim=1), lengths)
+
+    def log_probabilities(self, prompts: Sequence[list[int]], rollouts: Rollouts) -> Tensor:
+        """Return the (R, T) log-probability of every sampled token; after the end of an answer they mean nothing."""
+        context = self._context(prompts)
+        width = rollouts.tokens.shape[1]
+        tokens = torch.cat([context.tokens, rollouts.tokens[:, :-1]], dim=1)
+        mask = functional.pad(context.mask, (0, width - 1), value=1)
+        after = context.positions[:, -1:] + torch.arange(1, width, device=self.device)
+        positions = torch.cat([context.positions, after], dim=1)
+        logits = self._logits(context.cache, tokens, mask, positions, last=width)
+        return -functional.cross_entropy(logits.transpose(1, 2), rollouts.tokens, reduction="none")
+
+    def update(self, prompts: Sequence[list[int]], rollouts: Rollouts, advantages: Tensor) -> int:
+        """Make one step of the policy gradient: the mean over all sampled tokens of advantage times log-probability.
+
+        Args:
+            prompts: (R,) token ids of each row's prompt.
+            rollouts: sampled from this model as it is.
+            advantages: (R,) float32.
+
+        Returns:
+            Rows that passed through the model; 0 if no row has an advantage, which changes nothing.
+        """
+        advantages = advantages.to(self.device)
+        if not bool((advantages != 0).any()):
+            return 0
+        chosen = (advantages.nonzero() if self.skip_rows else torch.ones_like(advantages).nonzero())[:, 0]
+        self.model.train()
+        for rows in chosen.split(self.rows_per_pass):
+            kept = rollouts.rows(rows)
+            logp = self.log_probabilities([prompts[row] for row in rows.tolist()], kept)
+            loss = -(advantages[rows, None] * logp * kept.sampled).sum() / rollouts.lengths.sum()
+            loss.backward()
+            self._collect()
+        torch.nn.utils.clip_grad_norm_(self._master, CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for master, weight in zip(self._master, self._weights, strict=True):
+                weight.copy_(master)
+        return chosen.numel()
+
+    def _collect(self) -> None:
+        """Add the gradients of a pass to those of the float32 weights."""
+        for master, weight in zip(self._master, self._weights, strict=True):
+            if weight.grad is not None:
+                more = weight.grad.float()
+                master.grad = more if master.grad is None else master.grad.add_(more)
+                weight.grad = None
+
+    def _context(self, prompts: Sequence[list[int]]) -> _Context:
+        from transformers import DynamicCache
+
+        cache, shared = DynamicCache(), self.shared.shape[1]
+        if shared:
+            self.model(self.shared, use_cache=True, logits_to_keep=1, **{self._cache: cache})
+            cache.batch_repeat_interleave(len(prompts))
+        rest = [prompt[shared:] for prompt in prompts]
+        width = max(map(len, rest))
+        tokens = torch.tensor([[self.padding] * (width - len(row)) + row for row in rest], device=self.device)
+        mask = torch.tensor([[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest]).to(self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        return _Context(cache, tokens, mask, positions)
+
+    def _logits(self, cache: Any, tokens: Tensor, mask: Tensor, positions: Tensor, last: int) -> Tensor:
+        found = self.model(
+            tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=last,
+            **{self._cache: cache},
+        )
+        return found.logits.float()
