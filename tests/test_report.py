@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from scipy import stats
 from knapsack_rl.report import comparison_table, plots, write_comparison, write_report
 from knapsack_rl.report.page import Plot, save_plots
 from knapsack_rl.runs.curves import Curve
+from knapsack_rl.runs.files import ALLOCATION_LOG
 from knapsack_rl.runs.log import RunLog
 from run_folders import write_rows, write_run
 
@@ -376,3 +378,29 @@ def test_a_picture_holds_its_caption_and_is_reproducible(tmp_path, kind):
     assert b"A line & what to see." in data or b"A line &amp; what to see." in data
     assert save_plots([spec], tmp_path / "new", kind)[0].read_bytes() == data
     assert dict(rcParams) == before
+
+
+def rewrite_rows(folder, change):
+    path = folder / ALLOCATION_LOG
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | change(k, row)) + "\n" for k, row in enumerate(rows)))
+    return rows
+
+
+def test_the_page_says_what_counted_as_a_success(folder):
+    rules = [{"reward": "answer", "above": 1, "low": 0, "high": 2}, {"reward": "<b>format</b>", "above": 0.5}]
+    rows = rewrite_rows(folder, lambda k, row: {"success": rules[k >= 10]})
+    share = sum(sum(row["successes"]) for row in rows) / sum(sum(row["scored"]) for row in rows)
+    page = read(write_report(folder))
+    expected = (
+        f"A success is answer above 1 (from 0 to 2); from step {rows[10]['step']}: <b>format</b> above 0.5. "
+        f"{100 * share:.1f} % of all rollouts were one."
+    )
+    assert expected in page.texts
+
+
+@pytest.mark.parametrize(("word", "good"), [("Every", True), ("No", False)])
+def test_a_run_of_successes_or_failures_alone_is_noticed(folder, word, good):
+    rewrite_rows(folder, lambda k, row: {"successes": [n if good else 0 for n in row["scored"]]})
+    page = read(write_report(folder))
+    assert any(text.startswith(f"{word} scored rollout was a success, so allocation") for text in page.texts)

@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -36,6 +36,7 @@ from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.runs.allocations import allocation_row
 from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row, finite_or_none
 from knapsack_rl.runs.watch import WarningLog
+from knapsack_rl.success import describe_rule
 
 logger = logging.getLogger(__name__)
 
@@ -159,14 +160,6 @@ class AllocationSettings:
             value=self.value,
             **self.estimator_options,
         )
-
-
-def describe_rule(rule: Mapping[str, Any]) -> str:
-    """Return the text of a success rule, as :meth:`Session.success_rule` returns it."""
-    if rule["above"] is None:
-        return f"what the success function says of {rule['reward']}"
-    inside = "" if rule.get("low") is None else f" (from {rule['low']:g} to {rule['high']:g})"
-    return f"{rule['reward']} above {rule['above']:g}{inside}"
 
 
 def check_fields(settings: Any, kind: type) -> None:

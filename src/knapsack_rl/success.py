@@ -39,6 +39,14 @@ ROWS_KEPT = 4096
 """Recent rollouts from which the rule is learned."""
 
 
+def describe_rule(rule: Mapping[str, Any]) -> str:
+    """Return the text of a success rule, as :meth:`knapsack_rl.session.Session.success_rule` returns it."""
+    if rule["above"] is None:
+        return f"what the success function says of {rule['reward']}"
+    inside = "" if rule.get("low") is None else f" (from {rule['low']:g} to {rule['high']:g})"
+    return f"{rule['reward']} above {rule['above']:g}{inside}"
+
+
 def check_success_rule(success: SuccessRule) -> None:
     """Refuse a success rule that could only fail later; a function is tried once.
 

@@ -36,6 +36,7 @@ def write_report(run: str | Path | RunLog, output: str | Path | None = None) -> 
     run = run if isinstance(run, RunLog) else read_run(run)
     name = run.name
     body = [f"<h1>Training run {page.escape(name)}</h1>", page.paragraph(_lead(run), "soft")]
+    body += [page.paragraph(text, "soft") for text in _success(run)]
     body += [page.paragraph(text, "notice") for text in _notices(run)]
     body.append(page.tiles(_key_figures(run)))
     body += _warnings(run)
@@ -65,6 +66,17 @@ def _lead(run: RunLog) -> str:
     return ", ".join(parts)
 
 
+def _success(run: RunLog) -> list[str]:
+    """Return what counted as a success in this run, if its log says so."""
+    if not run.success_rules:
+        return []
+    first, *later = run.success_rules
+    changes = [f"from step {step:,}: {text}" for step, text in later]
+    return [
+        f"A success is {'; '.join([first[1], *changes])}. {page.percent(run.success_share)} of all rollouts were one."
+    ]
+
+
 def _notices(run: RunLog) -> list[str]:
     notices: list[str] = []
     if not run.finished:
@@ -74,6 +86,11 @@ def _notices(run: RunLog) -> list[str]:
         notices.append("No held-out evaluation is recorded, so the accuracy is unknown.")
     elif run.held_out[1].size == 1:
         notices.append("Only one held-out evaluation is recorded, so there is no curve yet.")
+    if run.success_share in (0.0, 1.0):
+        notices.append(
+            f"{'Every' if run.success_share else 'No'} scored rollout was a success, so allocation had nothing to go by. "
+            "Check the reward functions, outcome_reward and success_threshold."
+        )
     return notices + [f"{note[:1].upper()}{note[1:]}." for note in run.notes]
 
 

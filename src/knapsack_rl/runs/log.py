@@ -36,6 +36,7 @@ from knapsack_rl.runs.files import (
     stored,
 )
 from knapsack_rl.runs.samples import read_samples
+from knapsack_rl.success import describe_rule
 
 WARNING_TEXTS = ("kind", "seen", "cause", "remedy")
 
@@ -79,6 +80,7 @@ class RunLog:
         warnings: Warnings of the run in order, each with `step`, `kind`, `seen`, `cause` and `remedy`.
         samples: Sample completions by prompt id, as kept by `SampleStore`.
         file: The log, where it is another than the allocation log of the folder.
+        success_rules: What counted as a success, as text: the first rule and those it changed to, with their first step.
         notes: Remarks on how the log was read.
     """
 
@@ -93,6 +95,7 @@ class RunLog:
     warnings: tuple[Mapping[str, Any], ...] = ()
     samples: Mapping[str | int, Mapping[str, Any]] = field(default_factory=dict)
     file: Path | None = None
+    success_rules: tuple[tuple[int, str], ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -160,8 +163,17 @@ class RunLog:
             reasons=tuple(str(row.get("reason") or "") for row in rows),
             seconds=np.array([row.get("seconds") for row in rows], dtype=np.float64),
             visits=visits,
+            success_rules=_success_rules(rows),
             **({"metrics": (), "notes": visits.notes} | others),
         )
+
+    # Success
+
+    @property
+    def success_share(self) -> float:
+        """Share of successes among all scored rollouts, NaN if none was scored."""
+        scored = self.visits.scored.sum()
+        return float(self.visits.successes.sum() / scored) if scored else math.nan
 
     # Names
 
@@ -332,3 +344,18 @@ class RunLog:
         """
         given = self.visits.counts > 0
         return calibrate(self.visits.predicted[given], self.visits.effective[given], bins)
+
+
+def _success_rules(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, str], ...]:
+    """Return what counted as a success in the rows of a log that say it, at its first step and wherever it changed."""
+    found: list[tuple[int, str]] = []
+    last = None
+    for row in rows:
+        rule = row.get("success")
+        if not isinstance(rule, Mapping):
+            continue
+        numbers = {name: finite_number(rule.get(name)) for name in ("above", "low", "high")}
+        if (rule.get("reward"), numbers["above"]) != last:
+            last = rule.get("reward"), numbers["above"]
+            found.append((int(row["step"]), describe_rule({"reward": rule.get("reward"), **numbers})))
+    return tuple(found)
