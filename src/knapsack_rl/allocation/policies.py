@@ -91,7 +91,8 @@ def allocate(
 
     The optimum is exact. An unseen prompt (NaN) is valued as a prompt drawn from the other rates of the batch; if no
     rate is known, the allocation is uniform. Budget without value for any prompt (all at p = 0, p = 1 or their cap)
-    goes evenly to unsolved prompts, then to unseen, then to solved ones. Equal marginal values go to the prompt with
+    goes evenly to unsolved prompts, then to unseen, then to solved ones; a rate whose square is 0 as a double (below
+    1e-162) counts as unsolved there. Equal marginal values go to the prompt with
     fewer rollouts, then to the one with the lower success rate; counts do not depend on the order of the prompts.
 
     Args:
@@ -124,7 +125,9 @@ def allocate(
     rates = check_success_rates(success_rates, allow_nan=True)
     if rates.ndim != 1 or rates.size == 0:
         raise ValueError(f"success_rates must be a non-empty one-dimensional array, got shape {rates.shape}")
-    kind = np.select([rates == 0.0, np.isnan(rates), rates == 1.0], [UNSOLVED, UNSEEN, SOLVED], EFFECTIVE)
+    # Below 1e-162 the paper's value, about p^2, is no double above 0; its fallback rule compares with 0 itself.
+    unsolved = rates == 0.0 if fallback else rates * rates == 0.0
+    kind = np.select([unsolved, np.isnan(rates), rates == 1.0], [UNSOLVED, UNSEEN, SOLVED], EFFECTIVE)
     if costs is None:
         rollouts = check_whole("budget", budget, minimum=0)
         lower, upper = solver.check_bounds(rates.size, rollouts, min_rollouts, max_rollouts)
