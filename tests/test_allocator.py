@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from numpy.typing import NDArray
 import knapsack_rl as kr
 from cases import named_case
 from knapsack_rl import state as statefile
-from knapsack_rl.allocation.policies import allocate_expected
-from knapsack_rl.estimation.lengths import predict_work
+from knapsack_rl.allocation.coverage import allocate_with_skips
+from knapsack_rl.allocation.policies import allocate_estimated, allocate_expected, allocate_tokens
+from knapsack_rl.estimation.lengths import expected_tokens, predict_work
 from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator
-from knapsack_rl.ids import stable_order
+from knapsack_rl.ids import in_id_order, stable_order
 from oracles import assert_same_state
 from strategies import no_deadline
 
@@ -94,6 +96,106 @@ def test_counts_follow_the_prompts_not_their_order(name: str) -> None:
     by_id = dict(zip(ids, counts_of(allocator, ids, 67), strict=True))
     turned = ids[::-1]
     assert dict(zip(turned, counts_of(allocator, turned, 67), strict=True)) == by_id
+
+
+@pytest.mark.parametrize("settings", [{}, {"estimator": "window"}, {"budget_unit": "tokens"}, {"min_rollouts": 0}])
+@no_deadline
+@given(rates=st.lists(st.sampled_from([0, 2, 4, 8]), min_size=2, max_size=9), budget=st.integers(3, 90), data=st.data())
+def test_allocations_do_not_depend_on_the_order_of_the_batch(settings, rates, budget: int, data) -> None:
+    """Prompts with equal records tie; rounding to a multiple and the paper's rule break ties too."""
+    allocator = kr.KnapsackAllocator(**settings)
+    for k, successes in enumerate(rates):
+        allocator.observe([k] * 8, [1] * successes + [0] * (8 - successes), [100 + 37 * (k // 3)] * 8)
+    tokens = settings.get("budget_unit") == "tokens"
+    options = {"multiple": 4} if tokens else {}
+    ids = [*range(len(rates)), "new", "newer"]
+    turned = data.draw(st.permutations(ids))
+    one, other = (allocator.allocate(batch, budget * (100 if tokens else 1), **options) for batch in (ids, turned))
+    place = [ids.index(prompt) for prompt in turned]
+    for name in ("counts", "success_rates", "nonzero_gradient"):
+        np.testing.assert_array_equal(getattr(one, name)[place], getattr(other, name), err_msg=name)
+    assert (one.expected_value, one.reason) == (other.expected_value, other.reason)
+    assert not allocator.failures
+
+
+def test_ids_of_equal_checksums_have_an_order() -> None:
+    one, other = "plumless", "buckeroo"  # a well-known pair
+    assert zlib.crc32(one.encode()) == zlib.crc32(other.encode())
+    assert [one, other][in_id_order([one, other])[0]] == [other, one][in_id_order([other, one])[0]] == other
+
+
+def columns_used(allocator: kr.KnapsackAllocator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record how many columns of marginal values the estimator is asked for."""
+    asked: list[int] = []
+    for name in ("believe", "believe_after"):
+        if real := getattr(allocator.estimator, name, None):
+
+            def spy(*arguments, real=real):
+                asked.append(arguments[-1])
+                return real(*arguments)
+
+            monkeypatch.setattr(allocator.estimator, name, spy)
+    return asked
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("low", [0, 1, 2])
+def test_a_maximum_far_above_the_budget_changes_nothing_and_costs_nothing(name: str, low: int, monkeypatch) -> None:
+    """Against the whole table, of 4096 columns; a few prompts share a budget of up to 1500."""
+    whole, huge = (trained(name, min_rollouts=low, max_rollouts=most) for most in (4096, 10**7))
+    asked = columns_used(huge, monkeypatch)
+    for ids, budget in ((IDS, 30), (IDS, 700), (IDS[:2], 1500), (IDS[:1], 400), ([*IDS, "new"], 9), (IDS, 3), (IDS, 1)):
+        with named_case(ids=ids, budget=budget):
+            found = huge.allocate(ids, budget)
+            belief, order = whole.belief(ids), stable_order(ids)
+            if name == "window":
+                expected = allocate_estimated(belief.mean, belief.marginals, budget, low, 4096, priority=order)
+            elif low:
+                expected = allocate_expected(belief.marginals, budget, low, 4096, priority=order)
+            else:
+                age = whole.tracker.lookup(ids).age
+                expected = allocate_with_skips(belief, age, budget, 4096, order)
+            assert found.counts.tolist() == expected.counts.tolist()
+            assert found.expected_value == pytest.approx(expected.expected_value, rel=1e-12)
+            assert found.reason == expected.reason
+            assert max(asked) <= max(128, 4 * found.counts.max())
+            asked.clear()
+    assert not huge.failures
+
+
+def test_a_maximum_far_above_the_budget_with_tokens_top_ups_and_other_values(monkeypatch) -> None:
+    def seen(most: int, **settings) -> kr.KnapsackAllocator:
+        allocator = kr.KnapsackAllocator(max_rollouts=most, budget_unit="tokens", **settings)
+        for _ in range(3):
+            outcomes = np.arange(2 * len(IDS)) % 3 == 0
+            allocator.observe(IDS * 2, outcomes, [50 + 10 * k for k in range(2 * len(IDS))])
+        return allocator
+
+    whole, huge = seen(4096), seen(10**7)
+    asked = columns_used(huge, monkeypatch)
+    for budget in (300.0, 5_000.0, 60_000.0):
+        belief = whole.belief(IDS)
+        tokens = expected_tokens(whole.tracker.lengths(), whole.tracker.rows(IDS), belief.mean)
+        expected = allocate_tokens(belief, tokens, budget, 2, 4096, stable_order(IDS), 8)
+        found = huge.allocate(IDS, budget, multiple=8)
+        assert found.counts.tolist() == expected.counts.tolist()
+        assert max(asked) <= max(128, 4 * found.counts.max())
+        asked.clear()
+    so_far, successes = [2] * (len(IDS) - 1) + [0], [0, 1, 2, 0, 0, 0][: len(IDS)]
+    for budget in (5, 100, 2000):
+        more, same = (a.top_up(IDS, so_far, successes, budget).counts for a in (huge, whole))
+        assert more.tolist() == same.tolist()
+        assert max(asked) <= max(128, 4 * more.max())
+        asked.clear()
+
+    def steps(counts, rates):  # rises at 300 rollouts
+        return (np.asarray(counts) >= 300) * rates
+
+    found = trained("bayes-filter", min_rollouts=1, max_rollouts=10**7, value=steps).allocate(IDS[:2], 303)
+    assert found.counts.max() >= 300
+    rising = seen(10**7, value=steps)
+    assert rising.allocate(IDS[:2], 60_000).counts.max() >= 300
+    assert not huge.failures and not rising.failures
 
 
 def test_counts_of_a_degraded_batch_follow_the_prompts() -> None:

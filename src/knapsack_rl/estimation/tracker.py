@@ -21,6 +21,10 @@ RECENT = 64
 """Newest outcomes kept per prompt, one bit each."""
 
 Outcome = Literal["success", "failure"]
+OUTCOMES: tuple[Outcome, Outcome] = ("success", "failure")
+LengthSums = tuple[FloatArray, FloatArray, FloatArray]
+"""Count, sum and sum of squares of the lengths of each prompt."""
+
 MOMENTS = ("count", "sum", "squares")
 """Sums of lengths, kept separately for successes and failures because failures are longer."""
 
@@ -85,7 +89,7 @@ class Records:
                 values[unseen] = 0
         return Records(**taken)
 
-    def lengths_of(self, outcome: Outcome) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def lengths_of(self, outcome: Outcome) -> LengthSums:
         """Return count, sum and sum of squares of the lengths of rollouts with this outcome."""
         return tuple(getattr(self, f"{outcome}_length_{moment}") for moment in MOMENTS)
 
@@ -143,6 +147,12 @@ class Tracker:
         size = len(self)
         columns = {column: getattr(self._records, column)[:size] for column in (*COLUMNS, "evidence")}
         return Records(**columns, age=self._age(columns["last_visit"]))
+
+    def lengths(self) -> dict[Outcome, LengthSums]:
+        """Return :meth:`Records.lengths_of` of all prompts seen, by outcome, as views that must not be written to."""
+        size = len(self)
+        success, failure = (tuple(a[:size] for a in self._records.lengths_of(outcome)) for outcome in OUTCOMES)
+        return {"success": success, "failure": failure}
 
     def _age(self, last_visit: IntArray) -> FloatArray:
         return (self._clock - last_visit) / max(len(self), 1)
