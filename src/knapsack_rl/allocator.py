@@ -146,25 +146,30 @@ class KnapsackAllocator(Guarded):
         """
         started = time.perf_counter()
         ids = check_batch(prompt_ids)
-        place = in_id_order(ids)  # sums and ties then depend on the prompts, not on the order of the batch
-        ordered = [ids[k] for k in place.tolist()]
+        order = stable_order(ids)
+        place = in_id_order(ids, order)  # sums and ties then depend on the prompts, not on the order of the batch
+        ordered, order = [ids[k] for k in place.tolist()], order[place]
         if self.budget_unit == "tokens":
             decide = partial(
-                self._allocate_tokens, ordered, check_tokens(budget), check_whole("multiple", multiple, minimum=1)
+                self._allocate_tokens,
+                ordered,
+                order,
+                check_tokens(budget),
+                check_whole("multiple", multiple, minimum=1),
             )
             rollouts = len(ids) * first_group(self.min_rollouts, self.max_rollouts)  # only if allocation fails
         else:
             rollouts = check_step_budget(budget)
-            decide = partial(self._allocate_rollouts, ordered, rollouts)
+            decide = partial(self._allocate_rollouts, ordered, order, rollouts)
         found = self.survive("allocation", decide)
         if found is None:
-            counts = evenly(rollouts, self.min_rollouts, stable_order(ordered))
+            counts = evenly(rollouts, self.min_rollouts, order)
             found = self._step.expect_nothing(ordered, unpredicted(counts, EVENLY, degraded=True))
         self._step.details["allocation_seconds"] = time.perf_counter() - started
         return found.rearranged(np.argsort(place))
 
-    def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
-        low, high, order, records = self.min_rollouts, self.max_rollouts, stable_order(ids), self._lookup(ids)
+    def _allocate_rollouts(self, ids: list[PromptId], order: FloatArray, budget: int) -> Allocation:
+        low, high, records = self.min_rollouts, self.max_rollouts, self._lookup(ids)
         if self.estimator.paper_rule:  # needs the values of a pair alone: the rule has a scan of its own for the others
             belief = finite_belief(self.estimator, records, min(high, FIRST_COLUMNS))
             rates, pairs, rule = belief.mean, belief.marginals, self.estimator.fallback
@@ -180,8 +185,8 @@ class KnapsackAllocator(Guarded):
             found, belief = self.decide(records, decide, lambda: reach)
         return self._step.expect(ids, self._note_degradation(found), belief)
 
-    def _allocate_tokens(self, ids: list[PromptId], budget: float, multiple: int) -> Allocation:
-        records, rows, order = self._lookup(ids), self.tracker.rows(ids), stable_order(ids)
+    def _allocate_tokens(self, ids: list[PromptId], order: FloatArray, budget: float, multiple: int) -> Allocation:
+        records, rows = self._lookup(ids), self.tracker.rows(ids)
 
         def tokens_of(belief: Belief) -> FloatArray | None:
             return expected_tokens(self.tracker.lengths(), rows, belief.mean)
