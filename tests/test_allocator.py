@@ -377,6 +377,28 @@ def test_unscored_rollouts_are_counted_and_left_out() -> None:
     assert math.isnan(allocator.metrics()["effective_gradient_ratio"])
 
 
+def test_tensors_and_none_are_observed() -> None:
+    """None is unscored like NaN; bfloat16 and a gradient change nothing; lengths may be tensors too."""
+    torch = pytest.importorskip("torch")
+    ids, rewards, lengths = ["a", "a", "b", "b"], [1.0, 0.0, NAN, 1.0], [3.0, 4.0, 5.0, 6.0]
+    plain = trained()
+    plain.observe(ids, rewards, lengths)
+    for same in (
+        [1.0, 0.0, None, 1.0],
+        torch.tensor(rewards, dtype=torch.bfloat16),
+        torch.tensor(rewards, requires_grad=True),
+        [torch.tensor(reward, requires_grad=True) for reward in rewards],
+    ):
+        allocator = trained()
+        allocator.observe(ids, same, torch.tensor(lengths, dtype=torch.bfloat16, requires_grad=True))
+        assert_same_state(allocator.state_dict(), plain.state_dict())
+    nothing = trained()
+    before = nothing.state_dict()
+    nothing.observe(["a", "new"], [None, None])
+    assert nothing.metrics()["unscored_rollouts"] == 2
+    assert nothing.state_dict()["header"] == before["header"] | {"unscored_rollouts": 2}
+
+
 def test_refused_observations_leave_no_trace() -> None:
     for ids, rewards, lengths, message in [
         (["a", "new"], [1.0, math.inf], None, r"rewards\[1\] is inf"),
@@ -388,6 +410,11 @@ def test_refused_observations_leave_no_trace() -> None:
         (["a", "new"], [1.0, 0.0], [3, 1e10], r"numbers from 0 to 1e\+09"),
         (["a", "new"], [1.0, NAN], [3, NAN], "lengths must be 2 numbers from 0"),
         (["a", None], [1.0, 0.0], None, "prompt_ids"),
+        (None, [1.0, 0.0], None, "prompt_ids must be a sequence of ids, got None"),
+        (["a", "new"], None, None, "equally long"),
+        (["a", "new"], ["1", "0"], None, "type <U1 does not hold numbers"),
+        (["a", "new"], [1.0, 0.0], [3, None], "lengths must be 2 numbers from 0"),
+        (["a", "new"], [1.0, 0.0], [3, "many"], "lengths must be 2 numbers from 0"),
     ]:
         with named_case(ids=ids, rewards=rewards, lengths=lengths, message=message):
             allocator = trained()

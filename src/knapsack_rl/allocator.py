@@ -324,7 +324,8 @@ class KnapsackAllocator(Guarded):
 
         Args:
             prompt_ids_per_rollout: (R,) id of each rollout's prompt, in any order; groups may have any size.
-            rewards: (R,) outcome of each rollout; NaN for an unscored one, which is counted and left out.
+            rewards: (R,) outcome of each rollout; NaN, or None in a list, for an unscored one, which is counted and
+                left out. A tensor of any type is accepted.
             lengths: (R,) tokens generated, 0 to 1e9, if known; feeds :meth:`predicted_lengths`.
 
         Raises:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_amounts
+from knapsack_rl.allocation.checks import FloatArray, IntArray, as_float64, check_amounts
 from knapsack_rl.allocation.policies import LEAST_TOKENS
 from knapsack_rl.estimation.tracker import OUTCOMES, LengthSums, Outcome
 
@@ -188,7 +188,12 @@ def check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
     Raises:
         ValueError: there is not one per rollout, or one is outside [0, ``LONGEST``].
     """
-    array = np.asarray(lengths, dtype=np.float64)
+    try:
+        array, _ = as_float64(lengths)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lengths must be {rollouts} numbers from 0 to {LONGEST:g}, one per rollout: {error}"
+        ) from error
     if array.shape != (rollouts,) or not ((array >= 0) & (array <= LONGEST)).all():
         raise ValueError(
             f"lengths must be {rollouts} numbers from 0 to {LONGEST:g}, one per rollout, got shape {array.shape}"
