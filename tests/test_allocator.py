@@ -28,7 +28,7 @@ from knapsack_rl import state as statefile
 from knapsack_rl.allocation.coverage import allocate_with_skips
 from knapsack_rl.allocation.policies import allocate_estimated, allocate_expected, allocate_tokens
 from knapsack_rl.estimation.lengths import expected_tokens, predict_work
-from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator
+from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator, WindowEstimator
 from knapsack_rl.ids import in_id_order, stable_order
 from oracles import assert_same_state
 from strategies import no_deadline
@@ -602,6 +602,22 @@ def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
     ]:
         with named_case(arguments=arguments, settings=settings), pytest.raises(ValueError, match=message):
             kr.KnapsackAllocator(*arguments, **settings)
+
+
+def test_a_value_that_fails_anywhere_is_refused_before_the_run() -> None:
+    """Case 13: f(0, p) != 0, also at rates that few prompts have; numbers that are not finite; more than shapes."""
+    for value, message in [
+        (lambda n, p: n * p + p, "the value of no rollouts must be 0"),
+        (lambda n, p: n * p + 1e-18, "the value of no rollouts must be 0"),
+        (lambda n, p: n * p + (p < 0.005), "the value of no rollouts must be 0"),
+        (lambda n, p: n * p + (p > 0.995), "the value of no rollouts must be 0"),
+        (lambda n, p: np.where(n < 100, n * p, np.nan), "must return finite numbers"),
+        (lambda n, p: 1 / 0, "the value function fails"),
+    ]:
+        for estimator in ("bayes-filter", "empirical-bayes", WindowEstimator(fallback=False)):
+            with named_case(message=message, estimator=estimator), pytest.raises(ValueError, match=message):
+                kr.KnapsackAllocator(estimator, value=value)
+    kr.KnapsackAllocator(value=lambda n, p: np.where(n == 0, -0.0, n * np.log1p(p)))  # a zero of either sign
 
 
 def test_the_estimator_may_be_an_object() -> None:

@@ -124,7 +124,7 @@ class KnapsackAllocator(Guarded):
         check_success_rule(success)
         self.success = success
         self.budget_unit, self.value = budget_unit, value
-        check_choices(self.estimator, budget_unit, value, self.min_rollouts)
+        check_choices(self.estimator, budget_unit, value, self.min_rollouts, self.max_rollouts)
         self.tracker = Tracker(self.estimator.evidence_size)
         self._visits_since_refit = 0
         self._prompts_at_refit = 0

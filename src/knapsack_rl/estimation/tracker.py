@@ -151,8 +151,8 @@ class Tracker:
     def lengths(self) -> dict[Outcome, LengthSums]:
         """Return :meth:`Records.lengths_of` of all prompts seen, by outcome, as views that must not be written to."""
         size = len(self)
-        success, failure = (tuple(a[:size] for a in self._records.lengths_of(outcome)) for outcome in OUTCOMES)
-        return {"success": success, "failure": failure}
+        sums = ((outcome, self._records.lengths_of(outcome)) for outcome in OUTCOMES)
+        return {outcome: (n[:size], total[:size], squares[:size]) for outcome, (n, total, squares) in sums}
 
     def _age(self, last_visit: IntArray) -> FloatArray:
         return (self._clock - last_visit) / max(len(self), 1)
