@@ -590,7 +590,7 @@ def test_predicted_lengths() -> None:
 def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
     for arguments, settings, message in [
         (("bayes",), {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
-        (("beta", -1), {}, "min_rollouts must be a whole number >= 0, got -1"),
+        (("beta", -1), {}, "min_rollouts must be a whole number from 0 to 65536, got -1"),
         (("beta", 2.0), {}, "min_rollouts must be a whole number"),
         (("beta", 2, 1), {}, "max_rollouts must be a whole number >= 2, got 1"),
         (("beta", 2, None), {}, "max_rollouts must be a whole number"),

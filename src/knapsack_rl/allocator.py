@@ -32,7 +32,7 @@ from knapsack_rl.allocation.policies import (
 from knapsack_rl.allocation.solver import total_value
 from knapsack_rl.allocation.value import VALUES, ValueLike
 from knapsack_rl.estimation.bayes import check_mixed_outcomes
-from knapsack_rl.estimation.lengths import check_lengths, expected_lengths, expected_tokens
+from knapsack_rl.estimation.lengths import check_length_sums, check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
 from knapsack_rl.estimation.protocol import (
@@ -53,6 +53,9 @@ ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitt
 """Kinds of failures that are about allocation itself, not about logs and samples."""
 
 EVENLY = "allocation failed: divided evenly"
+
+LARGEST_MINIMUM = 2**16
+"""Largest ``min_rollouts``; tables of values grow with it, and it may come from the header of a state file."""
 
 FIRST_COLUMNS = 128
 """Columns of marginal values that an allocation starts with; it takes more where a prompt gets as many rollouts."""
@@ -75,7 +78,7 @@ class KnapsackAllocator(Guarded):
     Args:
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
             fallback), or an object with the methods of :class:`knapsack_rl.estimation.protocol.Estimator`.
-        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another check is worth its rollouts, see
+        min_rollouts: N_low, 0 to 65,536. With 0 a prompt may be skipped until another check is worth its rollouts, see
             :mod:`knapsack_rl.allocation.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
@@ -110,7 +113,7 @@ class KnapsackAllocator(Guarded):
         **estimator_settings: Any,
     ) -> None:
         super().__init__()
-        self.min_rollouts = check_whole("min_rollouts", min_rollouts, minimum=0)
+        self.min_rollouts = check_whole("min_rollouts", min_rollouts, minimum=0, maximum=LARGEST_MINIMUM)
         self.max_rollouts = check_whole("max_rollouts", max_rollouts, minimum=2)
         if self.min_rollouts > self.max_rollouts:
             raise ValueError(f"min_rollouts {min_rollouts} is above max_rollouts {max_rollouts}; lower the minimum")
@@ -447,6 +450,7 @@ class KnapsackAllocator(Guarded):
             raise ValueError(f"the arrays of the allocator state must be a mapping, got {type(arrays).__name__}")
         tracker = Tracker(self.estimator.evidence_size)
         tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
+        check_length_sums(tracker.lengths())
         self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
         self.failures = Counter(header["failures"])

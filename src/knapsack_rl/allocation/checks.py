@@ -82,14 +82,16 @@ def check_counts(counts: ArrayLike) -> IntArray:
     return whole
 
 
-def check_whole(name: str, number: Any, *, minimum: int) -> int:
+def check_whole(name: str, number: Any, *, minimum: int, maximum: int | None = None) -> int:
     """Return a whole number as int.
 
     Raises:
-        ValueError: ``number`` is not an integer, is a bool or is below ``minimum``.
+        ValueError: ``number`` is not an integer, is a bool, is below ``minimum`` or above ``maximum``.
     """
-    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < minimum:
-        raise ValueError(f"{name} must be a whole number >= {minimum}, got {number!r}")
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, (bool, np.bool_))
+    if not whole or number < minimum or (maximum is not None and number > maximum):
+        allowed = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ValueError(f"{name} must be a whole number {allowed}, got {number!r}")
     return int(number)
 
 

@@ -217,6 +217,15 @@ def _variance_ratio(n: FloatArray, mean: FloatArray, within_squares: FloatArray)
     return within / between if between > _VARIANCE_FLOOR else None
 
 
+def check_length_sums(lengths: Mapping[Outcome, LengthSums]) -> None:
+    """Raise ``ValueError`` if sums of lengths, as of ``Tracker.lengths``, cannot come from the same rollouts."""
+    for outcome, sums in lengths.items():
+        try:
+            _check_sums(*sums)
+        except ValueError as error:
+            raise ValueError(f"lengths of the outcome {outcome!r} are impossible: {error}") from error
+
+
 def _check_sums(count_P: FloatArray, total_P: FloatArray, total_squared_P: FloatArray) -> None:
     if not count_P.shape == total_P.shape == total_squared_P.shape:
         raise ValueError(

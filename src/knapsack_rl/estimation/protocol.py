@@ -129,7 +129,7 @@ def finite_evidence(estimator: Estimator, records: Records, successes: IntArray,
 
 def check_discount(discount: float) -> float:
     """Return the discount, or raise ``ValueError`` if it is not in (0, 1]."""
-    if not 0.0 < discount <= 1.0:
+    if not isinstance(discount, (int, float)) or not 0.0 < discount <= 1.0:
         raise ValueError(f"discount must be in (0, 1], got {discount!r}")
     return float(discount)
 
