@@ -408,3 +408,36 @@ def test_a_fork_during_a_save_leaves_no_lock_held(tmp_path: Path, monkeypatch) -
     for name, visits in (("parent.npz", [1, 1]), ("child.npz", [2, 1])):
         assert KnapsackAllocator.load(tmp_path / name).tracker.records().visits.tolist() == visits
     assert {each.name for each in tmp_path.iterdir()} == {"parent.npz", "child.npz"}
+
+
+READ_ONLY = """
+import os, sys
+written = []
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        written.append(arguments[0])
+sys.addaudithook(hook)
+import knapsack_rl as kr
+allocator = kr.KnapsackAllocator()
+allocator.observe(["a"] * 4 + ["b"] * 4, [1, 0, 0, 0, 1, 1, 1, 1], [9] * 8)
+assert allocator.allocate(["a", "b"], 16).counts.sum() == 16
+kr.group_advantages([0, 0], [0.0, 1.0]), kr.allocate([0.5, 0.1], 16)
+assert not allocator.failures and not written, written
+try:
+    allocator.save("state.npz")
+except OSError:
+    allocator.save(sys.argv[1])
+    assert kr.KnapsackAllocator.load(sys.argv[1]).allocate(["a", "b"], 16).counts.sum() == 16
+else:
+    raise AssertionError("the folder is writable")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which not even root can write")
+def test_a_read_only_environment_works(tmp_path: Path) -> None:
+    """Neither home, caches, the working folder nor the folder of the package is writable; nothing tries to write."""
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TMPDIR"), "/proc")
+    environment = os.environ | places | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", READ_ONLY, tmp_path / "state.npz"]
+    subprocess.run(command, check=True, cwd="/proc", env=environment, timeout=120)
+    assert [each.name for each in tmp_path.iterdir()] == ["state.npz"]
