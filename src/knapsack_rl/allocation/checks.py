@@ -52,7 +52,7 @@ def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) ->
         ValueError: an entry is not a number in [0, 1], or is NaN where NaN is not allowed.
     """
     try:
-        rates = np.asarray(success_rates, dtype=np.float64)
+        rates, _ = as_float64(success_rates)
     except (TypeError, ValueError) as error:
         raise ValueError(f"success_rates must be numbers in [0, 1], got {success_rates!r}") from error
     valid = (rates >= 0.0) & (rates <= 1.0)
