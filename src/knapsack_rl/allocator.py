@@ -185,7 +185,7 @@ class KnapsackAllocator(Guarded):
                     return allocate_expected(belief.marginals, budget, low, high, priority=order)
                 return allocate_with_skips(belief, records.age, budget, high, order)
 
-            found, belief = self.decide(records, decide, lambda: reach)
+            found, belief = self.believe_and_decide(records, decide, lambda: reach)
         return self._step.expect(ids, self._note_degradation(found), belief)
 
     def _allocate_tokens(self, ids: list[PromptId], order: FloatArray, budget: float, multiple: int) -> Allocation:
@@ -199,13 +199,11 @@ class KnapsackAllocator(Guarded):
 
         def reach() -> int:
             tokens = tokens_of(finite_belief(self.estimator, records, 2))
-            return (
-                self.max_rollouts
-                if tokens is None
-                else min(self.max_rollouts, int(budget / tokens.min()) + multiple + 1)
-            )
+            if tokens is None:  # each prompt gets its first group, or one of them all that the budget pays for
+                return min(self.max_rollouts, len(ids) * first_group(self.min_rollouts, self.max_rollouts) + multiple)
+            return min(self.max_rollouts, int(budget / tokens.min()) + multiple + 1)
 
-        found, belief = self.decide(records, decide, reach)
+        found, belief = self.believe_and_decide(records, decide, reach)
         found = self._step.expect(ids, self._note_degradation(found), belief)
         tokens = tokens_of(belief)
         if tokens is not None:
@@ -213,7 +211,7 @@ class KnapsackAllocator(Guarded):
         return found
 
     @one_at_a_time
-    def decide(
+    def believe_and_decide(
         self, records: Records, decide: Callable[[Belief, int], Allocation], reach: Callable[[], int]
     ) -> tuple[Allocation, Belief]:
         """Return an allocation by beliefs with as many columns of marginal values as it needs, and the belief.
@@ -226,7 +224,7 @@ class KnapsackAllocator(Guarded):
             decide: allocates by a belief and a maximum, the number of its columns.
             reach: returns the most rollouts that the budget can give to a prompt, at most ``max_rollouts``.
         """
-        falls = self.estimator_name is not None and self.value in VALUES
+        falls = self.estimator_name is not None and isinstance(self.value, str) and self.value in VALUES
         columns = min(self.max_rollouts, max(FIRST_COLUMNS, 2 * self.min_rollouts) if falls else max(reach(), 2))
         while True:
             belief = finite_belief(self.estimator, records, columns)

@@ -106,8 +106,9 @@ class _Population:
             return cls(0.0, 0.0, None, 0.0, 0.0)
         mean, mean_square = mean / scale, (root_mean_square / scale) ** 2
         ratio = _variance_ratio(n, mean, n * np.maximum(mean_square - mean**2, 0.0))
+        least, most = float(mean.min()), float(mean.max())
         mu = float(np.average(mean, weights=n if ratio is None else n / (n + ratio)))
-        return cls(scale, mu, ratio, float(mean.min()), float(mean.max()))
+        return cls(scale, min(max(mu, least), most), ratio, least, most)  # an average may err in the last place
 
     def expected(self, sums: LengthSums) -> FloatArray:
         """Return the expected length of a rollout of prompts, who need not be among those of the model."""
@@ -119,7 +120,7 @@ class _Population:
             # Rounding may leave the range of the means by one unit in the last place, and so turn 0 negative.
             least, most = np.minimum(mean, self.least), np.maximum(mean, self.most)
             predicted_P[seen_P] = np.clip(self.mean + n / (n + self.ratio) * (mean - self.mean), least, most)
-        return np.clip(predicted_P, 0.0, None) * self.scale
+        return predicted_P * self.scale
 
 
 def expected_lengths(lengths: Mapping[Outcome, LengthSums], rows: IntArray) -> FloatArray:
