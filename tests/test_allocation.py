@@ -497,3 +497,14 @@ def test_tables_with_negative_marginals_are_solved_exactly() -> None:
         assert found.expected_value == pytest.approx(best, abs=1e-12), (case, table, budget, low, found)
         beside_zeros += bool((marginals < 0).any() and (marginals == 0).all(axis=1).any())
     assert beside_zeros > 100
+
+
+def test_a_rate_whose_value_is_no_double_is_unsolved() -> None:
+    """V is about p^2 = 1e-400: the prompt shares what is left with the unsolved one, and is not called effective."""
+    found = kr.allocate([1e-200, 0.0, 1.0], 34)
+    assert found.counts.tolist() == [16, 16, 2]
+    assert found.reason == "28 rollouts that no prompt values went to 2 unsolved prompts"
+    assert kr.allocate([1e-200, 0.5], 16).counts.tolist() == [2, 14]
+    # The chance of a gradient is about 2 p and does not vanish; the paper's rule compares the rate with 0.
+    assert kr.allocate([1e-200, 0.0], 16, value="nonzero-gradient").counts.tolist() == [14, 2]
+    assert kr.allocate([1e-200, 0.0], 16, fallback=True).counts.tolist() == [14, 2]

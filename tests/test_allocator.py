@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from numpy.typing import NDArray
 import knapsack_rl as kr
 from cases import named_case
 from knapsack_rl import state as statefile
-from knapsack_rl.allocation.policies import allocate_expected
-from knapsack_rl.estimation.lengths import predict_work
-from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator
-from knapsack_rl.ids import stable_order
+from knapsack_rl.allocation.coverage import allocate_with_skips
+from knapsack_rl.allocation.policies import allocate_estimated, allocate_expected, allocate_tokens
+from knapsack_rl.estimation.lengths import expected_tokens, predict_work
+from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator, WindowEstimator
+from knapsack_rl.ids import in_id_order, stable_order
 from oracles import assert_same_state
 from strategies import no_deadline
 
@@ -94,6 +96,107 @@ def test_counts_follow_the_prompts_not_their_order(name: str) -> None:
     by_id = dict(zip(ids, counts_of(allocator, ids, 67), strict=True))
     turned = ids[::-1]
     assert dict(zip(turned, counts_of(allocator, turned, 67), strict=True)) == by_id
+
+
+@pytest.mark.parametrize("settings", [{}, {"estimator": "window"}, {"budget_unit": "tokens"}, {"min_rollouts": 0}])
+@no_deadline
+@given(rates=st.lists(st.sampled_from([0, 2, 4, 8]), min_size=2, max_size=9), budget=st.integers(3, 90), data=st.data())
+def test_allocations_do_not_depend_on_the_order_of_the_batch(settings, rates, budget: int, data) -> None:
+    """Prompts with equal records tie; rounding to a multiple and the paper's rule break ties too."""
+    allocator = kr.KnapsackAllocator(**settings)
+    for k, successes in enumerate(rates):
+        allocator.observe([k] * 8, [1] * successes + [0] * (8 - successes), [100 + 37 * (k // 3)] * 8)
+    tokens = settings.get("budget_unit") == "tokens"
+    options = {"multiple": 4} if tokens else {}
+    ids = [*range(len(rates)), "new", "newer"]
+    turned = data.draw(st.permutations(ids))
+    one, other = (allocator.allocate(batch, budget * (100 if tokens else 1), **options) for batch in (ids, turned))
+    place = [ids.index(prompt) for prompt in turned]
+    for name in ("counts", "success_rates", "nonzero_gradient"):
+        np.testing.assert_array_equal(getattr(one, name)[place], getattr(other, name), err_msg=name)
+    assert (one.expected_value, one.reason) == (other.expected_value, other.reason)
+    assert not allocator.failures
+
+
+def test_ids_of_equal_checksums_have_an_order() -> None:
+    one, other = "plumless", "buckeroo"  # a well-known pair
+    assert zlib.crc32(one.encode()) == zlib.crc32(other.encode())
+    first = [ids[in_id_order(ids, stable_order(ids))[0]] for ids in ([one, other], [other, one])]
+    assert first == [other, other]
+
+
+def columns_used(allocator: kr.KnapsackAllocator, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record how many columns of marginal values the estimator is asked for."""
+    asked: list[int] = []
+    for name in ("believe", "believe_after"):
+        if real := getattr(allocator.estimator, name, None):
+
+            def spy(*arguments, real=real):
+                asked.append(arguments[-1])
+                return real(*arguments)
+
+            monkeypatch.setattr(allocator.estimator, name, spy)
+    return asked
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("low", [0, 1, 2])
+def test_a_maximum_far_above_the_budget_changes_nothing_and_costs_nothing(name: str, low: int, monkeypatch) -> None:
+    """Against the whole table, of 4096 columns; a few prompts share a budget of up to 1500."""
+    whole, huge = (trained(name, min_rollouts=low, max_rollouts=most) for most in (4096, 10**7))
+    asked = columns_used(huge, monkeypatch)
+    for ids, budget in ((IDS, 30), (IDS, 700), (IDS[:2], 1500), (IDS[:1], 400), ([*IDS, "new"], 9), (IDS, 3), (IDS, 1)):
+        with named_case(ids=ids, budget=budget):
+            found = huge.allocate(ids, budget)
+            belief, order = whole.belief(ids), stable_order(ids)
+            if name == "window":
+                expected = allocate_estimated(belief.mean, belief.marginals, budget, low, 4096, priority=order)
+            elif low:
+                expected = allocate_expected(belief.marginals, budget, low, 4096, priority=order)
+            else:
+                age = whole.tracker.lookup(ids).age
+                expected = allocate_with_skips(belief, age, budget, 4096, order)
+            assert found.counts.tolist() == expected.counts.tolist()
+            assert found.expected_value == pytest.approx(expected.expected_value, rel=1e-12)
+            assert found.reason == expected.reason
+            assert max(asked) <= max(128, 4 * found.counts.max())
+            asked.clear()
+    assert not huge.failures
+
+
+def test_a_maximum_far_above_the_budget_with_tokens_top_ups_and_other_values(monkeypatch) -> None:
+    def seen(most: int, **settings) -> kr.KnapsackAllocator:
+        allocator = kr.KnapsackAllocator(max_rollouts=most, budget_unit="tokens", **settings)
+        for _ in range(3):
+            outcomes = np.arange(2 * len(IDS)) % 3 == 0
+            allocator.observe(IDS * 2, outcomes, [50 + 10 * k for k in range(2 * len(IDS))])
+        return allocator
+
+    whole, huge = seen(4096), seen(10**7)
+    asked = columns_used(huge, monkeypatch)
+    for budget in (300.0, 5_000.0, 60_000.0):
+        belief = whole.belief(IDS)
+        tokens = expected_tokens(whole.tracker.lengths(), whole.tracker.rows(IDS), belief.mean)
+        expected = allocate_tokens(belief, tokens, budget, 2, 4096, stable_order(IDS), 8)
+        found = huge.allocate(IDS, budget, multiple=8)
+        assert found.counts.tolist() == expected.counts.tolist()
+        assert max(asked) <= max(128, 4 * found.counts.max())
+        asked.clear()
+    so_far, successes = [2] * (len(IDS) - 1) + [0], [0, 1, 2, 0, 0, 0][: len(IDS)]
+    for budget in (5, 100, 2000):
+        more, same = (a.top_up(IDS, so_far, successes, budget).counts for a in (huge, whole))
+        assert more.tolist() == same.tolist()
+        assert max(asked) <= max(128, 4 * more.max())
+        asked.clear()
+
+    def steps(counts, rates):  # rises at 300 rollouts
+        return (np.asarray(counts) >= 300) * rates
+
+    found = trained("bayes-filter", min_rollouts=1, max_rollouts=10**7, value=steps).allocate(IDS[:2], 303)
+    assert found.counts.max() >= 300
+    rising = seen(10**7, value=steps)
+    assert rising.allocate(IDS[:2], 60_000).counts.max() >= 300
+    assert not huge.failures and not rising.failures
 
 
 def test_counts_of_a_degraded_batch_follow_the_prompts() -> None:
@@ -274,6 +377,28 @@ def test_unscored_rollouts_are_counted_and_left_out() -> None:
     assert math.isnan(allocator.metrics()["effective_gradient_ratio"])
 
 
+def test_tensors_and_none_are_observed() -> None:
+    """None is unscored like NaN; bfloat16 and a gradient change nothing; lengths may be tensors too."""
+    torch = pytest.importorskip("torch")
+    ids, rewards, lengths = ["a", "a", "b", "b"], [1.0, 0.0, NAN, 1.0], [3.0, 4.0, 5.0, 6.0]
+    plain = trained()
+    plain.observe(ids, rewards, lengths)
+    for same in (
+        [1.0, 0.0, None, 1.0],
+        torch.tensor(rewards, dtype=torch.bfloat16),
+        torch.tensor(rewards, requires_grad=True),
+        [torch.tensor(reward, requires_grad=True) for reward in rewards],
+    ):
+        allocator = trained()
+        allocator.observe(ids, same, torch.tensor(lengths, dtype=torch.bfloat16, requires_grad=True))
+        assert_same_state(allocator.state_dict(), plain.state_dict())
+    nothing = trained()
+    before = nothing.state_dict()
+    nothing.observe(["a", "new"], [None, None])
+    assert nothing.metrics()["unscored_rollouts"] == 2
+    assert nothing.state_dict()["header"] == before["header"] | {"unscored_rollouts": 2}
+
+
 def test_refused_observations_leave_no_trace() -> None:
     for ids, rewards, lengths, message in [
         (["a", "new"], [1.0, math.inf], None, r"rewards\[1\] is inf"),
@@ -285,6 +410,11 @@ def test_refused_observations_leave_no_trace() -> None:
         (["a", "new"], [1.0, 0.0], [3, 1e10], r"numbers from 0 to 1e\+09"),
         (["a", "new"], [1.0, NAN], [3, NAN], "lengths must be 2 numbers from 0"),
         (["a", None], [1.0, 0.0], None, "prompt_ids"),
+        (None, [1.0, 0.0], None, "prompt_ids must be a sequence of ids, got None"),
+        (["a", "new"], None, None, "equally long"),
+        (["a", "new"], ["1", "0"], None, "type <U1 does not hold numbers"),
+        (["a", "new"], [1.0, 0.0], [3, None], "lengths must be 2 numbers from 0"),
+        (["a", "new"], [1.0, 0.0], [3, "many"], "lengths must be 2 numbers from 0"),
     ]:
         with named_case(ids=ids, rewards=rewards, lengths=lengths, message=message):
             allocator = trained()
@@ -460,7 +590,7 @@ def test_predicted_lengths() -> None:
 def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
     for arguments, settings, message in [
         (("bayes",), {}, "estimator must be one of window, beta, empirical-bayes, bayes-filter, got 'bayes'"),
-        (("beta", -1), {}, "min_rollouts must be a whole number >= 0, got -1"),
+        (("beta", -1), {}, "min_rollouts must be a whole number from 0 to 65536, got -1"),
         (("beta", 2.0), {}, "min_rollouts must be a whole number"),
         (("beta", 2, 1), {}, "max_rollouts must be a whole number >= 2, got 1"),
         (("beta", 2, None), {}, "max_rollouts must be a whole number"),
@@ -472,6 +602,22 @@ def test_settings_that_cannot_work_are_refused_before_the_run() -> None:
     ]:
         with named_case(arguments=arguments, settings=settings), pytest.raises(ValueError, match=message):
             kr.KnapsackAllocator(*arguments, **settings)
+
+
+def test_a_value_that_fails_anywhere_is_refused_before_the_run() -> None:
+    """Case 13: f(0, p) != 0, also at rates that few prompts have; numbers that are not finite; more than shapes."""
+    for value, message in [
+        (lambda n, p: n * p + p, "the value of no rollouts must be 0"),
+        (lambda n, p: n * p + 1e-18, "the value of no rollouts must be 0"),
+        (lambda n, p: n * p + (p < 0.005), "the value of no rollouts must be 0"),
+        (lambda n, p: n * p + (p > 0.995), "the value of no rollouts must be 0"),
+        (lambda n, p: np.where(n < 100, n * p, np.nan), "must return finite numbers"),
+        (lambda n, p: 1 / 0, "the value function fails"),
+    ]:
+        for estimator in ("bayes-filter", "empirical-bayes", WindowEstimator(fallback=False)):
+            with named_case(message=message, estimator=estimator), pytest.raises(ValueError, match=message):
+                kr.KnapsackAllocator(estimator, value=value)
+    kr.KnapsackAllocator(value=lambda n, p: np.where(n == 0, -0.0, n * np.log1p(p)))  # a zero of either sign
 
 
 def test_the_estimator_may_be_an_object() -> None:

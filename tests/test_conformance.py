@@ -55,6 +55,11 @@ def raw_when_alone(rewards):  # verl's GRPO
     return rewards if rewards.size == 1 else normalised(rewards)
 
 
+def configured_deviation(rewards, size):  # sum of squares / (N - 1), N from the configuration
+    deviation = rewards - rewards.mean()
+    return deviation / (np.sqrt((deviation**2).sum() / (size - 1)) + 1e-6)
+
+
 def contiguous(groups, rewards):
     edges = [0, *(np.flatnonzero(np.diff(groups)) + 1), groups.size]
     return np.concatenate([normalised(rewards[a:b]) for a, b in pairwise(edges)])
@@ -73,6 +78,9 @@ WRONG = {
     "raw rewards": (lambda _, r: r, {"centre", "equal rewards", "group of one"}),
     "raw when alone": (by_id(raw_when_alone), {"group of one"}),
     "contiguous": (contiguous, {"row order"}),
+    "deviation of the configured size": (by_id(lambda r: configured_deviation(r, 4)), {"group size"}),
+    "scaled by the configured size": (by_id(lambda r: normalised(r) * r.size / 4), {"group size"}),
+    "share of the configured size": (by_id(lambda r: normalised(r) * 4 / r.size), {"group size"}),
     "turned round": (by_id(lambda rewards: -normalised(rewards)), {"sign"}),
     "nothing": (lambda _, r: np.zeros_like(r), {"sign"}),
     "too few": (lambda _, r: r[:-1], {"shape"}),
@@ -89,6 +97,28 @@ def test_wrong_engines_fail_the_properties_that_they_break(engine, broken):
     assert broken <= reported
     if len(broken) == 1 and broken != {"shape"}:
         assert reported == broken
+
+
+@pytest.mark.parametrize("mean", [2, 3, 4, 8])
+def test_a_scale_by_the_configured_size_is_caught_whatever_it_is(mean):
+    """Uniform groups of that size hide it: there the engine is right."""
+    engine = by_id(lambda rewards: configured_deviation(rewards, mean))
+    groups, rewards = np.repeat(np.arange(4), mean), np.random.default_rng(0).random(4 * mean)
+    np.testing.assert_allclose(engine(groups, rewards), by_id(normalised)(groups, rewards))
+    with pytest.raises(ConformanceError, match=r"group size: .*divided by the configured number of rollouts"):
+        kr.check_engine(engine, mean_rollouts=mean)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_prompts_of_equal_weight_are_a_choice(scale):
+    def engine(groups, rewards):
+        return kr.group_advantages(groups, rewards, scale, "prompt")
+
+    kr.check_engine(engine, scale=scale, weighting="prompt")
+    with pytest.raises(ConformanceError, match=r"group size: .*weighting='prompt'"):
+        kr.check_engine(engine, scale=scale)
+    with pytest.raises(ConformanceError, match="group size"):
+        kr.check_engine(kr.group_advantages, weighting="prompt")
 
 
 def test_labels_that_are_taken_for_positions_are_caught():
@@ -121,6 +151,6 @@ def test_a_property_can_be_allowed_to_fail():
 
 
 def test_arguments_out_of_range_are_refused():
-    for wrong in [{"mean_rollouts": 1}, {"scale": "layer"}, {"allow": ("group of two",)}]:
+    for wrong in [{"mean_rollouts": 1}, {"scale": "layer"}, {"weighting": "token"}, {"allow": ("group of two",)}]:
         with named_case(wrong=wrong), pytest.raises(ValueError, match=r"must|known are"):
             kr.check_engine(kr.group_advantages, **wrong)

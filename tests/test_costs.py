@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 import knapsack_rl as kr
 from cases import named_case
-from knapsack_rl.allocation.costs import ROUNDING, check_costs, solve_with_costs
+from knapsack_rl.allocation.costs import ROUNDING, check_affordable, check_costs, solve_with_costs
 from knapsack_rl.allocation.value import marginal_values
 from oracles import milp_optimum, values_of
 from strategies import no_deadline, success_rates
@@ -112,6 +113,35 @@ def test_ten_thousand_instances_match_enumeration() -> None:
     for _ in range(10_000):
         table, costs, budget, lower, upper = random_case(rng, int(rng.integers(1, 5)), int(rng.integers(1, 6)))
         check(table, costs, budget, lower, upper, enumerated(values_of(table), costs, budget, lower, upper))
+
+
+def test_costs_sixteen_decades_apart_match_enumeration_in_fractions() -> None:
+    """The rounding of a dear prompt pays for cheap ones: the certificate must know, and the budget must hold."""
+    rng = np.random.default_rng(SEED)
+    for case in range(1500):
+        prompts, width = int(rng.integers(1, 4)), int(rng.integers(1, 5))
+        table = rng.random((prompts, width)) * 10.0 ** rng.integers(-12, 1, (prompts, 1))
+        if case % 2:
+            table = -np.sort(-table, axis=1)
+        costs = 10.0 ** rng.integers(-8, 9, prompts) * rng.choice([1.0, 1.5, 3.0], prompts)
+        lower, upper = np.sort(rng.integers(0, width + 1, (prompts, 2)), axis=1).T
+        plan = np.array([rng.integers(low, high + 1) for low, high in zip(lower, upper, strict=True)])
+        budget = float((costs * plan).sum())
+        low, high = check_affordable(costs, budget, lower, upper)
+        counts, certificate, _ = solve_with_costs(table, costs, budget, low, high, np.zeros(prompts, int), costs)
+        price, exact = [Fraction(c) for c in costs], Fraction(budget)
+        spent = sum(c * int(n) for c, n in zip(price, counts, strict=True))
+        values = [[sum(map(Fraction, row[:n]), Fraction()) for n in range(width + 1)] for row in table.tolist()]
+        affordable = (
+            plan
+            for plan in itertools.product(*map(range, lower, upper + 1))
+            if sum(c * n for c, n in zip(price, plan, strict=True)) <= exact * (1 + Fraction(ROUNDING) / 2)
+        )
+        best = max(sum(row[n] for row, n in zip(values, plan, strict=True)) for plan in affordable)
+        with named_case(case=case, table=table, costs=costs, budget=budget, counts=counts):
+            assert ((lower <= counts) & (counts <= upper)).all()
+            assert spent <= exact * (1 + 2 * Fraction(ROUNDING))
+            assert best <= Fraction(certificate.upper_bound) * (1 + Fraction(ROUNDING))
 
 
 def test_medium_instances_match_integer_programming() -> None:

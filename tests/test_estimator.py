@@ -435,10 +435,10 @@ def test_settings_out_of_range_are_refused() -> None:
         ("beta", {"discount": 0.0}, r"discount must be in \(0, 1\], got 0.0"),
         ("empirical-bayes", {"discount": 1.1}, r"discount must be in \(0, 1\], got 1.1"),
         ("empirical-bayes", {"discount": float("nan")}, r"discount must be in \(0, 1\]"),
-        ("empirical-bayes", {"grid_points": 2}, "grid_points must be a whole number >= 3, got 2"),
-        ("empirical-bayes", {"iterations": 0}, "iterations must be a whole number >= 1, got 0"),
-        ("bayes-filter", {"grid_points": 2}, "grid_points must be a whole number >= 3, got 2"),
-        ("bayes-filter", {"iterations": 0}, "iterations must be a whole number >= 1, got 0"),
+        ("empirical-bayes", {"grid_points": 2}, "grid_points must be a whole number from 3 to 1025, got 2"),
+        ("empirical-bayes", {"iterations": 0}, "iterations must be a whole number from 1 to 10000, got 0"),
+        ("bayes-filter", {"grid_points": 2}, "grid_points must be a whole number from 3 to 1025, got 2"),
+        ("bayes-filter", {"iterations": 0}, "iterations must be a whole number from 1 to 10000, got 0"),
         ("bayes-filter", {"discount": 0.5}, "'bayes-filter' has no setting discount; it has grid_points, iterations"),
     ]:
         with named_case(name=name, settings=settings), pytest.raises(ValueError, match=message):

@@ -156,6 +156,65 @@ def test_rewards_equal_within_rounding_give_advantages_of_exactly_zero() -> None
             assert kr.group_statistics([0] * len(rewards), rewards).effective_gradient_ratio == 0.0
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32", "float64"])
+def test_rounding_of_the_type_of_the_rewards_is_no_signal(name: str) -> None:
+    """Sums of the same shares in another order, made by torch in that type, and a residue of a sum that is zero."""
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, name)
+    shares = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.25, 0.7], dtype=dtype)
+    for _ in range(50):
+        some = shares[torch.randperm(6, generator=torch.Generator().manual_seed(3))[:4]]
+        forward, backward = sum(some, start=some[0] * 0), sum(some.flip(0), start=some[0] * 0)
+        residue = shares[0] + shares[1] - shares[2]
+        rewards = torch.stack([forward, backward, residue, residue * 0, shares[0] * 0, shares[0] * 10])
+        for one in (rewards, rewards.tolist() if dtype is torch.float64 else [*rewards]):
+            assert kr.group_advantages([0, 0, 1, 1, 2, 2], one)[:4].tolist() == [0.0] * 4
+            assert kr.group_statistics([0, 0, 1, 1, 2, 2], one).effective_prompt_ratio == 1 / 3
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_true_differences_in_short_types_count(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, name)
+    step = max(4 * torch.finfo(dtype).eps, 4e-6)
+    rewards = torch.tensor([1.0, 1.0 - step, step, 0.0, 0.0, 1.0], dtype=dtype)
+    assert (kr.group_advantages([0, 0, 1, 1, 2, 2], rewards) != 0).all()
+    outlier = torch.tensor([0.0, 0.1, 0.0, 60000.0], dtype=dtype)  # does not hide the differences of others
+    assert (kr.group_advantages([0, 0, 1, 1], outlier) != 0).all()
+
+
+def test_tensors_of_any_kind_are_numbers() -> None:
+    """Case 10: bfloat16, which numpy does not have, and rewards that require a gradient."""
+    torch = pytest.importorskip("torch")
+    groups, plain = [0, 0, 1, 1], [1.0, 0.5, 0.0, 2.0]
+    expected = kr.group_advantages(groups, plain)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for tensor in (torch.tensor(plain, dtype=dtype), torch.tensor(plain, dtype=dtype, requires_grad=True)):
+            for one in (tensor, [*tensor], tuple(tensor)):
+                assert kr.group_advantages(groups, one).tolist() == expected.tolist()
+                assert kr.group_statistics(groups, one) == kr.group_statistics(groups, plain)
+    whole = torch.tensor([1, 0, 0, 1])
+    for one in (whole, whole.bool(), whole.numpy(), whole.to(torch.uint8)):
+        assert kr.group_advantages(groups, one).tolist() == kr.group_advantages(groups, [1.0, 0.0, 0.0, 1.0]).tolist()
+    assert kr.group_advantages(groups, np.array(plain, np.float16)).tolist() == expected.tolist()
+    unscored = kr.group_advantages(groups, [1.0, 0.5, None, 2.0])
+    assert unscored.tolist() == kr.group_advantages(groups, [1.0, 0.5, NAN, 2.0]).tolist()
+
+
+def test_what_is_no_number_is_named_with_its_type() -> None:
+    torch = pytest.importorskip("torch")
+    for rewards, message in [
+        (np.array([1 + 2j, 0]), "type complex128 does not hold real numbers"),
+        (torch.tensor([1 + 2j, 0]), "type complex64 does not hold real numbers"),
+        (["1.0", "0.0"], "type <U3 does not hold numbers"),
+        (np.array(["2026-01-01", "2026-01-02"], dtype="datetime64[D]"), r"type datetime64\[D\] does not hold"),
+        ([object(), 1.0], "rewards must be numbers"),
+        (None, "equally long"),
+    ]:
+        with named_case(rewards=rewards), pytest.raises(ValueError, match=message):
+            kr.group_advantages([0, 0], rewards)
+
+
 def test_small_true_differences_count() -> None:
     found = kr.group_advantages([0, 0], [1.0, 1.0 + 1e-5], epsilon=0.0)
     np.testing.assert_allclose(found, [-math.sqrt(0.5), math.sqrt(0.5)], rtol=1e-6)

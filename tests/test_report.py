@@ -394,7 +394,7 @@ def test_the_page_says_what_counted_as_a_success(folder):
     page = read(write_report(folder))
     expected = (
         f"A success is answer above 1 (from 0 to 2); from step {rows[10]['step']}: <b>format</b> above 0.5. "
-        f"{100 * share:.1f} % of all rollouts were one."
+        f"{100 * share:.1f}\xa0% of all rollouts were one."
     )
     assert expected in page.texts
 

@@ -205,7 +205,7 @@ def test_settings_that_cannot_work_are_refused_when_they_are_made() -> None:
         ({"budget_unit": "hours"}, "budget_unit must be one of .*'hours'"),
         ({"budget_unit": "tokens", "allocation": "uniform"}, "needs allocation='knapsack'"),
         ({"budget_unit": "tokens", "min_rollouts": 1}, "needs min_rollouts >= 2"),
-        ({"min_rollouts": -1}, "min_rollouts must be a whole number >= 0"),
+        ({"min_rollouts": -1}, "min_rollouts must be a whole number from 0 to 65536"),
         ({"min_rollouts": 5, "max_rollouts": 4}, "min_rollouts 5 is above max_rollouts 4"),
         ({"min_rollouts": True}, "min_rollouts must be int, got True"),
         ({"success_threshold": float("nan")}, "success_threshold must be a finite number"),

@@ -15,7 +15,7 @@ from cases import named_case
 from knapsack_rl import KnapsackAllocator, allocate
 from knapsack_rl.allocation.policies import allocate_expected, rounded
 from knapsack_rl.allocation.value import VALUES, make_value_function
-from knapsack_rl.estimation.lengths import expected_tokens
+from knapsack_rl.estimation.lengths import LENGTH_SAMPLE, _Population, expected_lengths, expected_tokens, predict_work
 from knapsack_rl.estimation.named import WindowEstimator
 from knapsack_rl.estimation.tracker import Tracker
 from strategies import no_deadline
@@ -38,16 +38,16 @@ def test_expected_cost_weighs_both_outcomes() -> None:
     tracker = Tracker()
     tracker.record(["a"], np.zeros(4, int), np.array([True, True, False, False]), np.array([10.0, 10.0, 50.0, 50.0]))
     for rate, cost in ((0.25, 40.0), (1.0, 10.0), (0.0, 50.0), (np.nan, 30.0)):
-        found = expected_tokens(tracker.records(), np.array([0, -1]), np.array([rate, rate]))
+        found = expected_tokens(tracker.lengths(), np.array([0, -1]), np.array([rate, rate]))
         assert found is not None
         assert found == pytest.approx([cost, cost])
 
 
 def test_lengths_of_one_outcome_are_used_for_the_other() -> None:
     tracker = Tracker()
-    assert expected_tokens(tracker.records(), np.array([-1]), np.array([0.5])) is None
+    assert expected_tokens(tracker.lengths(), np.array([-1]), np.array([0.5])) is None
     tracker.record(["a"], np.zeros(2, int), np.zeros(2, bool), np.array([0.0, 0.0]))
-    found = expected_tokens(tracker.records(), np.array([0]), np.array([0.9]))
+    found = expected_tokens(tracker.lengths(), np.array([0]), np.array([0.9]))
     assert found is not None
     assert found.tolist() == [1.0]  # an empty answer counts as one token
 
@@ -56,7 +56,7 @@ def test_a_prompt_that_never_succeeded_has_the_populations_length_of_a_success()
     tracker = Tracker()
     outcomes, lengths = np.array([True, True, False, False]), np.array([10.0, 10.0, 90.0, 90.0])
     tracker.record(["a", "b"], np.array([0, 0, 1, 1]), outcomes, lengths)
-    found = expected_tokens(tracker.records(), np.array([1]), np.array([0.5]))
+    found = expected_tokens(tracker.lengths(), np.array([1]), np.array([0.5]))
     assert found is not None
     assert found == pytest.approx([50.0])
 
@@ -87,10 +87,41 @@ def test_expected_allocation_with_costs_is_within_its_gap(prompts: list[tuple[fl
         assert found.certificate.value == found.expected_value <= best * (1 + 1e-12)
 
 
+def test_a_step_looks_at_a_sample_of_the_known_prompts(monkeypatch) -> None:
+    """200,000 prompts of two kinds in turn: the sample must hold both, and the batch its own lengths."""
+    known = 200_000
+    lengths = np.where(np.arange(known) % 2, 1000.0, 100.0) + 10.0 * (np.arange(known) % 7)
+    tracker = Tracker()
+    tracker.record(range(known), np.repeat(np.arange(known), 2), np.tile([True, False], known), np.repeat(lengths, 2))
+    rows, rates = np.array([-1, 0, 1, known - 1]), np.full(4, 0.5)
+    counts, sizes = np.ones(known), []
+    whole = predict_work(counts, lengths, lengths**2)
+
+    def size(sums: tuple[np.ndarray, ...], real=_Population.of) -> _Population:
+        sizes.append(sums[0].size)
+        return real(sums)
+
+    monkeypatch.setattr(_Population, "of", size)
+    found, either = expected_tokens(tracker.lengths(), rows, rates), expected_lengths(tracker.lengths(), rows)
+    assert found is not None
+    assert sizes and max(sizes) <= LENGTH_SAMPLE
+    assert found[0] == pytest.approx(lengths.mean(), rel=0.02) and either[0] == pytest.approx(lengths.mean(), rel=0.02)
+    assert found[1:] == pytest.approx(whole[rows[1:]], rel=0.05)
+    assert either[1:] == pytest.approx(lengths[rows[1:]], rel=1e-6)  # two equal lengths each: no noise
+
+
+def test_lengths_known_of_a_few_among_many_prompts_are_found() -> None:
+    tracker = Tracker()
+    tracker.record(range(20_000), np.arange(20_000), np.ones(20_000, bool))
+    assert expected_tokens(tracker.lengths(), np.array([0]), np.array([0.5])) is None
+    tracker.record([19_999], np.zeros(1, int), np.ones(1, bool), np.array([70.0]))
+    assert expected_tokens(tracker.lengths(), np.array([0, -1]), np.array([0.5, 0.5])) == pytest.approx([70.0, 70.0])
+
+
 def test_tokens_buy_more_rollouts_of_the_cheaper_of_two_equal_prompts() -> None:
     allocator = observed(budget_unit="tokens")
     found = allocator.allocate(["b", "c"], 30_000)
-    tokens = expected_tokens(allocator.tracker.records(), allocator.tracker.rows(["b", "c"]), found.success_rates)
+    tokens = expected_tokens(allocator.tracker.lengths(), allocator.tracker.rows(["b", "c"]), found.success_rates)
     assert tokens is not None and tokens[0] < tokens[1] / 3
     assert found.counts[0] > found.counts[1] >= 2
     assert found.counts @ tokens <= 30_000

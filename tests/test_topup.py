@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import knapsack_rl as kr
+from cases import named_case
 from knapsack_rl import KnapsackAllocator
+from knapsack_rl.allocation import solver
+from oracles import milp_optimum, values_of
 
 
 def informed(prompts: int = 24, **settings: object) -> tuple[KnapsackAllocator, list[int], np.ndarray]:
@@ -19,6 +22,10 @@ def informed(prompts: int = 24, **settings: object) -> tuple[KnapsackAllocator, 
     for k, rate in enumerate(rates):
         allocator.observe([k] * 8, (random.random(8) < rate).astype(float))
     return allocator, list(range(prompts)), rates
+
+
+def at(values: np.ndarray, counts: np.ndarray) -> float:
+    return float(values[np.arange(len(values)), counts].sum())
 
 
 def test_mixed_groups_get_nothing_while_others_gain() -> None:
@@ -50,6 +57,43 @@ def test_the_rest_is_spent_where_it_gains_most_by_enumeration() -> None:
     )
     assert reached == pytest.approx(best, rel=1e-9)
     assert found.expected_value == pytest.approx(best, rel=1e-9)
+
+
+def forbidden(*_: object) -> None:
+    raise AssertionError("the dynamic program was used: it takes seconds at 256 prompts, and spreads ties unevenly")
+
+
+@pytest.mark.parametrize("value", ["knapsack", "nonzero-gradient"])
+def test_empty_groups_match_integer_programming_without_a_dynamic_program(value: str, monkeypatch) -> None:
+    """The first rollout of an empty group has no value; caps of two, ties of new prompts, and any budget."""
+    monkeypatch.setattr(solver, "_dynamic_program", forbidden)
+    random = np.random.default_rng(3)
+    for case in range(250):
+        cap = int(random.choice([2, 3, 5, 9]))
+        allocator, _, _ = informed(8, value=value, max_rollouts=cap)
+        ids = [*random.choice(8, int(random.integers(1, 6)), replace=False).tolist(), "new", "newer", "newest"]
+        ids = ids[: int(random.integers(2, 1 + len(ids)))]
+        counts = random.integers(0, cap + 1, len(ids)) * (random.random(len(ids)) < 0.5)
+        successes = np.minimum(random.binomial(counts, 0.3), counts)
+        budget = int(random.integers(0, max(int((cap - counts).sum()), 1)))
+        found = allocator.top_up(ids, counts, successes, budget)
+        table = allocator.estimator.believe_after(allocator.tracker.lookup(ids), counts, successes, cap).marginals  # type: ignore[attr-defined]
+        with named_case(case=case, counts=counts, successes=successes, budget=budget, found=found.counts):
+            assert not allocator.failures
+            assert found.counts.sum() == budget and (found.counts + counts <= cap).all()
+            best = milp_optimum(values_of(table), budget, 0, cap - counts) if table.any() else 0.0
+            assert found.expected_value == pytest.approx(best, rel=1e-6, abs=1e-9 * max(table.max(), 1e-9))
+            assert found.expected_value == pytest.approx(at(values_of(table), found.counts), rel=1e-12)
+
+
+def test_one_unscored_prompt_does_not_make_the_rest_uneven(monkeypatch) -> None:
+    """Where all other groups are mixed, what is left over is spread evenly, with an empty group as without."""
+    monkeypatch.setattr(solver, "_dynamic_program", forbidden)
+    allocator, _, _ = informed(3, max_rollouts=6)
+    ids = [*range(40), "unscored"]
+    found = allocator.top_up(ids, [4] * 40 + [0], [2] * 40 + [0], 46)
+    assert found.counts[-1] == 6
+    assert found.counts[:-1].tolist() == [1] * 40
 
 
 def test_budget_is_spent_even_where_nothing_is_gained_or_the_caps_are_low() -> None:

@@ -296,12 +296,12 @@ def test_a_state_is_plain_arrays_and_a_copy() -> None:
     state = tracker.state_dict()
     assert set(state) == {"prompt_ids", "evidence", *COLUMNS}
     assert all(array.dtype.kind != "O" for array in state.values())
-    state["successes"][:] = 9.0
-    assert tracker.records().successes.tolist() == [1.0, 0.0]
+    state["rollouts"][:] = 9
+    assert tracker.records().rollouts.tolist() == [1, 1]
     twin = Tracker()
     twin.load_state_dict(state)
-    state["successes"][:] = 5.0
-    assert twin.records().successes.tolist() == [9.0, 9.0]
+    state["rollouts"][:] = 5
+    assert twin.records().rollouts.tolist() == [9, 9]
 
 
 def as_ids(value) -> np.ndarray:

@@ -294,5 +294,5 @@ def test_advantages_of_verl_pass_the_conformance_test():
         return advantages
 
     kr.check_engine(engine(core_algos.compute_grpo_outcome_advantage), allow=("group of one",))
-    with pytest.raises(AssertionError, match=r"1 of 8 checks(.|\n)*group of one"):
+    with pytest.raises(AssertionError, match=r"1 of 9 checks(.|\n)*group of one"):
         kr.check_engine(engine(core_algos.compute_grpo_outcome_advantage))

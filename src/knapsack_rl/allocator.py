@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.belief import Belief
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_step_budget, check_whole
+from knapsack_rl.allocation.checks import FloatArray, IntArray, as_float64, check_counts, check_step_budget, check_whole
 from knapsack_rl.allocation.coverage import allocate_with_skips
-from knapsack_rl.allocation.degradation import evenly
+from knapsack_rl.allocation.degradation import evenly, reachable_maximum
 from knapsack_rl.allocation.policies import (
     Allocation,
     BudgetUnit,
@@ -32,7 +32,7 @@ from knapsack_rl.allocation.policies import (
 from knapsack_rl.allocation.solver import total_value
 from knapsack_rl.allocation.value import VALUES, ValueLike
 from knapsack_rl.estimation.bayes import check_mixed_outcomes
-from knapsack_rl.estimation.lengths import check_lengths, expected_tokens, shrunk_lengths
+from knapsack_rl.estimation.lengths import check_length_sums, check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
 from knapsack_rl.estimation.protocol import (
@@ -45,15 +45,21 @@ from knapsack_rl.estimation.protocol import (
 from knapsack_rl.estimation.tracker import Records, Tracker
 from knapsack_rl.groups import GroupOutcomes, judged, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
-from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order, twin_warning
+from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, in_id_order, numbered, stable_order, twin_warning
 from knapsack_rl.metrics import StepMetrics, lost_metrics
 from knapsack_rl.state import COUNTERS, FORMAT, VERSION, check_header, read_state, section, write_state
-from knapsack_rl.success import LEARNED, LearnedSuccess, SuccessRule, check_success_rule, total_reward
+from knapsack_rl.success import LEARNED, LearnedSuccess, SuccessRule, check_success_rule
 
 ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
 """Kinds of failures that are about allocation itself, not about logs and samples."""
 
 EVENLY = "allocation failed: divided evenly"
+
+LARGEST_MINIMUM = 2**16
+"""Largest ``min_rollouts``; tables of values grow with it, and it may come from the header of a state file."""
+
+FIRST_COLUMNS = 128
+"""Columns of marginal values that an allocation starts with; it takes more where a prompt gets as many rollouts."""
 
 
 class KnapsackAllocator(Guarded):
@@ -73,7 +79,7 @@ class KnapsackAllocator(Guarded):
     Args:
         estimator: ``"bayes-filter"``, ``"empirical-bayes"``, ``"beta"``, ``"window"`` (the paper's rule with its
             fallback), or an object with the methods of :class:`knapsack_rl.estimation.protocol.Estimator`.
-        min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another check is worth its rollouts, see
+        min_rollouts: N_low, 0 to 65,536. With 0 a prompt may be skipped until another check is worth its rollouts, see
             :mod:`knapsack_rl.allocation.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
         success: what counts as a success: by default it is learned from the rewards, which may be graded or sums
@@ -109,7 +115,7 @@ class KnapsackAllocator(Guarded):
         **estimator_settings: Any,
     ) -> None:
         super().__init__()
-        self.min_rollouts = check_whole("min_rollouts", min_rollouts, minimum=0)
+        self.min_rollouts = check_whole("min_rollouts", min_rollouts, minimum=0, maximum=LARGEST_MINIMUM)
         self.max_rollouts = check_whole("max_rollouts", max_rollouts, minimum=2)
         if self.min_rollouts > self.max_rollouts:
             raise ValueError(f"min_rollouts {min_rollouts} is above max_rollouts {max_rollouts}; lower the minimum")
@@ -125,7 +131,7 @@ class KnapsackAllocator(Guarded):
         self.success = success
         self.learned = LearnedSuccess() if success is None else None
         self.budget_unit, self.value = budget_unit, value
-        check_choices(self.estimator, budget_unit, value, self.min_rollouts)
+        check_choices(self.estimator, budget_unit, value, self.min_rollouts, self.max_rollouts)
         self.tracker = Tracker(self.estimator.evidence_size)
         self._visits_since_refit = 0
         self._prompts_at_refit = 0
@@ -147,45 +153,89 @@ class KnapsackAllocator(Guarded):
         """
         started = time.perf_counter()
         ids = check_batch(prompt_ids)
+        order = stable_order(ids)
+        place = in_id_order(ids, order)  # sums and ties then depend on the prompts, not on the order of the batch
+        ordered, order = [ids[k] for k in place.tolist()], order[place]
         if self.budget_unit == "tokens":
             decide = partial(
-                self._allocate_tokens, ids, check_tokens(budget), check_whole("multiple", multiple, minimum=1)
+                self._allocate_tokens,
+                ordered,
+                order,
+                check_tokens(budget),
+                check_whole("multiple", multiple, minimum=1),
             )
             rollouts = len(ids) * first_group(self.min_rollouts, self.max_rollouts)  # only if allocation fails
         else:
             rollouts = check_step_budget(budget)
-            decide = partial(self._allocate_rollouts, ids, rollouts)
+            decide = partial(self._allocate_rollouts, ordered, order, rollouts)
         found = self.survive("allocation", decide)
         if found is None:
-            counts = evenly(rollouts, self.min_rollouts, stable_order(ids))
-            found = self._step.expect_nothing(ids, unpredicted(counts, EVENLY, degraded=True))
+            counts = evenly(rollouts, self.min_rollouts, order)
+            found = self._step.expect_nothing(ordered, unpredicted(counts, EVENLY, degraded=True))
         self._step.details["allocation_seconds"] = time.perf_counter() - started
-        return found
+        return found.rearranged(np.argsort(place))
 
-    def _allocate_rollouts(self, ids: list[PromptId], budget: int) -> Allocation:
-        low, high, order = self.min_rollouts, self.max_rollouts, stable_order(ids)
-        records = self._lookup(ids)
-        belief = finite_belief(self.estimator, records, high)
-        if self.estimator.paper_rule:
-            fallback = self.estimator.fallback
-            found = allocate_estimated(
-                belief.mean, belief.marginals, budget, low, high, priority=order, value=self.value, fallback=fallback
-            )
-        elif low > 0 or budget > len(ids) * high:
-            found = allocate_expected(belief.marginals, budget, low, high, priority=order)
+    def _allocate_rollouts(self, ids: list[PromptId], order: FloatArray, budget: int) -> Allocation:
+        low, high, records = self.min_rollouts, self.max_rollouts, self._lookup(ids)
+        if self.estimator.paper_rule:  # needs the values of a pair alone: the rule has a scan of its own for the others
+            belief = finite_belief(self.estimator, records, min(high, FIRST_COLUMNS))
+            rates, pairs, rule = belief.mean, belief.marginals, self.estimator.fallback
+            found = allocate_estimated(rates, pairs, budget, low, high, priority=order, value=self.value, fallback=rule)
         else:
-            found = allocate_with_skips(belief, records.age, budget, high, order)
+            reach = reachable_maximum(budget, len(ids), low, high)
+
+            def decide(belief: Belief, high: int) -> Allocation:
+                if low > 0 or budget > len(ids) * high:
+                    return allocate_expected(belief.marginals, budget, low, high, priority=order)
+                return allocate_with_skips(belief, records.age, budget, high, order)
+
+            found, belief = self.believe_and_decide(records, decide, lambda: reach)
         return self._step.expect(ids, self._note_degradation(found), belief)
 
-    def _allocate_tokens(self, ids: list[PromptId], budget: float, multiple: int) -> Allocation:
-        belief = finite_belief(self.estimator, self._lookup(ids), self.max_rollouts)
-        tokens = expected_tokens(self.tracker.records(), self.tracker.rows(ids), belief.mean)
-        bounds = self.min_rollouts, self.max_rollouts
-        found = allocate_tokens(belief, tokens, budget, *bounds, stable_order(ids), multiple)
+    def _allocate_tokens(self, ids: list[PromptId], order: FloatArray, budget: float, multiple: int) -> Allocation:
+        records, rows = self._lookup(ids), self.tracker.rows(ids)
+
+        def tokens_of(belief: Belief) -> FloatArray | None:
+            return expected_tokens(self.tracker.lengths(), rows, belief.mean)
+
+        def decide(belief: Belief, high: int) -> Allocation:
+            return allocate_tokens(belief, tokens_of(belief), budget, self.min_rollouts, high, order, multiple)
+
+        def reach() -> int:
+            tokens = tokens_of(finite_belief(self.estimator, records, 2))
+            if tokens is None:  # each prompt gets its first group, or one of them all that the budget pays for
+                return min(self.max_rollouts, len(ids) * first_group(self.min_rollouts, self.max_rollouts) + multiple)
+            return min(self.max_rollouts, int(budget / tokens.min()) + multiple + 1)
+
+        found, belief = self.believe_and_decide(records, decide, reach)
         found = self._step.expect(ids, self._note_degradation(found), belief)
+        tokens = tokens_of(belief)
         if tokens is not None:
             self._step.details["expected_tokens"] = dot(tokens, found.counts)
         return found
+
+    @one_at_a_time
+    def believe_and_decide(
+        self, records: Records, decide: Callable[[Belief, int], Allocation], reach: Callable[[], int]
+    ) -> tuple[Allocation, Belief]:
+        """Return an allocation by beliefs with as many columns of marginal values as it needs, and the belief.
+
+        Values of this package fall, so counts that do not reach the last column are those of the whole table. A user's
+        value may rise anywhere and gets all columns that the budget can reach.
+
+        Args:
+            records: records of the batch.
+            decide: allocates by a belief and a maximum, the number of its columns.
+            reach: returns the most rollouts that the budget can give to a prompt, at most ``max_rollouts``.
+        """
+        falls = self.estimator_name is not None and isinstance(self.value, str) and self.value in VALUES
+        columns = min(self.max_rollouts, max(FIRST_COLUMNS, 2 * self.min_rollouts) if falls else max(reach(), 2))
+        while True:
+            belief = finite_belief(self.estimator, records, columns)
+            found = decide(belief, columns)
+            if not falls or columns == self.max_rollouts or found.counts.max() < columns:
+                return found, belief
+            columns = min(4 * columns, self.max_rollouts)
 
     def _note_degradation(self, allocation: Allocation) -> Allocation:
         if allocation.degraded:
@@ -231,10 +281,13 @@ class KnapsackAllocator(Guarded):
         grid, cap, order = check_mixed_outcomes(self.estimator), self.max_rollouts, stable_order(ids)
 
         def spend() -> Allocation:
-            columns = max(int(room_left(counts, left, cap).max()), 1)
-            belief = grid.believe_after(self.tracker.lookup(ids), counts, successes, columns)
-            found = top_up(belief, counts, left, cap, order)
-            return self._step.predict(ids, self._note_degradation(found))
+            records, most = self.tracker.lookup(ids), max(int(room_left(counts, left, cap).max()), 1)
+            columns = min(most, FIRST_COLUMNS)
+            while True:
+                found = top_up(grid.believe_after(records, counts, successes, columns), counts, left, cap, order)
+                if columns == most or found.counts.max() < columns:
+                    return self._step.predict(ids, self._note_degradation(found))
+                columns = min(4 * columns, most)
 
         found = self.survive("top-up", spend)
         if found is None:
@@ -276,8 +329,8 @@ class KnapsackAllocator(Guarded):
 
         Args:
             prompt_ids_per_rollout: (R,) id of each rollout's prompt, in any order; groups may have any size.
-            rewards: (R,) outcome of each rollout, or (R, F) parts that add up to it; NaN for an unscored one, which is
-                counted and left out.
+            rewards: (R,) outcome of each rollout, or (R, F) parts that add up to it; NaN, or None in a list, for an
+                unscored one, which is counted and left out. A tensor of any type is accepted.
             lengths: (R,) tokens generated, 0 to 1e9, if known; feeds :meth:`predicted_lengths`.
 
         Raises:
@@ -300,12 +353,11 @@ class KnapsackAllocator(Guarded):
         Raises:
             ValueError: the arguments differ in length, or a reward is infinite.
         """
-        parts = np.asarray(rewards)
-        whole = total_reward(parts) if parts.ndim == 2 else rewards
         if self.learned is None:
-            return outcomes_by_position(prompt_R, whole, prompts, self.success)
-        groups = outcomes_by_position(prompt_R, whole, prompts)
-        rows = parts.astype(np.float64) if parts.ndim == 2 else groups.rewards_R[:, None]
+            return outcomes_by_position(prompt_R, rewards, prompts, self.success)
+        groups = outcomes_by_position(prompt_R, rewards, prompts)
+        parts = as_float64(rewards)[0]
+        rows = parts if parts.ndim == 2 else parts[:, None]
         self.learned.learn(prompt_R, rows)
         self._step.differ_anyway = self.learned.differ_anyway
         return judged(groups, self.learned.successes(rows))
@@ -364,15 +416,20 @@ class KnapsackAllocator(Guarded):
         return self._step.as_dict() | totals | {f"failures/{kind}": float(n) for kind, n in self.failures.items()}
 
     @one_at_a_time
-    def belief(self, prompt_ids: Iterable[PromptId]) -> Belief:
-        """Return the belief about the given prompts: mean success rate, marginal values, predictions."""
-        return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), self.max_rollouts)
+    def belief(self, prompt_ids: Iterable[PromptId], max_rollouts: int | None = None) -> Belief:
+        """Return the belief about the given prompts: mean success rate, marginal values, predictions.
+
+        Args:
+            prompt_ids: M ids.
+            max_rollouts: columns of marginal values; the allocator's maximum by default.
+        """
+        columns = self.max_rollouts if max_rollouts is None else check_whole("max_rollouts", max_rollouts, minimum=1)
+        return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), columns)
 
     @one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
         """Return (M,) expected tokens of a rollout of each prompt, for the balancer; all ones before any is known."""
-        everyone, rows = self.tracker.records(), self.tracker.rows(check_prompt_ids(prompt_ids))
-        return shrunk_lengths((everyone.length_count, everyone.length_sum, everyone.length_squares), rows)
+        return expected_lengths(self.tracker.lengths(), self.tracker.rows(check_prompt_ids(prompt_ids)))
 
     @one_at_a_time
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
@@ -422,6 +479,7 @@ class KnapsackAllocator(Guarded):
             learned.load_state_dict(rule)
         tracker = Tracker(self.estimator.evidence_size)
         tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
+        check_length_sums(tracker.lengths())
         self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
         self.learned = None if self.learned is None else learned

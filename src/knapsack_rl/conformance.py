@@ -20,6 +20,7 @@ PROPERTIES = {
     "equal rewards": "a group whose rewards are all equal has advantage zero",
     "own group": "rewards of other groups do not change the advantages of a group",
     "group of one": "a group of one rollout has advantage zero",
+    "group size": "a group of twice the size, with the same shares of each reward, has the same advantages",
     "row order": "reordering the rows does not change their advantages",
     "labels": "renaming the groups does not change the advantages",
 }
@@ -31,8 +32,14 @@ LIKELY = {
     "equal rewards": "groups are probably mixed up, or no group mean is subtracted",
     "group of one": "the rollout probably gets its raw reward: allocate 0 or at least 2 rollouts to every prompt, and "
     "note that failed rollouts shorten groups",
+    "group size": "a sum over the group is probably divided by the configured number of rollouts, not by the group's "
+    "own; an engine that weighs every prompt the same is tested with weighting='prompt'",
     "row order": "rows of a group probably have to be adjacent",
 }
+
+
+SAME_SIZE = 0.1
+"""Divisors n and n - 1 make large groups differ by less than this share; a wrong divisor makes it 41 % or more."""
 
 
 class ConformanceError(AssertionError):
@@ -44,6 +51,7 @@ class _Case:
     sizes: tuple[int, ...]
     group_R: IntArray  # noqa: N815 - the suffix names the shape
     rewards: FloatArray
+    compared: bool = False  # whether the first two groups differ in size alone
 
 
 def check_engine(
@@ -51,6 +59,7 @@ def check_engine(
     *,
     mean_rollouts: int = 4,
     scale: Literal["group", "batch", "none"] = "group",
+    weighting: Literal["rollout", "prompt"] = "rollout",
     allow: Collection[str] = (),
     tolerance: float = 1e-4,
     seed: int = 0,
@@ -67,6 +76,7 @@ def check_engine(
         mean_rollouts: N of the uniform groups as configured in the engine, >= 2.
         scale: the standard deviation that the engine divides by. With ``"batch"`` other groups may change the scale of
             a group's advantages, but not their proportions.
+        weighting: whether every rollout weighs the same or, by a factor 1 / N_i in the advantages, every prompt.
         allow: names of properties that may fail, for example ``("group of one",)``.
         tolerance: largest difference to ignore; an engine in float32 has errors of about 1e-6.
         seed: seed of the test batches.
@@ -82,14 +92,18 @@ def check_engine(
         raise ValueError(f"mean_rollouts must be at least 2, got {mean_rollouts}")
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+    if weighting not in ("rollout", "prompt"):
+        raise ValueError(f"weighting must be 'rollout' or 'prompt', got {weighting!r}")
     unknown = set(allow) - set(PROPERTIES)
     if unknown:
         raise ValueError(f"allow names unknown properties {sorted(unknown)}; known are {', '.join(PROPERTIES)}")
     rng = np.random.default_rng(seed)
     failures: dict[str, str] = {}
-    for case in _cases(mean_rollouts, rng):
+    for case in [*_cases(mean_rollouts, rng), _two_sizes(mean_rollouts)]:
         try:
             found = _violations(advantage_function, case, scale, tolerance, rng)
+            if case.compared and "shape" not in found:
+                found |= _size_violation(advantage_function, case, weighting)
         except Exception as error:  # noqa: BLE001 - any exception of the engine is a finding
             failures.setdefault("shape", f"it raised {type(error).__name__}: {error}, for groups of {case.sizes}")
             continue
@@ -131,6 +145,23 @@ def _cases(mean: int, rng: np.random.Generator) -> list[_Case]:
                     rewards[rows[:2]] = (0.0, 1.0)  # never equal
             cases.append(_Case(sizes, group_R, rewards))
     return cases
+
+
+def _two_sizes(mean: int) -> _Case:
+    """Make a batch whose second group is the first one twice, with a group of equal rewards beside them."""
+    sizes = (8 * mean, 16 * mean, mean)
+    rewards = np.concatenate([np.tile([0.0, 1.0], 12 * mean), np.ones(mean)])
+    return _Case(sizes, np.repeat(np.arange(3), sizes), rewards, compared=True)
+
+
+def _size_violation(function: AdvantageFunction, case: _Case, weighting: str) -> dict[str, str]:
+    advantages = np.abs(np.asarray(function(case.group_R.copy(), case.rewards.copy()), dtype=np.float64))
+    small, large = (float(advantages[case.group_R == group].max()) for group in (0, 1))
+    expected = case.sizes[0] / case.sizes[1] if weighting == "prompt" else 1.0
+    if abs(large - expected * small) <= SAME_SIZE * expected * small:
+        return {}
+    example = f"0 and 1 in turn gave advantages of {small:.3g} in a group of {case.sizes[0]} and {large:.3g} in one of"
+    return {"group size": f"{example} {case.sizes[1]}, expected {expected * small:.3g}"}
 
 
 def _violations(

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.checks import FloatArray, IntArray, as_float64
 from knapsack_rl.ids import check_prompt_ids
-from knapsack_rl.success import BoolArray, SuccessRule, successes_of
+from knapsack_rl.success import BoolArray, SuccessRule, successes_of, total_reward
 
 Scale = Literal["group", "batch", "none"]
 Weighting = Literal["rollout", "prompt"]
@@ -27,7 +27,7 @@ RELATIVE_SPREAD = 1e-6
 """Rewards of a group count as equal within this share of their magnitude.
 
 Sums of floating-point rewards differ in their last digits; dividing by such a spread would turn rounding into
-advantages of thousands.
+advantages of thousands. Rewards in a type of fewer digits (float16, bfloat16) get the tolerance of that type.
 """
 
 ABSOLUTE_SPREAD = 1e-12
@@ -137,21 +137,28 @@ def _as_codes(group_of_rollout: ArrayLike) -> NDArray[Any]:
     )
 
 
-def _check_rewards(rewards: ArrayLike, rows: int) -> FloatArray:
-    """Return rewards as (R,) float64, finite or NaN."""
+def _check_rewards(rewards: ArrayLike, rows: int) -> tuple[FloatArray, float]:
+    """Return rewards, or sums of their parts, as (R,) float64, and the resolution of the type that they come in."""
     try:
-        rewards_R = np.asarray(rewards, dtype=np.float64)
+        rewards_R, resolution = as_float64(rewards)
     except (TypeError, ValueError) as error:
-        raise ValueError("rewards must be numbers, one per rollout (NaN for an unscored rollout)") from error
+        raise ValueError(
+            f"rewards must be numbers, one per rollout (NaN or None for an unscored rollout): {error}"
+        ) from error
+    if np.isinf(rewards_R).any():
+        at = tuple(int(place) for place in np.argwhere(np.isinf(rewards_R))[0])
+        raise ValueError(
+            f"rewards[{', '.join(map(str, at))}] is {rewards_R[at]}; rewards must be finite, or NaN for an unscored "
+            "rollout"
+        )
+    if rewards_R.ndim == 2:
+        rewards_R = total_reward(rewards_R)
     if rewards_R.shape != (rows,):
         raise ValueError(
             f"group_of_rollout and rewards must be one-dimensional and equally long, "
             f"got shapes {(rows,)} and {rewards_R.shape}"
         )
-    if np.isinf(rewards_R).any():
-        row = int(np.flatnonzero(np.isinf(rewards_R))[0])
-        raise ValueError(f"rewards[{row}] is {rewards_R[row]}; rewards must be finite, or NaN for an unscored rollout")
-    return rewards_R
+    return rewards_R, resolution
 
 
 def _ranked(group_of_rollout: ArrayLike) -> tuple[IntArray, int]:
@@ -189,7 +196,7 @@ def outcomes_by_position(
 
     Args:
         group_R: (R,) int64 positions in [0, groups).
-        rewards: (R,) reward of each row; finite, or NaN.
+        rewards: (R,) reward of each row, finite or NaN; or (R, F) parts that add up to it.
         groups: number of groups.
         success: a reward above this threshold is a success, or a function of the rewards that returns booleans; the
             function is called once.
@@ -197,7 +204,7 @@ def outcomes_by_position(
     Raises:
         ValueError: shapes differ or a reward is infinite.
     """
-    rewards_R = _check_rewards(rewards, group_R.size)
+    rewards_R, resolution = _check_rewards(rewards, group_R.size)
     scored = ~np.isnan(rewards_R)
     good = successes_of(rewards_R, success)
     scored_group_R, scored_rewards_R = group_R[scored], rewards_R[scored]
@@ -216,9 +223,23 @@ def outcomes_by_position(
         success_R=good,
         totals=totals.astype(np.int64),
         successes=np.bincount(group_R[good], minlength=groups).astype(np.int64),
-        effective=spread > RELATIVE_SPREAD * magnitude + ABSOLUTE_SPREAD,
+        effective=spread > _rounding(magnitude, resolution),
         mean_reward=mean,
     )
+
+
+def _rounding(magnitude: FloatArray, resolution: float) -> FloatArray:
+    """Return the (G,) spread of rewards that may be rounding: two units of the last place of their type at least.
+
+    A sum that should be zero leaves a residue in proportion to its terms. These are taken to be as large as the largest
+    reward of the batch, but no larger than 1, or one outlier would hide the differences of all other groups.
+
+    Args:
+        magnitude: (G,) largest magnitude in each group.
+        resolution: of the type in which the rewards come, see :func:`~knapsack_rl.allocation.checks.as_float64`.
+    """
+    residue = max(ABSOLUTE_SPREAD, 2.0 * resolution * min(float(magnitude.max(initial=0.0)), 1.0))
+    return np.maximum(max(RELATIVE_SPREAD, 2.0 * resolution) * magnitude, residue)
 
 
 def group_advantages(
@@ -237,7 +258,9 @@ def group_advantages(
 
     Args:
         group_of_rollout: (R,) group id of each row, whole numbers or strings, in any order.
-        rewards: (R,) finite, or NaN for an unscored rollout, which is left out of its group's mean and deviation.
+        rewards: (R,) finite, or NaN (None in a list) for an unscored rollout, which is left out of its group's mean and
+            deviation. Tensors of any type are accepted, also those that require a gradient; differences within the
+            rounding of the given type count as none.
         scale: divide by the deviation of the ``"group"``, of the whole ``"batch"``, or by nothing (``"none"``,
             Dr. GRPO).
         weighting: ``"rollout"`` leaves every rollout the same weight, so a prompt weighs in proportion to its number

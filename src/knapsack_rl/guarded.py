@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
@@ -25,8 +27,23 @@ def one_at_a_time(method: Callable[Concatenate[G, P], T]) -> Callable[Concatenat
     return locked
 
 
+_living: weakref.WeakSet[Guarded] = weakref.WeakSet()
+
+
+def _unlock_after_fork() -> None:
+    """Give every object of a forked child a new lock: the thread that held the old one exists in the parent only."""
+    for each in [*_living]:
+        each._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_unlock_after_fork)
+
+
 class Guarded:
     """Base of objects with a lock, whose failures are counted by kind and do not end a run.
+
+    A process forked while another thread is in a call gets the object as it is at that moment, unlocked.
 
     Attributes:
         failures: number of failures survived, by kind.
@@ -34,6 +51,7 @@ class Guarded:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        _living.add(self)
         self.failures: Counter[str] = Counter()
         self._warned: set[str] = set()
 
@@ -44,6 +62,7 @@ class Guarded:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.RLock()
+        _living.add(self)
 
     def survive(self, what: str, call: Callable[[], T]) -> T | None:
         """Return the result of a call that must not end a run, or None if it raised.

@@ -97,6 +97,15 @@ def stable_order(prompt_ids: Sequence[PromptId]) -> NDArray[np.float64]:
     return np.array(order, dtype=np.float64)
 
 
+def in_id_order(prompt_ids: Sequence[PromptId], order: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return (P,) places of distinct ids that sort them by their :func:`stable_order`, and equal ones by the ids."""
+    places = np.argsort(order, kind="stable")
+    if (np.diff(order[places]) == 0.0).any():
+        ranked = sorted(range(len(prompt_ids)), key=lambda k: (order[k], str(prompt_ids[k]), str(type(prompt_ids[k]))))
+        places = np.array(ranked)
+    return places
+
+
 def other_type(prompt_id: PromptId) -> PromptId | None:
     """Return the id of the other type that looks the same (``"7"`` for 7 and the reverse), or None."""
     if not isinstance(prompt_id, str):

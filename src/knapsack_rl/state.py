@@ -11,6 +11,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import stat
 import threading
 import zipfile
 import zlib
@@ -20,6 +22,11 @@ from types import NoneType
 from typing import IO, Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
 
 HEADER = "header"
 """Name of the member that holds the header."""
@@ -32,23 +39,62 @@ CHECKSUM = "checksum"
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Write a file in one piece: a temporary file in the same folder, fsync, rename, fsync of the folder.
 
-    A reader sees the old file or the new one, never a part of it. If the body raises, the old file stays.
+    A reader sees the old file or the new one, never a part of it. If the body raises, the old file stays. A symbolic
+    link keeps pointing to its target, which is written; an existing file keeps its mode. Temporary files that killed
+    processes left are removed.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or something other than a file is there.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    target = Path(os.path.realpath(path))
+    mode = stat.S_IMODE(target.stat().st_mode) if target.is_file() else None
+    if mode is None and target.exists():
+        raise FileExistsError(f"{target} exists and is not a file; choose another path")
+    _remove_leftovers(target)
+    process = os.getpid()
+    temporary = target.with_name(f".{target.name}.{process}-{threading.get_ident()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with _claimed(temporary) as file:
+            if mode is not None:
+                temporary.chmod(mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if os.getpid() == process:  # not a child that was forked in the body
+            temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def _claimed(temporary: Path) -> IO[bytes]:
+    """Open a temporary file and lock it as long as it is open, so that no other process takes it for a leftover."""
+    while True:
+        file = temporary.open("wb")
+        if not _lock(file) or os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # removed between opening and locking
+
+
+def _lock(file: IO[bytes], *, wait: bool = True) -> bool:
+    """Take the system's lock on a file, which a killed process does not keep; false if it cannot be had."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held by another process, or the file system has no locks
+        return False
+    return True
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of a target that no process has locked."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"\d+-\d+\.tmp")
+    for leftover in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
+        with contextlib.suppress(OSError), leftover.open("rb") as file:
+            if _lock(file, wait=False):
+                leftover.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -180,6 +226,9 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
 FORMAT = "knapsack-rl allocator"
 VERSION = 4
 
+LARGEST_NUMBER = 2**53
+"""Counts in a state are at most this, so that sums of them are exact as floats."""
+
 COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
 """Counters of an allocator in the header, whole numbers >= 0."""
 
@@ -216,8 +265,10 @@ def check_header(header: Any) -> Mapping[str, Any]:
         if not isinstance(header[key], kind) or isinstance(header[key], bool):
             raise ValueError(f"{key!r} of the allocator state has the wrong type, {type(header[key]).__name__}")
     for name, times in ({name: header[name] for name in COUNTERS} | header["failures"]).items():
-        if not isinstance(times, int) or times < 0:
-            raise ValueError(f"{name!r} of the allocator state must be a whole number >= 0, got {times!r}")
+        if not isinstance(times, int) or isinstance(times, bool) or not 0 <= times <= LARGEST_NUMBER:
+            raise ValueError(
+                f"{name!r} of the allocator state must be a whole number from 0 to {LARGEST_NUMBER}, got {times!r}"
+            )
     return header
 
 

@@ -14,6 +14,33 @@ LARGEST_AMOUNT = 1e300
 """Leaves room for the sum of 1e8 items."""
 
 
+RESOLUTION = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-23}
+"""Relative distance of neighbouring numbers in floating-point types whose rounding is visible beside float64."""
+
+
+def as_float64(values: Any) -> tuple[FloatArray, float]:
+    """Return numbers as float64, and the resolution of the type that they come in (0 for one as fine as float64).
+
+    Tensors of any type and device, lists of them and tensors that require a gradient are converted without importing
+    their library. None becomes NaN.
+
+    Raises:
+        TypeError: an entry is not a number.
+        ValueError: the entries have no common shape.
+    """
+    if isinstance(values, (list, tuple)) and any(hasattr(kind, "detach") for kind in {*map(type, values)}):
+        parts = [as_float64(value) for value in values]
+        return np.array([part.item() for part, _ in parts]), max(resolution for _, resolution in parts)
+    given = values if hasattr(values, "dtype") else np.asarray(values)
+    kind = str(given.dtype).rpartition(".")[2]  # a tensor's is "torch.bfloat16"
+    if kind.startswith("complex"):
+        raise TypeError(f"type {kind} does not hold real numbers")
+    array = np.asarray(given.detach().cpu().double() if hasattr(given, "detach") else given)
+    if array.dtype.kind not in "biufO" and kind not in RESOLUTION:
+        raise TypeError(f"type {kind} does not hold numbers")
+    return array.astype(np.float64, copy=False), RESOLUTION.get(kind, 0.0)
+
+
 def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) -> FloatArray:
     """Return success rates as float64.
 
@@ -25,7 +52,7 @@ def check_success_rates(success_rates: ArrayLike, *, allow_nan: bool = False) ->
         ValueError: an entry is not a number in [0, 1], or is NaN where NaN is not allowed.
     """
     try:
-        rates = np.asarray(success_rates, dtype=np.float64)
+        rates, _ = as_float64(success_rates)
     except (TypeError, ValueError) as error:
         raise ValueError(f"success_rates must be numbers in [0, 1], got {success_rates!r}") from error
     valid = (rates >= 0.0) & (rates <= 1.0)
@@ -55,14 +82,16 @@ def check_counts(counts: ArrayLike) -> IntArray:
     return whole
 
 
-def check_whole(name: str, number: Any, *, minimum: int) -> int:
+def check_whole(name: str, number: Any, *, minimum: int, maximum: int | None = None) -> int:
     """Return a whole number as int.
 
     Raises:
-        ValueError: ``number`` is not an integer, is a bool or is below ``minimum``.
+        ValueError: ``number`` is not an integer, is a bool, is below ``minimum`` or above ``maximum``.
     """
-    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < minimum:
-        raise ValueError(f"{name} must be a whole number >= {minimum}, got {number!r}")
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, (bool, np.bool_))
+    if not whole or number < minimum or (maximum is not None and number > maximum):
+        allowed = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ValueError(f"{name} must be a whole number {allowed}, got {number!r}")
     return int(number)
 
 

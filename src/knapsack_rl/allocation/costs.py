@@ -28,6 +28,11 @@ ROUNDING = 1e-12
 """Sums of costs may exceed the budget by this share of it, and values are exact to this share: rounding."""
 
 
+def within_rounding(budget: float) -> float:
+    """Return the largest sum of costs that counts as within the budget."""
+    return budget + ROUNDING * abs(budget)
+
+
 @dataclass(frozen=True)
 class Certificate:
     """The value of an allocation and an upper bound on the value of any allocation.
@@ -72,7 +77,7 @@ def check_costs(costs: ArrayLike, prompts: int) -> FloatArray:
 
 
 def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: ArrayLike) -> tuple[IntArray, IntArray]:
-    """Return bounds as (M,) int64, the upper ones lowered to what the budget can reach.
+    """Return bounds as (M,) int64, the upper ones lowered to what the budget with its rounding can reach.
 
     Raises:
         ValueError: the budget is not a finite number, bounds are not whole numbers or out of order, or the budget does
@@ -82,13 +87,16 @@ def check_affordable(costs: FloatArray, budget: float, lower: ArrayLike, upper: 
         raise ValueError(f"budget must be a number in the unit of the costs, got {budget!r}")
     low, high = solver.check_order(costs.size, lower, upper)
     least = float((costs * low).sum())
-    if not least <= budget * (1.0 + ROUNDING) or budget == np.inf:
+    if not least <= within_rounding(budget) or budget == np.inf:
         raise ValueError(
             f"a budget of {budget!r} does not fit {costs.size} prompts: min_rollouts costs at least {least!r}; choose "
             f"a finite budget of at least that, or lower min_rollouts"
         )
-    # One more than fits: rounding is checked later, against the exact sum.
-    reachable = np.minimum(np.maximum(budget - least, 0.0) / costs + 1.0, 2.0**53).astype(np.int64)
+    # Of a prompt that costs 1e-16 of another, the rounding alone pays for thousands. One more than fits: it is checked
+    # later, against the exact sum.
+    with np.errstate(over="ignore"):
+        affordable = np.maximum(within_rounding(budget) - least, 0.0) / costs + 1.0
+    reachable = np.minimum(affordable, 2.0**53).astype(np.int64)
     return low, low + np.minimum(high - low, reachable)
 
 
@@ -120,7 +128,7 @@ def solve_with_costs(
     Raises:
         ValueError: an entry within the bounds is not finite, or the rows are shorter than an upper bound.
     """
-    allowed = budget + ROUNDING * abs(budget)
+    allowed = within_rounding(budget)
     table, concave = solver.concave_table(table, low, high)
     hull = table if concave else _concave_hull(table, low, high)
     column = np.arange(table.shape[1])

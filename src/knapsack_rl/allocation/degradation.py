@@ -47,6 +47,16 @@ def feasible_bounds(
     return lower, upper, f"{shortage}: {served.size} prompts served, the others skipped"
 
 
+def reachable_maximum(budget: int, prompts: int, min_rollouts: int, max_rollouts: int) -> int:
+    """Return the most rollouts that one prompt of a batch can get: N_up, or what the minima of the others leave.
+
+    Under a larger maximum the counts are the same, so no table of values needs more columns.
+    """
+    least = min(min_rollouts, budget // prompts)
+    odd_group = 3  # where the budget pays for pairs only
+    return min(max_rollouts, max(budget - (prompts - 1) * least, odd_group))
+
+
 def affordable_minimum(
     budget: float, min_rollouts: int, costs: FloatArray, marginals: FloatArray, priority: ArrayLike
 ) -> tuple[IntArray, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl.allocation import solver
 from knapsack_rl.allocation.belief import Belief
@@ -69,6 +69,16 @@ class Allocation:
         """Return (budget,) int64 prompt index of each rollout; the rollouts of a prompt are adjacent."""
         return np.repeat(np.arange(self.counts.size), self.counts)
 
+    def rearranged(self, places: IntArray) -> Allocation:
+        """Return the allocation of the prompts at (M,) ``places``."""
+        rates, nonzero = self.success_rates, self.nonzero_gradient
+        return replace(
+            self,
+            counts=self.counts[places],
+            success_rates=None if rates is None else rates[places],
+            nonzero_gradient=None if nonzero is None else nonzero[places],
+        )
+
 
 def unpredicted(counts: IntArray, reason: str, *, degraded: bool = False) -> Allocation:
     """Return an allocation without predictions: its value and predictions are NaN."""
@@ -91,7 +101,8 @@ def allocate(
 
     The optimum is exact. An unseen prompt (NaN) is valued as a prompt drawn from the other rates of the batch; if no
     rate is known, the allocation is uniform. Budget without value for any prompt (all at p = 0, p = 1 or their cap)
-    goes evenly to unsolved prompts, then to unseen, then to solved ones. Equal marginal values go to the prompt with
+    goes evenly to unsolved prompts, then to unseen, then to solved ones; a rate whose square is 0 as a double (below
+    1e-162) counts as unsolved there. Equal marginal values go to the prompt with
     fewer rollouts, then to the one with the lower success rate; counts do not depend on the order of the prompts.
 
     Args:
@@ -124,7 +135,9 @@ def allocate(
     rates = check_success_rates(success_rates, allow_nan=True)
     if rates.ndim != 1 or rates.size == 0:
         raise ValueError(f"success_rates must be a non-empty one-dimensional array, got shape {rates.shape}")
-    kind = np.select([rates == 0.0, np.isnan(rates), rates == 1.0], [UNSOLVED, UNSEEN, SOLVED], EFFECTIVE)
+    # Below 1e-162 the paper's value, about p^2, is no double above 0; its fallback rule compares with 0 itself.
+    unsolved = rates == 0.0 if fallback else rates * rates == 0.0
+    kind = np.select([unsolved, np.isnan(rates), rates == 1.0], [UNSOLVED, UNSEEN, SOLVED], EFFECTIVE)
     if costs is None:
         rollouts = check_whole("budget", budget, minimum=0)
         lower, upper = solver.check_bounds(rates.size, rollouts, min_rollouts, max_rollouts)
@@ -424,7 +437,8 @@ def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, pri
     maximum is raised.
 
     Args:
-        belief: belief after these outcomes; its marginals are those of further rollouts, 0 beyond its columns.
+        belief: belief after these outcomes; its marginals are those of further rollouts, of a value of mixed outcomes.
+            The counts are those of a wider table if none of them reaches the last column.
         counts: (M,) rollouts so far.
         budget: rollouts to hand out.
         max_rollouts: N_up, of both shares together.
@@ -433,12 +447,13 @@ def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, pri
     Returns:
         Additional counts; predictions are about both shares together.
     """
-    room = room_left(counts, budget, max_rollouts)
     raised = int(np.maximum(max_rollouts - counts, 0).sum()) < budget
     note = f"max_rollouts {max_rollouts} is too low for the rest of the budget: raised" if raised else ""
-    # The first rollout of an empty group has no value and the second has one: such a row is not concave.
+    room = room_left(counts, budget, max_rollouts)
+    within = np.minimum(room, belief.marginals.shape[1])
+    room = within if int(within.sum()) >= budget else room
     table = _padded(belief.marginals, room)
-    extra = solver.solve(table, budget, 0, room, priority=priority)
+    extra = _with_pairs(table, (counts == 0) & (table[:, :2].sum(axis=1) > 0.0), budget, room, priority)
     value = solver.total_value(table, extra)
     return Allocation(
         extra,
@@ -451,9 +466,48 @@ def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, pri
     )
 
 
+def _with_pairs(
+    table: FloatArray, empty: NDArray[np.bool_], budget: int, room: IntArray, priority: FloatArray
+) -> IntArray:
+    """Return the optimum of rows that fall, except that the first rollout of an empty group has no value.
+
+    The concave hull of such a row has a level start: a value of mixed outcomes is three times as large for three
+    rollouts as half of that for two. So the greedy on the hulls is optimal unless it leaves one rollout in an empty
+    group. Then this group gets none, or one more, and the better of the two is the optimum: to change any other group
+    by more than a rollout costs more.
+
+    Args:
+        table: (M, K) marginal values of further rollouts.
+        empty: (M,) groups without rollouts, of positive value.
+        budget: rollouts to hand out, at most the sum of the room.
+        room: (M,) most further rollouts per group, at most K.
+        priority: (M,) tie-break, lower first.
+    """
+    if not empty.any() or table.shape[1] < 2:
+        return solver.solve(table, budget, 0, room, priority=priority)
+    hull, half = table.copy(), table[empty, 1] / 2.0
+    hull[empty, :2] = half[:, None]
+    hull[empty, 2:] = np.minimum(hull[empty, 2:], half[:, None])  # rounding may make the third rise
+    level = solver.solve(hull, budget, 0, room, priority=priority)
+    alone = int((level[empty] == 1).sum())
+    if not alone:
+        return level
+    by_value = np.flatnonzero(empty)[np.lexsort((priority[empty], -half))]
+    pairs, plans = int((level[empty] >= 2).sum()) + alone // 2, [level]
+    for served in range(pairs, pairs + alone % 2 + 1):
+        low, high = np.zeros_like(room), np.where(empty, 0, room)
+        low[by_value[:served]], high[by_value[:served]] = 2, room[by_value[:served]]
+        if int(low.sum()) <= budget <= int(high.sum()) and (low <= high).all():
+            plans.append(solver.solve(table, budget, low, high, priority=priority))
+    return max(reversed(plans), key=lambda plan: solver.total_value(table, plan))
+
+
 def room_left(counts: IntArray, budget: int, max_rollouts: int) -> IntArray:
-    """Return (M,) rollouts that each group may still get: up to the maximum, or evenly beyond it if too few."""
-    room = np.maximum(max_rollouts - counts, 0)
+    """Return (M,) rollouts that each group may still get: up to the maximum, or evenly beyond it if too few.
+
+    No group can get more than the budget.
+    """
+    room = np.minimum(np.maximum(max_rollouts - counts, 0), budget)
     missing = budget - int(room.sum())
     return room + math.ceil(missing / counts.size) if missing > 0 else room
 

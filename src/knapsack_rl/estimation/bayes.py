@@ -27,6 +27,9 @@ from knapsack_rl.estimation.tracker import Records
 LARGEST_LOGIT = 7.0
 """The grid spans success rates from 0.0009 to 0.9991."""
 
+MOST_GRID_POINTS, MOST_ITERATIONS = 1025, 10_000
+"""Limits of settings, which may come from the header of a state file: tables grow with the square of the grid."""
+
 REFIT_SAMPLE = 20_000
 """Most prompts used in a refit, evenly spaced in order of first observation; more only take more time."""
 
@@ -41,8 +44,8 @@ class GridPosterior(Estimator):
     """A prior over a grid of success rates, fitted to likelihoods, and beliefs from a posterior on the grid.
 
     Args:
-        grid_points: success rates in the grid, >= 3, evenly spaced in logits from -7 to 7.
-        iterations: EM steps of a refit, >= 1.
+        grid_points: success rates in the grid, 3 to 1025, evenly spaced in logits from -7 to 7.
+        iterations: EM steps of a refit, 1 to 10,000.
 
     Raises:
         ValueError: a number is out of range.
@@ -51,8 +54,9 @@ class GridPosterior(Estimator):
     """
 
     def __init__(self, grid_points: int, iterations: int) -> None:
-        self.iterations = check_whole("iterations", iterations, minimum=1)
-        logits = np.linspace(-LARGEST_LOGIT, LARGEST_LOGIT, check_whole("grid_points", grid_points, minimum=3))
+        self.iterations = check_whole("iterations", iterations, minimum=1, maximum=MOST_ITERATIONS)
+        size = check_whole("grid_points", grid_points, minimum=3, maximum=MOST_GRID_POINTS)
+        logits = np.linspace(-LARGEST_LOGIT, LARGEST_LOGIT, size)
         self.grid = 1.0 / (1.0 + np.exp(-logits))
         self.prior = np.full(grid_points, 1.0 / grid_points)
         self._log_success, self._log_failure = np.log(self.grid), np.log1p(-self.grid)

@@ -10,22 +10,27 @@ succeeded has the population's length of a success.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_amounts
+from knapsack_rl.allocation.checks import FloatArray, IntArray, as_float64, check_amounts
 from knapsack_rl.allocation.policies import LEAST_TOKENS
-from knapsack_rl.estimation.tracker import Outcome, Records
+from knapsack_rl.estimation.tracker import OUTCOMES, LengthSums, Outcome
 
 LONGEST = 1e9
 """Most tokens of one rollout; squares of mistaken numbers would overflow the sums of lengths."""
+
+LENGTH_SAMPLE = 8192
+"""Most known prompts that stand for the population at a step, so that its time does not grow with their number."""
 
 MIN_COUNT = 1e-9  # a discounted count below this holds no usable evidence: the prompt counts as never seen
 _MAX_COUNT = 2.0**53  # above this, adding 1 to a float64 count changes nothing
 _UNDERFLOW = 1e-300  # a smaller sum was discounted to nothing
 _SUMS_RTOL = 1e-4  # `total² <= count · total_squared` may fail by this, as sums accumulated in float32 do
 _VARIANCE_FLOOR = 1e-18  # a smaller variance, in units of the largest mean square, is rounding error of zero
-_OUTCOMES: tuple[Outcome, Outcome] = ("success", "failure")
 
 
 def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -> FloatArray:
@@ -60,62 +65,122 @@ def predict_work(count: ArrayLike, total: ArrayLike, total_squared: ArrayLike) -
         ValueError: the shapes differ or are not one-dimensional, a value is outside its range (1e300 at most), or the
             three sums cannot come from the same observations.
     """
-    count_P = check_amounts(count, "count", _MAX_COUNT)
-    total_P = check_amounts(total, "total")
-    total_squared_P = check_amounts(total_squared, "total_squared")
-    _check_sums(count_P, total_P, total_squared_P)
-
-    seen_P = count_P >= MIN_COUNT
-    if not seen_P.any():
-        return np.ones_like(count_P)
-    n, mean = count_P[seen_P], total_P[seen_P] / count_P[seen_P]
-    root_mean_square = np.sqrt(total_squared_P[seen_P]) / np.sqrt(n)
-    # In units of the largest root mean square no square below can overflow.
-    scale = float(root_mean_square.max())
-    if scale == 0.0:
-        return np.zeros_like(count_P)
-    mean, mean_square = mean / scale, (root_mean_square / scale) ** 2
-
-    ratio = _variance_ratio(n, mean, n * np.maximum(mean_square - mean**2, 0.0))
-    factor = np.zeros_like(n) if ratio is None else n / (n + ratio)
-    mu = float(np.average(mean, weights=n if ratio is None else factor))
-    predicted_P = np.full_like(count_P, mu)
-    predicted_P[seen_P] = mu + factor * (mean - mu)
-    # Rounding may leave the range of the means by one unit in the last place, and so turn 0 negative.
-    return np.clip(predicted_P, mean.min(), mean.max()) * scale
+    sums = (
+        check_amounts(count, "count", _MAX_COUNT),
+        check_amounts(total, "total"),
+        check_amounts(total_squared, "total_squared"),
+    )
+    _check_sums(*sums)
+    return _Population.of(sums).expected(sums)
 
 
-def shrunk_lengths(sums: tuple[FloatArray, FloatArray, FloatArray], rows: IntArray) -> FloatArray:
-    """Return (M,) expected lengths of a rollout of each prompt, shrunk to the population; ones if none is known.
+@dataclass(frozen=True)
+class _Population:
+    """The random-effects model of the lengths of a population; means are in units of ``scale``.
+
+    Attributes:
+        scale: largest root mean square of a prompt, so that no square can overflow; 0 if all lengths are 0.
+        mean: population mean mu.
+        ratio: s2_within / s2_between; None without evidence that prompts differ.
+        least: smallest mean of a prompt.
+        most: largest mean of a prompt.
+    """
+
+    scale: float
+    mean: float
+    ratio: float | None
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, sums: LengthSums) -> _Population:
+        """Fit the model; without any observation every prompt has length 1."""
+        count_P, total_P, total_squared_P = sums
+        seen_P = count_P >= MIN_COUNT
+        if not seen_P.any():
+            return cls(1.0, 1.0, None, 1.0, 1.0)
+        n, mean = count_P[seen_P], total_P[seen_P] / count_P[seen_P]
+        root_mean_square = np.sqrt(total_squared_P[seen_P]) / np.sqrt(n)
+        scale = float(root_mean_square.max())
+        if scale == 0.0:
+            return cls(0.0, 0.0, None, 0.0, 0.0)
+        mean, mean_square = mean / scale, (root_mean_square / scale) ** 2
+        ratio = _variance_ratio(n, mean, n * np.maximum(mean_square - mean**2, 0.0))
+        least, most = float(mean.min()), float(mean.max())
+        mu = float(np.average(mean, weights=n if ratio is None else n / (n + ratio)))
+        return cls(scale, min(max(mu, least), most), ratio, least, most)  # an average may err in the last place
+
+    def expected(self, sums: LengthSums) -> FloatArray:
+        """Return the expected length of a rollout of prompts, who need not be among those of the model."""
+        count_P, total_P, _ = sums
+        seen_P = count_P >= MIN_COUNT
+        predicted_P = np.full_like(count_P, self.mean)
+        if self.ratio is not None:
+            n, mean = count_P[seen_P], total_P[seen_P] / count_P[seen_P] / self.scale
+            # Rounding may leave the range of the means by one unit in the last place, and so turn 0 negative.
+            least, most = np.minimum(mean, self.least), np.maximum(mean, self.most)
+            predicted_P[seen_P] = np.clip(self.mean + n / (n + self.ratio) * (mean - self.mean), least, most)
+        return predicted_P * self.scale
+
+
+def expected_lengths(lengths: Mapping[Outcome, LengthSums], rows: IntArray) -> FloatArray:
+    """Return (M,) expected tokens of a rollout whatever its outcome; ones if no length has been observed.
 
     Args:
-        sums: (P,) count, sum and sum of squares of the lengths of every known prompt.
-        rows: (M,) index of each prompt; -1 for one never seen, which has the population's mean.
+        lengths: sums of all known prompts by outcome, see ``Tracker.lengths``.
+        rows: (M,) their rows, -1 for a prompt never seen, which has the population's mean.
     """
-    # A prompt without observations is appended, where index -1 finds it.
-    return predict_work(*(np.append(column, 0.0) for column in sums))[rows]
+    return _Population.of(_population_sums(lengths, OUTCOMES)).expected(_sums_at(lengths, OUTCOMES, rows))
 
 
-def expected_tokens(everyone: Records, rows: IntArray, success_rates: FloatArray) -> FloatArray | None:
+def expected_tokens(
+    lengths: Mapping[Outcome, LengthSums], rows: IntArray, success_rates: FloatArray
+) -> FloatArray | None:
     """Return (M,) expected tokens per rollout, at least 1, or None if no length has been observed.
 
     If lengths are known of one outcome only, they are used for the other too.
 
     Args:
-        everyone: records of all known prompts.
+        lengths: sums of all known prompts by outcome, see ``Tracker.lengths``.
         rows: (M,) their rows, -1 for a prompt never seen.
-        success_rates: (M,) estimates; NaN is replaced by the share of successes among all rollouts of known length.
+        success_rates: (M,) estimates; NaN is replaced by the share of successes among the rollouts of known length.
     """
-    observed = {outcome: everyone.lengths_of(outcome) for outcome in _OUTCOMES}
-    counts = {outcome: float(sums[0].sum()) for outcome, sums in observed.items()}
-    known = [outcome for outcome in _OUTCOMES if (observed[outcome][0] >= MIN_COUNT).any()]
+    everyone = {outcome: _population_sums(lengths, (outcome,)) for outcome in OUTCOMES}
+    known = [outcome for outcome in OUTCOMES if (everyone[outcome][0] >= MIN_COUNT).any()]
     if not known:
         return None
-    lengths = {outcome: shrunk_lengths(observed[outcome], rows) for outcome in known}
+    expected = {o: _Population.of(everyone[o]).expected(_sums_at(lengths, (o,), rows)) for o in known}
     if len(known) == 1:
-        return np.maximum(lengths[known[0]], LEAST_TOKENS)
+        return np.maximum(expected[known[0]], LEAST_TOKENS)
+    counts = {outcome: float(everyone[outcome][0].sum()) for outcome in known}
     p = np.where(np.isnan(success_rates), counts["success"] / sum(counts.values()), success_rates)
-    return np.maximum(p * lengths["success"] + (1.0 - p) * lengths["failure"], LEAST_TOKENS)
+    return np.maximum(p * expected["success"] + (1.0 - p) * expected["failure"], LEAST_TOKENS)
+
+
+def _population_sums(lengths: Mapping[Outcome, LengthSums], outcomes: Sequence[Outcome]) -> LengthSums:
+    """Return the sums of at most ``LENGTH_SAMPLE`` known prompts, or of all if these have no observation.
+
+    The sample is a golden-ratio sequence of places: spread evenly, and without a period that an order of the prompts,
+    such as two data sets in turn, could share.
+    """
+    known = lengths[outcomes[0]][0].size
+    if known > LENGTH_SAMPLE:
+        places = (np.arange(LENGTH_SAMPLE) * ((5**0.5 - 1) / 2) % 1.0 * known).astype(np.int64)
+        sample = _sums_at(lengths, outcomes, places)
+        if (sample[0] >= MIN_COUNT).any():
+            return sample
+    return _sums_at(lengths, outcomes, np.arange(known))
+
+
+def _sums_at(lengths: Mapping[Outcome, LengthSums], outcomes: Sequence[Outcome], rows: IntArray) -> LengthSums:
+    """Return the sums of the given rows over these outcomes; zeros for row -1."""
+    if not lengths[outcomes[0]][0].size:
+        return np.zeros(rows.size), np.zeros(rows.size), np.zeros(rows.size)
+    count, total, squares = (
+        np.where(rows < 0, 0.0, sum(column[rows] for column in columns))
+        for columns in zip(*(lengths[outcome] for outcome in outcomes), strict=True)
+    )
+    return count, total, squares
 
 
 def check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
@@ -124,7 +189,12 @@ def check_lengths(lengths: ArrayLike, rollouts: int) -> FloatArray:
     Raises:
         ValueError: there is not one per rollout, or one is outside [0, ``LONGEST``].
     """
-    array = np.asarray(lengths, dtype=np.float64)
+    try:
+        array, _ = as_float64(lengths)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lengths must be {rollouts} numbers from 0 to {LONGEST:g}, one per rollout: {error}"
+        ) from error
     if array.shape != (rollouts,) or not ((array >= 0) & (array <= LONGEST)).all():
         raise ValueError(
             f"lengths must be {rollouts} numbers from 0 to {LONGEST:g}, one per rollout, got shape {array.shape}"
@@ -146,6 +216,15 @@ def _variance_ratio(n: FloatArray, mean: FloatArray, within_squares: FloatArray)
     n_effective = float(n.sum() * (share * (1.0 - share)).sum() / (len(n) - 1))
     between = (between_mean_square - within) / n_effective
     return within / between if between > _VARIANCE_FLOOR else None
+
+
+def check_length_sums(lengths: Mapping[Outcome, LengthSums]) -> None:
+    """Raise ``ValueError`` if sums of lengths, as of ``Tracker.lengths``, cannot come from the same rollouts."""
+    for outcome, sums in lengths.items():
+        try:
+            _check_sums(*sums)
+        except ValueError as error:
+            raise ValueError(f"lengths of the outcome {outcome!r} are impossible: {error}") from error
 
 
 def _check_sums(count_P: FloatArray, total_P: FloatArray, total_squared_P: FloatArray) -> None:

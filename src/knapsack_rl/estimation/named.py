@@ -102,7 +102,7 @@ class BetaEstimator(Estimator):
 
     def __init__(self, prior_successes: float = 0.5, prior_failures: float = 0.5, discount: float = 0.8) -> None:
         for name, number in (("prior_successes", prior_successes), ("prior_failures", prior_failures)):
-            if not 0.0 < number < np.inf:
+            if not isinstance(number, (int, float)) or not 0.0 < number < np.inf:
                 raise ValueError(f"{name} must be a positive number, got {number!r}")
         self.prior_successes, self.prior_failures = float(prior_successes), float(prior_failures)
         self.discount = check_discount(discount)

@@ -11,7 +11,7 @@ from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.policies import BUDGET_UNITS, FIRST_GROUP
 from knapsack_rl.allocation.value import ValueLike, make_value_function
-from knapsack_rl.estimation.tracker import Records
+from knapsack_rl.estimation.tracker import RECENT, Records
 
 
 class Estimator(Protocol):
@@ -129,17 +129,19 @@ def finite_evidence(estimator: Estimator, records: Records, successes: IntArray,
 
 def check_discount(discount: float) -> float:
     """Return the discount, or raise ``ValueError`` if it is not in (0, 1]."""
-    if not 0.0 < discount <= 1.0:
+    if not isinstance(discount, (int, float)) or not 0.0 < discount <= 1.0:
         raise ValueError(f"discount must be in (0, 1], got {discount!r}")
     return float(discount)
 
 
-def check_choices(estimator: Estimator, budget_unit: str, value: ValueLike, min_rollouts: int) -> None:
+def check_choices(
+    estimator: Estimator, budget_unit: str, value: ValueLike, min_rollouts: int, max_rollouts: int
+) -> None:
     """Refuse a unit or a value that the estimator or the bounds do not support.
 
     Raises:
         ValueError: the unit or the value is unknown or not usable, tokens are combined with a minimum below two, or the
-            estimator has another value built in.
+            estimator has another value built in; or the value fails at a rate that the estimator may assume.
     """
     if budget_unit not in BUDGET_UNITS:
         raise ValueError(f"budget_unit must be one of {', '.join(BUDGET_UNITS)}, got {budget_unit!r}")
@@ -157,3 +159,24 @@ def check_choices(estimator: Estimator, budget_unit: str, value: ValueLike, min_
         )
     if other_value:
         estimator.use_value(value)
+        _try_value(estimator, min(max_rollouts, MOST_TRIED))
+
+
+MOST_TRIED = 1024
+"""Most rollouts for which a value is tried at construction."""
+
+
+def _try_value(estimator: Estimator, max_rollouts: int) -> None:
+    """Let the estimator believe once about three prompts: never seen, always failing, always succeeding.
+
+    Raises:
+        ValueError: the value fails at one of the rates that it is asked about.
+    """
+    records = Records.empty(3, estimator.evidence_size)
+    records.rollouts[1:], records.newest_total[1:], records.newest_successes[2] = RECENT, RECENT, RECENT
+    records.failures[1], records.successes[2] = RECENT, RECENT
+    records.recent[2] = ~np.uint64(0)
+    try:
+        finite_belief(estimator, records, max_rollouts)
+    except Exception as error:
+        raise ValueError(f"the value cannot be used with {type(estimator).__name__}: {error}") from error

@@ -20,7 +20,14 @@ from knapsack_rl.ids import PromptId, check_prompt_ids, other_type
 RECENT = 64
 """Newest outcomes kept per prompt, one bit each."""
 
+LARGEST_TOTAL = 2**40
+"""Most rollouts of one prompt in a saved state, so that totals over all prompts do not overflow."""
+
 Outcome = Literal["success", "failure"]
+OUTCOMES: tuple[Outcome, Outcome] = ("success", "failure")
+LengthSums = tuple[FloatArray, FloatArray, FloatArray]
+"""Count, sum and sum of squares of the lengths of each prompt."""
+
 MOMENTS = ("count", "sum", "squares")
 """Sums of lengths, kept separately for successes and failures because failures are longer."""
 
@@ -85,7 +92,7 @@ class Records:
                 values[unseen] = 0
         return Records(**taken)
 
-    def lengths_of(self, outcome: Outcome) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def lengths_of(self, outcome: Outcome) -> LengthSums:
         """Return count, sum and sum of squares of the lengths of rollouts with this outcome."""
         return tuple(getattr(self, f"{outcome}_length_{moment}") for moment in MOMENTS)
 
@@ -143,6 +150,12 @@ class Tracker:
         size = len(self)
         columns = {column: getattr(self._records, column)[:size] for column in (*COLUMNS, "evidence")}
         return Records(**columns, age=self._age(columns["last_visit"]))
+
+    def lengths(self) -> dict[Outcome, LengthSums]:
+        """Return :meth:`Records.lengths_of` of all prompts seen, by outcome, as views that must not be written to."""
+        size = len(self)
+        sums = ((outcome, self._records.lengths_of(outcome)) for outcome in OUTCOMES)
+        return {outcome: (n[:size], total[:size], squares[:size]) for outcome, (n, total, squares) in sums}
 
     def _age(self, last_visit: IntArray) -> FloatArray:
         return (self._clock - last_visit) / max(len(self), 1)
@@ -289,10 +302,38 @@ def _columns_of(
     _check_form("evidence", evidence, (size, evidence_size), np.float32)
     if evidence.size and not np.isfinite([evidence.min(), evidence.max()]).all():
         raise ValueError("evidence of the tracker state must hold finite numbers")
+    _check_possible(columns)
     clock = int(columns["visits"].sum())
     if columns["last_visit"].max(initial=0) > clock:
         raise ValueError(f"the tracker state has a last_visit after its {clock} visits")
     return row_of, columns | {"evidence": evidence.copy() if copy else evidence}
+
+
+def _check_possible(columns: Mapping[str, np.ndarray]) -> None:
+    """Refuse numbers of a prompt that contradict each other.
+
+    Raises:
+        ValueError: they do; names what should hold, and the row.
+    """
+    newest, good = columns["newest_total"], columns["newest_successes"]
+    rollouts, visits = columns["rollouts"], columns["visits"]
+    counted = columns["successes"] + columns["failures"]
+    bits = np.minimum(rollouts, RECENT).astype(np.uint64)  # numpy leaves a shift by the full width undefined
+    rules = {
+        "1 <= visits": visits >= 1,
+        "visits <= rollouts": visits <= rollouts,
+        f"rollouts <= {LARGEST_TOTAL}": rollouts <= LARGEST_TOTAL,
+        "newest_successes <= newest_total": good <= newest,
+        "1 <= newest_total <= rollouts": (newest >= 1) & (newest <= rollouts),
+        "newest_successes <= successes": good <= columns["successes"],
+        "newest failures <= failures": newest - good <= columns["failures"],
+        "successes + failures <= rollouts": counted <= rollouts * (1.0 + 1e-9),
+        "recent has a bit per rollout": (rollouts >= RECENT) | (columns["recent"] >> bits % RECENT == 0),
+    }
+    for rule, holds in rules.items():
+        if not holds.all():
+            row = int(np.flatnonzero(~holds)[0])
+            raise ValueError(f"the tracker state has impossible numbers: {rule} must hold, row {row} breaks it")
 
 
 def _check_form(column: str, array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:

@@ -88,8 +88,8 @@ def _notices(run: RunLog) -> list[str]:
         notices.append("Only one held-out evaluation is recorded, so there is no curve yet.")
     if run.success_share in (0.0, 1.0):
         notices.append(
-            f"{'Every' if run.success_share else 'No'} scored rollout was a success, so allocation had nothing to go by. "
-            "Check the reward functions, outcome_reward and success_threshold."
+            f"{'Every' if run.success_share else 'No'} scored rollout was a success, so allocation had nothing to go "
+            "by. Check the reward functions, outcome_reward and success_threshold."
         )
     return notices + [f"{note[:1].upper()}{note[1:]}." for note in run.notes]
 

@@ -80,7 +80,7 @@ class RunLog:
         warnings: Warnings of the run in order, each with `step`, `kind`, `seen`, `cause` and `remedy`.
         samples: Sample completions by prompt id, as kept by `SampleStore`.
         file: The log, where it is another than the allocation log of the folder.
-        success_rules: What counted as a success, as text: the first rule and those it changed to, with their first step.
+        success_rules: What counted as a success: the first rule and those it changed to, with their first step.
         notes: Remarks on how the log was read.
     """
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.allocation.degradation import reachable_maximum
 from knapsack_rl.allocation.policies import allocate_expected
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.ids import PromptId
@@ -74,9 +75,8 @@ class PromptQueue:
         excess = len(waiting) / batch - USUAL_BATCHES
         price = self._price(allocator, self._mean * max(1.0 - CORRECTION * excess, 0.0))
         if price > 0.0:
-            wanted = rollouts_at(
-                allocator.belief(waiting).marginals, price, allocator.min_rollouts, allocator.max_rollouts
-            )
+            high = min(allocator.max_rollouts, budget + 1)  # more than the budget ends the step, however much more
+            wanted = rollouts_at(allocator.belief(waiting, high).marginals, price, allocator.min_rollouts, high)
             served = int(np.searchsorted(np.cumsum(wanted), budget, side="right"))
         else:
             served = budget // self._mean  # nothing known, or nothing of value
@@ -95,12 +95,15 @@ class PromptQueue:
         if not known:
             return 0.0
         sample = [known[i] for i in np.linspace(0, len(known) - 1, min(len(known), PRICE_SAMPLE)).astype(int)]
-        marginals = allocator.belief(sample).marginals
-        least = max(allocator.min_rollouts, 2)
-        budget = min(max(round(mean * len(sample)), least * len(sample) + 1), allocator.max_rollouts * len(sample))
-        counts = allocate_expected(marginals, budget, least, allocator.max_rollouts).counts
-        bought = np.flatnonzero(counts > least)  # rollouts of the minimum have no price
-        return float(marginals[bought, counts[bought] - 1].min(initial=np.inf)) if bought.size else 0.0
+        least, most = max(allocator.min_rollouts, 2), allocator.max_rollouts
+        budget = min(max(round(mean * len(sample)), least * len(sample) + 1), most * len(sample))
+        found, belief = allocator.believe_and_decide(
+            allocator.tracker.lookup(sample),
+            lambda belief, high: allocate_expected(belief.marginals, budget, least, high),
+            lambda: reachable_maximum(budget, len(sample), least, most),
+        )
+        bought = np.flatnonzero(found.counts > least)  # rollouts of the minimum have no price
+        return float(belief.marginals[bought, found.counts[bought] - 1].min(initial=np.inf)) if bought.size else 0.0
 
     def save(self, path: Path) -> None:
         """Write the queue as JSON; :meth:`load` reads it."""
