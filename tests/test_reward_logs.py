@@ -176,6 +176,21 @@ def test_a_reward_named_by_its_function_is_found(tmp_path):
         read_reward_log(both)
 
 
+def test_an_index_that_numbers_the_rows_is_no_prompt(tmp_path):
+    """As pandas writes it, with and without a name."""
+    rows = {"": range(4), "index": range(4), "step": [1] * 4, "prompt": list("aabb"), "reward": [1, 0, 1, 1]}
+    log = read_reward_log(table(tmp_path / "log.csv", rows))
+    assert groups(log) == {(1, "a"): (2, 1, True), (1, "b"): (2, 2, False)}
+    again = read_reward_log(table(tmp_path / "log.csv", rows | {"index": [7, 7, 9, 9]}))
+    assert again.prompt_ids == ("7", "9")
+
+
+def test_one_file_of_trl_is_read_like_its_folder(tmp_path):
+    trl_file(tmp_path, 1, ["p", "p"], ["a", "b"], {"has_digit": [1.0, 0.0]})
+    (path,) = tmp_path.iterdir()
+    assert groups(read_reward_log(path)) == groups(read_reward_log(tmp_path)) == {(1, "p"): (2, 1, True)}
+
+
 def test_truth_values_and_messages_are_read_from_json(tmp_path):
     messages = [[{"role": "user", "content": "2+2"}], [{"content": "2+2", "role": "user"}]]
     columns = {"step": [1, 1], "prompt": messages, "correct": [True, False]}
@@ -573,8 +588,10 @@ def test_a_run_folder_is_read(tmp_path):
 
 def test_a_run_folder_knows_its_columns(tmp_path):
     write_run(tmp_path / "run", steps=2)
-    with pytest.raises(ValueError, match="is an allocation log, which fixes columns and successes"):
+    with pytest.raises(ValueError, match="holds a run's allocations, which fix columns and successes"):
         read_reward_log(tmp_path / "run", success=0.5)
+    with pytest.raises(ValueError, match="give no options for them"):
+        read_run(tmp_path / "run", success=0.5)
 
 
 @pytest.mark.parametrize("name", ["allocations.jsonl.gz", "verl-run-3.jsonl", "seed0.jsonl.gz", "rows.json"])

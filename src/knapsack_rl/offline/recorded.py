@@ -11,7 +11,7 @@ from knapsack_rl.offline.log_files import NoLogError, find_log
 from knapsack_rl.offline.reward_logs import RewardLog
 from knapsack_rl.offline.rollouts import ColumnNames, Done, check_no_options, read_tables
 from knapsack_rl.runs.allocations import Visits
-from knapsack_rl.runs.files import CONFIG_FILE
+from knapsack_rl.runs.files import CONFIG_FILE, METRICS_FILE
 from knapsack_rl.runs.log import RunLog
 
 
@@ -35,7 +35,8 @@ def read_run(
         ImportError: parquet needs pyarrow.
     """
     path, names = Path(path), names or ColumnNames()
-    if path.is_dir() and (path / CONFIG_FILE).is_file():
+    if all((path / name).is_file() for name in (CONFIG_FILE, METRICS_FILE)):
+        check_no_options(path, names, success)
         return RunLog.load(path)
     try:
         log = find_log(path)
@@ -43,7 +44,7 @@ def read_run(
         RunLog.load(path)  # its error names the run folders in this one
         raise error
     if log.kind == "allocations":
-        check_no_options(log, names, success)
+        check_no_options(log.files[0], names, success)
         return RunLog.load(path)
     return of_rewards(RewardLog.of(read_tables(log, names, done), 0.0 if success is None else success), path)
 
