@@ -142,8 +142,7 @@ class AllocationSettings:
             "window" if self.allocation == "paper" else self.estimator,
             self.min_rollouts,
             self.max_rollouts,
-            # Engines hold rewards in float32: compared with a float64 threshold, 0.4 would lie above 0.4.
-            success=float(np.float32(self.success_threshold)),
+            success=self.success_threshold,
             budget_unit=self.budget_unit,  # type: ignore[arg-type] # checked above
             value=self.value,
             **self.estimator_options,
