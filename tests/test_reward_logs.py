@@ -420,6 +420,18 @@ def test_numbered_files_of_other_programs_are_one_log(name, tmp_path):
     }
 
 
+def test_the_parts_of_a_table_are_one_log(tmp_path):
+    for part in (0, 1):
+        table(
+            tmp_path / f"train-0000{part}-of-00002.parquet", {name: values[part::2] for name, values in PLAIN.items()}
+        )
+    assert groups(read_reward_log(tmp_path)) == groups(read_reward_log(table(tmp_path / "whole.jsonl", PLAIN)))
+    for part in (0, 1):
+        table(tmp_path / f"train-0000{part}-of-00002.parquet", {"prompt": ["p"], "reward": [1]})
+    with pytest.raises(ValueError, match="none of the usual columns for the step"):
+        read_reward_log(tmp_path)
+
+
 def test_compressed_dumps_are_read(tmp_path):
     verl_dump(tmp_path / "v", 3, [("p", 1.0, True), ("p", 0.0, True)])
     path = tmp_path / "v" / "3.jsonl"
