@@ -40,9 +40,8 @@ def read_run(
         return RunLog.load(path)
     try:
         log = find_log(path)
-    except (FileNotFoundError, NoLogError) as error:
-        RunLog.load(path)  # its error names the run folders in this one
-        raise error
+    except (FileNotFoundError, NoLogError):
+        return RunLog.load(path)  # a run without a step yet; else its error names the run folders in this one
     if log.kind == "allocations":
         check_no_options(log.files[0], names, success)
         return RunLog.load(path)
