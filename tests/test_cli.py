@@ -487,6 +487,21 @@ def test_every_command_takes_an_allocation_log_of_any_name(cli, name):
     assert cli("report", name) == (f"report: {page}\n", "")
 
 
+@pytest.mark.parametrize("threshold", [0.4, 0.7])  # above and below what single precision holds
+def test_a_reward_at_the_threshold_is_no_success_for_any_command(cli, threshold):
+    values = [threshold, float(np.float32(threshold)), 1.0]
+    rows = [{"prompt_id": p, "step": step, "reward": v} for step in (1, 2) for p in "ab" for v in values]
+    path = write_table(rows, "csv")
+    flags = ("--success-threshold", threshold)
+    found = json.loads(cli("report", path, *flags, "--format", "json")[0])
+    assert found["transitions"][2][2] == 2  # a third of the rollouts of both prompts succeeds: medium
+    allocator = kr.KnapsackAllocator("beta")
+    for _ in range(2):
+        allocator.observe(list("aaabbb"), [0.0, 0.0, 1.0] * 2)
+    _, rates, _ = read_table(cli("allocate", path, *flags, "--estimator", "beta")[0])
+    assert rates == allocator.allocate(["a", "b"], 16).success_rates.tolist()
+
+
 def test_remarks_on_a_log_go_to_standard_error(cli):
     rows = [row for row in reward_log() if row["step"] < 3]
     path = write_table(rows, "jsonl")

@@ -176,6 +176,21 @@ def test_a_reward_named_by_its_function_is_found(tmp_path):
         read_reward_log(both)
 
 
+def test_an_index_that_numbers_the_rows_is_no_prompt(tmp_path):
+    """As pandas writes it, with and without a name."""
+    rows = {"": range(4), "index": range(4), "step": [1] * 4, "prompt": list("aabb"), "reward": [1, 0, 1, 1]}
+    log = read_reward_log(table(tmp_path / "log.csv", rows))
+    assert groups(log) == {(1, "a"): (2, 1, True), (1, "b"): (2, 2, False)}
+    again = read_reward_log(table(tmp_path / "log.csv", rows | {"index": [7, 7, 9, 9]}))
+    assert again.prompt_ids == ("7", "9")
+
+
+def test_one_file_of_trl_is_read_like_its_folder(tmp_path):
+    trl_file(tmp_path, 1, ["p", "p"], ["a", "b"], {"has_digit": [1.0, 0.0]})
+    (path,) = tmp_path.iterdir()
+    assert groups(read_reward_log(path)) == groups(read_reward_log(tmp_path)) == {(1, "p"): (2, 1, True)}
+
+
 def test_truth_values_and_messages_are_read_from_json(tmp_path):
     messages = [[{"role": "user", "content": "2+2"}], [{"content": "2+2", "role": "user"}]]
     columns = {"step": [1, 1], "prompt": messages, "correct": [True, False]}
@@ -405,6 +420,18 @@ def test_numbered_files_of_other_programs_are_one_log(name, tmp_path):
     }
 
 
+def test_the_parts_of_a_table_are_one_log(tmp_path):
+    for part in (0, 1):
+        table(
+            tmp_path / f"train-0000{part}-of-00002.parquet", {name: values[part::2] for name, values in PLAIN.items()}
+        )
+    assert groups(read_reward_log(tmp_path)) == groups(read_reward_log(table(tmp_path / "whole.jsonl", PLAIN)))
+    for part in (0, 1):
+        table(tmp_path / f"train-0000{part}-of-00002.parquet", {"prompt": ["p"], "reward": [1]})
+    with pytest.raises(ValueError, match="none of the usual columns for the step"):
+        read_reward_log(tmp_path)
+
+
 def test_compressed_dumps_are_read(tmp_path):
     verl_dump(tmp_path / "v", 3, [("p", 1.0, True), ("p", 0.0, True)])
     path = tmp_path / "v" / "3.jsonl"
@@ -573,8 +600,10 @@ def test_a_run_folder_is_read(tmp_path):
 
 def test_a_run_folder_knows_its_columns(tmp_path):
     write_run(tmp_path / "run", steps=2)
-    with pytest.raises(ValueError, match="is an allocation log, which fixes columns and successes"):
+    with pytest.raises(ValueError, match="holds a run's allocations, which fix columns and successes"):
         read_reward_log(tmp_path / "run", success=0.5)
+    with pytest.raises(ValueError, match="give no options for them"):
+        read_run(tmp_path / "run", success=0.5)
 
 
 @pytest.mark.parametrize("name", ["allocations.jsonl.gz", "verl-run-3.jsonl", "seed0.jsonl.gz", "rows.json"])

@@ -14,9 +14,10 @@ from knapsack_rl.offline.tables import Columns, read_chunks, table_suffix
 from knapsack_rl.runs.files import ALLOCATION_LOG, METRICS_FILE, SAMPLES_FILE, WARNINGS_FILE, stored
 
 NAMED_BY_NUMBER = re.compile(
-    r"(?P<prefix>.*?)(?P<number>\d+)(_[0-9a-f]{8,})?(?P<suffix>(\.table)?\.(csv|jsonl|json|parquet))(\.gz)?"
+    r"(?P<prefix>.*?)(?P<number>\d+)(?P<shard>-of-\d+)?(_[0-9a-f]{8,})?(?P<suffix>(\.table)?\.(csv|jsonl|json|parquet))(\.gz)?"
 )
-"""``12.jsonl`` of verl, ``completions_00012.parquet`` of TRL, ``completions_12_5f3bda2c41.table.json`` of wandb."""
+"""``12.jsonl`` of verl, ``completions_00012.parquet`` of TRL, ``completions_12_5f3bda2c41.table.json`` of wandb;
+``train-00000-of-00004.parquet`` is a part of a table, without a step."""
 
 TRL_GROUP, VERL_GROUP = ("completions_", ".parquet"), ("", ".jsonl")
 OF_A_RUN = {METRICS_FILE, SAMPLES_FILE, WARNINGS_FILE}
@@ -88,7 +89,8 @@ def _only(path: Path, tables: Sequence[Path], groups: dict[tuple[str, str], list
     if len(groups) == 1:
         ((prefix, suffix),) = groups
         files = groups[prefix, suffix]
-        return LogFiles("table", f"{prefix}*{suffix} in {path}", tuple(files), _others(tables, files), True)
+        others, steps = _others(tables, files), number_in_name(files[0]) is not None
+        return LogFiles("table", f"{prefix}*{suffix} in {path}", tuple(files), others, steps)
     if len(single) == 1 and not groups:
         return LogFiles("table", str(single[0]), (single[0],))
     if groups or single:
@@ -121,9 +123,9 @@ def first_rows(path: Path) -> Columns:
 
 
 def number_in_name(path: Path) -> int | None:
-    """Return the number with which the name of a file ends, None if it does not."""
+    """Return the number with which the name of a file ends, None if it does not or is that of a part of a table."""
     match = NAMED_BY_NUMBER.fullmatch(path.name)
-    return None if match is None else int(match["number"])
+    return None if match is None or match["shard"] else int(match["number"])
 
 
 def remark_on_unread(log: LogFiles) -> list[str]:

@@ -10,7 +10,7 @@ from knapsack_rl.offline.log_files import NoLogError, find_log
 from knapsack_rl.offline.reward_logs import RewardLog
 from knapsack_rl.offline.rollouts import ColumnNames, Done, check_no_options, read_tables
 from knapsack_rl.runs.allocations import Visits
-from knapsack_rl.runs.files import CONFIG_FILE
+from knapsack_rl.runs.files import CONFIG_FILE, METRICS_FILE
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.success import SuccessRule
 
@@ -35,15 +35,15 @@ def read_run(
         ImportError: parquet needs pyarrow.
     """
     path, names = Path(path), names or ColumnNames()
-    if path.is_dir() and (path / CONFIG_FILE).is_file():
+    if all((path / name).is_file() for name in (CONFIG_FILE, METRICS_FILE)):
+        check_no_options(path, names, success)
         return RunLog.load(path)
     try:
         log = find_log(path)
-    except (FileNotFoundError, NoLogError) as error:
-        RunLog.load(path)  # its error names the run folders in this one
-        raise error
+    except (FileNotFoundError, NoLogError):
+        return RunLog.load(path)  # a run without a step yet; else its error names the run folders in this one
     if log.kind == "allocations":
-        check_no_options(log, names, success)
+        check_no_options(log.files[0], names, success)
         return RunLog.load(path)
     return of_rewards(RewardLog.of(read_tables(log, names, done), success), path)
 

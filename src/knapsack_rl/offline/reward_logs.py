@@ -152,7 +152,7 @@ def read_reward_log(
     """
     log, names = find_log(Path(path)), names or ColumnNames()
     if log.kind == "allocations":
-        check_no_options(log, names, success)
+        check_no_options(log.files[0], names, success)
         return _read_run(log)
     return RewardLog.of(read_tables(log, names, done), success)
 

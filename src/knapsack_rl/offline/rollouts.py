@@ -38,6 +38,9 @@ STEP_NAMES = ("step", "global_step", "training_step", "iteration")
 REWARD_NAMES = ("reward", "score", "acc", "accuracy", "correct", "success", "is_correct")
 """Column names tried in this order if none is given."""
 
+FIRST_NAMES = {"trl": {"prompt": ("prompt",)}, "verl": {"prompt": ("input",), "reward": ("score",)}}
+"""Column names that come before the others, by kind of log."""
+
 TRL_OWN = {"step", "prompt", "completion", "advantage", "images", "image"}
 """Columns of TRL's completions that do not hold rewards; the others are reward functions, by name, and user columns."""
 
@@ -163,7 +166,7 @@ def read_rollouts(
     """
     log, names = find_log(Path(path)), names or ColumnNames()
     if log.kind == "allocations":
-        check_no_options(log, names, success)
+        check_no_options(log.files[0], names, success)
         return _counted(log)
     return read_tables(log, names, done, need_steps=need_steps)
 
@@ -187,16 +190,14 @@ def _counted(log: LogFiles) -> Rollouts:
     )
 
 
-def check_no_options(log: LogFiles, names: ColumnNames, success: SuccessRule | None) -> None:
-    """Refuse options that an allocation log has no use for.
+def check_no_options(path: Path, names: ColumnNames, success: SuccessRule | None) -> None:
+    """Refuse options that the log of a run of this package has no use for.
 
     Raises:
         ValueError: there are some.
     """
     if names != ColumnNames() or success is not None:
-        raise ValueError(
-            f"{log.files[0]} is an allocation log, which fixes columns and successes; give no options for them"
-        )
+        raise ValueError(f"{path} holds a run's allocations, which fix columns and successes; give no options for them")
 
 
 class _Reader:
@@ -260,8 +261,8 @@ class _Reader:
     def _columns(self, given: ColumnNames, need_steps: bool) -> tuple[str, str | None, str]:
         """Return the columns of prompt, step and reward; there is none for a step that is in the names of the files."""
         file, columns = self._first_readable()
-        own = {"verl": ("input", "score"), "trl": ("prompt", "")}.get(self._log.kind, ("", ""))
-        prompt = given.prompt or _usual((own[0], *ID_NAMES), columns)
+        first = FIRST_NAMES.get(self._log.kind, {})
+        prompt = given.prompt or _usual_prompt((*first.get("prompt", ()), *ID_NAMES), columns)
         step = given.step or _usual(STEP_NAMES, columns)
         if prompt is None:
             raise _no_usual(ID_NAMES, columns, file, "prompt", "--id-column")
@@ -271,9 +272,11 @@ class _Reader:
             return prompt, step, given.reward
         if self._log.kind == "trl":
             return prompt, step, self._reward_function()
-        reward = _usual((own[1], *REWARD_NAMES), columns)
+        reward = _usual((*first.get("reward", ()), *REWARD_NAMES), columns)
         named = [name for name in columns if "reward" in name.lower()]
         if reward is None and len(named) != 1:
+            if not named and "completion" in columns and _able(columns.get("advantage", ("",))):  # one file of TRL's
+                return prompt, step, self._reward_function()
             raise _no_usual(REWARD_NAMES, columns, file, "reward", "--reward-column")
         return prompt, step, reward or named[0]
 
@@ -434,6 +437,13 @@ class _Progress:
 
 def _usual(names: Iterable[str], columns: Columns) -> str | None:
     return next((name for name in names if name in columns), None)
+
+
+def _usual_prompt(names: Iterable[str], columns: Columns) -> str | None:
+    """Return the first column in which a value repeats, as prompts do: an ``index`` may number the rows."""
+    found = [name for name in names if name in columns]
+    repeating = (name for name in found if len({*map(repr, columns[name])}) < len(columns[name]))
+    return next(repeating, found[0] if found else None)
 
 
 def _no_usual(names: Sequence[str], columns: Columns, file: Path, what: str, flag: str) -> TableError:
