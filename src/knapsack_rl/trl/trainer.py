@@ -34,7 +34,7 @@ from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.identity import check_ids, check_same_data, keys_of_blocks, prompt_keys, rows_by_prompt
 from knapsack_rl.trl.internals import check_internals, one_completion_per_row
 from knapsack_rl.trl.queue import PromptQueue
-from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
+from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
 from knapsack_rl.trl.rewards import watched
 from knapsack_rl.trl.step import Scored, Step
 
@@ -112,10 +112,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
         if self._setting("reward_timeout") is not None and not can_interrupt():
             raise ValueError("reward_timeout needs signals: train in the main thread, and not on Windows")
-        if self._setting("replay") and (
-            self.accelerator.num_processes > 1 or self._aggregation != "sum_then_normalize"
-        ):
-            raise ValueError("replay needs one process and multi_objective_aggregation='sum_then_normalize'")
+        if self._setting("replay"):
+            check_replay(self)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise ValueError(
@@ -374,5 +372,5 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 "no state", f"{checkpoint} has no {STATE_FILE}: the allocator starts with nothing known"
             )
         self.generated = Generated.load(checkpoint)
-        if self.replay is not None:
+        if self.replay is not None and (checkpoint / REPLAY_FILE).exists():
             self.replay.load(checkpoint / REPLAY_FILE)
