@@ -720,6 +720,55 @@ def test_resuming_a_stock_checkpoint_warns_and_works(tmp_path, caplog):
     assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model)
 
 
+def test_the_newest_checkpoint_wins_whichever_trainer_wrote_it(tmp_path, caplog):
+    def make(kind, steps):
+        return trainer_of(kind, tmp_path, data=tiny.dataset(24), max_steps=steps, save_strategy="steps", save_steps=2)
+
+    first = make(KnapsackGRPOTrainer, 2)
+    first.train()
+    stock = make(GRPOTrainer, 4)
+    stock.train(resume_from_checkpoint=True)
+    trainer = make(KnapsackGRPOTrainer, 6)
+    twin = make(GRPOTrainer, 6)
+    prompts = []
+    trainer.reward_funcs = [tiny.recording(tiny.digit_sum, prompts)]
+    with caplog.at_level(logging.WARNING, logger="knapsack_rl.trl"):
+        trainer.train(resume_from_checkpoint=True)
+    twin.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert len(prompts) == 2  # steps 5 and 6
+    assert tiny.fingerprint(trainer.model) == tiny.fingerprint(twin.model)  # nothing that stock training did is lost
+    known = trainer.allocator.tracker.prompt_ids
+    assert known[:8] == first.allocator.tracker.prompt_ids  # the older state is better than none
+    assert set(known[8:]) == {name for batch in prompts for name in batch["prompt_id"]}
+    (warning,) = [record.getMessage() for record in caplog.records if STATE_FILE in record.getMessage()]
+    assert "checkpoint-4 has no knapsack_allocator.npz: the allocator continues from that of checkpoint-2" in warning
+
+
+def test_a_second_training_starts_as_that_of_the_stock_trainer(tmp_path):
+    """Six steps are an epoch: after a resume in the second one, another training begins with the first order again."""
+    order = {}
+    for kind in (GRPOTrainer, KnapsackGRPOTrainer):
+        settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 7, "allocation": "uniform"}
+        trainer_of(kind, tmp_path / kind.__name__, data=tiny.dataset(24), **settings).train()
+        batches = []
+        again = trainer_of(
+            kind,
+            tmp_path / kind.__name__,
+            data=tiny.dataset(24),
+            rewards=(tiny.recording(tiny.digit_sum, batches),),
+            **settings,
+        )
+        again.train(resume_from_checkpoint=str(tmp_path / kind.__name__ / "checkpoint-7"))
+        resumed = len(batches)
+        again.train()
+        assert (resumed, len(batches)) == (1, 9)
+        assert again.state.global_step == 8
+        order[kind] = [batch["prompts"] for batch in batches[resumed:]]
+    assert order[KnapsackGRPOTrainer] == order[GRPOTrainer]
+    assert order[GRPOTrainer][:2] != order[GRPOTrainer][6:]  # the epochs differ
+
+
 def test_a_damaged_state_stops_the_resume(tmp_path):
     checkpointed(tmp_path, informed=True, steps=3).train()
     (tmp_path / "checkpoint-3" / STATE_FILE).write_bytes(b"no archive")

@@ -10,23 +10,25 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
-from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE, complete_checkpoints
+from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan, Session
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (
-    SaveAllocator,
     SaveSamples,
+    WarnOfSplitGenerations,
+    begin_checkpoint,
     finished_epochs,
     log_changed_data,
-    warn_of_split_generations,
+    newest_checkpoint,
+    newest_state,
 )
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
@@ -87,8 +89,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if getattr(self, "vllm_generation", None) is not None:
             served: Any = self.vllm_generation
             served.generate = one_completion_per_row(served.generate, lambda: self._training)
-        warn_of_split_generations(self.args, self.num_iterations)
-        self.add_callback(SaveAllocator(self.save_progress, self._checkpoint_root))
+        self.add_callback(WarnOfSplitGenerations(self.num_iterations))
         if self._setting("log_samples") and self.accelerator.is_main_process:
             self._samples = SampleStore(self._setting("log_samples"))
             self.add_callback(SaveSamples(self._samples))
@@ -100,10 +101,6 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def allocator(self) -> KnapsackAllocator:
         """The allocator of the run."""
         return self.session.allocator
-
-    def _checkpoint_root(self) -> Path:
-        # In a hyperparameter search the trainer's folder is one below output_dir.
-        return Path(self._get_output_dir(getattr(self, "_trial", None)))
 
     def _check_run(self) -> None:
         """Check the settings that depend on the reward functions and processes, which only exist now."""
@@ -315,18 +312,22 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GRPOTrainer.train``; resuming also restores the allocator.
 
-        ``True`` takes the newest complete checkpoint and skips an incomplete one. A checkpoint without allocator state
-        (made by the stock trainer) resumes with nothing known of the prompts, with a warning. The order of prompts
-        continues where it was, in every epoch; TRL alone would start again with the order of the first one.
+        ``True`` takes the newest complete checkpoint, whichever trainer wrote it, and warns of newer incomplete ones.
+        With a checkpoint of the stock trainer the allocator continues from the newest older state beside it, or else
+        with what it knows, with a warning. The order of prompts continues where it was, in every epoch; TRL alone would
+        start again with the order of the first one.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or its state is damaged or of other settings.
         """
-        folder = resume_from_checkpoint
-        if folder is True:
-            complete = complete_checkpoints(Path(str(self.args.output_dir)))
-            folder = str(complete[-1]) if complete else get_last_checkpoint(str(self.args.output_dir))
-            resume_from_checkpoint = folder or True
-        if folder:
-            self._epochs_finished = finished_epochs(Path(folder))
-            self.restore_progress(Path(folder))
+        if resume_from_checkpoint is True:  # without any checkpoint the parent raises
+            newest = newest_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = True if newest is None else str(newest)
+        self._epochs_finished = 0
+        if resume_from_checkpoint and isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            folder = Path(resume_from_checkpoint)
+            self._epochs_finished = finished_epochs(folder)
+            self.restore_progress(folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
@@ -335,8 +336,15 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             next(iter(sampler), None)  # draws an epoch's order, as at its start
         return sampler
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            # In a hyperparameter search the trainer's folder is one below output_dir.
+            root = Path(self._get_output_dir(trial=trial))
+            begin_checkpoint(root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.save_progress)
+        super()._save_checkpoint(model, trial)
+
     def save_progress(self, checkpoint: Path) -> None:
-        """Write the state of the run into a checkpoint; the allocator's comes last and marks it complete.
+        """Write the state of the run into a checkpoint.
 
         Raises:
             OSError: a file cannot be written.
@@ -357,20 +365,19 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         Raises:
             ValueError: the state is damaged or belongs to another estimator.
         """
-        state = checkpoint / STATE_FILE
-        if state.exists():
+        state = newest_state(checkpoint)
+        if state is None or state.parent != checkpoint:
+            start = "with what it knows" if state is None else f"from that of {state.parent.name}"
+            self.session.warn_once("no state", f"{checkpoint} has no {STATE_FILE}: the allocator continues {start}")
+        if state is not None:
             self.session.restore(state)
-            if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
-                self.queue.load(checkpoint / QUEUE_FILE)
             if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it
                 log_changed_data(
                     self.allocator.tracker.prompt_ids,
                     prompt_keys(self.train_dataset, self._setting("prompt_id_column")),
                 )
-        else:
-            self.session.warn_once(
-                "no state", f"{checkpoint} has no {STATE_FILE}: the allocator starts with nothing known"
-            )
         self.generated = Generated.load(checkpoint)
+        if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
+            self.queue.load(checkpoint / QUEUE_FILE)
         if self.replay is not None and (checkpoint / REPLAY_FILE).exists():
             self.replay.load(checkpoint / REPLAY_FILE)
