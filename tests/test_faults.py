@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import inspect
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer import grpo_trainer
 
 import knapsack_rl as kr
 import tiny
@@ -261,14 +264,30 @@ def test_faults_of_reward_functions_stop_the_run_with_the_prompt(tmp_path) -> No
         trainer_of(tmp_path, odd, max_steps=6).train()
 
 
-def test_an_asynchronous_reward_trains(tmp_path) -> None:
+def test_an_asynchronous_reward_trains(tmp_path, monkeypatch) -> None:
     async def later(completions, **_):
         return tiny.has_digit_five(completions)
 
-    trainer = trainer_of(tmp_path, later)
-    trainer.train()
-    assert trainer.state.global_step == 3
-    assert trainer.allocator.tracker.records().rollouts.sum() == 48
+    class Judge:
+        async def __call__(self, completions, model, **_):
+            return tiny.has_digit_five(completions)
+
+    forms = {
+        "function": later,
+        "partial": partial(later, model="a"),
+        "partial of a partial": partial(partial(later, model="a"), retries=2),
+        "partial of an object": partial(Judge(), model="a"),
+    }
+    for name, function in forms.items():
+        trainer = trainer_of(tmp_path / name, function)
+        trainer.train()
+        assert trainer.state.global_step == 3, name
+        assert trainer.allocator.tracker.records().rollouts.sum() == 48, name
+
+    # TRL before 1.14 takes objects for synchronous functions, and has no loop for them.
+    monkeypatch.setattr(grpo_trainer, "is_async_callable", inspect.iscoroutinefunction)
+    with pytest.raises(ValueError, match=r"does not await Judge.*trl>=1\.14"):
+        trainer_of(tmp_path, partial(Judge(), model="a"))
 
 
 def test_a_missing_reward_is_counted_and_the_run_continues(tmp_path) -> None:

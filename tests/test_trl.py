@@ -544,6 +544,33 @@ def test_lengths_count_the_tokens_of_truncated_rollouts_too(tmp_path):
 # -- evaluation, metrics, log -----------------------------------------------------------------------------------------
 
 
+def test_tokens_of_tools_are_not_counted_as_generated(tmp_path, monkeypatch):
+    """An environment answers in the middle of each completion; half of the completions are truncated and so blanked."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    mine = Counter()
+
+    def rollout(prompts, trainer):
+        found = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "env_mask": []}
+        for k, prompt in enumerate(prompts):
+            turns = [1] * (1 + k % 3) + [0] * 20 + [1]
+            mine[prompt] += sum(turns)
+            found["prompt_ids"].append(trainer.processing_class(prompt)["input_ids"])
+            found["completion_ids"].append([3] * (len(turns) - 1) + [k % 2])  # 1 ends it
+            found["env_mask"].append(turns)
+        return found
+
+    trainer = tiny.trainer(
+        KnapsackGRPOTrainer, tmp_path, extra={"rollout_func": rollout}, mask_truncated_completions=True
+    )
+    trainer.train()
+    tracker = trainer.allocator.tracker
+    records = tracker.lookup(tracker.prompt_ids)
+    texts = dict(zip(tiny.dataset()["prompt_id"], tiny.dataset()["prompt"], strict=True))
+    assert records.length_sum.tolist() == [mine[texts[prompt_id]] for prompt_id in tracker.prompt_ids]
+    assert trainer.generated.tokens == mine.total()
+    assert trainer.generated.rollouts == 48
+
+
 def test_evaluation_leaves_the_allocator_alone(tmp_path):
     batches = []
     trainer = trainer_of(
@@ -1183,6 +1210,7 @@ def test_a_release_of_trl_with_other_methods_is_refused(tmp_path, monkeypatch):
     others = {
         "_generate_and_score_completions": lambda self, inputs, mode: None,
         "_calculate_rewards": lambda self, inputs, prompts, completions: None,
+        "_generate": lambda self, prompts, images: None,
     }
     for name, other in others.items():
         with monkeypatch.context() as patch:

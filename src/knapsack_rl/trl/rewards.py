@@ -80,8 +80,27 @@ def watched(
     return synchronous
 
 
+def check_awaited(functions: Sequence[Any], names: Sequence[str], loop: Any) -> None:
+    """Refuse an asynchronous reward function that TRL has no event loop for, as it takes it for a synchronous one.
+
+    Args:
+        functions: the reward functions.
+        names: of the functions.
+        loop: TRL's event loop; None if it has none.
+
+    Raises:
+        ValueError: it would not be awaited.
+    """
+    for function, name in zip(functions, names, strict=True):
+        if loop is None and is_asynchronous(function):
+            raise ValueError(
+                f"this release of TRL does not await {name}, an object or a partial; install trl>=1.14, or pass an "
+                "async function that calls it"
+            )
+
+
 def is_asynchronous(function: Callable[..., Any]) -> bool:
-    """Return whether a call gives a coroutine: a function, an object with such a ``__call__``, or a partial of either."""
+    """Return whether a call must be awaited: an async function, an object with such a method, a partial of either."""
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004

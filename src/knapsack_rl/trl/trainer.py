@@ -34,10 +34,10 @@ from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.identity import check_ids, check_same_data, keys_of_blocks, prompt_keys, rows_by_prompt
-from knapsack_rl.trl.internals import check_internals, one_completion_per_row
+from knapsack_rl.trl.internals import check_internals, model_tokens, one_completion_per_row
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
-from knapsack_rl.trl.rewards import watched
+from knapsack_rl.trl.rewards import check_awaited, watched
 from knapsack_rl.trl.step import Scored, Step
 
 
@@ -76,8 +76,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             else watched(function, name, self._setting("prompt_id_column"), self._setting("reward_timeout"))
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        check_awaited(self.reward_funcs, self.reward_func_names, getattr(self, "async_loop", None))
         self.queue = PromptQueue(self._mean) if self._setting("prompts_per_step") == "varying" else None
         self._scored: Scored | None = None
+        self._model_tokens: list[int] = []
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
         self.generated = Generated()
@@ -136,10 +138,16 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         finally:
             self.num_generations = mean
 
+    def _generate(self, prompts: Any) -> Any:
+        generated = super()._generate(prompts)
+        self._model_tokens = model_tokens(generated)
+        return generated
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        # Lengths cannot be read from the completion mask: on request TRL blanks the rows of truncated answers.
-        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
+        # Not from the masks of the batch: on request TRL blanks the rows of truncated answers.
+        tokens, self._model_tokens = self._model_tokens or [len(ids) for ids in completion_ids_list], []
+        lengths = torch.tensor(tokens, device=rewards_per_func.device)
         self._scored = Scored(
             matrix=rewards_per_func.detach().double().cpu().numpy(),
             lengths=gather(lengths).cpu().numpy(),
