@@ -617,6 +617,45 @@ def test_metrics_of_each_step_are_in_the_log_history(tmp_path):
     assert not any(name.startswith("knapsack/") for name in trainer.state.log_history[-1])
 
 
+CORE = {
+    *("effective_gradient_ratio", "effective_prompt_ratio", "all_correct", "all_wrong", "outcome_per_prompt"),
+    *("reward_per_prompt", "estimated_success_rate", "predicted_nonzero_gradient", "realised_nonzero_gradient"),
+    *("budget_min", "budget_max", "allocation_seconds"),
+}
+
+
+def test_the_log_has_a_dozen_metrics_and_the_failures(tmp_path):
+    def lines(folder, reward, **settings):
+        trainer = trainer_of(
+            KnapsackGRPOTrainer, tmp_path / folder, data=tiny.dataset(4), rewards=(reward,), **settings
+        )
+        trainer.train()
+        return [
+            {name.removeprefix("knapsack/"): number for name, number in row.items() if name.startswith("knapsack/")}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
+
+    def solved(completions, **_):
+        return [1.0] * len(completions)
+
+    first, second, third = lines("solved", solved, log_metrics="core")
+    assert set(first) == CORE
+    assert len(CORE) == 12
+    assert set(second) == set(third) == CORE | {"solved_before", "lost"}  # all four were solved at the last visit
+    assert (third["solved_before"], third["lost"]) == (4.0, 0.0)
+    every = lines("all", solved)
+    assert all(set(row) > CORE | {"budget_share/0", "prompts_seen", "allocation_failures"} for row in every)
+
+    def broken(completions, **_):
+        return [None if k == 2 else float(k % 2) for k in range(len(completions))]
+
+    for row in lines("unscored", broken, log_metrics="core"):
+        assert set(row) - {"solved_before", "lost"} == CORE | {"unscored_rollouts"}
+    with pytest.raises(ValueError, match="log_metrics must be one of core, all, got 'some'"):
+        lines("wrong", solved, log_metrics="some")
+
+
 def test_metrics_are_absent_where_nothing_was_generated(tmp_path):
     trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, num_iterations=2, max_steps=4)
     trainer.train()

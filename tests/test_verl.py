@@ -44,6 +44,7 @@ class Run:
     def __init__(self, folder, world, *, prompts=12, mode="sync", changes=None, **settings):
         from knapsack_rl.verl import KnapsackAgentLoopManager, KnapsackCheckpoint, KnapsackReplayBuffer
 
+        settings = {"log_metrics": "all"} | settings
         self.world, self.prompts, self.folder, self.step = world, prompts, Path(folder), 0
         self.config = verl_standins.config(
             folder,

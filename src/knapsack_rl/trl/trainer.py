@@ -17,6 +17,7 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
+from knapsack_rl.metrics import select_metrics
 from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan, Session
@@ -312,7 +313,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             numbers["process_imbalance"] = float(work.max() / max(work.mean(), 1))
         by_prompt = trained.mean_reward[~np.isnan(trained.mean_reward)]
         numbers["reward_per_prompt"] = float(by_prompt.mean()) if by_prompt.size else float("nan")
-        for name, number in numbers.items():
+        for name, number in select_metrics(numbers, self._setting("log_metrics")).items():
             self._metrics["train"][f"knapsack/{name}"].append(number)
 
     # -- resume -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import transfer_queue
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from knapsack_rl.allocation.checks import FloatArray
+from knapsack_rl.metrics import select_metrics
 from knapsack_rl.verl import session
 from knapsack_rl.verl.launch import VerlSettings
 from knapsack_rl.verl.manager import ID_FIELD
@@ -50,7 +51,8 @@ class _Observes:
         ids, outcomes, lengths = read
         plan, prompt_R = self.session.arrived(ids)
         metrics = self.session.observe(plan, prompt_R, outcomes, lengths, step).metrics
-        return {f"knapsack/{name}": number for name, number in metrics.items()}
+        shown = select_metrics(metrics, self.session.settings.log_metrics)
+        return {f"knapsack/{name}": number for name, number in shown.items()}
 
 
 class _KnapsackReplayBuffer(_Observes, ReplayBuffer):
