@@ -400,6 +400,13 @@ def test_a_success_only_replaces_a_row_like_its_own(tmp_path):
     output = batch_of([[3, 1], [4, 1]])
     assert visit(trainer, buffer, output, [np.nan, 0.0])[0].tolist() == [1.0, 0.0]  # the scored failure remains
     assert output["completion_ids"].tolist() == [[9, 1], [4, 1]]
+    for rewards in ([np.nan, np.nan], [0.0, np.nan], [0.0]):  # at most the one that it replaces has a reward
+        output = batch_of([[3, 1], [4, 1]][: len(rewards)])
+        assert visit(trainer, buffer, output, rewards)[1]["replay/mixed_in"] == (rewards == [0.0, np.nan]), rewards
+    # A reward below that of the failures would have a negative advantage, which the loss does not clip.
+    buffer.entries["only"] = success([9, 1], [-1.0, -2.0], -0.2, prompt=PROMPT)
+    for rewards, used in (([-0.1, -0.1], 0.0), ([-0.1, -0.3], 1.0)):
+        assert visit(trainer, buffer, batch_of([[3, 1], [4, 1]]), rewards)[1]["replay/mixed_in"] == used
 
 
 def test_a_success_without_tokens_to_train_on_is_not_stored(tmp_path):

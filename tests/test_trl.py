@@ -977,7 +977,7 @@ def test_a_plain_grpo_config_is_accepted(tmp_path):
     trainer.train()
     assert trainer.allocator.estimator_name == "bayes-filter"
     assert (trainer.allocator.min_rollouts, trainer.allocator.max_rollouts) == (2, 128)
-    assert metric(trainer, "knapsack/budget") == [16.0] * 3
+    assert metric(trainer, "knapsack/budget_max") == [4.0] * 3
 
 
 def test_a_varying_number_of_prompts_shares_the_same_rollouts(tmp_path):

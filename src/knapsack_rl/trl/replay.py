@@ -235,9 +235,8 @@ def mix_in(
             found = rows[groups.success_R[rows] & trained_on[rows]]
             stores += [(prompt, int(row)) for row in found[:1]]
         elif action == "use":
-            failures = rows if visit[1] > 1 else rows[~groups.scored_R[rows]]  # another one must remain to compare with
-            places = (row for row in failures.tolist() if buffer.entries[prompt].fits(row, output))
-            if (place := next(places, None)) is not None:
+            place = _place(buffer.entries[prompt], rows, total, output)
+            if place is not None:
                 replaced[place] = buffer.use(prompt)
     if stores:
         _store(buffer, trainer, stores, total, output)
@@ -247,6 +246,16 @@ def mix_in(
             total[row] = success.reward
         _replace(trainer, replaced, output)
     return total, _figures(buffer, len(replaced))
+
+
+def _place(success: Success, rows: IntArray, total: FloatArray, output: Mapping[str, Any]) -> int | None:
+    """Return a row of a group that a success may replace, with a positive advantage then; None if there is none."""
+    for row in rows.tolist():
+        others = total[rows[rows != row]]
+        others = others[~np.isnan(others)]
+        if others.size and success.reward > others.mean() and success.fits(row, output):
+            return row
+    return None
 
 
 def _figures(buffer: SuccessBuffer, mixed_in: int) -> dict[str, float]:
