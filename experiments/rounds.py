@@ -107,13 +107,13 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
             generating += time.perf_counter() - before
             ids, parts, scores = ids + mine, [*parts, output], [*scores, scored]
             group_R = np.repeat(np.arange(len(wanted)), list(wanted.values()))
-            outcomes = outcomes_by_position(group_R, self._outcome(scored), len(wanted), self.allocator.success)
+            outcomes = self.allocator.outcomes_of(group_R, self._outcome(scored), len(wanted))
             self.rounds.observe(list(wanted), outcomes)
         merged = concatenate(parts, self._tokenizer.pad_token_id)
         self._scored = Scored.joined(scores)
         prompts, group_R = numbered(ids)
         allocation = self.session.adopt(prompts, np.bincount(group_R))
-        outcomes = outcomes_by_position(group_R, self._outcome(self._scored), len(prompts), self.allocator.success)
+        outcomes = self.allocator.outcomes_of(group_R, self._outcome(self._scored), len(prompts))
         seconds = time.perf_counter() - started - generating
         self._finish_step(Step(Plan(prompts, allocation, seconds), group_R, ragged=True), merged)
         return select(merged, self.rounds.keep(prompts, group_R, outcomes.success_R.astype(np.int64)))

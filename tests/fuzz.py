@@ -57,6 +57,7 @@ TARGETS: dict[str, tuple[calls.Target, float]] = {
     "state files": (files.state_files, 0.008),
     "settings files": (files.settings_files, 0.005),
     "tables": (files.tables, 0.015),
+    "reward logs": (files.reward_logs, 0.01),
     "run folders": (files.run_folders, 0.003),
     "command line": (files.command_line, 0.002),
 }

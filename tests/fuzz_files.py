@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import random
@@ -15,7 +16,9 @@ from fuzz_input import mutated
 from knapsack_rl import state as statefile
 from knapsack_rl.cli import main as command
 from knapsack_rl.offline import tables as logs
+from knapsack_rl.offline.recorded import read_run
 from knapsack_rl.offline.reward_logs import read_reward_log
+from knapsack_rl.offline.rollouts import read_rollouts
 from knapsack_rl.runs import files as runfiles
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.training.settings import read_yaml, settings_from
@@ -51,6 +54,13 @@ FILES = {
 }
 
 
+LOGS = FILES | {
+    "rewards.json": b'{"columns": ["prompt_id", "reward", "step"], "data": [["a", true, 1], [["b"], -Infinity, 2]]}',
+    "rewards.jsonl.gz": gzip.compress(FILES["rewards.jsonl"] * 2),
+    "rows.jsonl": json.dumps(RUN_ROW).encode() + b"\n",
+}
+
+
 def state_files(dice: random.Random, folder: Path) -> None:
     path = folder / "state.npz"
     if not path.exists():
@@ -76,6 +86,23 @@ def tables(dice: random.Random, folder: Path) -> None:
     columns = logs.read_columns(folder / name)
     assert len({len(values) for values in columns.values()}) <= 1
     read_reward_log(folder / name)
+
+
+def reward_logs(dice: random.Random, folder: Path) -> None:
+    """Each reader alone, on a file or on a folder of two numbered ones."""
+    name = dice.choice(list(LOGS))
+    place = folder / "log"
+    place.mkdir(exist_ok=True)
+    for file in place.iterdir():
+        file.unlink()
+    path = place / name
+    if dice.random() < 0.5:
+        path, suffixes = place, name.partition(".")[2]
+        for number in (1, 2):
+            (place / f"{number}.{suffixes}").write_bytes(mutated(dice, LOGS[name]))
+    else:
+        path.write_bytes(mutated(dice, LOGS[name]))
+    dice.choice((read_reward_log, read_rollouts, read_run))(path)
 
 
 def write_run_folder(dice: random.Random, run: Path) -> None:

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import gzip
 import io
 import json
 import math
@@ -110,7 +111,7 @@ def test_the_help_lists_every_setting_and_its_default(command, capsys):
         listed = f"\n  --{spec.name.replace('_', '-')} " in out
         assert listed == (spec.name not in varied), spec.name
         if listed:
-            default = f"(default: {spec.default})" if spec.default != "" else ""
+            default = f"(default: {spec.default})" if spec.default not in ("", None) else ""
             assert "".join(f"{spec.metadata['help']} {default}".split()) in text, spec.name
 
 
@@ -177,9 +178,16 @@ def test_an_interruption_is_reported_and_exits_with_130(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("knapsack_rl.cli.allocate.read_columns", interrupted)
+    monkeypatch.setattr("knapsack_rl.cli.allocate.first_rows", interrupted)
+    Path("rates.csv").touch()
     assert main(["allocate", "rates.csv"]) == 130
     assert capsys.readouterr() == ("", "knapsack-rl: interrupted\n")
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Pages without plots, which take most of their time; ``test_report.py`` draws them."""
+    monkeypatch.setattr("knapsack_rl.report.page.plot", lambda *_: "")
 
 
 # -- allocate ---------------------------------------------------------------------------------------------------------
@@ -387,6 +395,115 @@ def test_completions_of_trl_are_a_log_of_rewards(cli):
     assert counts == allocator.allocate(prompts, 8 * len(prompts)).counts.tolist()
 
 
+SINGLE = float(np.float32(0.4))
+MESSAGES = [[{"role": "user", "content": f"What is {k}+{k}?"}] for k in range(3)]
+
+
+def trl_rows(rows):
+    Path("log/completions").mkdir(parents=True)
+    for step in sorted({row["step"] for row in rows}):
+        here = [row for row in rows if row["step"] == step]
+        columns = {"step": [step] * len(here), "prompt": [row["prompt"] for row in here]}
+        columns |= {
+            "completion": [f"{step} {k}" for k in range(len(here))],
+            "accuracy": [row["reward"] for row in here],
+        }
+        parquet.write_table(pa.table(columns), f"log/completions/completions_{step:05}.parquet")
+    return "log"
+
+
+def verl_rows(rows):
+    Path("log").mkdir()
+    for step in {row["step"] for row in rows}:
+        here = [{"input": str(row["prompt"]), "score": row["reward"]} for row in rows if row["step"] == step]
+        Path(f"log/{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in here))
+    return "log"
+
+
+def csv_rows(rows):
+    return write_table([{**row, "completion": "x" * 131_073} for row in rows], "csv")
+
+
+def gzip_rows(rows):
+    path = write_table(rows, "jsonl")
+    Path("rewards.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return "rewards.jsonl.gz"
+
+
+@pytest.mark.usefixtures("without_plots")
+@pytest.mark.parametrize("write", [trl_rows, verl_rows, csv_rows, gzip_rows])
+@pytest.mark.parametrize(
+    ("rewards", "threshold"),
+    [
+        ((1.0, SINGLE, math.nan), 0.4),  # in single precision 0.4 is no success above 0.4
+        ((True, False, None), None),
+        ((1.0, 0.0, -math.inf), None),
+    ],
+)
+def test_every_command_counts_the_same_in_the_same_log(cli, write, rewards, threshold):
+    """Rewards of successes, failures and rollouts without a score; prompts are messages."""
+    dice = np.random.default_rng(3)
+    kinds = {(step, k): [0, 1, *dice.integers(0, 3, 4).tolist()] for step in (1, 2) for k in range(3)}
+    rows = [
+        {"prompt": MESSAGES[k], "step": step, "reward": rewards[kind]}
+        for (step, k), group in kinds.items()
+        for kind in group
+    ]
+    flags = [] if threshold is None else ["--success-threshold", threshold]
+    path = write(rows)
+    good = {key: group.count(0) for key, group in kinds.items()}
+    scored = {key: good[key] + group.count(1) for key, group in kinds.items()}
+
+    found = json.loads(cli("replay", path, *flags, "--json", "--no-page", "--seeds", 1)[0])
+    assert found["log"]["rollouts"] == sum(scored.values())
+    assert found["log"]["unscored"] == len(rows) - sum(scored.values())
+    assert found["recorded"]["effective_prompts"] == 1
+
+    found = json.loads(cli("report", path, *flags, "--format", "json")[0])
+    assert (found["rollouts"], found["steps"]) == (sum(scored.values()), 2)
+    assert (found["all_correct"], found["all_wrong"]) == (0, 0)
+    assert "report.html" in cli("report", path, *flags)[0]
+
+    allocator = kr.KnapsackAllocator("beta")
+    for (step, k), successes in good.items():
+        outcomes = [1.0] * successes + [0.0] * (scored[step, k] - successes)
+        allocator.observe([str(k)] * len(outcomes), outcomes)
+    _, rates, _ = read_table(cli("allocate", path, *flags, "--estimator", "beta")[0])
+    np.testing.assert_allclose(rates, allocator.allocate(["0", "1", "2"], 24).success_rates)
+
+
+@pytest.mark.usefixtures("without_plots")
+@pytest.mark.parametrize("name", ["verl.jsonl", "verl.jsonl.gz", "allocations.jsonl"])
+def test_every_command_takes_an_allocation_log_of_any_name(cli, name):
+    write_run(Path("run"), steps=6)
+    content = Path("run/allocations.jsonl").read_bytes()
+    Path(name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert cli("allocate", name) == cli("allocate", "run")
+    one, other = (json.loads(cli("replay", path, "--json", "--no-page", "--seeds", 1)[0]) for path in (name, "run"))
+    assert one["policies"] == other["policies"]
+    figures = [json.loads(cli("report", path, "--format", "json")[0]) for path in (name, "run")]
+    assert figures[0]["rollouts"] == figures[1]["rollouts"]
+    page = "report.html" if name == "allocations.jsonl" else "verl-report.html"
+    assert cli("report", name) == (f"report: {page}\n", "")
+
+
+def test_remarks_on_a_log_go_to_standard_error(cli):
+    rows = [row for row in reward_log() if row["step"] < 3]
+    path = write_table(rows, "jsonl")
+    path.write_text(path.read_text() + '{"prompt_id": "p1", "st')
+    out, err = cli("allocate", path)
+    assert read_table(out)
+    assert "Note: 1 incomplete row was skipped: rewards.jsonl, line" in err
+    assert cli("allocate", path, "--quiet") == (out, "")
+
+
+def test_logs_without_settings_are_compared_by_name(cli):
+    write_table(reward_log(0), "csv").rename("first.csv")
+    write_table(reward_log(1), "csv").rename("second.csv")
+    rows = json.loads(cli("report", "first.csv", "second.csv", "--format", "json")[0])
+    assert [row["policy"] for row in rows] == ["first", "second"]
+
+
 def test_an_infeasible_budget_for_a_log_degrades_with_one_message(cli, caplog):
     rows = reward_log()
     out, err = cli("allocate", write_table(rows, "csv"), "--budget", 6)
@@ -407,14 +524,15 @@ def test_bad_input_to_allocate_is_one_line(refused):
         ("success_rate\n0.5\n", ("--min-rollouts", "9", "--max-rollouts", "8"), "min_rollouts"),
         ("prompt_id,success_rate\n,0.5\n", (), "column 'prompt_id', row 1 is empty; every row needs a prompt id"),
         (
-            "prompt_id,score\na,1\n",
+            "prompt_id,mark\na,1\n",
             (),
-            "no column 'reward'; its columns are prompt_id, score (name another with --reward-column, or name a column "
-            "of success rates instead of 'success_rate' with --rate-column)",
+            "its columns are prompt_id, mark: name one with --reward-column (or name a column of success rates with "
+            "--rate-column)",
         ),
-        ("id,reward\na,1\n", (), "no column 'prompt_id'; its columns are id, reward (name another with --id-column)"),
+        ("name,reward\na,1\n", (), "its columns are name, reward: name one with --id-column"),
+        ("prompt_id,accuracy\na,0.5\nb,1\n", (), "name their column with --rate-column if they are success rates"),
         ("prompt_id,reward\na,x\n", (), "column 'reward', row 1: 'x' is not a number"),
-        ("prompt_id,reward\na,inf\n", (), "reward"),
+        ("prompt_id,reward\na,inf\n", (), "none of the 1 rollouts has a reward"),
         ("prompt_id,step,reward\na,1,1\na,,1\n", (), "column 'step', row 2 is empty"),
         ("prompt_id,reward\na,1\n", ("--fallback",), "--estimator window"),
         ("prompt_id,reward\na,1\n", ("--max-rollouts", "1"), "max_rollouts"),
@@ -427,7 +545,7 @@ def test_bad_input_to_allocate_is_one_line(refused):
 
 
 def test_a_file_that_cannot_be_read_is_one_line(refused):
-    assert "there is no file missing.csv" in refused("allocate", "missing.csv")
+    assert "there is no file or folder missing.csv" in refused("allocate", "missing.csv")
     Path("table.txt").write_text("success_rate\n0.5\n")
     assert ".csv, .jsonl, .json, .parquet" in refused("allocate", "table.txt")
 
@@ -683,12 +801,6 @@ def test_a_run_that_cannot_be_resumed_is_refused_before_the_slow_imports(refused
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def without_plots(monkeypatch):
-    """Pages without plots, which take most of their time; ``test_report.py`` draws them."""
-    monkeypatch.setattr("knapsack_rl.report.page.plot", lambda *_: "")
 
 
 @pytest.mark.usefixtures("without_plots")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+import hostile
 from knapsack_rl.tasks import math_process
 from knapsack_rl.tasks.countdown import MAX_EXPRESSION, arithmetic_value
 from knapsack_rl.tasks.data import DataRequest
+from knapsack_rl.tasks.gym_worker import value_of
+from knapsack_rl.tasks.reasoning_gym import NO_PROBLEMS, PAID_FOR_ANY_TEXT, GymProcess
 from knapsack_rl.tasks.registry import TASKS, load_data
 from knapsack_rl.tasks.verifier import MAX_TEXT
 from strategies import no_deadline
@@ -102,17 +106,121 @@ def test_without_math_verify_a_data_set_that_needs_it_names_the_install_line(tmp
         assert len(load(name, 1, 0).train) == 1, name
 
 
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def test_an_answer_that_nothing_can_match_is_named_with_its_row(tmp_path):
-    (tmp_path / "qa.jsonl").write_text('{"prompt": "1?", "answer": "7"}\n{"prompt": "2?", "answer": "none"}\n')
-    assert load(str(tmp_path / "qa.jsonl"), 2, 0).train[1]["answer"] == "none"
-    with pytest.raises(ValueError, match=r"qa\.jsonl, row 2: gold must hold a number of .*, got 'none'"):
-        load(str(tmp_path / "qa.jsonl"), 2, 0, verifier="number")
+    pytest.importorskip("math_verify")
+    own = write(tmp_path / "qa.jsonl", [{"prompt": "1?", "answer": "7"}, {"prompt": "2?", "answer": "none"}])
+    assert load(own, 2, 0).train[1]["answer"] == "none"
+    with pytest.raises(
+        ValueError, match=r"holds 1 rows, .* 1 rows cannot be used: .*qa\.jsonl, row 2: gold must hold a "
+    ):
+        load(own, 2, 0, verifier="number")
+    # what has digits and is no number is found by reading it
+    own = write(tmp_path / "qa.jsonl", [{"prompt": "1?", "answer": "18 apples and 3 pears"}])
+    with pytest.raises(ValueError, match=r"row 1: gold must be a number, got '18 apples and 3 pears' \(none of 1 rows"):
+        load(own, 1, 0, verifier="number")
+
+
+ODD_GOLDS = ["", None, " ", ["7"], {"is": 7}]
+
+
+def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path, caplog):
+    pytest.importorskip("math_verify")
+    odd = [{"problem": f"odd {k}?", "answer": gold, "solution": "none"} for k, gold in enumerate(ODD_GOLDS)]
+    good = [{"problem": f"{k}?", "answer": str(k), "solution": "none"} for k in range(8)]
+    mixed = [*good[:2], *odd[:2], *good[2:], *odd[2:]]
+    path = write(tmp_path / "m.jsonl", mixed)
+    task = load("math", 6, 2, path=path, template="{prompt}")
+    assert sorted(row["prompt"] for row in [*task.train, *task.held_out]) == [f"{k}?" for k in range(8)]
+    (record,) = caplog.records
+    assert "5 of 13 rows of" in record.getMessage()
+    assert [f"row {k}:" in record.getMessage() for k in (3, 4, 11, 12, 13)] == [True, True, True, False, False]
+    with pytest.raises(
+        ValueError, match=r"holds 8 rows, .* 5 rows cannot be used: .*row 3: the solution has no .*; \.\.\."
+    ):
+        load("math", 7, 2, path=path)
+    with pytest.raises(ValueError, match=r"row 1: the solution has no .* \(none of 5 rows can be used\)"):
+        load("math", 1, 0, path=write(tmp_path / "m.jsonl", odd))
+
+
+def test_rows_of_a_file_that_cannot_be_used_are_skipped_and_counted(tmp_path, caplog):
+    odd = [{"prompt": f"odd {k}?", "answer": gold} for k, gold in enumerate(ODD_GOLDS)]
+    good = [{"prompt": f"{k}?", "answer": str(k)} for k in range(8)]
+    path = write(tmp_path / "qa.jsonl", [*odd, {"answer": "5"}, {"prompt": " ", "answer": "5"}, *good])
+    task = load(path, 3, 2)
+    assert [(row["prompt"], row["prompt_id"]) for row in task.train] == [
+        (f"{k}?", f"qa.jsonl:{k + 7}") for k in range(3)
+    ]
+    (record,) = caplog.records
+    assert "7 of 12 rows of" in record.getMessage(), "rows after those that are used are not read"
+    with pytest.raises(ValueError, match=r"no value in column 'answer'.*--answer-column.*none of 5 rows"):
+        load(write(tmp_path / "odd.jsonl", odd), 1, 0)
+
+
+def test_rows_of_dapo_math_that_cannot_be_used_are_skipped_and_counted(tmp_path, caplog):
+    pytest.importorskip("math_verify")
+    odd = [
+        {"prompt": "1?", "reward_model": "{'ground_truth': '1'}"},
+        {"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}},
+        {"prompt": 5, "solution": "1"},
+        {"prompt": "2?", "reward_model": {"ground_truth": None}},
+    ]
+    good = {"prompt": [{"role": "user", "content": "3?"}], "reward_model": {"ground_truth": 0}}
+    (row,) = load("dapo-math-17k", 1, 0, path=write(tmp_path / "d.jsonl", [*odd, good]), template="{prompt}").train
+    assert (row["prompt"], row["answer"]) == ("3?", "0")
+    assert "4 of 5 rows of" in caplog.text
+
+
+def test_rows_of_countdown_that_cannot_be_used_are_skipped_and_counted(tmp_path, caplog):
+    good = {"nums": [44.0, "19", 35], "target": 98.0}
+    odd = [{"nums": [1, "x"], "target": 3}, {"nums": [1.5, 2], "target": 3}, {"nums": 5, "target": 3}, {"nums": [1, 2]}]
+    path = write(tmp_path / "c.jsonl", [*odd, good])
+    (row,) = load("countdown", 1, 0, path=path).train
+    assert (row["numbers"], row["answer"]) == ([44, 19, 35], "98")
+    assert "4 of 5 rows of" in caplog.text
+    assert "row 1: nums and target must be whole numbers, got [1, 'x'] and 3" in caplog.text
+
+
+def test_boxes_without_braces_are_answers(tmp_path):
+    pytest.importorskip("math_verify")
+    solutions = {"a?": "It is $\\boxed 2$.", "b?": "So \\fbox{2}", "c?": "$\\boxed{2}$", "d?": "$\\boxed  {2}.$"}
+    rows = [{"problem": problem, "solution": solution} for problem, solution in solutions.items()]
+    task = load("math", 4, 0, path=write(tmp_path / "m.jsonl", rows))
+    assert [row["answer"] for row in task.train] == ["2"] * 4
+    assert rewards(task, task.train, ["\\boxed{2}", "\\boxed 2", "\\fbox{2}", "\\boxed{3}"]) == [1.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("verifier", "right"), [("exact", [1, 0, 1, 0, 1, 0]), ("math", [1, 0, 1, 1, 1, 0]), ("number", [1, 0, 1, 1, 1, 0])]
+)
+def test_answers_typed_as_numbers(tmp_path, verifier, right):
+    """As JSON and CSV have them; 1 is 1.0 in a column that pandas made of floats."""
+    pytest.importorskip("math_verify")
+    golds = [0, 0, 1.0, 0.5, -3.0, 12]
+    completions = ["0", "1", "1", "1/2", "-3", "-12"]
+    for name in ("qa.jsonl", "qa.csv"):
+        path = tmp_path / name
+        if name == "qa.jsonl":
+            write(path, [{"prompt": f"{k}?", "answer": gold} for k, gold in enumerate(golds)])
+        else:
+            path.write_text("prompt,answer\n" + "".join(f"{k}?,{gold}\n" for k, gold in enumerate(golds)))
+        task = load(str(path), 6, 0, verifier=verifier)
+        assert rewards(task, task.train, completions) == right, name
+        datasets.Dataset.from_list(list(task.train))
 
 
 def test_the_json_number_0_is_an_answer(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"problem": "1-1?", "prompt": "1-1?", "answer": 0, "solution": ""}\n')
-    for name in ("math", "dapo-math-17k"):
-        assert load(name, 1, 0, path=str(tmp_path / "p.jsonl")).train[0]["answer"] == "0", name
+    pytest.importorskip("math_verify")
+    for gold in (0, 0.0, "0"):
+        path = write(tmp_path / "p.jsonl", [{"problem": "1-1?", "prompt": "1-1?", "answer": gold, "solution": ""}])
+        for name in ("math", "dapo-math-17k"):
+            task = load(name, 1, 0, path=path)
+            assert task.train[0]["answer"] == "0", name
+            assert rewards(task, task.train, ["\\boxed{0}"]) == [1.0], name
 
 
 def test_only_reasoning_gym_takes_a_part_after_the_colon():
@@ -422,6 +530,132 @@ def test_reasoning_gym_refuses_unknown_tasks_and_knobs(gym):
     ]:
         with pytest.raises(ValueError, match=message):
             load(name)
+
+
+SILLY = [
+    *("", " ", "abc", "1", "0", "-1", "2", "3", "10", "0.0", "0.5", "1/2", "1e400", "-1e400", "nan", "nan+nanj", "inf"),
+    *("{}", "[]", "[[]]", "()", '""', '{"a": 1}', "[1, 2]", "[0]", "null", "None", "True", "False", "yes", "no", "N/A"),
+    *(
+        "A",
+        "x",
+        "I do not know.",
+        ",",
+        "-",
+        "(",
+        "0x0",
+        "0 0",
+        "0,0",
+        "up",
+        "²",
+        "٣",
+        "9" * 5000,
+        "(" * 3000,
+        "[" * 3000,
+    ),
+]
+
+
+def share_paid(process, text):
+    """The share of problems that an answer solves, of those whose own answer is another text."""
+    others = [k for k, (_, answer) in enumerate(process.rows) if answer.lower() != text.lower()]
+    return sum(process.holds(k, text) for k in others) / max(len(others), 1)
+
+
+FAILING = ("prime_factorization", "boxnet", "game_of_life", "coin_flip", "complex_arithmetic", "string_insertion")
+
+
+@pytest.mark.parametrize("name", [*FAILING, "puzzle24"])
+def test_a_verifier_of_reasoning_gym_that_fails_gives_no_reward(gym, name):
+    task = load(f"reasoning-gym:{name}", 4, 0)
+    rows = task.train
+    if name == "coin_flip":  # a probability below its tolerance is 0
+        rows = [row for row in rows if float(row["answer"]) > 1e-4]
+    for text in SILLY:
+        scores = rewards(task, rows, [f"<answer>{text}</answer>"] * len(rows))
+        own = [row["answer"] == text and name != "boxnet" for row in rows]
+        assert scores == list(map(float, own)), (name, text)
+    if name != "boxnet":  # which has many right answers and names none
+        assert rewards(task, task.train, [row["answer"] for row in task.train]) == [1.0] * 4
+
+
+def test_reasoning_gym_evaluates_no_answer(gym, tmp_path, monkeypatch):
+    """Five tasks whose verifiers call eval on an answer, and one for each of sympy's evaluating parsers."""
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "string_insertion",
+        "spiral_matrix",
+        "binary_matrix",
+        "n_queens",
+        "countdown",
+        "polynomial_multiplication",
+    ):
+        with GymProcess(name, 1, {}, seconds=60.0) as process:
+            process.start()
+            for text in hostile.CODE:
+                assert not process.holds(0, text), (name, text)
+            assert process.holds(0, process.rows[0][1]), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_judged(gym):
+    with GymProcess("puzzle24", 1, {}) as process:
+        process.start()
+        started = time.monotonic()
+        assert not process.holds(0, "9**9**9**9**9")
+        assert not process.holds(0, "factorial(factorial(factorial(9)))")
+        assert time.monotonic() - started < 20.0
+        assert process.refused == 2
+        assert process.holds(0, process.rows[0][1])
+
+
+def test_problems_of_reasoning_gym_are_the_same_in_every_process(gym, monkeypatch):
+    """Some tasks draw from sets, whose order differs from process to process."""
+    found = []
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        found.append(load("reasoning-gym:word_ladder", 6, 2).train)
+    assert found[0] == found[1]
+
+
+def test_tasks_that_pay_for_any_text_are_refused(gym):
+    for name in PAID_FOR_ANY_TEXT:
+        with pytest.raises(ValueError, match=f"reasoning-gym:{name} gives any text the full score"):
+            load(f"reasoning-gym:{name}")
+    with GymProcess(PAID_FOR_ANY_TEXT[0], 4, {}) as process:
+        process.start()
+        assert share_paid(process, "abc") == 1.0, "it no longer does: take it from the list"
+    with pytest.raises(ValueError, match="composite needs settings that are not knobs"):
+        load("reasoning-gym:composite")
+
+
+NAMES_NO_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+"""Tasks with many right answers, whose problems name none or one in another form."""
+
+
+@pytest.mark.slow
+def test_no_task_of_reasoning_gym_pays_for_any_text(gym):
+    from reasoning_gym.factory import DATASETS
+
+    for name in sorted(set(DATASETS) - {*PAID_FOR_ANY_TEXT, *NO_PROBLEMS}):
+        with GymProcess(name, 12, {}, seconds=20.0) as process:
+            process.start()
+            for text in SILLY:
+                assert share_paid(process, text) <= 0.5, (name, text)
+            if name not in NAMES_NO_ANSWER:
+                right = [
+                    process.holds(k, answer) for k, (_, answer) in enumerate(process.rows) if "Integral" not in answer
+                ]
+                assert all(right), name
+
+
+def test_arithmetic_on_a_syntax_tree_is_that_of_python():
+    for text in ("1+2*3", "-(4-6)/2", "2**10", "7*(3-(2+1))", "[1, [2, 3]]", "(0x1f << 3) - (0x10 >> 1)", "1.5e1"):
+        assert value_of(text, {}) == eval(text), text  # the oracle; the text is ours
+    code = [text for text in hostile.CODE if not text.startswith("'")]  # a text in quotes is a constant
+    other = ["().__class__", "[x for x in (1,)]", "a", "print(1)", "1 if 1 else 2", "f'{1}'", "x:=1", "1;2", "*[1]"]
+    for text in [*code, *other]:
+        with pytest.raises((ValueError, SyntaxError)):
+            value_of(text, {})
 
 
 def test_without_reasoning_gym_the_error_names_the_install_line(monkeypatch):

@@ -17,7 +17,9 @@ import fuzz
 from fuzz_input import BytesDice
 from knapsack_rl import state as statefile
 from knapsack_rl.offline import tables as logs
+from knapsack_rl.offline.recorded import read_run
 from knapsack_rl.offline.reward_logs import read_reward_log
+from knapsack_rl.offline.rollouts import read_rollouts
 from knapsack_rl.runs import files as runfiles
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.training.settings import read_yaml
@@ -85,6 +87,8 @@ def test_bytes_drive_the_dice() -> None:
 READERS = {
     "read_columns": logs.read_columns,
     "read_reward_log": read_reward_log,
+    "read_rollouts": read_rollouts,
+    "read_run": read_run,
     "RunLog.load": RunLog.load.__func__,
     "read_rows": runfiles.read_rows,
     "read_config": runfiles.read_config,

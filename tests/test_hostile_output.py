@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 import tracemalloc
 from fractions import Fraction
@@ -350,6 +353,35 @@ def test_a_worker_that_dies_or_hangs_itself_is_replaced(monkeypatch) -> None:
         last = children_of(one._worker.pid)
     assert one._worker is None
     wait_for_the_end_of(*last)
+
+
+def test_a_forked_process_leaves_the_worker_of_its_parent_alone() -> None:
+    pytest.importorskip("math_verify")
+    code = """
+import os, sys
+from knapsack_rl.tasks.math_process import MathProcess
+with MathProcess(seconds=60.0) as one:
+    one.start()
+    child = os.fork()
+    if not child:
+        sys.exit(0)
+    os.waitpid(child, 0)
+    print(one.equal("x+x", "2x"), one.refused)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True 0"
+
+
+def test_a_worker_ends_with_the_last_reference_to_it() -> None:
+    pytest.importorskip("math_verify")
+    one = MathProcess()
+    one.start()
+    worker = one._worker
+    children = children_of(worker.pid)
+    del one
+    gc.collect()
+    assert worker.returncode is not None
+    wait_for_the_end_of(*children)
 
 
 def wait_for_the_end_of(*pids: int) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import random
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
-from knapsack_rl.offline.reward_logs import ColumnNames, RewardLog, read_reward_log
-from run_folders import write_run
-from strategies import ragged_groups
+from knapsack_rl.offline.reward_logs import RewardLog, read_reward_log
+from knapsack_rl.offline.rollouts import READ_STEPS, ColumnNames, logged_again, read_rollouts
+from knapsack_rl.report import read_run
+from run_folders import write_rows, write_run
+from strategies import no_deadline, ragged_groups
 
 COLUMNS = ("step", "prompt", "totals", "successes", "effective")
 
@@ -73,6 +78,24 @@ def test_graded_rewards_go_through_the_threshold():
     assert log.graded
     log = RewardLog.from_rollouts(["a"] * 4, np.ones(4), np.array([0.2, 0.4, 0.6, 0.6]), success=0.9)
     assert groups(log) == {(1, "a"): (4, 0, True)}  # differing rewards carry a gradient all the same
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.7, 0.1, 1 / 3, -0.2, 1e-3])
+def test_a_reward_that_engines_hold_in_single_precision_is_not_above_its_own_threshold(threshold):
+    """The truth is numpy's comparison of two float32, as engines hold rewards."""
+    single = np.float32(threshold)
+    near = [np.nextafter(single, np.float32(side)) for side in (-9, 9)]
+    rewards = np.array([threshold, single, *near], dtype=np.float64)  # a log holds all digits
+    log = RewardLog.from_rollouts(["a"] * 4, np.ones(4), rewards, success=threshold)
+    assert log.successes.tolist() == [sum(np.float32(reward) > single for reward in rewards)] == [1]
+
+
+def test_infinite_rewards_are_missing_ones_and_counted():
+    rewards = np.array([1.0, -math.inf, math.inf, 0.0, math.nan])
+    log = RewardLog.from_rollouts(list("aaabb"), np.ones(5), rewards)
+    assert groups(log) == {(1, "a"): (1, 1, False), (1, "b"): (1, 0, False)}
+    assert log.unscored == 3
+    assert "2 infinite rewards were taken for missing" in log.notes
 
 
 @pytest.mark.parametrize("step", [float("nan"), 1.5, float("inf")])
@@ -138,6 +161,200 @@ def test_text_for_a_reward_is_refused(tmp_path):
         read_reward_log(table(tmp_path / "log.csv", PLAIN | {"reward": ["good"] * 5}))
 
 
+def test_a_reward_named_by_its_function_is_found(tmp_path):
+    """The columns of TRL's completions as a tracker exports them."""
+    rows = {
+        "step": [1, 1],
+        "prompt": ["p", "p"],
+        "completion": ["x", "y"],
+        "accuracy_reward": [1, 0],
+        "advantage": [1, -1],
+    }
+    assert groups(read_reward_log(table(tmp_path / "log.csv", rows))) == {(1, "p"): (2, 1, True)}
+    both = table(tmp_path / "both.csv", rows | {"format_reward": [1, 1]})
+    with pytest.raises(ValueError, match=r"none of the usual columns for the reward .*--reward-column"):
+        read_reward_log(both)
+
+
+def test_truth_values_and_messages_are_read_from_json(tmp_path):
+    messages = [[{"role": "user", "content": "2+2"}], [{"content": "2+2", "role": "user"}]]
+    columns = {"step": [1, 1], "prompt": messages, "correct": [True, False]}
+    (total,) = read_reward_log(table(tmp_path / "log.jsonl", columns)).totals
+    assert total == 2
+
+
+def test_a_list_and_a_table_of_a_tracker_are_read_as_lines_are(tmp_path):
+    lines = read_reward_log(table(tmp_path / "log.jsonl", PLAIN))
+    rows = [dict(zip(PLAIN, row, strict=True)) for row in zip(*PLAIN.values(), strict=True)]
+    exported = {"columns": list(PLAIN), "data": [list(row.values()) for row in rows], "ncols": 3}
+    for content in (rows, exported):
+        for indent in (None, 2):
+            (tmp_path / "log.json").write_text(json.dumps(content, indent=indent))
+            assert groups(read_reward_log(tmp_path / "log.json")) == groups(lines), (content, indent)
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.csv", "log.jsonl.gz", "log.jsonl", "log.parquet.gz"])
+def test_compressed_files_are_known_by_their_content(name, tmp_path):
+    plain = table(tmp_path / name.removesuffix(".gz"), PLAIN)
+    expected = groups(read_reward_log(plain))
+    content = plain.read_bytes()
+    plain.unlink()
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    assert groups(read_reward_log(tmp_path / name)) == expected
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(content)  # some programs decompress a file and keep its name
+        assert groups(read_reward_log(tmp_path / name)) == expected
+
+
+def test_a_long_field_is_read(tmp_path):
+    columns = PLAIN | {"completion": ["x" * 131_073] * 5}
+    assert read_reward_log(table(tmp_path / "log.csv", columns)).totals.sum() == 5
+
+
+def test_memory_is_bounded_by_the_chunk_and_not_by_the_log(tmp_path):
+    import tracemalloc
+
+    with (tmp_path / "log.jsonl").open("w") as file:
+        for step in range(20):
+            for row in range(1_000):
+                entry = {"step": step, "prompt": f"{row % 10} {'p' * 1_000}", "reward": 1, "completion": "c" * 2_000}
+                file.write(json.dumps(entry) + "\n")
+    tracemalloc.start()
+    log = read_reward_log(tmp_path / "log.jsonl")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert log.totals.sum() == 20_000
+    assert most < 20_000_000  # the file has 62 million bytes
+
+
+def test_reading_reports_its_progress(tmp_path):
+    for step in range(7):
+        verl_dump(tmp_path / "v", step, [(f"p{step % 2}", 1.0, True)] * (step + 1) * 40)
+    shown = []
+    read_reward_log(tmp_path / "v", done=shown.append)
+    assert len(shown) == READ_STEPS
+
+
+# -- what a killed writer leaves ---------------------------------------------------------------------------------------
+
+
+def torn(path, expected, content):
+    """Cut a log within its last row, at every byte; all other rows must be read, and the loss be said."""
+    start = content.rstrip(b"\n").rindex(b"\n") + 1
+    for end in range(start + 2, len(content.rstrip(b"\n"))):
+        path.write_bytes(content[:end])
+        log = read_rollouts(path)
+        assert log.rewards.tolist() == expected, content[start:end]
+        assert any("1 incomplete row was skipped" in note for note in log.notes), content[start:end]
+
+
+def test_a_torn_last_line_is_skipped_and_said(tmp_path):
+    rows = {"step": [1, 1, 2], "reward": [1, 0, 1], "prompt": ["é€", "é€", "é€ 😀"]}
+    path = table(tmp_path / "log.jsonl", rows)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # json.dumps escapes; what other programs write does not
+    content = "".join(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in lines).encode()
+    torn(path, [1.0, 0.0], content)
+
+
+def test_a_torn_last_row_of_a_csv_is_skipped_and_said(tmp_path):
+    path = tmp_path / "log.csv"
+    content = "step,reward,prompt,completion\n1,1,é€,x\n1,0,é€,y\n2,1,é€ 😀,"
+    torn(path, [1.0, 0.0], content.encode())
+
+
+def test_compressed_data_that_end_early_lose_their_last_rows_only(tmp_path):
+    dice = random.Random(0)
+    rows = [{"step": k, "prompt": f"{dice.random()}", "reward": dice.randrange(2)} for k in range(2_000)]
+    content = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    (tmp_path / "log.jsonl.gz").write_bytes(content[: len(content) // 2])
+    log = read_rollouts(tmp_path / "log.jsonl.gz")
+    assert 400 < log.rewards.size < 1_600
+    assert log.rewards.tolist() == [row["reward"] for row in rows][: log.rewards.size]
+    assert any("compressed data end early" in note for note in log.notes)
+    for damaged in (content[:20] + b"????" + content[24:], content[:-6] + b"??????"):
+        (tmp_path / "log.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"log\.jsonl\.gz is damaged"):
+            read_rollouts(tmp_path / "log.jsonl.gz")
+
+
+def test_a_file_of_broken_lines_is_refused(tmp_path):
+    good = json.dumps({"step": 1, "prompt": "p", "reward": 1}) + "\n"
+    (tmp_path / "log.jsonl").write_text(good * 3 + "{'step': 1}\n" * 2)
+    with pytest.raises(ValueError, match="line 4 is not valid JSON"):
+        read_rollouts(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text(good * 200 + '{"step": 2, "pro' + good + good + '{"st')  # killed twice
+    log = read_rollouts(tmp_path / "log.jsonl")
+    assert log.rewards.size == 201
+    assert any("2 incomplete rows were skipped: log.jsonl, line 201" in note for note in log.notes)
+
+
+# -- a resumed run that appends to its log ----------------------------------------------------------------------------
+
+
+@st.composite
+def appended_logs(draw):
+    """(rows as logged, rows of the run as if it had never been stopped); a row is (step, prompt, serial number)."""
+    dice = random.Random(draw(st.integers(0, 2**32)))
+    steps, prompts, group = draw(st.integers(4, 40)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    batches = [[dice.randrange(12) for _ in range(prompts)] for _ in range(steps)]
+    serial = iter(range(10**9))
+    logged, kept, step, resumes = [], [], 1, draw(st.integers(0, 1 + steps // 10))
+    for life in range(resumes + 1):
+        last = steps if life == resumes else dice.randrange(max(step, 3), steps + 1)
+        for now in range(step, last + 1):
+            rows = [(now, prompt, next(serial)) for prompt in batches[now - 1] for _ in range(group)]
+            logged += rows
+            kept = [row for row in kept if row[0] < now] + rows
+        step = dice.randrange(2, last)  # from a checkpoint before the last step
+    return logged, kept
+
+
+@no_deadline
+@given(case=appended_logs())
+def test_after_a_resume_the_later_rows_count(case):
+    logged, kept = case
+    steps, prompt, serial = (np.array(column) for column in zip(*logged, strict=True))
+    assert serial[~logged_again(prompt, steps)].tolist() == [row[2] for row in kept]
+
+
+def test_a_resumed_run_is_said(tmp_path):
+    rows = [{"step": step, "prompt": p, "reward": 0} for step in range(1, 9) for p in "ab"]
+    rows += [{"step": step, "prompt": p, "reward": 1} for step in range(6, 12) for p in "ab"]
+    write_rows(tmp_path / "log.jsonl", rows)
+    log = read_reward_log(tmp_path / "log.jsonl")
+    assert log.totals.tolist() == [1] * 22
+    assert log.successes.tolist() == [0] * 10 + [1] * 12
+    assert any(
+        "steps from 6 on were logged again after a resume: the later rows count, and 6 earlier rollouts were left out"
+        in n
+        for n in log.notes
+    )
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda rows: random.Random(0).sample(rows, len(rows)),
+        lambda rows: sorted(rows, key=lambda row: (row[1], row[0])),  # by prompt
+        lambda rows: sorted(rows, key=lambda row: (row[2], row[0])),  # by number of the rollout, or by process
+        lambda rows: sorted(rows, key=lambda row: row[0] + random.Random(str(row)).random() * 2),  # overtaking
+        lambda rows: sorted(rows, key=lambda row: row[0] + (0.6 + row[2] / 9 if row[0] % 9 == 0 else 0) * 2),
+        lambda rows: rows[::-1],
+    ],
+)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_in_another_order_all_count(order, shuffled):
+    dice = random.Random(1)
+    rows = []
+    for epoch in range(6):
+        prompts = dice.sample(range(24), 24) if shuffled else list(range(24))
+        for part in range(4):
+            rows += [(4 * epoch + part + 1, p, k) for p in prompts[6 * part : 6 * part + 6] for k in range(4)]
+    steps, prompt, _ = (np.array(column) for column in zip(*order(rows), strict=True))
+    assert not logged_again(prompt, steps).any()
+
+
 # -- verl -------------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +380,37 @@ def test_verl_dumps_are_read_in_order_of_step(tmp_path):
     }
     by_accuracy = read_reward_log(tmp_path / "v", ColumnNames(reward="acc"))
     assert by_accuracy.successes.tolist() == [1, 1, 1]
+
+
+def test_a_dump_without_a_step_has_that_of_its_name(tmp_path):
+    for step in (9, 10):
+        rows = [{"input": "p", "output": "so 4", "score": float(step == 10)}] * 2
+        write_rows(tmp_path / f"{step}.jsonl", rows)
+    log = read_reward_log(tmp_path)
+    assert groups(log) == {(9, "p"): (2, 0, False), (10, "p"): (2, 2, False)}
+    assert "step from the names of the files" in log.notes[0]
+
+
+@pytest.mark.parametrize("name", ["train_{}.jsonl", "step_{:04d}.csv", "completions_{}_5f3bda2c4108.table.json"])
+def test_numbered_files_of_other_programs_are_one_log(name, tmp_path):
+    for step in (2, 10):
+        path, columns = tmp_path / name.format(step), {"prompt": ["p", "q"], "reward": [1, 0]}
+        if path.suffix == ".json":
+            data = [list(row) for row in zip(*columns.values(), strict=True)]
+            path.write_text(json.dumps({"columns": list(columns), "data": data}))
+        else:
+            table(path, columns)
+    assert groups(read_reward_log(tmp_path)) == {
+        (step, prompt): (1, int(prompt == "p"), False) for step in (2, 10) for prompt in "pq"
+    }
+
+
+def test_compressed_dumps_are_read(tmp_path):
+    verl_dump(tmp_path / "v", 3, [("p", 1.0, True), ("p", 0.0, True)])
+    path = tmp_path / "v" / "3.jsonl"
+    (tmp_path / "v" / "3.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    assert groups(read_reward_log(tmp_path / "v")) == {(3, "p"): (2, 1, True)}
 
 
 # -- TRL --------------------------------------------------------------------------------------------------------------
@@ -203,6 +451,70 @@ def test_a_generation_that_trl_logs_again_counts_once(tmp_path):
     assert log.steps.tolist() == [2, 6]
     assert any(note.startswith("1 files repeat") for note in log.notes)
     assert any("every 4th step" in note for note in log.notes)
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_files_with_missing_rewards_only_are_unscored_rollouts(missing, tmp_path):
+    trl_file(tmp_path, 1, ["p", "p"], ["a", "b"], {"accuracy": [missing] * 2})
+    with pytest.raises(ValueError, match="none of the 2 rollouts has a reward"):
+        read_reward_log(tmp_path)
+    trl_file(tmp_path, 2, ["p", "p"], ["c", "d"], {"accuracy": [1.0, 0.0]})
+    trl_file(tmp_path, 3, ["p", "p"], ["e", "f"], {"accuracy": [missing] * 2})
+    log = read_reward_log(tmp_path)
+    assert groups(log) == {(2, "p"): (2, 1, True)}
+    assert log.unscored == 4
+
+
+def test_a_reward_function_that_skips_the_first_file_is_not_overlooked(tmp_path):
+    """Functions for other tasks return None, so that their column starts empty."""
+    trl_file(tmp_path, 1, ["p", "p"], ["a", "b"], {"maths": [1.0, 0.0], "code": [None, None]})
+    trl_file(tmp_path, 2, ["q", "q"], ["c", "d"], {"maths": [None, None], "code": [1.0, 1.0]})
+    with pytest.raises(ValueError, match=r"several columns may hold it \(maths, code\)"):
+        read_reward_log(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_left_out_and_said(tmp_path):
+    for step in (1, 2, 3):
+        trl_file(tmp_path, step, ["p", "p"], [f"{step}", "b"], {"accuracy": [1.0, 0.0]})
+    torn_file = tmp_path / "completions_00003.parquet"
+    torn_file.write_bytes(torn_file.read_bytes()[:-30])  # killed while it was written
+    log = read_reward_log(tmp_path)
+    assert log.steps.tolist() == [1, 2]
+    (note,) = [note for note in log.notes if note.startswith("not read: ")]
+    assert "completions_00003.parquet is not a readable parquet file" in note
+    parquet.write_table(pa.table({"text": ["x"]}), torn_file)
+    assert any("no column 'prompt'; its columns are text" in note for note in read_reward_log(tmp_path).notes)
+    with pytest.raises(ValueError, match=r"completions_00001\.parquet has no column 'mine'"):
+        read_reward_log(tmp_path, ColumnNames(reward="mine"))
+
+
+def test_the_other_files_of_a_folder_are_named(tmp_path):
+    trl_file(tmp_path / "completions", 1, ["p", "p"], ["a", "b"], {"accuracy": [1.0, 0.0]})
+    table(tmp_path / "rewards.csv", PLAIN)
+    for other in ("config.json", "trainer_state.json", "metrics.jsonl", "README.md"):  # of a model or a run
+        (tmp_path / other).write_text("{}")
+    log = read_reward_log(tmp_path)
+    assert log.notes[1] == "read completions_00001.parquet; other files of the folder were not read: rewards.csv"
+    write_run(tmp_path, steps=3)
+    assert read_reward_log(tmp_path).notes == (
+        "read allocations.jsonl; other files of the folder were not read: completions/, rewards.csv",
+    )
+
+
+def test_a_folder_with_several_logs_is_refused_with_their_names(tmp_path):
+    for kind in ("train", "eval"):
+        for step in (1, 2):
+            table(tmp_path / f"{kind}_{step}.jsonl", PLAIN)
+    with pytest.raises(
+        ValueError, match=r"several logs: eval_\*\.jsonl \(2 files\), train_\*\.jsonl \(2 files\); name one"
+    ):
+        read_reward_log(tmp_path)
+
+
+def test_a_folder_with_one_table_is_that_table(tmp_path):
+    path = table(tmp_path / "rewards.csv", PLAIN)
+    (tmp_path / "config.json").write_text("{}")
+    assert groups(read_reward_log(tmp_path)) == groups(read_reward_log(path))
 
 
 def test_several_reward_functions_need_a_choice(tmp_path):
@@ -261,8 +573,66 @@ def test_a_run_folder_is_read(tmp_path):
 
 def test_a_run_folder_knows_its_columns(tmp_path):
     write_run(tmp_path / "run", steps=2)
-    with pytest.raises(ValueError, match="is a run folder, which fixes columns and successes"):
+    with pytest.raises(ValueError, match="is an allocation log, which fixes columns and successes"):
         read_reward_log(tmp_path / "run", success=0.5)
+
+
+@pytest.mark.parametrize("name", ["allocations.jsonl.gz", "verl-run-3.jsonl", "seed0.jsonl.gz", "rows.json"])
+def test_an_allocation_log_is_known_by_its_rows(name, tmp_path):
+    expected = write_run(tmp_path / "run", steps=6)
+    content = (tmp_path / "run" / "allocations.jsonl").read_bytes()
+    path = tmp_path / "elsewhere" / name
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    log, folder = read_reward_log(path), read_reward_log(tmp_path / "run")
+    assert groups(log) == groups(folder)
+    rollouts = read_rollouts(path)
+    assert rollouts.rewards.sum() == sum(sum(row["successes"]) for row in expected)
+    assert rollouts.rewards.size == sum(sum(row["arrived"]) for row in expected)
+    assert groups(RewardLog.of(rollouts)) == groups(log)
+    run, whole = read_run(path), read_run(tmp_path / "run")
+    assert run.rollouts.tolist() == whole.rollouts.tolist()
+    assert (run.config, run.metrics) == ({}, ())
+    if name.startswith("allocations"):
+        assert groups(read_reward_log(path.parent)) == groups(folder)
+        assert read_run(path.parent).page == path.parent / "report.html"
+    else:
+        assert run.page == path.parent / f"{name.split('.')[0]}-report.html"
+
+
+def test_what_a_resume_made_invalid_in_an_allocation_log_is_said(tmp_path):
+    rows = write_run(tmp_path / "run", steps=8)
+    write_rows(tmp_path / "run" / "allocations.jsonl", rows + rows[4:6])
+    log = read_reward_log(tmp_path / "run")
+    assert log.steps.tolist() == [1, 2, 3, 4, 5, 6]  # the run is at step 6 again
+    assert log.notes == ("steps were logged again after a resume: the later rows count, and 4 rows were left out",)
+    assert read_run(tmp_path / "run").notes == log.notes
+
+
+def test_a_compressed_run_folder_is_the_same_run(tmp_path):
+    write_run(tmp_path / "run", steps=4)
+    plain = read_run(tmp_path / "run")
+    for name in ("allocations.jsonl", "metrics.jsonl"):
+        path = tmp_path / "run" / name
+        path.with_name(name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    packed = read_run(tmp_path / "run")
+    assert packed.rollouts.tolist() == plain.rollouts.tolist()
+    assert packed.metrics == plain.metrics
+
+
+# -- as a run, for the report ------------------------------------------------------------------------------------------
+
+
+def test_a_log_of_rewards_is_a_run_without_estimates(tmp_path):
+    path = table(tmp_path / "log.jsonl", PLAIN | {"reward": [1, 0, 1, math.nan, 1]})
+    run = read_run(path)
+    assert run.steps.tolist() == [1, 2]
+    assert run.rollouts.tolist() == [2, 2]
+    assert run.visits.successes.tolist() == [0, 1, 2]
+    assert run.effective_prompt_ratio.tolist() == [0, 0]
+    assert np.isnan(run.visits.estimate).all() and run.calibration().visits.size == 0
+    assert run.notes[-1] == "1 rollout without a reward was left out"
 
 
 # -- folders without a log --------------------------------------------------------------------------------------------

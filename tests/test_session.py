@@ -235,3 +235,28 @@ def test_settings_are_read_from_an_object_that_has_some_of_them() -> None:
         learning_rate = 1e-4
 
     assert AllocationSettings.of(Arguments()) == AllocationSettings(min_rollouts=3)
+
+
+@pytest.mark.parametrize(("reward", "kind"), [(1.0, "success"), (0.0, "failure")])
+def test_a_run_without_failures_or_without_successes_is_warned_once(reward, kind, caplog):
+    session = Session(AllocationSettings())
+    for step in range(60):
+        plan = session.plan(["a", "b"], 4)
+        session.observe(plan, plan.expand(), np.full(8, reward), step=step)
+    warned = [record.message for record in caplog.records if f"was a {kind}" in record.message]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"every rollout of 25 steps was a {kind} (reward above 0)")
+
+
+def test_what_counts_as_a_success_is_said_when_it_changes_only(caplog):
+    session = Session(AllocationSettings(), rewards=["format", "answer"])
+    for step, answers in enumerate([[0, 0, 0, 0, 2, 0, 2, 0]] * 4 + [[0, 1, 0, 1, 0, 1, 0, 1]] * 2):
+        plan = session.plan(["a", "b"], 4)
+        parts = np.stack([np.ones(8), np.asarray(answers, float)], axis=1)
+        session.observe(plan, plan.expand(), parts, step=step)
+    said = [record.message for record in caplog.records if "counts as a success" in record.message]
+    assert said[0] == (
+        "allocation counts as a success: answer above 1 (from 0 to 2); 25 % of the rollouts of this step"
+    )
+    assert len(said) <= 2
+    assert session.success_rule()["reward"] == "answer"

@@ -119,12 +119,18 @@ def test_a_value_out_of_range_is_refused():
 
 
 def test_a_value_of_another_type_is_refused():
-    others = {"int": [1.0, "8", True, None, [8]], "float": ["1", True, None], "str": [1, None, True, b"a"]}
+    others = {
+        "int": [1.0, "8", True, None, [8]],
+        "float": ["1", True, None],
+        "str": [1, None, True, b"a"],
+        "NoneType": ["1", True, [1.0]],  # a number that need not be given
+    }
     for spec in FIELDS:
         kind = type(spec.default).__name__
         for value in others[kind]:
             message = message_of(ValueError, TrainSettings, **{spec.name: value})
-            assert message.startswith(f"{spec.name} must be {kind}, got "), (spec.name, value, message)
+            wanted = "float" if kind == "NoneType" else kind
+            assert message.startswith(f"{spec.name} must be {wanted}, got "), (spec.name, value, message)
 
 
 def test_every_setting_was_given_a_bad_value():
@@ -329,13 +335,15 @@ def test_a_missing_column_of_a_file_is_named(question_file):
         assert re.search(rf"row 1: no column 'text'; columns are .*\(name another with {name}, --", found), name
 
 
-def test_a_row_without_an_answer_is_refused(tmp_path):
+def test_a_row_without_an_answer_is_skipped(tmp_path):
     for value in (None, ""):
         rows = [*QUESTIONS[:3], QUESTIONS[3] | {"solution": value}, *QUESTIONS[4:]]
         path = write_rows(tmp_path / "qa.jsonl", rows)
-        found = message_of(ValueError, load_task, question_settings(path))
+        task = load_task(question_settings(path))
+        assert [row["prompt_id"] for row in [*task.train, *task.held_out]] == [f"qa.jsonl:{k}" for k in (0, 1, 2, 4, 5)]
+        found = message_of(ValueError, load_task, question_settings(path, train_prompts=5))
+        assert "qa.jsonl holds 5 rows" in found
         assert "qa.jsonl, row 4: no value in column 'solution'" in found, value
-        load_task(question_settings(path, train_prompts=2))  # rows that are not used do not matter
 
 
 def test_a_missing_file_is_named(tmp_path):

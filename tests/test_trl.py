@@ -450,16 +450,24 @@ def test_the_outcome_is_the_named_reward_unweighted(tmp_path):
     assert metric(trainer, "knapsack/outcome_per_prompt") != metric(trainer, "knapsack/reward_per_prompt")
 
 
-def test_the_outcome_is_by_default_the_first_reward_that_scored(tmp_path):
-    trainer, batches = observed(tmp_path, rewards=(tiny.sometimes_none, tiny.has_digit_five))
+def test_the_outcome_is_by_default_the_reward_that_tells_prompts_apart(tmp_path, caplog):
+    def always(completions, **_):
+        return [1.0] * len(completions)
 
-    def outcome(batch):
-        second = tiny.has_digit_five(batch["completions"])
-        return [two if one is None else one for one, two in zip(batch["rewards"], second, strict=True)]
-
-    assert any(None in batch["rewards"] for batch in batches)
-    assert_tracked(trainer, outcomes_by_prompt(batches, outcome))
-    assert metric(trainer, "knapsack/unscored_rollouts")[-1] == 0
+    allocator = KnapsackAllocator(BetaEstimator(discount=1.0))
+    trainer, batches = observed(
+        tmp_path,
+        rewards=(always, tiny.has_digit_five),
+        extra={"allocator": allocator},
+        reward_weights=[3.0, 0.5],
+        log_allocations=True,
+    )
+    assert_tracked(trainer, outcomes_by_prompt(batches, lambda batch: tiny.has_digit_five(batch["completions"])))
+    assert [record for record in caplog.records if "counts as a success" in record.message][0].message.startswith(
+        "allocation counts as a success: has_digit_five above 0.25 (from 0 to 0.5); "
+    )
+    row = json.loads((tmp_path / ALLOCATION_LOG).read_text().splitlines()[-1])
+    assert row["success"] == {"reward": "has_digit_five", "above": 0.25, "low": 0.0, "high": 0.5}
 
 
 def test_unscored_rollouts_are_counted_and_left_out(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.belief import Belief
-from knapsack_rl.allocation.checks import FloatArray, check_counts, check_step_budget, check_whole
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_step_budget, check_whole
 from knapsack_rl.allocation.coverage import allocate_with_skips
 from knapsack_rl.allocation.degradation import evenly
 from knapsack_rl.allocation.policies import (
@@ -43,11 +43,12 @@ from knapsack_rl.estimation.protocol import (
     finite_evidence,
 )
 from knapsack_rl.estimation.tracker import Records, Tracker
-from knapsack_rl.groups import GroupOutcomes, SuccessRule, check_success_rule, outcomes_by_position
+from knapsack_rl.groups import GroupOutcomes, judged, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, numbered, stable_order, twin_warning
 from knapsack_rl.metrics import StepMetrics, lost_metrics
 from knapsack_rl.state import COUNTERS, FORMAT, VERSION, check_header, read_state, section, write_state
+from knapsack_rl.success import LEARNED, LearnedSuccess, SuccessRule, check_success_rule, total_reward
 
 ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
 """Kinds of failures that are about allocation itself, not about logs and samples."""
@@ -75,8 +76,9 @@ class KnapsackAllocator(Guarded):
         min_rollouts: N_low, >= 0. With 0 a prompt may be skipped until another check is worth its rollouts, see
             :mod:`knapsack_rl.allocation.coverage`; a group of one has no gradient.
         max_rollouts: N_up, >= max(min_rollouts, 2).
-        success: a reward above this threshold counts as a success, or a function from rewards to booleans. The
-            outcome feeds the estimate; it may differ from the shaped reward used in training.
+        success: what counts as a success: by default it is learned from the rewards, which may be graded or sums
+            (:mod:`knapsack_rl.success`). A number is a threshold, above which a reward is a success; a function maps
+            rewards to booleans.
         budget_unit: ``"rollouts"``, or ``"tokens"``: the budget of :meth:`allocate` is then in expected tokens
             (:mod:`knapsack_rl.estimation.lengths`), and the number of rollouts varies.
         value: the value to maximise, as for :func:`knapsack_rl.allocate` except for tables. Estimators on a grid
@@ -101,7 +103,7 @@ class KnapsackAllocator(Guarded):
         min_rollouts: int = 2,
         max_rollouts: int = 128,
         *,
-        success: SuccessRule = 0.0,
+        success: SuccessRule | None = None,
         budget_unit: BudgetUnit = "rollouts",
         value: ValueLike = "knapsack",
         **estimator_settings: Any,
@@ -118,8 +120,10 @@ class KnapsackAllocator(Guarded):
             if estimator_settings:
                 raise ValueError(f"pass the settings {sorted(estimator_settings)} to the estimator object itself")
             self.estimator_name, self.estimator = None, check_estimator(estimator)
-        check_success_rule(success)
+        if success is not None:
+            check_success_rule(success)
         self.success = success
+        self.learned = LearnedSuccess() if success is None else None
         self.budget_unit, self.value = budget_unit, value
         check_choices(self.estimator, budget_unit, value, self.min_rollouts)
         self.tracker = Tracker(self.estimator.evidence_size)
@@ -272,7 +276,8 @@ class KnapsackAllocator(Guarded):
 
         Args:
             prompt_ids_per_rollout: (R,) id of each rollout's prompt, in any order; groups may have any size.
-            rewards: (R,) outcome of each rollout; NaN for an unscored one, which is counted and left out.
+            rewards: (R,) outcome of each rollout, or (R, F) parts that add up to it; NaN for an unscored one, which is
+                counted and left out.
             lengths: (R,) tokens generated, 0 to 1e9, if known; feeds :meth:`predicted_lengths`.
 
         Raises:
@@ -280,7 +285,30 @@ class KnapsackAllocator(Guarded):
                 recorded then.
         """
         distinct, prompt_R = numbered(check_prompt_ids(prompt_ids_per_rollout))
-        self.record(distinct, outcomes_by_position(prompt_R, rewards, len(distinct), self.success), lengths)
+        checked = None if lengths is None else check_lengths(lengths, prompt_R.size)  # before the rule learns
+        self.record(distinct, self.outcomes_of(prompt_R, rewards, len(distinct)), checked)
+
+    @one_at_a_time
+    def outcomes_of(self, prompt_R: IntArray, rewards: ArrayLike, prompts: int) -> GroupOutcomes:
+        """Group a generated batch by prompt and judge its rewards by the success rule, which learns from them.
+
+        Args:
+            prompt_R: (R,) position of each rollout's prompt.
+            rewards: (R,) reward of each rollout, NaN for an unscored one; or (R, F) parts that add up to it.
+            prompts: number of prompts.
+
+        Raises:
+            ValueError: the arguments differ in length, or a reward is infinite.
+        """
+        parts = np.asarray(rewards)
+        whole = total_reward(parts) if parts.ndim == 2 else rewards
+        if self.learned is None:
+            return outcomes_by_position(prompt_R, whole, prompts, self.success)
+        groups = outcomes_by_position(prompt_R, whole, prompts)
+        rows = parts.astype(np.float64) if parts.ndim == 2 else groups.rewards_R[:, None]
+        self.learned.learn(prompt_R, rows)
+        self._step.differ_anyway = self.learned.differ_anyway
+        return judged(groups, self.learned.successes(rows))
 
     @one_at_a_time
     def record(self, prompt_ids: list[PromptId], groups: GroupOutcomes, lengths: ArrayLike | None = None) -> None:
@@ -288,7 +316,7 @@ class KnapsackAllocator(Guarded):
 
         Args:
             prompt_ids: (G,) distinct ids, the prompt of each group; a group may be empty.
-            groups: from :func:`knapsack_rl.groups.outcomes_by_position`, with this allocator's success rule.
+            groups: from :meth:`outcomes_of`.
             lengths: (R,) tokens generated, 0 to 1e9, if known.
 
         Raises:
@@ -360,13 +388,15 @@ class KnapsackAllocator(Guarded):
             "settings": self.estimator.settings(),
             "min_rollouts": self.min_rollouts,
             "max_rollouts": self.max_rollouts,
-            "success": None if callable(self.success) else float(self.success),
+            "success": LEARNED if self.success is None else None if callable(self.success) else float(self.success),
             "budget_unit": self.budget_unit,
             "value": self.value if isinstance(self.value, str) else None,
             "failures": dict(self.failures),
         } | {counter: getattr(self, f"_{counter}") for counter in COUNTERS}
         arrays = {f"tracker.{name}": array for name, array in self.tracker.state_dict(copy=copy).items()}
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
+        if self.learned is not None:
+            arrays |= {f"success.{name}": array for name, array in self.learned.state_dict().items()}
         return {"header": header, "arrays": arrays}
 
     @one_at_a_time
@@ -387,14 +417,18 @@ class KnapsackAllocator(Guarded):
             raise ValueError(f"the state belongs to estimator {given}, this allocator uses {own}; use the same one")
         if not isinstance(arrays, Mapping):
             raise ValueError(f"the arrays of the allocator state must be a mapping, got {type(arrays).__name__}")
+        learned, rule = LearnedSuccess(), section(arrays, "success.")
+        if rule:
+            learned.load_state_dict(rule)
         tracker = Tracker(self.estimator.evidence_size)
         tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
         self.estimator.load_state_dict(section(arrays, "estimator."))
         self.tracker = tracker
+        self.learned = None if self.learned is None else learned
         self.failures = Counter(header["failures"])
         for counter in COUNTERS:
             setattr(self, f"_{counter}", header[counter])
-        self._step = StepMetrics()
+        self._step = StepMetrics(differ_anyway=0.0 if self.learned is None else learned.differ_anyway)
 
     @one_at_a_time
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -429,7 +463,7 @@ class KnapsackAllocator(Guarded):
 
         Args:
             path: written by :meth:`save`.
-            success: the success rule; required if it was a function, otherwise the saved threshold by default.
+            success: the success rule; required if it was a function, otherwise the saved one by default.
             estimator: an estimator object; required if the allocator was made with one.
             value: the value; required unless it was one of ``VALUES``, because a file must not name code to run.
 
@@ -447,6 +481,8 @@ class KnapsackAllocator(Guarded):
         for name, (found, kind) in chosen.items():
             if found is None:
                 raise ValueError(f"the state was saved with {kind}; pass it again as {name}=...")
+        if chosen["success"][0] == LEARNED:
+            chosen["success"] = None, ""
         settings = header["settings"] if estimator is None else {}
         kept = {key: header[key] for key in ("min_rollouts", "max_rollouts", "budget_unit")}
         allocator = cls(**{name: found for name, (found, _) in chosen.items()}, **kept, **settings)

@@ -7,8 +7,7 @@ rollout, ``_G`` per group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.ids import check_prompt_ids
+from knapsack_rl.success import BoolArray, SuccessRule, successes_of
 
 Scale = Literal["group", "batch", "none"]
 Weighting = Literal["rollout", "prompt"]
-SuccessRule = float | Callable[[FloatArray], ArrayLike]
-BoolArray = NDArray[np.bool_]
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation before dividing, as TRL's GRPO does."""
@@ -114,6 +112,18 @@ class GroupOutcomes:
         return first
 
 
+def judged(groups: GroupOutcomes, success_R: BoolArray) -> GroupOutcomes:
+    """Return the same groups with other successes.
+
+    Args:
+        groups: of a batch.
+        success_R: (R,) whether each rollout is a success; an unscored one is not.
+    """
+    good = success_R & groups.scored_R
+    successes = np.bincount(groups.group_R[good], minlength=groups.totals.size).astype(np.int64)
+    return replace(groups, success_R=good, successes=successes)
+
+
 def _as_codes(group_of_rollout: ArrayLike) -> NDArray[Any]:
     """Return whole numbers as they are and other ids numbered: numpy would turn a mixed list into strings."""
     if isinstance(group_of_rollout, np.ndarray) and group_of_rollout.dtype.kind in "iu":
@@ -153,42 +163,6 @@ def _ranked(group_of_rollout: ArrayLike) -> tuple[IntArray, int]:
     rank = np.empty_like(first)
     rank[np.argsort(first, kind="stable")] = np.arange(first.size)
     return rank[inverse].astype(np.int64), first.size
-
-
-def check_success_rule(success: SuccessRule) -> None:
-    """Refuse a success rule that could only fail later; a function is tried once.
-
-    Raises:
-        ValueError: it is neither a function nor a finite number, or the function fails on rewards of 0 and 1.
-    """
-    if callable(success):
-        try:
-            successes_of(np.array([0.0, 1.0]), success)
-        except Exception as error:
-            raise ValueError(f"the success function failed on the rewards [0, 1]: {error!r}") from error
-        return
-    if isinstance(success, (bool, str)) or not isinstance(success, (int, float)) or not np.isfinite(success):
-        raise ValueError(f"the success rule must be a finite threshold or a function of the rewards, got {success!r}")
-
-
-def successes_of(rewards: FloatArray, success: SuccessRule) -> BoolArray:
-    """Return which rewards are successes: ``reward > threshold``, or the verdict of the user's function.
-
-    NaN (unscored) is never a success.
-
-    Raises:
-        ValueError: the function returns another shape, or the threshold is not finite.
-    """
-    scored = ~np.isnan(rewards)
-    if callable(success):
-        verdict = np.asarray(success(rewards), dtype=bool)
-        if verdict.shape != rewards.shape:
-            raise ValueError(
-                f"the success function returned shape {verdict.shape}, expected one verdict per reward {rewards.shape}"
-            )
-        return verdict & scored
-    check_success_rule(success)
-    return scored & (rewards > success)
 
 
 def group_outcomes(group_of_rollout: ArrayLike, rewards: ArrayLike, success: SuccessRule = 0.0) -> GroupOutcomes:

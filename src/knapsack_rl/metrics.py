@@ -51,6 +51,7 @@ class StepMetrics:
         details: other numbers about it.
         outcomes: about the newest batch that was observed.
         predicted: probability of a non-zero gradient, by prompt; NaN where nothing was predicted.
+        differ_anyway: chance that the rewards of a group differ though its outcomes are equal; graded ones may.
     """
 
     allocation: Allocation | None = None
@@ -58,12 +59,13 @@ class StepMetrics:
     details: dict[str, float] = field(default_factory=dict)
     outcomes: dict[str, float] = field(default_factory=dict)
     predicted: dict[PromptId, float] = field(default_factory=dict)
+    differ_anyway: float = 0.0
 
     def expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief) -> Allocation:
         """Add the predictions of a belief to an allocation, and keep it."""
-        found = replace(
-            allocation, success_rates=belief.mean, nonzero_gradient=belief.nonzero_gradient(allocation.counts)
-        )
+        mixed = belief.nonzero_gradient(allocation.counts)
+        chance = np.where(allocation.counts >= 2, mixed + (1.0 - mixed) * self.differ_anyway, mixed)
+        found = replace(allocation, success_rates=belief.mean, nonzero_gradient=chance)
         self.allocation, self.estimated, self.details = found, True, {}
         return self.predict(ids, found)
 

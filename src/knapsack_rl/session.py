@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,10 +34,15 @@ from knapsack_rl.estimation.named import ESTIMATORS
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.runs.allocations import allocation_row
-from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row
+from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row, finite_or_none
 from knapsack_rl.runs.watch import WarningLog
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+STEPS_JUDGED = 25
+"""Steps with the same outcome everywhere after which a run is warned."""
 
 ALLOCATIONS = ("knapsack", "paper", "uniform")
 
@@ -44,6 +50,11 @@ ALLOCATIONS = ("knapsack", "paper", "uniform")
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
     """Return a field of a settings class, with the help and the choices of its flag."""
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def kind_of(setting: dataclasses.Field[Any]) -> type:
+    """Return the type of a field of a settings class; one whose default is None is a number that need not be given."""
+    return float if setting.default is None else type(setting.default)
 
 
 @dataclass(kw_only=True)
@@ -62,7 +73,8 @@ class AllocationSettings:
         min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
             with 1 a prompt may get a single rollout, which is observed but has no gradient.
         max_rollouts: most rollouts of a prompt.
-        success_threshold: an outcome above it counts as a success.
+        success_threshold: an outcome above it counts as a success; by default what counts is learned from the outcomes,
+            see :mod:`knapsack_rl.success`.
 
     Raises:
         ValueError: a setting has the wrong type or is out of range, or the settings contradict each other.
@@ -75,7 +87,7 @@ class AllocationSettings:
     budget_unit: str = option("rollouts", "unit of a step's budget", BUDGET_UNITS)
     min_rollouts: int = option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
     max_rollouts: int = option(128, "most rollouts of a prompt")
-    success_threshold: float = option(0.0, "an outcome above it is a success")
+    success_threshold: float | None = option(None, "an outcome above it is a success; learned by default")
 
     def __post_init__(self) -> None:
         self.check_allocation()
@@ -97,7 +109,7 @@ class AllocationSettings:
             ValueError: a setting is out of range, or the settings contradict each other.
         """
         check_fields(self, AllocationSettings)
-        if not math.isfinite(self.success_threshold):
+        if self.success_threshold is not None and not math.isfinite(self.success_threshold):
             raise ValueError(f"success_threshold must be a finite number, got {self.success_threshold!r}")
         try:
             self.make_allocator()
@@ -143,11 +155,19 @@ class AllocationSettings:
             self.min_rollouts,
             self.max_rollouts,
             # Engines hold rewards in float32: compared with a float64 threshold, 0.4 would lie above 0.4.
-            success=float(np.float32(self.success_threshold)),
+            success=None if self.success_threshold is None else float(np.float32(self.success_threshold)),
             budget_unit=self.budget_unit,  # type: ignore[arg-type] # checked above
             value=self.value,
             **self.estimator_options,
         )
+
+
+def describe_rule(rule: Mapping[str, Any]) -> str:
+    """Return the text of a success rule, as :meth:`Session.success_rule` returns it."""
+    if rule["above"] is None:
+        return f"what the success function says of {rule['reward']}"
+    inside = "" if rule.get("low") is None else f" (from {rule['low']:g} to {rule['high']:g})"
+    return f"{rule['reward']} above {rule['above']:g}{inside}"
 
 
 def check_fields(settings: Any, kind: type) -> None:
@@ -157,7 +177,9 @@ def check_fields(settings: Any, kind: type) -> None:
         ValueError: a value has another type, or is not one of the choices.
     """
     for spec in dataclasses.fields(kind):
-        given, wanted = getattr(settings, spec.name), type(spec.default)
+        given, wanted = getattr(settings, spec.name), kind_of(spec)
+        if given is None and spec.default is None:
+            continue
         if wanted is float and isinstance(given, int) and not isinstance(given, bool):
             given = float(given)
             object.__setattr__(settings, spec.name, given)
@@ -232,6 +254,8 @@ class Session:
         log_allocations: append each step's row to the allocation log.
         watch: look for signs of failure in the metrics, log each once and append it to the warnings.
         smallest_group: fewest rollouts that a served prompt may have; verl cannot take groups of one.
+        rewards: names of the parts of the outcome, for what is said about success.
+        says: whether this process says what counts as a success.
     """
 
     def __init__(
@@ -243,8 +267,12 @@ class Session:
         log_allocations: bool = False,
         watch: bool = False,
         smallest_group: int = 1,
+        rewards: Sequence[str] = ("reward",),
+        says: bool = True,
     ) -> None:
         self.settings = settings
+        self.says = says
+        self.rewards = tuple(rewards)
         self.allocator = settings.make_allocator() if allocator is None else allocator
         self.folder = folder
         self.log_allocations = log_allocations
@@ -253,6 +281,8 @@ class Session:
         self._warnings: WarningLog | None = None
         self._lengths_known = self._knows_lengths()
         self._pending: dict[PromptId, tuple[int, float, float]] = {}
+        self._rule: tuple[str, float] | None = None
+        self._same_outcome = [0, 0]  # steps in a row without a failure, and without a success
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -346,7 +376,8 @@ class Session:
         Args:
             plan: of the step.
             prompt_R: (R,) position of each rollout's prompt among the plan's.
-            outcome_R: (R,) outcome that decides on success; NaN and infinite ones count as unscored.
+            outcome_R: (R,) outcome that decides on success, or (R, F) parts that add up to it; NaN and infinite ones
+                count as unscored.
             lengths_R: (R,) tokens of each rollout, if known.
             step: number of the step, for the log.
         """
@@ -355,11 +386,11 @@ class Session:
             self.warn_once("infinite", "a reward is infinite; the rollout counts as unscored")
             outcomes = np.where(np.isinf(outcomes), np.nan, outcomes)
         allocator, prompts = self.allocator, len(plan.ids)
-        groups = self.survive(
-            "success rule", lambda: outcomes_by_position(prompt_R, outcomes, prompts, allocator.success)
-        )
+        groups = self.survive("success rule", lambda: allocator.outcomes_of(prompt_R, outcomes, prompts))
         if groups is None:  # the successes of the step are unknown
-            groups = outcomes_by_position(prompt_R, np.full(outcomes.shape, np.nan), prompts)
+            groups = outcomes_by_position(prompt_R, np.full(prompt_R.shape, np.nan), prompts)
+        if self.says:
+            self.survive("reporting", lambda: self._tell_success(groups))
         self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
         if lengths_R is not None and not self._lengths_known:
             self._lengths_known = self._knows_lengths()
@@ -373,9 +404,50 @@ class Session:
             self.survive("watching", lambda: self._watch(step, metrics))
         return Observation(groups, metrics)
 
+    def success_rule(self) -> dict[str, Any]:
+        """Return what counts as a success, as JSON values: the reward, its cutoff and, if learned, its range."""
+        rule, learned = self.allocator.success, self.allocator.learned
+        if learned is None:
+            name = self.rewards[0] if len(self.rewards) == 1 else f"the sum of {', '.join(self.rewards)}"
+            return {"reward": name, "above": None if callable(rule) else rule}
+        part = learned.deciding
+        name = self.rewards[learned.order[0]] if len(self.rewards) == len(learned.parts) else f"part {learned.order[0]}"
+        return {
+            "reward": name,
+            "above": part.cutoff,
+            "low": finite_or_none(part.low),
+            "high": finite_or_none(part.high),
+        }
+
+    def _tell_success(self, groups: GroupOutcomes) -> None:
+        """Say what counts as a success, at the start and when that changes, and warn if all outcomes are the same."""
+        scored, good = int(groups.totals.sum()), int(groups.successes.sum())
+        if not scored:
+            return
+        rule = self.success_rule()
+        text = describe_rule(rule)
+        if (rule["reward"], rule["above"]) != self._rule:
+            self._rule = rule["reward"], rule["above"]
+            logger.log(
+                # A reward of 0 and 1 is as everyone expects; of others, one wants to know what was made of them.
+                logging.INFO if (rule.get("low"), rule.get("high")) == (0.0, 1.0) else logging.WARNING,
+                "allocation counts as a success: %s; %.0f %% of the rollouts of this step",
+                *(text, 100 * good / scored),
+            )
+        same = good == scored, good == 0
+        self._same_outcome = [steps + 1 if now else 0 for steps, now in zip(self._same_outcome, same, strict=True)]
+        for steps, kind in zip(self._same_outcome, ("success", "failure"), strict=True):
+            if steps == STEPS_JUDGED:
+                self.warn_once(
+                    f"only {kind}",
+                    f"every rollout of {steps} steps was a {kind} ({text}), so allocation has nothing to go by. Check "
+                    "the reward functions, or say what is a success with outcome_reward or success_threshold",
+                )
+
     def _log(self, plan: Plan, groups: GroupOutcomes, step: int) -> None:
         assert self.folder is not None
-        append_row(self.folder / ALLOCATION_LOG, allocation_row(step, plan.ids, plan.allocation, groups, plan.seconds))
+        row = allocation_row(step, plan.ids, plan.allocation, groups, plan.seconds)
+        append_row(self.folder / ALLOCATION_LOG, row | {"success": self.success_rule()})
 
     def _watch(self, step: int, metrics: dict[str, float]) -> None:
         if self._warnings is None:

@@ -188,7 +188,7 @@ HEADER_TYPES: dict[str, Any] = {
     "settings": dict,
     "min_rollouts": int,
     "max_rollouts": int,
-    "success": (int, float, NoneType),
+    "success": (str, int, float, NoneType),
     "budget_unit": str,
     "value": (str, NoneType),
     "failures": dict,

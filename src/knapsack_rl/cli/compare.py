@@ -68,11 +68,12 @@ def run(parsed: argparse.Namespace) -> int:
     failed = execute(runs, jobs=parsed.jobs, progress=Lines())
     for bad in failed:
         print(f"{bad.settings.label} did not finish; its output is in {bad.folder / 'log.txt'}", file=sys.stderr)
-    done = [str(run.folder) for run in runs if run.finished]
+    done = [run.folder for run in runs if run.finished]
     if done:
         from knapsack_rl.cli.report import print_comparison
+        from knapsack_rl.runs.log import RunLog
 
-        print_comparison(done, parsed.output / "comparison.html")
+        print_comparison([RunLog.load(folder) for folder in done], parsed.output / "comparison.html")
     return 1 if failed else 0
 
 

@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from knapsack_rl.session import kind_of
+
 ALLOCATION_FLAGS = ("estimator", "estimator_settings", "value", "min_rollouts", "max_rollouts")
 """Settings of allocation that are flags of the commands that read logs."""
 
@@ -83,7 +85,7 @@ def add_settings(
         if field.name not in names:
             continue
         flag, text, choices = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["choices"]
-        default, kind = None if prefix else field.default, type(field.default)
+        default, kind = None if prefix else field.default, kind_of(field)
         if kind is bool:
             parser.add_argument(flag, dest=prefix + field.name, action="store_true", help=text)
             continue
@@ -94,5 +96,5 @@ def add_settings(
             default=default,
             choices=choices,
             metavar=None if choices else kind.__name__.upper(),
-            help=f"{text} (default: {field.default})" if field.default != "" else text,
+            help=f"{text} (default: {field.default})" if field.default not in ("", None) else text,
         )

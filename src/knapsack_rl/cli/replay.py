@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from knapsack_rl.cli.log_flags import KINDS_OF_LOGS, add_log_flags, column_names
 from knapsack_rl.cli.parser import ALLOCATION_FLAGS, add_command, add_settings
 from knapsack_rl.cli.progress import progress
 from knapsack_rl.session import AllocationSettings
@@ -14,7 +15,7 @@ EXAMPLES = """examples:
   knapsack-rl replay runs/uniform-n8-seed0                      a run folder of this package
   knapsack-rl replay outputs/my-grpo-run                        TRL with log_completions=True: completions_*.parquet
   knapsack-rl replay dumps/rollouts --reward-column acc         verl with trainer.rollout_data_dir: 1.jsonl, ...
-  knapsack-rl replay rewards.csv --id-column question           any table with one row per rollout
+  knapsack-rl replay rewards.csv.gz --id-column question        any table with one row per rollout
 """
 
 
@@ -31,13 +32,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         examples=EXAMPLES,
         extras="plots",
     )
-    parser.add_argument("logs", type=Path, metavar="LOGS", help="run folder, folder of logs, CSV, JSONL or parquet")
-    parser.add_argument("--id-column", metavar="NAME", help="column of prompt ids, the same in every step")
-    parser.add_argument("--step-column", metavar="NAME", help="column of training steps")
-    parser.add_argument("--reward-column", metavar="NAME", help="column of outcomes")
-    parser.add_argument(
-        "--success-threshold", type=float, metavar="X", help="a reward above X is a success (default: 0)"
-    )
+    parser.add_argument("logs", type=Path, metavar="LOGS", help=KINDS_OF_LOGS)
+    add_log_flags(parser)
     add_settings(parser, AllocationSettings, ALLOCATION_FLAGS)
     parser.add_argument(
         "--bandwidth", type=float, default=2.5, metavar="X", help="bandwidth of the smoothing, in visits (default: 2.5)"
@@ -54,11 +50,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Replay, print the table and write the page."""
     from knapsack_rl.offline.dry_run import Settings, dry_run, simulations
-    from knapsack_rl.offline.reward_logs import ColumnNames, read_reward_log
+    from knapsack_rl.offline.reward_logs import read_reward_log
+    from knapsack_rl.offline.rollouts import READ_STEPS
     from knapsack_rl.report.dry_run_page import summary, write_dry_run
 
-    names = ColumnNames(parsed.id_column, parsed.step_column, parsed.reward_column)
-    log = read_reward_log(parsed.logs, names, parsed.success_threshold)
+    with progress(READ_STEPS, quiet=parsed.quiet) as done:
+        log = read_reward_log(parsed.logs, column_names(parsed), parsed.success_threshold, done)
     chosen = {name: getattr(parsed, name) for name in ALLOCATION_FLAGS}
     settings = Settings(bandwidth=parsed.bandwidth, seeds=parsed.seeds, **chosen)
     with progress(simulations(settings), quiet=parsed.quiet) as done:

@@ -7,12 +7,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from knapsack_rl.cli.log_flags import KINDS_OF_LOGS, add_log_flags, column_names
 from knapsack_rl.cli.parser import add_command
+from knapsack_rl.cli.progress import progress
+from knapsack_rl.runs.log import RunLog
 
 FORMATS = ("html", "png", "svg", "json")
 EXAMPLES = """examples:
   knapsack-rl report runs/knapsack-n8-seed0                write report.html into the run folder
   knapsack-rl report runs/compare/*-seed*                  compare runs: comparison.html and a table
+  knapsack-rl report outputs/my-grpo-run                   a run of TRL alone: completions_*.parquet
   knapsack-rl report runs/knapsack-n8-seed0 --format png   write each plot as a picture into RUN/figures
   knapsack-rl report runs/compare/*-seed* --format json    print the figures for other programs
 """
@@ -26,11 +30,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         run,
         summary="write the report of a run, or compare several runs",
         description="Write a self-contained HTML page: the report of one run, or a comparison of several by policy. "
-        "Also writes the plots of that page as pictures, or its figures as JSON.",
+        "Also writes the plots of that page as pictures, or its figures as JSON. Takes every log that replay takes.",
         examples=EXAMPLES,
         extras="plots",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=KINDS_OF_LOGS)
+    add_log_flags(parser)
     parser.add_argument("--format", choices=FORMATS, default="html", help="format of the report (default: html)")
     parser.add_argument(
         "--output",
@@ -39,56 +44,60 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="page to write, or folder for the pictures (default: in the run folder; for several runs comparison.html "
         "or comparison-figures in the current folder)",
     )
+    parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Write the page, pictures or figures and print where they are."""
-    folders = [str(folder) for folder in parsed.runs]
+    from knapsack_rl.offline.rollouts import READ_STEPS
+    from knapsack_rl.report import read_run
+
+    if parsed.format == "json" and parsed.output:
+        raise ValueError("JSON goes to standard output; redirect it instead of giving --output")
+    runs = []
+    for path in parsed.runs:
+        with progress(READ_STEPS, quiet=parsed.quiet) as done:
+            runs.append(read_run(path, column_names(parsed), parsed.success_threshold, done))
     if parsed.format == "json":
-        if parsed.output:
-            raise ValueError("JSON goes to standard output; redirect it instead of giving --output")
-        print_figures(folders)
+        print_figures(runs)
     elif parsed.format != "html":
-        print_pictures(folders, parsed.format, parsed.output)
-    elif len(folders) == 1:
+        print_pictures(runs, parsed.format, parsed.output)
+    elif len(runs) == 1:
         from knapsack_rl.report import write_report
 
-        print(f"report: {write_report(folders[0], parsed.output)}")
+        print(f"report: {write_report(runs[0], parsed.output)}")
     else:
-        print_comparison(folders, parsed.output or Path("comparison.html"))
+        print_comparison(runs, parsed.output or Path("comparison.html"))
     return 0
 
 
-def print_comparison(folders: Sequence[str], output: Path) -> None:
+def print_comparison(runs: Sequence[RunLog], output: Path) -> None:
     """Write the comparison page and print its table as Markdown."""
-    from knapsack_rl.report import RunLog, comparison_table, markdown_table, write_comparison
+    from knapsack_rl.report import comparison_table, markdown_table, write_comparison
 
-    rows = comparison_table([RunLog.load(folder) for folder in folders])
-    page = write_comparison(folders, output)
+    rows = comparison_table(runs)
+    page = write_comparison(runs, output)
     print(markdown_table(rows))
     print(f"\nreport: {page}")
 
 
-def print_figures(folders: Sequence[str]) -> None:
+def print_figures(runs: Sequence[RunLog]) -> None:
     """Print the summary of one run, or the comparison table of several, as JSON."""
-    from knapsack_rl.report import RunLog, comparison_table, run_summary
+    from knapsack_rl.report import comparison_table, run_summary
 
-    logs = [RunLog.load(folder) for folder in folders]
-    print(json.dumps(run_summary(logs[0]) if len(logs) == 1 else comparison_table(logs), indent=2))
+    print(json.dumps(run_summary(runs[0]) if len(runs) == 1 else comparison_table(runs), indent=2))
 
 
-def print_pictures(folders: Sequence[str], kind: str, output: Path | None) -> None:
+def print_pictures(runs: Sequence[RunLog], kind: str, output: Path | None) -> None:
     """Write every plot of the page to a file and print the file names."""
-    from knapsack_rl.report import RunLog
     from knapsack_rl.report.comparison import policies
     from knapsack_rl.report.comparison_page import comparison_plots
     from knapsack_rl.report.page import save_plots
     from knapsack_rl.report.run_page import run_plots
 
-    logs = [RunLog.load(folder) for folder in folders]
-    if len(logs) == 1:
-        specs, target = run_plots(logs[0]), output or logs[0].folder / "figures"
+    if len(runs) == 1:
+        specs, target = run_plots(runs[0]), output or runs[0].folder / "figures"
     else:
-        specs, target = comparison_plots(policies(logs)), output or Path("comparison-figures")
+        specs, target = comparison_plots(policies(runs)), output or Path("comparison-figures")
     for path in save_plots(specs, target, kind):
         print(path)

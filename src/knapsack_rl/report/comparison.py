@@ -63,6 +63,7 @@ def policies(runs: Sequence[RunLog]) -> list[Policy]:
     named: dict[str, list[RunLog]] = {}
     for run in runs:
         name = f"{run.config.get('allocation', 'unknown')} N={run.config.get('rollouts_per_prompt', '?')}"
+        name = name if run.config else run.name  # nothing says which logs without settings are of one policy
         named.setdefault(name, []).append(run)
     grouped: dict[str, Policy] = {}
     for name, members in named.items():

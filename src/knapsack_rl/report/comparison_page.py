@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl.offline.recorded import read_run
 from knapsack_rl.report import page, plots
 from knapsack_rl.report.comparison import (
     Policy,
@@ -45,11 +46,11 @@ HEADER = (
 )
 
 
-def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
+def write_comparison(runs: Sequence[str | Path | RunLog], output: str | Path) -> Path:
     """Write one page that compares runs by policy, averaging over seeds.
 
     Args:
-        runs: Run folders.
+        runs: Run folders or other logs, or what :func:`read_run` returned for them.
         output: The page to write, or an existing folder in which to write `comparison.html`.
 
     Returns:
@@ -57,12 +58,12 @@ def write_comparison(runs: Sequence[str | Path], output: str | Path) -> Path:
 
     Raises:
         ValueError: If `runs` is empty, or two runs share policy and seed.
-        FileNotFoundError: If a folder is not a run folder.
+        FileNotFoundError: If a folder holds no log.
         ImportError: If matplotlib is not installed.
     """
     if not runs:
         raise ValueError("a comparison needs at least one run folder, got none")
-    logs = [RunLog.load(folder) for folder in runs]
+    logs = [run if isinstance(run, RunLog) else read_run(run) for run in runs]
     groups, rows = policies(logs), comparison_table(logs)
     body = ["<h1>Comparison of allocation policies</h1>", page.paragraph(_lead(groups), "soft")]
     body += [page.paragraph(text, "notice") for text in _notices(groups)]
@@ -279,11 +280,7 @@ def _settings(groups: Sequence[Policy]) -> list[str]:
         else:
             differing.append((name, *(", ".join(value) for value in values)))
     labels = [policy.label for policy in groups]
-    folders = [
-        (f"{policy.label}, seed {seed}", run.folder.resolve().name)
-        for policy in groups
-        for seed, run in policy.runs.items()
-    ]
+    folders = [(f"{policy.label}, seed {seed}", run.name) for policy in groups for seed, run in policy.runs.items()]
     tables: list[str] = []
     for title, header, rows, caption in (
         (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.groups import DIFFICULTY_CLASSES
+from knapsack_rl.offline.recorded import read_run
 from knapsack_rl.report import page, plots
 from knapsack_rl.report.prompt_section import prompt_section
 from knapsack_rl.runs.curves import tail_mean
@@ -18,22 +19,22 @@ from knapsack_rl.runs.log import RunLog
 SHOWN_PROMPTS = 10
 
 
-def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
+def write_report(run: str | Path | RunLog, output: str | Path | None = None) -> Path:
     """Write the page of a run; the page of an unfinished run says so.
 
     Args:
-        folder: A folder written by training.
-        output: The page to write; by default `report.html` in the run folder.
+        run: A folder written by training or another log, or what :func:`read_run` returned for it.
+        output: The page to write; by default `report.html` in the run folder, or beside the log.
 
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError: If the folder is not a run folder.
+        FileNotFoundError: If there is no log.
         ImportError: If matplotlib is not installed.
     """
-    run = RunLog.load(folder)
-    name = run.folder.resolve().name
+    run = run if isinstance(run, RunLog) else read_run(run)
+    name = run.name
     body = [f"<h1>Training run {page.escape(name)}</h1>", page.paragraph(_lead(run), "soft")]
     body += [page.paragraph(text, "notice") for text in _notices(run)]
     body.append(page.tiles(_key_figures(run)))
@@ -42,13 +43,19 @@ def write_report(folder: str | Path, output: str | Path | None = None) -> Path:
     body.append(page.plots(page.plot(spec.name, spec.caption, spec.draw) for spec in run_plots(run)))
     body += prompt_section(run)
     body += _tables(run)
-    target = run.folder / "report.html" if output is None else Path(output)
+    target = run.page if output is None else Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     return page.write(target, f"Training run {name}", body)
 
 
 def _lead(run: RunLog) -> str:
     config = run.config
+    if not config:
+        visits = run.visits.counts.size
+        return (
+            f"a log without settings: {run.rollouts.sum():,} rollouts in {visits:,} groups of {len(run.prompt_ids):,} "
+            "prompts"
+        )
     parts = [
         f"{config.get('allocation', 'unknown')} allocation",
         f"N = {config.get('rollouts_per_prompt', '?')} rollouts per prompt on average",
@@ -67,7 +74,7 @@ def _notices(run: RunLog) -> list[str]:
         notices.append("No held-out evaluation is recorded, so the accuracy is unknown.")
     elif run.held_out[1].size == 1:
         notices.append("Only one held-out evaluation is recorded, so there is no curve yet.")
-    return notices
+    return notices + [f"{note[:1].upper()}{note[1:]}." for note in run.notes]
 
 
 def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:

@@ -25,11 +25,12 @@ def run_summary(run: RunLog) -> dict[str, Any]:
         calibration: Predicted and realised share of groups with a gradient by bin, and the Brier scores.
         reasons: Reasons that the allocator reported, each with its number of steps.
         warnings: Warnings of the run.
+        notes: Remarks on how the log was read.
     """
     rollouts, accuracy = run.held_out
     calibration = run.calibration()
     return {
-        "folder": run.folder.resolve().name,
+        "folder": run.name,
         "config": dict(run.config),
         "finished": run.finished,
         "steps": int(run.steps.size),
@@ -53,6 +54,7 @@ def run_summary(run: RunLog) -> dict[str, Any]:
         },
         "reasons": dict(Counter(reason for reason in run.reasons if reason)),
         "warnings": [dict(warning) for warning in run.warnings],
+        "notes": list(run.notes),
     }
 
 

@@ -39,6 +39,7 @@ class Visits:
         effective: whether the group's rewards differed, so that it carried a gradient.
         estimate: success rate estimated before the step, NaN for an unseen prompt.
         predicted: predicted probability of a non-zero gradient, NaN where none was predicted.
+        notes: remarks on how the log was read.
     """
 
     step: IntArray
@@ -50,6 +51,7 @@ class Visits:
     effective: BoolArray
     estimate: FloatArray
     predicted: FloatArray
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def difficulty(self) -> IntArray:
@@ -90,12 +92,13 @@ def allocation_row(
 def read_visits(path: Path) -> tuple[list[dict[str, Any]], tuple[PromptId, ...], Visits]:
     """Return the rows of an allocation log by step, the distinct prompt ids by first visit, and all visits.
 
-    Where a step was logged more than once (after a resume), the later row counts.
+    Where a step was logged more than once (after a resume), the later row counts, which a note says.
 
     Raises:
         ValueError: the file's content does not follow the schema.
     """
-    rows = by_step(read_rows(path))
+    logged = read_rows(path)
+    rows = by_step(logged)
     for row in rows:
         _check_row(row, path)
     index: dict[PromptId, int] = {}
@@ -119,8 +122,16 @@ def read_visits(path: Path) -> tuple[list[dict[str, Any]], tuple[PromptId, ...],
         effective=column("effective", np.bool_),
         estimate=column("estimate", np.float64),  # null becomes NaN
         predicted=column("predicted", np.float64),
+        notes=_resume_notes(len(logged) - len(rows)),
     )
     return rows, tuple(index), visits
+
+
+def _resume_notes(superseded: int) -> tuple[str, ...]:
+    if not superseded:
+        return ()
+    rows = "1 row was" if superseded == 1 else f"{superseded} rows were"
+    return (f"steps were logged again after a resume: the later rows count, and {rows} left out",)
 
 
 def _check_row(row: Mapping[str, Any], path: Path) -> None:

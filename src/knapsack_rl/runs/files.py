@@ -1,12 +1,15 @@
-"""The files of a run folder: settings, and JSON lines that a crash may have truncated."""
+"""The files of a run folder: settings, and JSON lines that a crash may have truncated and that may be compressed."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ GENERATED_FILE = "generated.json"
 """Rollouts and tokens generated before a checkpoint."""
 MODEL_FOLDER = "model"
 """The trained model; its presence marks a finished run."""
+
+GZIP_MAGIC = b"\x1f\x8b"
 
 SHOWN_FOLDERS = 5
 """Number of run folders that a message lists."""
@@ -141,22 +146,55 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         file.write(json.dumps(row).encode() + b"\n")
 
 
+def decompressed(raw: BufferedReader) -> BufferedReader | gzip.GzipFile:
+    """Return the content of an open file; gzip is recognised by its first two bytes, whatever the file's name."""
+    return gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == GZIP_MAGIC else raw
+
+
+def read_lines(raw: BufferedReader, path: Path, torn: Callable[[str], None]) -> Iterator[bytes]:
+    """Yield the lines of an open file, compressed or not.
+
+    Args:
+        raw: the file, at its start.
+        path: its name, for errors.
+        torn: called with a remark if compressed data end early, as those of a killed writer do.
+
+    Raises:
+        ValueError: compressed data are damaged.
+    """
+    try:
+        yield from decompressed(raw)
+    except EOFError:
+        torn("its compressed data end early")
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def stored(path: Path) -> Path:
+    """Return the path of a log, or that of its compressed form (``.gz``) if only that exists."""
+    compressed = path.with_name(path.name + ".gz")
+    return compressed if compressed.is_file() and not path.is_file() else path
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines, none if the file is missing; a line that is not a JSON object (a torn write) is skipped.
 
+    A file that exists only in compressed form is read from there.
+
     Raises:
-        ValueError: If a row has no whole number under `step`.
+        ValueError: If a row has no whole number under `step`, or compressed data are damaged.
     """
+    path = stored(path)
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    # A line may be torn inside a multi-byte character; with the character replaced, the JSON parser rejects the line.
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open("rb") as raw:
+        lines = read_lines(raw, path, lambda remark: logger.warning("%s: %s", path, remark))
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))  # torn inside a character, it cannot be decoded
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
@@ -169,8 +207,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def by_step(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Merge the rows of each step, ascending by step; later values replace earlier ones."""
+    """Merge the rows of each step, ascending by step; later values replace earlier ones.
+
+    Where the step falls, the run was resumed from a checkpoint: earlier rows from that step on belong to work that the
+    checkpoint does not contain, and are left out.
+    """
     joined: dict[int, dict[str, Any]] = {}
+    newest = -1
     for row in rows:
-        joined.setdefault(row["step"], {}).update(row)
+        step = row["step"]
+        if step < newest:
+            joined = {known: kept for known, kept in joined.items() if known < step}
+        newest = step
+        joined.setdefault(step, {}).update(row)
     return [joined[step] for step in sorted(joined)]

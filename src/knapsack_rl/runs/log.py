@@ -8,7 +8,7 @@ recorded steps have length T. No training library is needed, so a log can be stu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from knapsack_rl.runs.files import (
     finite_number,
     read_config,
     read_rows,
+    stored,
 )
 from knapsack_rl.runs.samples import read_samples
 
@@ -77,6 +78,8 @@ class RunLog:
         metrics: Logged metrics, one mapping per step, ascending, nulls left out.
         warnings: Warnings of the run in order, each with `step`, `kind`, `seen`, `cause` and `remedy`.
         samples: Sample completions by prompt id, as kept by `SampleStore`.
+        file: The log, where it is another than the allocation log of the folder.
+        notes: Remarks on how the log was read.
     """
 
     folder: Path
@@ -89,6 +92,8 @@ class RunLog:
     metrics: tuple[Mapping[str, Any], ...]
     warnings: tuple[Mapping[str, Any], ...] = ()
     samples: Mapping[str | int, Mapping[str, Any]] = field(default_factory=dict)
+    file: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: str | Path) -> RunLog:
@@ -104,21 +109,20 @@ class RunLog:
             ValueError: If a file's content does not follow the schema.
         """
         folder = Path(folder)
-        if folder.name == ALLOCATION_LOG:
+        if folder.is_file():
+            if (
+                folder.name.removesuffix(".gz") != ALLOCATION_LOG
+            ):  # nothing says that its neighbours are of the same run
+                return cls.of_visits(*read_visits(folder), folder=folder.parent, file=folder)
             folder = folder.parent
         # A run of verl, or of a script on TRL, has no configuration in our format.
-        bare = (folder / ALLOCATION_LOG).is_file() and not (folder / CONFIG_FILE).is_file()
+        bare = stored(folder / ALLOCATION_LOG).is_file() and not (folder / CONFIG_FILE).is_file()
         config = {} if bare else read_config(folder / CONFIG_FILE)
-        rows, prompt_ids, visits = read_visits(folder / ALLOCATION_LOG)
         metrics = by_step(read_rows(folder / METRICS_FILE))
-        return cls(
+        return cls.of_visits(
+            *read_visits(folder / ALLOCATION_LOG),
             folder=folder,
             config=config,
-            prompt_ids=prompt_ids,
-            steps=np.array([row["step"] for row in rows], dtype=np.int64),
-            reasons=tuple(str(row.get("reason") or "") for row in rows),
-            seconds=np.array([row.get("seconds") for row in rows], dtype=np.float64),
-            visits=visits,
             metrics=tuple({key: value for key, value in row.items() if value is not None} for row in metrics),
             warnings=tuple(
                 {key: str(row.get(key, "")) for key in WARNING_TEXTS} | {"step": row["step"]}
@@ -126,6 +130,50 @@ class RunLog:
             ),
             samples={row["prompt_id"]: row for row in read_samples(folder / SAMPLES_FILE)},
         )
+
+    @classmethod
+    def of_visits(
+        cls,
+        rows: Sequence[Mapping[str, Any]],
+        prompt_ids: tuple[str | int, ...],
+        visits: Visits,
+        *,
+        folder: Path,
+        config: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> RunLog:
+        """Return the log of a run.
+
+        Args:
+            rows: One per step, ascending, with `step` and, where known, `reason` and `seconds`.
+            prompt_ids: Distinct prompts in the order of their first visit.
+            visits: The per-visit arrays.
+            folder: Where the run's files are.
+            config: The run's settings; None if they are unknown.
+            others: Any other attributes.
+        """
+        return cls(
+            folder=folder,
+            config=config or {},
+            prompt_ids=prompt_ids,
+            steps=np.array([row["step"] for row in rows], dtype=np.int64),
+            reasons=tuple(str(row.get("reason") or "") for row in rows),
+            seconds=np.array([row.get("seconds") for row in rows], dtype=np.float64),
+            visits=visits,
+            **({"metrics": (), "notes": visits.notes} | others),
+        )
+
+    # Names
+
+    @property
+    def name(self) -> str:
+        """Name of the run: that of its folder, or of its log if that is a file of another name."""
+        return self.folder.resolve().name if self.file is None else self.file.name.split(".")[0]
+
+    @property
+    def page(self) -> Path:
+        """The page of the run, unless another is asked for."""
+        return self.folder / ("report.html" if self.file is None else f"{self.name}-report.html")
 
     # State of the run
 

@@ -26,7 +26,7 @@ from knapsack_rl.tasks.data import (
     split_rows,
 )
 from knapsack_rl.tasks.generated import below, check_size, draw_distinct
-from knapsack_rl.tasks.verifier import MAX_TEXT, same_length, tagged_answer, text_of
+from knapsack_rl.tasks.verifier import MAX_TEXT, answer_text, same_length, tagged_answer, text_of
 
 TEMPLATE = "{prompt}\nThink, then write the expression alone between <answer> and </answer>."
 MAX_COMPLETION_TOKENS = 256
@@ -77,7 +77,7 @@ def countdown_reward(
     same_length(completions, answer)
     same_length(completions, numbers)
     return [
-        float(reaches_target(text, given, int(target)))
+        float(reaches_target(text, given, _whole(target)))
         for text, given, target in zip(completions, numbers, answer, strict=True)
     ]
 
@@ -174,7 +174,18 @@ def _row(request: DataRequest, numbers: Sequence[int], target: int) -> Row:
 
 def _read(request: DataRequest, row: Row, where: str) -> Row:
     numbers, target = column(row, "nums", where), column(row, "target", where)
-    return _row(request, [int(number) for number in numbers], int(target))
+    try:
+        return _row(request, [_whole(number) for number in numbers], _whole(target))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: nums and target must be whole numbers, got {numbers!r} and {target!r}") from error
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number given as a number of any type, or as text."""
+    number = Fraction(answer_text(value))
+    if number.denominator != 1:
+        raise ValueError(f"not a whole number: {value!r}")
+    return number.numerator
 
 
 def _draw(rng: random.Random) -> tuple[tuple[int, ...], int] | None:

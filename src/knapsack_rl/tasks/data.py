@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from knapsack_rl.offline.tables import READABLE, read_columns
-from knapsack_rl.tasks.verifier import Reward, Verifier, gold_answer
+from knapsack_rl.tasks.math_process import patient_process
+from knapsack_rl.tasks.verifier import Reward, Verifier, answer_text, gold_answer, is_missing, literal
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 T = TypeVar("T")
 
 FILE_SETTINGS = ("path", "config", "split", "verifier", "prompt_column", "answer_column")
 """Settings that mean nothing to a task whose problems are generated."""
+
+SHOWN_ROWS = 3
+"""Rows that cannot be used and are named in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,37 +163,80 @@ def read_splits(request: DataRequest, source: Source, as_row: Callable[[Row, str
         as_row: makes a row with prompt, answer and id from a row as stored and from the name of that row in errors.
 
     Raises:
-        ValueError: there are too few rows, or a row lacks a column.
+        ValueError: there are too few rows, or none can be used.
         OSError: neither the hub nor the copy delivered.
     """
+    skipped: list[str] = []
 
     def rows_of(split: str) -> list[Row]:
-        stored, place = read_rows(request, source, split), request.path or request.dataset
-        rows = distinct(as_row(row, f"{place}, row {at}") for at, row in enumerate(stored, start=1))
-        return shuffled(rows, random.Random(0))  # noqa: S311 - reproducible data, not a secret
+        rows = usable(read_rows(request, source, split), as_row, request.path or request.dataset, skipped)
+        return shuffled(distinct(rows), random.Random(0))  # noqa: S311 - reproducible data, not a secret
 
     no_splits = Path(request.path).suffix in READABLE
     held_out = None
     if source.held_out_split and request.held_out_prompts and not no_splits:
         held_out = rows_of(source.held_out_split)
-    return split_rows(request, rows_of(request.split or "train"), held_out)
+    return split_rows(request, rows_of(request.split or "train"), held_out, skipped)
+
+
+def usable(
+    stored: Iterable[Row],
+    as_row: Callable[[Row, str], Row],
+    place: str,
+    skipped: list[str],
+    most: int | None = None,
+) -> list[Row]:
+    """Return the rows that can be used; the others are skipped, and counted in one line of the log.
+
+    Args:
+        stored: rows as stored.
+        as_row: makes a row with prompt, answer and id from a row as stored and from its name in errors.
+        place: name of the data in errors; rows are counted from 1.
+        skipped: gets one message for each row that cannot be used.
+        most: number of rows after which no more is read, None for all.
+
+    Raises:
+        ValueError: there are rows, and none can be used.
+    """
+    found: list[Row] = []
+    odd: list[str] = []
+    for number, row in enumerate(stored, start=1):
+        if len(found) == most:
+            break
+        try:
+            found.append(as_row(row, f"{place}, row {number}"))
+        except ValueError as error:
+            odd.append(str(error))
+    read = len(found) + len(odd)
+    if odd and not found:
+        raise ValueError(f"{odd[0]} (none of {read} rows can be used)")
+    if odd:
+        logger.warning("%d of %d rows of %s cannot be used and are skipped: %s", len(odd), read, place, _first(odd))
+    skipped += odd
+    return found
+
+
+def _first(messages: Sequence[str]) -> str:
+    return "; ".join([*messages[:SHOWN_ROWS], *(["..."] if len(messages) > SHOWN_ROWS else [])])
 
 
 def split_rows(
-    request: DataRequest, train: Sequence[Row], held_out: Sequence[Row] | None
+    request: DataRequest, train: Sequence[Row], held_out: Sequence[Row] | None, skipped: Sequence[str] = ()
 ) -> tuple[list[Row], list[Row]]:
     """Return the first rows for training, and the rows held out: those of ``held_out``, else the next ones.
 
-    Rows to train on whose prompt is also held out are left out.
+    Rows to train on whose prompt is also held out are left out. ``skipped`` says why rows could not be used; it is part
+    of the error where too few are left.
 
     Raises:
         ValueError: there are too few rows.
     """
+    reason = f". {len(skipped)} rows cannot be used: {_first(skipped)}" if skipped else ""
     if held_out is None:
         if len(train) < request.wanted:
             raise ValueError(
                 f"{request.dataset} holds {len(train)} rows, but train_prompts + held_out_prompts is {request.wanted}; "
-                f"lower them{_proposal(len(train))}"
+                f"lower them{_proposal(len(train))}{reason}"
             )
         return list(train[: request.train_prompts]), list(train[request.train_prompts : request.wanted])
     kept_out = list(held_out[: request.held_out_prompts])
@@ -197,7 +247,7 @@ def split_rows(
         ("held_out_prompts", len(kept_out), request.held_out_prompts),
     ):
         if found < wanted:
-            raise ValueError(f"{request.dataset} holds {found} rows for {name}, which is {wanted}; lower it")
+            raise ValueError(f"{request.dataset} holds {found} rows for {name}, which is {wanted}; lower it{reason}")
     return kept, kept_out
 
 
@@ -234,22 +284,27 @@ def column(row: Row, name: str, where: str) -> Any:
     """
     if name not in row:
         raise ValueError(f"{where}: no column {name!r}; columns are {', '.join(row)}")
-    if row[name] in (None, ""):
+    if is_missing(row[name]):
         raise ValueError(f"{where}: no value in column {name!r}; columns are {', '.join(row)}")
     return row[name]
 
 
-def checked_answer(answer: str, verifier: Verifier, where: str) -> str:
-    """Return the answer of a row, if a completion can match it.
+def checked_answer(answer: Any, verifier: Verifier, where: str) -> str:
+    """Return the answer of a row as text, if a completion can match it.
+
+    A gold answer for ``number`` that is not a plain number is read once by the process that compares formulas.
 
     Raises:
         ValueError: it can never be matched; the row is named.
     """
     try:
-        gold_answer(answer, verifier)
+        text = answer_text(answer)
+        found = gold_answer(text, verifier)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return answer
+    if verifier == "number" and literal(found) is None and not patient_process().readable(found, number=True):
+        raise ValueError(f"{where}: gold must be a number, got {text[-80:]!r}")
+    return text
 
 
 def refuse(request: DataRequest, *names: str) -> None:

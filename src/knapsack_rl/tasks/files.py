@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +17,7 @@ from knapsack_rl.tasks.data import (
     read_rows,
     refuse,
     split_rows,
+    usable,
 )
 from knapsack_rl.tasks.math_process import require_math
 from knapsack_rl.tasks.verifier import REWARDS, Verifier
@@ -26,10 +28,11 @@ MAX_COMPLETION_TOKENS = 256
 def columns_task(request: DataRequest) -> TaskData:
     """Return rows of a file or hub data set: the first ``train_prompts`` to train on, the next ones held out.
 
-    A prompt is text, or a list of chat messages, which must then be so in every row.
+    A prompt is text, or a list of chat messages, which must then be so in every row. A row without prompt, or with an
+    answer that can never be matched, is skipped.
 
     Raises:
-        ValueError: a column is missing, an answer can never be matched, or there are too few rows.
+        ValueError: a column is missing, or there are too few rows that can be used.
         FileNotFoundError: a path that looks like a file does not exist.
         OSError: the hub did not deliver.
         ImportError: the verifier needs an extra.
@@ -39,8 +42,16 @@ def columns_task(request: DataRequest) -> TaskData:
         require_math()
     if Path(request.dataset).suffix in READABLE:
         refuse(request, "path", "config", "split")
-    rows = read_rows(request, Source(hub=request.dataset), request.split or "train")[: request.wanted]
-    train, held_out = split_rows(request, [_as_row(row, at, request, verifier) for at, row in enumerate(rows)], None)
+    stored = read_rows(request, Source(hub=request.dataset), request.split or "train")
+    positions, skipped = itertools.count(), list[str]()
+    rows = usable(
+        stored,
+        lambda row, where: _as_row(row, where, next(positions), request, verifier),
+        request.dataset,
+        skipped,
+        most=request.wanted,
+    )
+    train, held_out = split_rows(request, rows, None, skipped)
     return TaskData(
         train=train,
         held_out=held_out,
@@ -50,8 +61,7 @@ def columns_task(request: DataRequest) -> TaskData:
     )
 
 
-def _as_row(row: Row, position: int, request: DataRequest, verifier: Verifier) -> Row:
-    where = f"{request.dataset}, row {position + 1}"
+def _as_row(row: Row, where: str, position: int, request: DataRequest, verifier: Verifier) -> Row:
     found = []
     for setting, name in (("prompt_column", request.prompt_column), ("answer_column", request.answer_column)):
         try:
@@ -65,6 +75,6 @@ def _as_row(row: Row, position: int, request: DataRequest, verifier: Verifier) -
         prompt = request.framed(str(prompt))
     return {
         "prompt": prompt,
-        "answer": checked_answer(str(answer), verifier, where),
+        "answer": checked_answer(answer, verifier, where),
         "prompt_id": row.get("prompt_id", f"{Path(request.dataset).name}:{position}"),
     }

@@ -28,7 +28,7 @@ from knapsack_rl.tasks.data import (
     text_id,
 )
 from knapsack_rl.tasks.math_process import require_math
-from knapsack_rl.tasks.verifier import MARK, REWARDS, Verifier, gold_answer, last_boxed, text_of
+from knapsack_rl.tasks.verifier import MARK, REWARDS, Verifier, gold_answer, is_missing, last_boxed, text_of
 
 GSM8K = Source(hub="openai/gsm8k", config="main", held_out_split="test")
 GSM8K_TEMPLATE = "{prompt}\n\nReason step by step, then give the answer as a number after ####."
@@ -50,8 +50,8 @@ def gsm8k_task(request: DataRequest) -> TaskData:
     """Return GSM8K, held out from its test split; see :func:`_published` for errors."""
 
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
-        question, solution = (str(column(row, name, where)) for name in ("question", "answer"))
-        return question, f"{MARK} {gold_answer(checked_answer(solution, 'number', where), 'number')}"
+        question, solution = (column(row, name, where) for name in ("question", "answer"))
+        return str(question), f"{MARK} {gold_answer(checked_answer(solution, 'number', where), 'number')}"
 
     return _published(request, GSM8K, GSM8K_TEMPLATE, "number", problem_and_answer, max_completion_tokens=320)
 
@@ -62,10 +62,13 @@ def math_task(request: DataRequest) -> TaskData:
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
         problem, answer = str(column(row, "problem", where)), _first_value(row, "answer")
         if answer is None:
-            answer = last_boxed(str(column(row, "solution", where)))
+            solution = _first_value(row, "solution")
+            if solution is None:
+                raise ValueError(f"{where}: no value in column 'answer' or 'solution'; columns are {', '.join(row)}")
+            answer = last_boxed(str(solution))
             if not answer:
                 raise ValueError(f"{where}: the solution has no \\boxed{{}} answer")
-        return problem, checked_answer(str(answer), "math", where)
+        return problem, checked_answer(answer, "math", where)
 
     return _published(request, MATH, MATH_TEMPLATE, "math", problem_and_answer)
 
@@ -74,11 +77,14 @@ def dapo_math_task(request: DataRequest) -> TaskData:
     """Return DAPO-Math-17K; held-out problems are other ones of the same split. See :func:`_published` for errors."""
 
     def problem_and_answer(row: Row, where: str) -> tuple[str, str]:
-        answer = _first_value(row | (row.get("reward_model") or {}), "solution", "answer", "ground_truth")
+        nested = row.get("reward_model")
+        answer = _first_value(row | (nested if isinstance(nested, dict) else {}), "solution", "answer", "ground_truth")
         if answer is None:
             raise ValueError(f"{where}: no answer in solution, answer or reward_model.ground_truth")
         problem = _without_instructions(text_of(column(row, "prompt", where)))
-        return problem, checked_answer(str(answer), "math", where)
+        if not problem:
+            raise ValueError(f"{where}: no text in column 'prompt', got {str(row['prompt'])[:80]!r}")
+        return problem, checked_answer(answer, "math", where)
 
     return _published(request, DAPO_MATH, MATH_TEMPLATE, "math", problem_and_answer)
 
@@ -102,7 +108,7 @@ def _published(
         max_completion_tokens: longest answer.
 
     Raises:
-        ValueError: there are too few rows, a column is missing, or an answer can never be matched.
+        ValueError: there are too few rows, or none can be used: a column is missing, or no answer can be matched.
         OSError: neither the hub nor the copy delivered.
         ImportError: math-verify is not installed.
     """
@@ -126,7 +132,7 @@ def _published(
 
 def _first_value(row: Row, *names: str) -> Any:
     """Return the first of these columns that has a value, which may be 0; None if none has."""
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+    return next((row[name] for name in names if not is_missing(row.get(name))), None)
 
 
 def _without_instructions(prompt: str) -> str:

@@ -24,8 +24,8 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation).
         prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
-        outcome_reward: name of the reward function whose value is the outcome; by default the first one that scored
-            the rollout. Unlike the training reward it is neither weighted nor summed.
+        outcome_reward: name of the reward function whose value, unweighted, is the outcome; by default the one that
+            tells prompts apart best, found as the run goes, see :mod:`knapsack_rl.success`.
         reward_timeout: seconds that one call of a reward function may take, ``None`` for no limit. A longer call
             stops the run with an error that names the prompt.
         replay: most times that a rare success of an unsolved prompt is trained on again, see

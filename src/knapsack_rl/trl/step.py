@@ -13,6 +13,7 @@ from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan
+from knapsack_rl.success import total_reward
 
 
 @dataclass
@@ -64,17 +65,9 @@ class Scored:
         """(R, F) rewards with NaN for infinite ones, which count as unscored."""
         return np.where(np.isinf(self.matrix), np.nan, self.matrix)
 
-    def outcome(self, function: int | None) -> FloatArray:
-        """Return the (R,) reward that decides on success: of one function, or of the first that scored the rollout."""
-        matrix = self.finite
-        if function is not None:
-            return matrix[:, function]
-        return matrix[np.arange(matrix.shape[0]), (~np.isnan(matrix)).argmax(axis=1)]
-
     def total(self, weights: FloatArray) -> FloatArray:
         """Return the (R,) training reward: the weighted sum, NaN where no function gave a reward."""
-        matrix = self.finite
-        return np.where(np.isnan(matrix).all(axis=1), np.nan, np.nansum(matrix * weights, axis=1))
+        return total_reward(self.finite * weights)
 
     def add_to(self, samples: SampleStore, prompts: list[PromptId], groups: GroupOutcomes, step: int) -> None:
         """Keep samples of the completions of the main process, whose rows come first.

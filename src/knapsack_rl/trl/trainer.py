@@ -70,6 +70,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             allocator,
             folder=Path(str(self.args.output_dir)),
             log_allocations=self._setting("log_allocations") and self.accelerator.is_main_process,
+            rewards=[self._setting("outcome_reward")] if self._setting("outcome_reward") else self.reward_func_names,
+            says=self.accelerator.is_main_process,
         )
         self.reward_funcs = [
             function
@@ -300,9 +302,11 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         return trained if figures["replay/mixed_in"] else None
 
     def _outcome(self, scored: Scored) -> FloatArray:
-        """Return the (R,) reward that decides on success: the named function's, or the first to score the rollout."""
+        """Return the (R,) reward of the named function, or by default the (R, F) parts of the training reward."""
         name = self._setting("outcome_reward")
-        return scored.outcome(None if name is None else self.reward_func_names.index(name))
+        if name is None:
+            return scored.finite * self._weights
+        return scored.finite[:, self.reward_func_names.index(name)]
 
     def _add_metrics(self, step: Step, learned: dict[str, float], trained: GroupOutcomes, lengths: IntArray) -> None:
         numbers = dict(learned)

@@ -24,7 +24,13 @@ class VerlSession(Session):
     settings: VerlSettings
 
     def __init__(self, settings: VerlSettings) -> None:
-        super().__init__(settings, log_allocations=settings.log_allocations, watch=settings.watch, smallest_group=2)
+        super().__init__(
+            settings,
+            log_allocations=settings.log_allocations,
+            watch=settings.watch,
+            smallest_group=2,
+            rewards=[settings.outcome],
+        )
         self.manager_attached = False
         self._checked = False
 
