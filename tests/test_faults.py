@@ -278,6 +278,8 @@ def test_an_asynchronous_reward_trains(tmp_path, monkeypatch) -> None:
         "partial of a partial": partial(partial(later, model="a"), retries=2),
         "partial of an object": partial(Judge(), model="a"),
     }
+    if not hasattr(grpo_trainer, "is_async_callable"):
+        del forms["partial of an object"]
     for name, function in forms.items():
         trainer = trainer_of(tmp_path / name, function)
         trainer.train()
@@ -285,7 +287,7 @@ def test_an_asynchronous_reward_trains(tmp_path, monkeypatch) -> None:
         assert trainer.allocator.tracker.records().rollouts.sum() == 48, name
 
     # TRL before 1.14 takes objects for synchronous functions, and has no loop for them.
-    monkeypatch.setattr(grpo_trainer, "is_async_callable", inspect.iscoroutinefunction)
+    monkeypatch.setattr(grpo_trainer, "is_async_callable", inspect.iscoroutinefunction, raising=False)
     with pytest.raises(ValueError, match=r"does not await Judge.*trl>=1\.14"):
         trainer_of(tmp_path, partial(Judge(), model="a"))
 
