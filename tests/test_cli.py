@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 import knapsack_rl as kr
 from knapsack_rl.cli import COMMANDS, build_parser, main
-from knapsack_rl.runs.files import STATE_FILE
+from knapsack_rl.runs.files import TRAINER_STATE_FILE
 from knapsack_rl.training.settings import TrainSettings
 from run_folders import write_run
 
@@ -789,7 +789,7 @@ def test_a_folder_that_holds_a_run_is_refused_before_the_slow_imports(refused):
     way = "delete it, or choose another folder (--output)"
     assert refused("train", "--output", run) == f"runs/mine already holds a run; {way}"
     (run / "checkpoint-2").mkdir()
-    (run / "checkpoint-2" / STATE_FILE).touch()
+    (run / "checkpoint-2" / TRAINER_STATE_FILE).write_text("{}")
     assert not (run / "model").exists()
     assert refused("train", "--output", run) == (
         f"runs/mine already holds a run; resume it (--resume runs/mine), {way}"

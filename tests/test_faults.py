@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import inspect
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from trl.trainer import grpo_trainer
 
 import knapsack_rl as kr
 import tiny
@@ -29,6 +32,7 @@ from cases import message_of
 from knapsack_rl import session as session_module
 from knapsack_rl import state as statefile
 from knapsack_rl.estimation.named import BetaEstimator
+from knapsack_rl.runs.files import complete_checkpoints
 from knapsack_rl.training import lock
 from knapsack_rl.training.lock import FolderInUseError, own_folder, refuse_if_owned
 from knapsack_rl.trl import ALLOCATION_LOG, STATE_FILE, KnapsackGRPOTrainer
@@ -260,14 +264,32 @@ def test_faults_of_reward_functions_stop_the_run_with_the_prompt(tmp_path) -> No
         trainer_of(tmp_path, odd, max_steps=6).train()
 
 
-def test_an_asynchronous_reward_trains(tmp_path) -> None:
+def test_an_asynchronous_reward_trains(tmp_path, monkeypatch) -> None:
     async def later(completions, **_):
         return tiny.has_digit_five(completions)
 
-    trainer = trainer_of(tmp_path, later)
-    trainer.train()
-    assert trainer.state.global_step == 3
-    assert trainer.allocator.tracker.records().rollouts.sum() == 48
+    class Judge:
+        async def __call__(self, completions, model, **_):
+            return tiny.has_digit_five(completions)
+
+    forms = {
+        "function": later,
+        "partial": partial(later, model="a"),
+        "partial of a partial": partial(partial(later, model="a"), retries=2),
+        "partial of an object": partial(Judge(), model="a"),
+    }
+    if not hasattr(grpo_trainer, "is_async_callable"):
+        del forms["partial of an object"]
+    for name, function in forms.items():
+        trainer = trainer_of(tmp_path / name, function)
+        trainer.train()
+        assert trainer.state.global_step == 3, name
+        assert trainer.allocator.tracker.records().rollouts.sum() == 48, name
+
+    # TRL before 1.14 takes objects for synchronous functions, and has no loop for them.
+    monkeypatch.setattr(grpo_trainer, "is_async_callable", inspect.iscoroutinefunction, raising=False)
+    with pytest.raises(ValueError, match=r"does not await Judge.*trl>=1\.14"):
+        trainer_of(tmp_path, partial(Judge(), model="a"))
 
 
 def test_a_missing_reward_is_counted_and_the_run_continues(tmp_path) -> None:
@@ -556,10 +578,12 @@ def test_checkpoints_within_a_generation_are_warned_about(tmp_path, caplog) -> N
     def warnings_of(**changes):
         caplog.clear()
         settings = {"save_strategy": "steps", "gradient_accumulation_steps": 2, "steps_per_generation": 4}
-        trainer_of(tmp_path, per_device_train_batch_size=4, **(settings | changes))
+        trainer_of(tmp_path, per_device_train_batch_size=4, max_steps=4, **(settings | changes)).train()
         return [record.message for record in caplog.records if "save_steps" in record.message]
 
     assert len(warnings_of(save_steps=3)) == 1
+    assert "saving every 1 steps falls within one" in warnings_of(save_steps=0.25)[0]  # a share of all steps
+    assert warnings_of(save_steps=0.5) == []
     assert (
         warnings_of(save_steps=4)
         == warnings_of(save_steps=3, save_strategy="no")
@@ -590,18 +614,38 @@ def test_a_full_disk_at_a_checkpoint_stops_the_run_and_spares_the_earlier_one(tm
     assert caught.value.errno == errno.ENOSPC
     assert not (tmp_path / "checkpoint-4" / STATE_FILE).exists()
     assert not list((tmp_path / "checkpoint-4").glob(".*tmp"))
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]  # save_total_limit has not removed it
 
 
-def test_resume_skips_an_incomplete_checkpoint(tmp_path) -> None:
+def test_resume_passes_over_an_incomplete_checkpoint_and_says_so(tmp_path, caplog) -> None:
     whole = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
-    for name in (STATE_FILE, "trainer_state.json"):
-        (tmp_path / "checkpoint-4" / name).unlink()
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-20])  # killed while transformers wrote its last file
     rest = trainer_of(tmp_path, max_steps=4)
     rest.train(resume_from_checkpoint=True)
+    assert f"checkpoint-4 in {tmp_path}: no readable trainer_state.json" in caplog.text
+    assert "resuming from checkpoint-2" in caplog.text
     assert tiny.fingerprint(rest.model) == tiny.fingerprint(whole.model)
     records, others = rest.allocator.tracker.records(), whole.allocator.tracker.records()
     assert records.rollouts.tolist() == others.rollouts.tolist()
+
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"no checkpoint to resume from. checkpoint-2, checkpoint-4 in .*: no readable"
+    ):
+        trainer_of(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="No valid checkpoint found"):  # as the stock trainer
+        trainer_of(tmp_path / "empty", max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_is_written_again_is_incomplete_until_it_is(tmp_path, monkeypatch) -> None:
+    trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+    again = trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    monkeypatch.setattr(again, "save_model", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-2"]
 
 
 def test_a_full_disk_at_the_log_loses_rows_and_does_not_end_the_run(tmp_path, monkeypatch, caplog) -> None:

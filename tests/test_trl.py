@@ -552,6 +552,33 @@ def test_lengths_count_the_tokens_of_truncated_rollouts_too(tmp_path):
 # -- evaluation, metrics, log -----------------------------------------------------------------------------------------
 
 
+def test_tokens_of_tools_are_not_counted_as_generated(tmp_path, monkeypatch):
+    """An environment answers in the middle of each completion; half of the completions are truncated and so blanked."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    mine = Counter()
+
+    def rollout(prompts, trainer):
+        found = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "env_mask": []}
+        for k, prompt in enumerate(prompts):
+            turns = [1] * (1 + k % 3) + [0] * 20 + [1]
+            mine[prompt] += sum(turns)
+            found["prompt_ids"].append(trainer.processing_class(prompt)["input_ids"])
+            found["completion_ids"].append([3] * (len(turns) - 1) + [k % 2])  # 1 ends it
+            found["env_mask"].append(turns)
+        return found
+
+    trainer = tiny.trainer(
+        KnapsackGRPOTrainer, tmp_path, extra={"rollout_func": rollout}, mask_truncated_completions=True
+    )
+    trainer.train()
+    tracker = trainer.allocator.tracker
+    records = tracker.lookup(tracker.prompt_ids)
+    texts = dict(zip(tiny.dataset()["prompt_id"], tiny.dataset()["prompt"], strict=True))
+    assert records.length_sum.tolist() == [mine[texts[prompt_id]] for prompt_id in tracker.prompt_ids]
+    assert trainer.generated.tokens == mine.total()
+    assert trainer.generated.rollouts == 48
+
+
 def test_evaluation_leaves_the_allocator_alone(tmp_path):
     batches = []
     trainer = trainer_of(
@@ -596,6 +623,45 @@ def test_metrics_of_each_step_are_in_the_log_history(tmp_path):
         assert row["knapsack/allocation_seconds"] > 0
         assert row["step"] == k + 1
     assert not any(name.startswith("knapsack/") for name in trainer.state.log_history[-1])
+
+
+CORE = {
+    *("effective_gradient_ratio", "effective_prompt_ratio", "all_correct", "all_wrong", "outcome_per_prompt"),
+    *("reward_per_prompt", "estimated_success_rate", "predicted_nonzero_gradient", "realised_nonzero_gradient"),
+    *("budget_min", "budget_max", "allocation_seconds"),
+}
+
+
+def test_the_log_has_a_dozen_metrics_and_the_failures(tmp_path):
+    def lines(folder, reward, **settings):
+        trainer = trainer_of(
+            KnapsackGRPOTrainer, tmp_path / folder, data=tiny.dataset(4), rewards=(reward,), **settings
+        )
+        trainer.train()
+        return [
+            {name.removeprefix("knapsack/"): number for name, number in row.items() if name.startswith("knapsack/")}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
+
+    def solved(completions, **_):
+        return [1.0] * len(completions)
+
+    first, second, third = lines("solved", solved, log_metrics="core")
+    assert set(first) == CORE
+    assert len(CORE) == 12
+    assert set(second) == set(third) == CORE | {"solved_before", "lost"}  # all four were solved at the last visit
+    assert (third["solved_before"], third["lost"]) == (4.0, 0.0)
+    every = lines("all", solved)
+    assert all(set(row) > CORE | {"budget_share/0", "prompts_seen", "allocation_failures"} for row in every)
+
+    def broken(completions, **_):
+        return [None if k == 2 else float(k % 2) for k in range(len(completions))]
+
+    for row in lines("unscored", broken, log_metrics="core"):
+        assert set(row) - {"solved_before", "lost"} == CORE | {"unscored_rollouts"}
+    with pytest.raises(ValueError, match="log_metrics must be one of core, all, got 'some'"):
+        lines("wrong", solved, log_metrics="some")
 
 
 def test_metrics_are_absent_where_nothing_was_generated(tmp_path):
@@ -726,6 +792,55 @@ def test_resuming_a_stock_checkpoint_warns_and_works(tmp_path, caplog):
     assert trainer.state.global_step == 4
     assert len(trainer.allocator.tracker) == 8  # the prompts of steps 3 and 4
     assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model)
+
+
+def test_the_newest_checkpoint_wins_whichever_trainer_wrote_it(tmp_path, caplog):
+    def make(kind, steps):
+        return trainer_of(kind, tmp_path, data=tiny.dataset(24), max_steps=steps, save_strategy="steps", save_steps=2)
+
+    first = make(KnapsackGRPOTrainer, 2)
+    first.train()
+    stock = make(GRPOTrainer, 4)
+    stock.train(resume_from_checkpoint=True)
+    trainer = make(KnapsackGRPOTrainer, 6)
+    twin = make(GRPOTrainer, 6)
+    prompts = []
+    trainer.reward_funcs = [tiny.recording(tiny.digit_sum, prompts)]
+    with caplog.at_level(logging.WARNING, logger="knapsack_rl.trl"):
+        trainer.train(resume_from_checkpoint=True)
+    twin.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert len(prompts) == 2  # steps 5 and 6
+    assert tiny.fingerprint(trainer.model) == tiny.fingerprint(twin.model)  # nothing that stock training did is lost
+    known = trainer.allocator.tracker.prompt_ids
+    assert known[:8] == first.allocator.tracker.prompt_ids  # the older state is better than none
+    assert set(known[8:]) == {name for batch in prompts for name in batch["prompt_id"]}
+    (warning,) = [record.getMessage() for record in caplog.records if STATE_FILE in record.getMessage()]
+    assert "checkpoint-4 has no knapsack_allocator.npz: the allocator continues from that of checkpoint-2" in warning
+
+
+def test_a_second_training_starts_as_that_of_the_stock_trainer(tmp_path):
+    """Six steps are an epoch: after a resume in the second one, another training begins with the first order again."""
+    order = {}
+    for kind in (GRPOTrainer, KnapsackGRPOTrainer):
+        settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 7, "allocation": "uniform"}
+        trainer_of(kind, tmp_path / kind.__name__, data=tiny.dataset(24), **settings).train()
+        batches = []
+        again = trainer_of(
+            kind,
+            tmp_path / kind.__name__,
+            data=tiny.dataset(24),
+            rewards=(tiny.recording(tiny.digit_sum, batches),),
+            **settings,
+        )
+        again.train(resume_from_checkpoint=str(tmp_path / kind.__name__ / "checkpoint-7"))
+        resumed = len(batches)
+        again.train()
+        assert (resumed, len(batches)) == (1, 9)
+        assert again.state.global_step == 8
+        order[kind] = [batch["prompts"] for batch in batches[resumed:]]
+    assert order[KnapsackGRPOTrainer] == order[GRPOTrainer]
+    assert order[GRPOTrainer][:2] != order[GRPOTrainer][6:]  # the epochs differ
 
 
 def test_a_damaged_state_stops_the_resume(tmp_path):
@@ -870,7 +985,7 @@ def test_a_plain_grpo_config_is_accepted(tmp_path):
     trainer.train()
     assert trainer.allocator.estimator_name == "bayes-filter"
     assert (trainer.allocator.min_rollouts, trainer.allocator.max_rollouts) == (2, 128)
-    assert metric(trainer, "knapsack/budget") == [16.0] * 3
+    assert metric(trainer, "knapsack/budget_max") == [4.0] * 3
 
 
 def test_a_varying_number_of_prompts_shares_the_same_rollouts(tmp_path):
@@ -1142,6 +1257,7 @@ def test_a_release_of_trl_with_other_methods_is_refused(tmp_path, monkeypatch):
     others = {
         "_generate_and_score_completions": lambda self, inputs, mode: None,
         "_calculate_rewards": lambda self, inputs, prompts, completions: None,
+        "_generate": lambda self, prompts, images: None,
     }
     for name, other in others.items():
         with monkeypatch.context() as patch:

@@ -44,6 +44,7 @@ class Run:
     def __init__(self, folder, world, *, prompts=12, mode="sync", changes=None, **settings):
         from knapsack_rl.verl import KnapsackAgentLoopManager, KnapsackCheckpoint, KnapsackReplayBuffer
 
+        settings = {"log_metrics": "all"} | settings
         self.world, self.prompts, self.folder, self.step = world, prompts, Path(folder), 0
         self.config = verl_standins.config(
             folder,
@@ -139,17 +140,15 @@ def test_a_missing_outcome_is_warned_about_and_does_not_end_the_run(tmp_path, wo
     assert caplog.text.count("returned no 'accuracy' beside its score but ['acc']") == 1
 
 
-def test_a_session_of_several_turns_counts_once_by_its_last_row(world):
+def test_a_session_of_several_turns_counts_once_with_all_of_its_tokens(world):
     from knapsack_rl.verl.replay_buffer import read_outcomes
 
     rows = world.queue.rows["train"]
-    for key, reward in {"u_0_0": 0.0, "u_0_1": 1.0, "u_1_0": 0.0}.items():
-        rows[key] = {"knapsack_prompt_id": "p", "rm_scores": np.array([reward])}
-    batch = verl_standins.KVBatchMeta(
-        list(rows), [{"response_len": 1}, {"response_len": 5}, {"response_len": 2}], "train"
-    )
-    ids, outcomes, lengths = read_outcomes(batch, "reward")
-    assert (ids, outcomes.tolist(), lengths.tolist()) == (["p", "p"], [1.0, 0.0], [5.0, 2.0])
+    turns = {"u_0_1": (1.0, [0, 1, 1]), "u_0_0": (0.0, [1, 1, 0]), "u_1_0": (0.0, [1, 1])}
+    for key, (reward, mask) in turns.items():
+        rows[key] = {"knapsack_prompt_id": "p", "rm_scores": np.array([reward]), "response_mask": np.array(mask)}
+    ids, outcomes, lengths = read_outcomes(verl_standins.KVBatchMeta(list(rows), [{}] * 3, "train"), "reward")
+    assert (ids, outcomes.tolist(), lengths.tolist()) == (["p", "p"], [1.0, 0.0], [4.0, 2.0])
 
 
 def test_validation_is_untouched(tmp_path, world):

@@ -89,7 +89,7 @@ class Worker:
         self.inner._compute_teacher_logprobs = self.nothing
         self.inner._compute_multi_modal_inputs = lambda *_: {}
         self.inner._compute_position_ids = lambda ids, *_: torch.arange(ids.shape[-1])[None]
-        self.queue, self.rng, self.received = queue, rng, []
+        self.queue, self.rng, self.received, self.generated = queue, rng, [], Counter()
         self.generate_sequences = SimpleNamespace(remote=lambda chunk: asyncio.run(self.everything(chunk)))
 
     async def everything(self, chunk):
@@ -105,8 +105,13 @@ class Worker:
     async def roll(self, sampling_params, trajectory, trace, session_id, **prompt):
         self.received.append(prompt)
         length = int(self.rng.integers(1, 5))
-        output = AgentLoopOutput(
-            prompt_ids=[5, 6], response_ids=[7] * length, response_mask=[1] * length, metrics=AgentLoopMetrics()
+        if not trajectory["validate"]:
+            self.generated[f"numbers/{prompt['extra_info']['index']}"] += length
+        output = AgentLoopOutput(  # a tool answers in two tokens
+            prompt_ids=[5, 6],
+            response_ids=[7] * length + [8, 8],
+            response_mask=[1] * length + [0, 0],
+            metrics=AgentLoopMetrics(),
         )
         await self.inner._agent_loop_postprocess(output, trajectory["validate"], session_id=session_id, **prompt)
 
@@ -179,7 +184,7 @@ class Run:
 @pytest.mark.parametrize("mode", ["sync", "colocate_async"])
 def test_six_steps_of_verls_own_code(tmp_path, monkeypatch, mode):
     """Group sizes, totals, advantages and learning, on what verl computed."""
-    run = Run(configured(tmp_path, mode, poll_interval=0.01), monkeypatch)
+    run = Run(configured(tmp_path, mode, poll_interval=0.01, log_metrics="all"), monkeypatch)
     reference, ragged = KnapsackAllocator(), 0
     for _ in range(STEPS):
         batch, metrics = run.train()
@@ -190,6 +195,10 @@ def test_six_steps_of_verls_own_code(tmp_path, monkeypatch, mode):
         ids = sorted(sizes)
         assert [sizes[i] for i in ids] == reference.allocate(ids, PROMPTS * MEAN).counts.tolist()
         reference.observe(prompts, rewards)
+        if run.step == 1:  # later visits let the sum fade
+            tracker = run.buffer.session.allocator.tracker
+            generated = sum((worker.generated for worker in run.manager.agent_loop_workers), Counter())
+            assert dict(zip(tracker.prompt_ids, tracker.records().length_sum, strict=True)) == dict(generated)
         groups = defaultdict(list)
         for prompt, reward in zip(prompts, rewards, strict=True):
             groups[prompt].append(reward)

@@ -33,7 +33,7 @@ MEMORY_OF_A_RUN = 9e9  # bytes; about twelve processes, each with torch and verl
 
 
 def plugged_in(**settings):
-    lines = overrides(VerlSettings(log_allocations=True, poll_interval=0.2, **settings))
+    lines = overrides(VerlSettings(log_metrics="all", log_allocations=True, poll_interval=0.2, **settings))
     return [line for line in lines if "checkpoint_callback_class" not in line] + [RECORDING]
 
 

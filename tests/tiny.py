@@ -215,6 +215,8 @@ def trainer(
     config: type[GRPOConfig] = KnapsackGRPOConfig
     if kind is GRPOTrainer:
         config, changes = GRPOConfig, {k: v for k, v in changes.items() if k in GRPOConfig.__dataclass_fields__}
+    else:
+        changes = {"log_metrics": "all"} | changes
     made: dict[str, Any] = {
         "model": model(),
         "reward_funcs": list(rewards) or [has_digit_five],

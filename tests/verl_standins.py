@@ -72,8 +72,9 @@ class World:
             self.queue.rows[partition][f"{prompt['uid']}_{session}_0"] = {
                 **prompt,
                 "rm_scores": rewards,
+                "response_mask": np.array([1] * rewards.size + [0] * 3),  # a tool answers
                 "extra_fields": {"reward_extra_info": {"acc": 1.0 - reward}},
-                "_tag": {"response_len": rewards.size},
+                "_tag": {"response_len": rewards.size + 3},
             }
 
 

@@ -17,6 +17,22 @@ from knapsack_rl.estimation.tracker import Records
 from knapsack_rl.groups import GroupOutcomes, summarise
 from knapsack_rl.ids import PromptId
 
+CORE = (
+    *("effective_gradient_ratio", "effective_prompt_ratio", "all_correct", "all_wrong"),
+    *("outcome_per_prompt", "reward_per_prompt", "estimated_success_rate"),
+    *("predicted_nonzero_gradient", "realised_nonzero_gradient"),
+    *("budget_min", "budget_max", "allocation_seconds"),
+)
+"""Metrics that an engine logs at each step that generates."""
+OCCASIONAL = {
+    **{name: name for name in ("allocation_failures", "degraded_batches", "unscored_rollouts")},
+    **{name: name for name in ("prompts_waiting", "process_imbalance")},
+    **{"solved_before": "solved_before", "lost": "solved_before"},
+}
+"""Further ones that it logs where a number, by default their own, is above 0; so are the failures of each kind."""
+LOGGED = ("core", "all")
+"""Selections of metrics that an engine may log."""
+
 BUDGET_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65)
 """Left edges of the budget histogram's bins; the last is open."""
 
@@ -125,3 +141,19 @@ def lost_metrics(known: Records, successes: IntArray, totals: IntArray) -> dict[
     lost = 2 * successes < totals
     share = float(lost[solved].mean()) if solved.any() else float("nan")
     return {"solved_before": float(solved.sum()), "lost": share}
+
+
+def select_metrics(metrics: dict[str, float], which: str) -> dict[str, float]:
+    """Return the metrics that an engine logs.
+
+    Args:
+        metrics: all numbers of a step, by name.
+        which: ``"core"`` or ``"all"``.
+    """
+    if which == "all":
+        return metrics
+
+    def shown(name: str) -> bool:
+        return name in CORE or name.startswith("failures/") or metrics.get(OCCASIONAL.get(name, ""), 0.0) > 0
+
+    return {name: number for name, number in metrics.items() if shown(name)}

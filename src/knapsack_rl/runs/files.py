@@ -21,7 +21,9 @@ ALLOCATION_LOG = "allocations.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 STATE_FILE = "knapsack_allocator.npz"
-"""State of the allocator inside a checkpoint. It is written last, so its presence marks a complete checkpoint."""
+"""State of the allocator inside a checkpoint; absent in one of another trainer."""
+TRAINER_STATE_FILE = "trainer_state.json"
+"""State of transformers' trainer, the last file of a checkpoint: if it can be read, the checkpoint is complete."""
 QUEUE_FILE = "waiting_prompts.json"
 """Prompts waiting for their turn, inside a checkpoint of a run whose steps vary in their number of prompts."""
 GENERATED_FILE = "generated.json"
@@ -35,10 +37,22 @@ SHOWN_FOLDERS = 5
 """Number of run folders that a message lists."""
 
 
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, complete or not, by ascending step."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=steps_of)
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints from which a run can resume, by ascending step."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).exists()]
-    return sorted(complete, key=steps_of)
+    """Return the checkpoints from which a run can resume, whichever trainer wrote them, by ascending step."""
+    return [path for path in all_checkpoints(folder) if _is_complete(path)]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return isinstance(json.loads((checkpoint / TRAINER_STATE_FILE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):  # missing, or its writing was interrupted
+        return False
 
 
 def find_start(folder: Path, *, resume: bool) -> Path | None:

@@ -183,6 +183,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         **dataclasses.asdict(AllocationSettings.of(settings)),
         weighting=settings.weighting,
         replay=settings.replay,
+        log_metrics="all",
         log_allocations=True,
         log_samples=SAMPLED_PROMPTS,
         num_generations=settings.rollouts_per_prompt,

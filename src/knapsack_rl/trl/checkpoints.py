@@ -8,41 +8,72 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knapsack_rl.ids import PromptId
-from knapsack_rl.runs.files import SAMPLES_FILE
+from knapsack_rl.runs.files import (
+    SAMPLES_FILE,
+    STATE_FILE,
+    TRAINER_STATE_FILE,
+    all_checkpoints,
+    complete_checkpoints,
+    steps_of,
+)
 from knapsack_rl.runs.samples import SampleStore
 
 logger = logging.getLogger(__name__)
 
 
-class SaveAllocator(TrainerCallback):
-    """Writes the allocator's state into each checkpoint, last, so that its presence marks a complete one.
+def begin_checkpoint(folder: Path, save: Callable[[Path], None]) -> None:
+    """Write the state of the run into a checkpoint, before the files of transformers.
+
+    The last of those completes the checkpoint. So a complete one that the trainer wrote has the allocator's state, one
+    without it is of another trainer, and older ones are only removed once the new one is complete.
 
     Args:
-        save: writes it into the folder of a checkpoint.
-        root: returns the folder of the checkpoints.
+        folder: of the checkpoint; made if missing.
+        save: writes the state into it.
+
+    Raises:
+        OSError: the state cannot be written.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRAINER_STATE_FILE).unlink(missing_ok=True)  # of an earlier attempt
+        save(folder)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints are "
+            "untouched: make room, then resume",
+        ) from error
 
-    def __init__(self, save: Callable[[Path], None], root: Callable[[], Path]) -> None:
-        self._save, self._root = save, root
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save, on the main process."""
-        if state.is_world_process_zero:
-            folder = self._root() / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            try:
-                self._save(folder)
-            except OSError as error:
-                # If training continued, the rotation of checkpoints would remove the complete ones.
-                raise OSError(
-                    error.errno,
-                    f"{folder} is not complete, its allocator state could not be written: {error}. Earlier checkpoints "
-                    "are untouched: make room, then resume",
-                ) from error
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint, whichever trainer wrote it, or None if there are no checkpoints at all.
+
+    Raises:
+        ValueError: none of the checkpoints is complete.
+    """
+    complete = complete_checkpoints(folder)
+    newer = [path for path in all_checkpoints(folder) if not complete or steps_of(path) > steps_of(complete[-1])]
+    if not newer:
+        return complete[-1] if complete else None
+    fault = (
+        f"{', '.join(path.name for path in newer)} in {folder}: no readable {TRAINER_STATE_FILE}, saving was cut off"
+    )
+    if not complete:
+        raise ValueError(f"no checkpoint to resume from. {fault}. Train without resume_from_checkpoint")
+    logger.warning("%s; resuming from %s", fault, complete[-1].name)
+    return complete[-1]
+
+
+def newest_state(checkpoint: Path) -> Path | None:
+    """Return the allocator's state of a checkpoint, else that of the newest older one beside it, else None."""
+    beside = all_checkpoints(checkpoint.parent)
+    older = beside[: beside.index(checkpoint) + 1] if checkpoint in beside else [checkpoint]
+    states = [path / STATE_FILE for path in older if (path / STATE_FILE).exists()]
+    return states[-1] if states else None
 
 
 class SaveSamples(TrainerCallback):
@@ -73,7 +104,7 @@ class SaveSamples(TrainerCallback):
 
 def finished_epochs(checkpoint: Path) -> int:
     """Return the number of whole epochs before a checkpoint; 0 if it does not say."""
-    path = checkpoint / TRAINER_STATE_NAME
+    path = checkpoint / TRAINER_STATE_FILE
     return int(TrainerState.load_from_json(str(path)).epoch or 0) if path.is_file() else 0
 
 
@@ -89,12 +120,23 @@ def log_changed_data(known: Iterable[PromptId], present: set[PromptId]) -> None:
     )
 
 
-def warn_of_split_generations(args: Any, iterations: int) -> None:
-    """Warn where checkpoints fall between the updates that one generation serves, as it is not part of a checkpoint."""
-    batches = args.steps_per_generation * iterations
-    if args.save_strategy == "steps" and args.save_steps * args.gradient_accumulation_steps % batches:
-        logger.warning(
-            "a generation serves %d batches and save_steps=%g saves within one: a run resumed there generates again, "
-            "so these prompts are visited twice. Make save_steps x gradient_accumulation_steps a multiple of %d",
-            *(batches, args.save_steps, batches),
-        )
+class WarnOfSplitGenerations(TrainerCallback):
+    """Warns where checkpoints fall between the updates that one generation serves, as it is not part of a checkpoint.
+
+    Args:
+        iterations: updates that each batch of a generation serves.
+    """
+
+    def __init__(self, iterations: int) -> None:
+        self._iterations = iterations
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare; only now a ``save_steps`` below 1, a share of all steps, is a number of steps."""
+        batches = args.steps_per_generation * self._iterations
+        if args.save_strategy == "steps" and state.save_steps * args.gradient_accumulation_steps % batches:
+            logger.warning(
+                "a generation serves %d batches and saving every %d steps falls within one: a run resumed there "
+                "generates again, so these prompts are visited twice. Make save_steps x gradient_accumulation_steps a "
+                "multiple of %d",
+                *(batches, state.save_steps, batches),
+            )

@@ -7,6 +7,7 @@ from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from knapsack_rl.metrics import LOGGED
 from knapsack_rl.session import AllocationSettings
 
 
@@ -29,6 +30,7 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
             stops the run with an error that names the prompt.
         replay: most times that a rare success of an unsolved prompt is trained on again, see
             :mod:`knapsack_rl.trl.replay`; 0 for never.
+        log_metrics: metrics in each line of the log: ``"core"`` (a dozen, and failures if there are any) or ``"all"``.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
         log_samples: prompts of which sample completions are kept in ``samples.jsonl`` in ``output_dir``, 0 for none:
             the first one, the newest success and the newest failure that the main process generated, each cut to
@@ -44,6 +46,7 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that decides on success."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
     replay: int = field(default=0, metadata={"help": "Most uses of a stored rare success; 0 for none."})
+    log_metrics: str = field(default="core", metadata={"help": "Metrics in the log: 'core' or 'all'."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
     log_samples: int = field(default=0, metadata={"help": "Prompts of which completions are kept in samples.jsonl."})
 
@@ -71,7 +74,7 @@ def check_settings(args: Any) -> AllocationSettings:
     """
     found = AllocationSettings.of(args)
     found.check_allocation(args.num_generations, "num_generations")
-    choices = {"prompts_per_step": ("fixed", "varying"), "weighting": ("rollout", "prompt")}
+    choices = {"prompts_per_step": ("fixed", "varying"), "weighting": ("rollout", "prompt"), "log_metrics": LOGGED}
     for name, allowed in choices.items():
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")

@@ -16,7 +16,7 @@ class Generated:
 
     Attributes:
         rollouts: completions, including those that were not trained on.
-        tokens: their tokens, without prompts.
+        tokens: their tokens, without those of prompts, tools and environments.
     """
 
     rollouts: int = 0

@@ -11,13 +11,14 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 
 def check_internals() -> None:
-    """Check that the two private methods that the trainer overrides take the expected arguments.
+    """Check that the private methods that the trainer overrides take the expected arguments.
 
     Raises:
         RuntimeError: this TRL release differs.
     """
     expected = {
         "_generate_and_score_completions": ["self", "inputs"],
+        "_generate": ["self", "prompts"],
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     }
     for name, parameters in expected.items():
@@ -49,3 +50,22 @@ def one_completion_per_row(generate: Callable[..., Any], training: Callable[[], 
         return generate(*args, **kwargs)
 
     return generate_rows
+
+
+def model_tokens(generated: Any) -> list[int]:
+    """Return how many tokens of each completion the model generated: all but those of tools and environments.
+
+    Args:
+        generated: what ``GRPOTrainer._generate`` returned; its second and third part are the tokens of the completions,
+            and 1 for those of the model and 0 for others, or None if all are the model's.
+
+    Raises:
+        RuntimeError: the parts do not fit together: this TRL release is not supported.
+    """
+    _, completions, mask, *_ = generated
+    sizes = [len(tokens) for tokens in completions]
+    if mask is None:
+        return sizes
+    if [len(row) for row in mask] != sizes:
+        raise RuntimeError(f"expected a mask with {sizes} tokens from GRPOTrainer._generate, got {mask!r:.200}")
+    return [int(sum(row)) for row in mask]

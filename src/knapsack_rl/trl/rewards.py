@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from knapsack_rl.trl.deadline import OutOfTime, deadline
@@ -36,8 +36,7 @@ def watched(
     Raises:
         RewardError: raised by the returned function.
     """
-    call = getattr(function, "__call__", None)  # noqa: B004 - the method itself may be asynchronous
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call):
+    if is_asynchronous(function):
 
         async def limited_wait(columns: dict[str, Any]) -> Any:
             try:
@@ -79,6 +78,32 @@ def watched(
         return _checked(returned, name, columns, id_column)
 
     return synchronous
+
+
+def check_awaited(functions: Sequence[Any], names: Sequence[str], loop: Any) -> None:
+    """Refuse an asynchronous reward function that TRL has no event loop for, as it takes it for a synchronous one.
+
+    Args:
+        functions: the reward functions.
+        names: of the functions.
+        loop: TRL's event loop; None if it has none.
+
+    Raises:
+        ValueError: it would not be awaited.
+    """
+    for function, name in zip(functions, names, strict=True):
+        if loop is None and is_asynchronous(function):
+            raise ValueError(
+                f"this release of TRL does not await {name}, an object or a partial; install trl>=1.14, or pass an "
+                "async function that calls it"
+            )
+
+
+def is_asynchronous(function: Callable[..., Any]) -> bool:
+    """Return whether a call must be awaited: an async function, an object with such a method, a partial of either."""
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
 def _one_row(columns: dict[str, Any], row: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Scored:
 
     Attributes:
         matrix: (R, F) reward of each function for the rows of all processes, in rank order; NaN for none.
-        lengths: (R,) tokens of their completions.
+        lengths: (R,) tokens of their completions that the model generated.
         prompts: of this process's rows.
         completions: of this process's rows.
         answers: of this process's rows, from the column ``answer``.

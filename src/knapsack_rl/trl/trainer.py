@@ -10,32 +10,35 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
-from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE, complete_checkpoints
+from knapsack_rl.metrics import select_metrics
+from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan, Session
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (
-    SaveAllocator,
     SaveSamples,
+    WarnOfSplitGenerations,
+    begin_checkpoint,
     finished_epochs,
     log_changed_data,
-    warn_of_split_generations,
+    newest_checkpoint,
+    newest_state,
 )
 from knapsack_rl.trl.config import check_settings, setting
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.identity import check_ids, check_same_data, keys_of_blocks, prompt_keys, rows_by_prompt
-from knapsack_rl.trl.internals import check_internals, one_completion_per_row
+from knapsack_rl.trl.internals import check_internals, model_tokens, one_completion_per_row
 from knapsack_rl.trl.queue import PromptQueue
-from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, mix_in
-from knapsack_rl.trl.rewards import watched
+from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
+from knapsack_rl.trl.rewards import check_awaited, watched
 from knapsack_rl.trl.step import Scored, Step
 
 
@@ -76,8 +79,10 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             else watched(function, name, self._setting("prompt_id_column"), self._setting("reward_timeout"))
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
+        check_awaited(self.reward_funcs, self.reward_func_names, getattr(self, "async_loop", None))
         self.queue = PromptQueue(self._mean) if self._setting("prompts_per_step") == "varying" else None
         self._scored: Scored | None = None
+        self._model_tokens: list[int] = []
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
         self.generated = Generated()
@@ -89,8 +94,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if getattr(self, "vllm_generation", None) is not None:
             served: Any = self.vllm_generation
             served.generate = one_completion_per_row(served.generate, lambda: self._training)
-        warn_of_split_generations(self.args, self.num_iterations)
-        self.add_callback(SaveAllocator(self.save_progress, self._checkpoint_root))
+        self.add_callback(WarnOfSplitGenerations(self.num_iterations))
         if self._setting("log_samples") and self.accelerator.is_main_process:
             self._samples = SampleStore(self._setting("log_samples"))
             self.add_callback(SaveSamples(self._samples))
@@ -103,10 +107,6 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         """The allocator of the run."""
         return self.session.allocator
 
-    def _checkpoint_root(self) -> Path:
-        # In a hyperparameter search the trainer's folder is one below output_dir.
-        return Path(self._get_output_dir(getattr(self, "_trial", None)))
-
     def _check_run(self) -> None:
         """Check the settings that depend on the reward functions and processes, which only exist now."""
         outcome = self._setting("outcome_reward")
@@ -114,10 +114,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             raise ValueError(f"outcome_reward must name a reward function {self.reward_func_names}, got {outcome!r}")
         if self._setting("reward_timeout") is not None and not can_interrupt():
             raise ValueError("reward_timeout needs signals: train in the main thread, and not on Windows")
-        if self._setting("replay") and (
-            self.accelerator.num_processes > 1 or self._aggregation != "sum_then_normalize"
-        ):
-            raise ValueError("replay needs one process and multi_objective_aggregation='sum_then_normalize'")
+        if self._setting("replay"):
+            check_replay(self)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise ValueError(
@@ -143,10 +141,16 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         finally:
             self.num_generations = mean
 
+    def _generate(self, prompts: Any) -> Any:
+        generated = super()._generate(prompts)
+        self._model_tokens = model_tokens(generated)
+        return generated
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        # Lengths cannot be read from the completion mask: on request TRL blanks the rows of truncated answers.
-        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
+        # Not from the masks of the batch: on request TRL blanks the rows of truncated answers.
+        tokens, self._model_tokens = self._model_tokens or [len(ids) for ids in completion_ids_list], []
+        lengths = torch.tensor(tokens, device=rewards_per_func.device)
         self._scored = Scored(
             matrix=rewards_per_func.detach().double().cpu().numpy(),
             lengths=gather(lengths).cpu().numpy(),
@@ -313,7 +317,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             numbers["process_imbalance"] = float(work.max() / max(work.mean(), 1))
         by_prompt = trained.mean_reward[~np.isnan(trained.mean_reward)]
         numbers["reward_per_prompt"] = float(by_prompt.mean()) if by_prompt.size else float("nan")
-        for name, number in numbers.items():
+        for name, number in select_metrics(numbers, self._setting("log_metrics")).items():
             self._metrics["train"][f"knapsack/{name}"].append(number)
 
     # -- resume -----------------------------------------------------------------------------------------------------
@@ -321,18 +325,22 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GRPOTrainer.train``; resuming also restores the allocator.
 
-        ``True`` takes the newest complete checkpoint and skips an incomplete one. A checkpoint without allocator state
-        (made by the stock trainer) resumes with nothing known of the prompts, with a warning. The order of prompts
-        continues where it was, in every epoch; TRL alone would start again with the order of the first one.
+        ``True`` takes the newest complete checkpoint, whichever trainer wrote it, and warns of newer incomplete ones.
+        With a checkpoint of the stock trainer the allocator continues from the newest older state beside it, or else
+        with what it knows, with a warning. The order of prompts continues where it was, in every epoch; TRL alone would
+        start again with the order of the first one.
+
+        Raises:
+            ValueError: there is no complete checkpoint, or its state is damaged or of other settings.
         """
-        folder = resume_from_checkpoint
-        if folder is True:
-            complete = complete_checkpoints(Path(str(self.args.output_dir)))
-            folder = str(complete[-1]) if complete else get_last_checkpoint(str(self.args.output_dir))
-            resume_from_checkpoint = folder or True
-        if folder:
-            self._epochs_finished = finished_epochs(Path(folder))
-            self.restore_progress(Path(folder))
+        if resume_from_checkpoint is True:  # without any checkpoint the parent raises
+            newest = newest_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = True if newest is None else str(newest)
+        self._epochs_finished = 0
+        if resume_from_checkpoint and isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            folder = Path(resume_from_checkpoint)
+            self._epochs_finished = finished_epochs(folder)
+            self.restore_progress(folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Any:
@@ -341,8 +349,15 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             next(iter(sampler), None)  # draws an epoch's order, as at its start
         return sampler
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            # In a hyperparameter search the trainer's folder is one below output_dir.
+            root = Path(self._get_output_dir(trial=trial))
+            begin_checkpoint(root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.save_progress)
+        super()._save_checkpoint(model, trial)
+
     def save_progress(self, checkpoint: Path) -> None:
-        """Write the state of the run into a checkpoint; the allocator's comes last and marks it complete.
+        """Write the state of the run into a checkpoint.
 
         Raises:
             OSError: a file cannot be written.
@@ -363,20 +378,19 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         Raises:
             ValueError: the state is damaged or belongs to another estimator.
         """
-        state = checkpoint / STATE_FILE
-        if state.exists():
+        state = newest_state(checkpoint)
+        if state is None or state.parent != checkpoint:
+            start = "with what it knows" if state is None else f"from that of {state.parent.name}"
+            self.session.warn_once("no state", f"{checkpoint} has no {STATE_FILE}: the allocator continues {start}")
+        if state is not None:
             self.session.restore(state)
-            if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
-                self.queue.load(checkpoint / QUEUE_FILE)
             if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it
                 log_changed_data(
                     self.allocator.tracker.prompt_ids,
                     prompt_keys(self.train_dataset, self._setting("prompt_id_column")),
                 )
-        else:
-            self.session.warn_once(
-                "no state", f"{checkpoint} has no {STATE_FILE}: the allocator starts with nothing known"
-            )
         self.generated = Generated.load(checkpoint)
-        if self.replay is not None:
+        if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
+            self.queue.load(checkpoint / QUEUE_FILE)
+        if self.replay is not None and (checkpoint / REPLAY_FILE).exists():
             self.replay.load(checkpoint / REPLAY_FILE)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from knapsack_rl.metrics import LOGGED
 from knapsack_rl.session import AllocationSettings, check_fields, option
 
 MANAGER_KEY = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
@@ -46,6 +47,7 @@ class VerlSettings(AllocationSettings):
         prompt_id: identifies a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt itself),
             or another key of extra_info, used together with data_source.
         outcome: ``"reward"``, or the name of a value that the reward function returns beside its score (``acc``).
+        log_metrics: metrics of each step: ``"core"`` (a dozen, and failures if there are any) or ``"all"``.
         log_allocations: append each batch's allocation and outcome to allocations.jsonl in trainer.default_local_dir.
         watch: log signs of failure once each, and append them to warnings.jsonl in trainer.default_local_dir.
         poll_interval: seconds between checks of the replay buffer for finished groups; verl's default is 2.
@@ -56,6 +58,7 @@ class VerlSettings(AllocationSettings):
 
     prompt_id: str = option("index", "identifies a prompt: index, hash, or a key of extra_info")
     outcome: str = option("reward", "reward, or a value that the reward function returns beside its score")
+    log_metrics: str = option("core", "metrics of each step: a dozen (core) or all", LOGGED)
     log_allocations: bool = option(False, "append allocations to allocations.jsonl")
     watch: bool = option(False, "log signs of failure, each once")
     poll_interval: float = option(2.0, "seconds between checks for finished groups")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,14 @@ import transfer_queue
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from knapsack_rl.allocation.checks import FloatArray
+from knapsack_rl.ids import numbered
+from knapsack_rl.metrics import select_metrics
 from knapsack_rl.verl import session
 from knapsack_rl.verl.launch import VerlSettings
 from knapsack_rl.verl.manager import ID_FIELD
+
+MODEL_TOKENS = "response_mask"
+"""verl's field with 1 for each token of a response that the model generated, 0 for those of tools."""
 
 
 class _Observes:
@@ -50,7 +54,8 @@ class _Observes:
         ids, outcomes, lengths = read
         plan, prompt_R = self.session.arrived(ids)
         metrics = self.session.observe(plan, prompt_R, outcomes, lengths, step).metrics
-        return {f"knapsack/{name}": number for name, number in metrics.items()}
+        shown = select_metrics(metrics, self.session.settings.log_metrics)
+        return {f"knapsack/{name}": number for name, number in shown.items()}
 
 
 class _KnapsackReplayBuffer(_Observes, ReplayBuffer):
@@ -79,35 +84,30 @@ def KnapsackReplayBuffer(*, trainer_mode: str, **kwargs: Any) -> ReplayBuffer:  
 def read_outcomes(batch: Any, outcome: str) -> tuple[list[str], FloatArray, FloatArray]:
     """Return (prompt ids, outcomes, tokens generated) of the sessions in a sampled batch.
 
-    A session of several turns may have several rows; as in verl, the last one has the reward.
+    A session of several turns may have several rows; as in verl, the last one has the reward. The tokens are the
+    model's in all of them, without those of tools.
 
     Args:
-        batch: keys ``{uid}_{session}_{index}``, tags and partition, as the replay buffer returns them.
+        batch: keys ``{uid}_{session}_{index}`` and partition, as the replay buffer returns them.
         outcome: ``"reward"`` or a key of ``reward_extra_info``.
 
     Raises:
         ValueError: a row was dispatched without an id, or its reward function returns no such value.
     """
-    final = _final_rows(batch.keys)
-    keys, tags = [batch.keys[row] for row in final], [batch.tags[row] for row in final]
     value = "rm_scores" if outcome == "reward" else "extra_fields"
-    data = transfer_queue.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=[ID_FIELD, value])
-    ids = [getattr(given, "data", given) for given in list(data[ID_FIELD])]
-    if outcome == "reward":
-        outcomes = [float(scores.sum()) for scores in data[value]]
-    else:
-        outcomes = [_extra(given, outcome) for given in list(data[value])]
-    lengths = [float(tag.get("response_len") or 0) for tag in tags]
-    return ids, np.asarray(outcomes, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
-
-
-def _final_rows(keys: Sequence[str]) -> list[int]:
-    newest: dict[str, tuple[int, int]] = {}
-    for row, key in enumerate(keys):
-        rollout, _, index = key.rpartition("_")
-        if rollout not in newest or int(index) > newest[rollout][0]:
-            newest[rollout] = (int(index), row)
-    return [row for _, row in newest.values()]
+    data = transfer_queue.kv_batch_get(
+        keys=batch.keys, partition_id=batch.partition_id, select_fields=[ID_FIELD, value, MODEL_TOKENS]
+    )
+    sessions, session_of = numbered([key.rpartition("_")[0] for key in batch.keys])
+    lengths = np.zeros(len(sessions))
+    np.add.at(lengths, session_of, [float(mask.sum()) for mask in data[MODEL_TOKENS]])
+    newest: dict[int, int] = {}  # row of each session
+    for row in sorted(range(len(batch.keys)), key=lambda row: int(batch.keys[row].rpartition("_")[2])):
+        newest[session_of[row]] = row
+    final = [newest[session] for session in range(len(sessions))]
+    ids, values = list(data[ID_FIELD]), list(data[value])
+    outcomes = [float(values[row].sum()) if outcome == "reward" else _extra(values[row], outcome) for row in final]
+    return [getattr(ids[row], "data", ids[row]) for row in final], np.asarray(outcomes, dtype=np.float64), lengths
 
 
 def _extra(fields: Any, name: str) -> float:

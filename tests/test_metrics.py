@@ -1,0 +1,55 @@
+"""Metrics of a step: what an engine logs of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from knapsack_rl.metrics import CORE, OCCASIONAL, select_metrics
+from knapsack_rl.runs.watch import WATCHED, watch_rows
+from knapsack_rl.session import AllocationSettings, Session
+
+PROMPTS, MEAN = 16, 4
+
+
+def steps_of(forgetful: bool, steps: int = 120) -> list[dict[str, float]]:
+    """Metrics of a run whose policy solves every prompt half of the time, or solves and forgets it in turn."""
+    rng = np.random.default_rng(3)
+    session = Session(AllocationSettings())
+    ids, found = [f"p{k}" for k in range(PROMPTS)], []
+    for step in range(steps):
+        plan = session.plan(ids, MEAN)
+        prompt_R = plan.expand()
+        rates = np.where((np.arange(PROMPTS) + step) % 2, 1.0, 0.0) if forgetful else np.full(PROMPTS, 0.5)
+        outcomes = (rng.random(prompt_R.size) < rates[prompt_R]).astype(float)
+        found.append(session.observe(plan, prompt_R, outcomes, step=step + 1).metrics)
+    return found
+
+
+def test_the_signs_of_trouble_are_found_in_the_core_alone():
+    assert {name for name in WATCHED if name.startswith("knapsack/")} <= {f"knapsack/{n}" for n in (*CORE, *OCCASIONAL)}
+    for forgetful, kinds in ((True, {"collapse", "oscillation"}), (False, set())):
+        steps = steps_of(forgetful)
+        findings = {}
+        for which in ("core", "all"):
+            rows = [
+                {"step": k + 1} | {f"knapsack/{name}": number for name, number in select_metrics(step, which).items()}
+                for k, step in enumerate(steps)
+            ]
+            findings[which] = {finding.kind for finding in watch_rows(rows)}
+        assert findings["core"] == findings["all"], forgetful
+        assert kinds <= findings["core"], forgetful
+
+
+def test_numbers_of_trouble_are_logged_where_there_is_some():
+    calm = {"allocation_failures": 0.0, "degraded_batches": 0.0, "unscored_rollouts": 0.0, "solved_before": 0.0}
+    calm |= {"lost": float("nan"), "budget_max": 9.0, "budget": 64.0}
+    assert select_metrics(calm, "core") == {"budget_max": 9.0}
+    assert select_metrics(calm, "all") is calm
+    trouble = {
+        "allocation_failures": 1.0,
+        "failures/allocation": 1.0,
+        "degraded_batches": 2.0,
+        "unscored_rollouts": 3.0,
+    }
+    trouble |= {"solved_before": 4.0, "lost": 0.0, "process_imbalance": 1.0, "prompts_waiting": 7.0}
+    assert select_metrics(trouble | {"prompts_seen": 9.0}, "core") == trouble
