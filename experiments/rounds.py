@@ -18,7 +18,7 @@ import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import IntArray
-from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
+from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.session import Plan
 from knapsack_rl.trl.identity import keys_of_blocks, prompt_key

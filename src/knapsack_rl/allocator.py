@@ -353,8 +353,9 @@ class KnapsackAllocator(Guarded):
         Raises:
             ValueError: the arguments differ in length, or a reward is infinite.
         """
-        if self.learned is None:
+        if self.success is not None:
             return outcomes_by_position(prompt_R, rewards, prompts, self.success)
+        assert self.learned is not None
         groups = outcomes_by_position(prompt_R, rewards, prompts)
         parts = as_float64(rewards)[0]
         rows = parts if parts.ndim == 2 else parts[:, None]
