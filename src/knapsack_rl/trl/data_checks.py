@@ -70,15 +70,20 @@ def check_images(dataset: Any, id_column: str) -> None:
     Raises:
         ValueError: a column holds images, or other media, and rows have no id.
     """
-    features = dataset.features or {}
-    media = [name for name, feature in features.items() if name in IMAGE_COLUMNS or holds_media(feature)]
+    media = media_columns(dataset)
     if not media:
         return
-    if id_column not in features:
+    if id_column not in dataset.features:
         raise ValueError(f"{advice(id_column)}; column {media[0]!r} holds images, and the data set has no ids")
     missing = rows_without_id(dataset, id_column) if isinstance(dataset, Dataset) else np.zeros(0, np.int64)
     if missing.size:
         raise ValueError(f"{advice(id_column)}; {missing.size} rows have none, the first is row {missing[0]}")
+
+
+def media_columns(dataset: Any) -> list[str]:
+    """Return the columns that hold images, or other media, as far as the types of the columns are known."""
+    features = dataset.features or {}
+    return [name for name, feature in features.items() if name in IMAGE_COLUMNS or holds_media(feature)]
 
 
 def holds_media(feature: Any) -> bool:
@@ -123,10 +128,9 @@ def check_ids(dataset: Any, id_column: str) -> None:
     text = pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)
     if not (text or pa.types.is_integer(value_kind) or pa.types.is_null(value_kind)):
         raise ValueError(
-            f"column {id_column!r} must hold strings or whole numbers, got {value_kind}; a prompt id is a string or a whole number that stays the same "
-            f"in every epoch: convert the column, for example with "
-            f"dataset.map(lambda row: {{{id_column!r}: str(row[{id_column!r}])}}), or name another column with "
-            "prompt_id_column"
+            f"column {id_column!r} must hold strings or whole numbers, got {value_kind}; an id stays the same in every "
+            f"epoch. Convert the column, for example with dataset.map(lambda row: {{{id_column!r}: "
+            f"str(row[{id_column!r}])}}), or name another column with prompt_id_column"
         )
     ids = ids_of(dataset, id_column)
     if pa.types.is_null(kind):
@@ -139,8 +143,8 @@ def check_ids(dataset: Any, id_column: str) -> None:
         at, column = difference
         raise ValueError(
             f"column {id_column!r}: id {ids[int(again[at])].as_py()!r} names different prompts (rows {first[at]} "
-            f"and {again[at]}), which differ in column {column!r}. Make ids unique over all files, for example by putting the "
-            f"source in front; if they are the same prompt, drop one of the rows, or the column {column!r}"
+            f"and {again[at]}), which differ in column {column!r}. Make ids unique over all files, for example by "
+            f"putting the source in front; if it is one prompt, drop one of the rows, or the column {column!r}"
         )
 
 
@@ -194,7 +198,8 @@ def digest_of(dataset: Any, columns: list[str]) -> str:
     """Return a hash of stored columns and of the order of rows; equal data stored in another way may differ."""
     kept = [name for name in columns if name in dataset.column_names]
     digest = hashlib.blake2b()
-    for batch in pa.Table.from_batches(dataset.data.select(kept).to_batches()).to_batches(max_chunksize=10_000):
+    table = pa.Table.from_batches(dataset.data.select(kept).to_batches()).replace_schema_metadata(None)
+    for batch in table.to_batches(max_chunksize=10_000):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)

@@ -59,10 +59,18 @@ def equal_values(one: pa.Array, other: pa.Array) -> BoolArray:
     elif isinstance(one, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         equal = _equal_lists(one, other)
     else:
-        equal = np.asarray(pc.fill_null(pc.equal(one, other), False))
-        if pa.types.is_floating(one.type):
-            equal |= np.asarray(pc.fill_null(pc.and_(pc.is_nan(one), pc.is_nan(other)), False))
+        equal = _equal_scalars(one, other)
     return (there == there_too) & (equal | ~there)
+
+
+def _equal_scalars(one: pa.Array, other: pa.Array) -> BoolArray:
+    try:
+        equal = np.asarray(pc.fill_null(pc.equal(one, other), False))
+    except pa.ArrowNotImplementedError:  # Arrow compares all common types, but not nulls and views of lists
+        return np.array([a == b for a, b in zip(one.to_pylist(), other.to_pylist(), strict=True)], dtype=np.bool_)
+    if pa.types.is_floating(one.type):
+        equal |= np.asarray(pc.fill_null(pc.and_(pc.is_nan(one), pc.is_nan(other)), False))
+    return equal
 
 
 def _equal_lists(one: pa.Array, other: pa.Array) -> BoolArray:

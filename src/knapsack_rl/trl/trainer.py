@@ -30,7 +30,7 @@ from knapsack_rl.trl.checkpoints import (
     warn_of_split_generations,
 )
 from knapsack_rl.trl.config import check_settings, setting, without_effect
-from knapsack_rl.trl.data_checks import check_dataset, prompt_keys
+from knapsack_rl.trl.data_checks import check_dataset, media_columns, prompt_keys
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.drawn import Drawn, draw
 from knapsack_rl.trl.generated import Generated
@@ -137,6 +137,11 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 return Identity(column)
             columns: Any = data.column_names
             return Identity(column, hashed=False) if columns is None or column in columns else None
+        if self.queue is not None and (media := media_columns(data)):
+            raise ValueError(
+                f"prompts_per_step='varying' keeps waiting rows in checkpoints as JSON, which column {media[0]!r} "
+                "cannot be: use prompts_per_step='fixed', or drop the column"
+            )
         several = self.accelerator.num_processes > 1
         return Identity(column, proven=check_dataset(data, column, gather_object if several else None))
 
