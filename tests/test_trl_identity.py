@@ -478,6 +478,15 @@ def test_keys_are_gathered_once_per_prompt_and_rows_only_where_they_move():
             assert bool(moved) == any(sent) or processes == 1
 
 
+def test_where_prompts_wait_every_process_gets_each_row_once():
+    rows = [{"prompt": f"{k}", "prompt_id": k, "text": "x" * 1_000_000} for k in range(6) for _ in range(4)]
+    drawn, _ = drawn_on(rows, 4, 4)
+    shared, sent = on_ranks(4, lambda rank, gather: drawn[rank].shared(rank, gather))
+    assert all(one.rows == {k: rows[4 * k] for k in range(6)} for one in shared)
+    assert all(list(one.rows) == list(range(6)) for one in shared)
+    assert 6e6 <= sum(sum(calls) for calls in sent) < 6.01e6
+
+
 def test_one_process_gathers_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "gather_object", lambda rows: pytest.fail("nothing has to be gathered"))
     extra = {"allocator": tiny.informed_allocator()}

@@ -140,7 +140,7 @@ def without_effect(args: Any, allocator: KnapsackAllocator, data: Any) -> list[s
 
 
 def visits(args: Any, prompts: int) -> float:
-    """Return how many prompts a run of this many draws, each time it draws one."""
+    """Return how many prompts a run draws from a data set of this size, repeats included."""
     if args.max_steps <= 0:
         return args.num_train_epochs * prompts
     generations = args.max_steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)

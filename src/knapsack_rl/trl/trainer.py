@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -84,11 +83,13 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._samples: SampleStore | None = None
         self.generated = Generated()
         self.replay = SuccessBuffer(self._setting("replay")) if self._setting("replay") else None
-        given = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments.get("train_dataset")
-        self.identity = None if given is None else self._make_identity()
+        # Without a data set TRL makes one of equal rows, and the environment chooses the tasks.
+        given = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
+        no_data = given is None and getattr(self, "environment_factories", None) is not None
+        self.identity = None if no_data else self._make_identity()
         self._identified = False
         if self.accelerator.is_main_process:
-            for reason in without_effect(self.args, self.allocator, given):
+            for reason in without_effect(self.args, self.allocator, None if no_data else self.train_dataset):
                 self.session.warn_once(reason, reason)
         if getattr(self, "vllm_generation", None) is not None:
             served: Any = self.vllm_generation
