@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MEDIA = tuple(getattr(datasets, name) for name in ("Image", "Audio", "Video", "Pdf") if hasattr(datasets, name))
 
+TEXT = ("string", "large_string", "string_view")
+"""Arrow's types of text."""
+
 HASHED_ROWS = 10_000
 """Most rows without an id that are hashed to say what changed since a checkpoint: well under a second."""
 
@@ -125,8 +128,7 @@ def check_ids(dataset: Any, id_column: str) -> None:
         return
     kind = dataset.data.schema.field(id_column).type
     value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    text = pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)
-    if not (text or pa.types.is_integer(value_kind) or pa.types.is_null(value_kind)):
+    if not (str(value_kind) in TEXT or pa.types.is_integer(value_kind) or pa.types.is_null(value_kind)):
         raise ValueError(
             f"column {id_column!r} must hold strings or whole numbers, got {value_kind}; an id stays the same in every "
             f"epoch. Convert the column, for example with dataset.map(lambda row: {{{id_column!r}: "

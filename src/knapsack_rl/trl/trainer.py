@@ -221,7 +221,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if self.queue is not None:
             drawn.rows = self.queue.serve(plan.ids)
         group_R = plan.expand()
-        changed = plan.ids != distinct or (len(distinct) > 1 and not np.array_equal(group_R, stock_R))
+        changed = plan.ids != distinct or not np.array_equal(group_R, stock_R)
         if self.session.settings.allocation == "uniform" or not changed:
             return inputs, Step(plan, stock_R, ragged=False)  # exactly the stock step: same rows, same order
         if len(distinct) < len(drawn.keys) and self.queue is None:
