@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,14 +34,16 @@ def first_difference(table: Any, one: IntArray, other: IntArray) -> tuple[int, s
 
 
 def rows_of(table: Any, rows: IntArray) -> pa.Table:
-    """Return rows of a data set's table, by slices: ``take`` would copy whole columns where they have many chunks."""
-    return pa.concat_tables([table.fast_slice(start, length) for start, length in runs(rows)])
-
-
-def runs(rows: IntArray) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) of the stretches of consecutive row numbers."""
-    for stretch in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-        yield int(stretch[0]), int(stretch.size)
+    """Return rows of a data set's table, taken chunk by chunk: ``take`` on the table would copy whole columns."""
+    chunks = table.to_batches()
+    start = np.cumsum([0, *(chunk.num_rows for chunk in chunks)])
+    chunk_of_row = np.searchsorted(start, rows, side="right") - 1
+    order = np.argsort(chunk_of_row, kind="stable")
+    parts = [
+        chunks[chunk].take(pa.array(rows[order][chunk_of_row[order] == chunk] - start[chunk]))
+        for chunk in np.unique(chunk_of_row)
+    ]
+    return pa.Table.from_batches(parts, chunks[0].schema).combine_chunks().take(pa.array(np.argsort(order)))
 
 
 def equal_values(one: pa.Array, other: pa.Array) -> BoolArray:
