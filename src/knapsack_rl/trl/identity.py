@@ -85,16 +85,6 @@ def content_hash(row: Row, id_column: str) -> str:
     return hash_of({name: value for name, value in row.items() if name != id_column and value is not None})
 
 
-def keys_of_blocks(rows: list[Row], size: int, id_column: str) -> list[PromptId]:
-    """Return the prompt of each block of ``size`` rows, as TRL's sampler draws them.
-
-    Raises:
-        ValueError: a block holds several prompts, or a prompt cannot be identified.
-    """
-    identity = Identity(id_column)
-    return [block.key for block in identity.blocks(rows, size) if block.key is not None]
-
-
 @dataclass(frozen=True)
 class Block:
     """The rows of one group, or those of them that a process holds.
