@@ -21,7 +21,7 @@ from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.session import Plan
-from knapsack_rl.trl.identity import keys_of_blocks, prompt_key
+from knapsack_rl.trl.identity import Identity, prompt_key
 from knapsack_rl.trl.replay import pad_to
 from knapsack_rl.trl.step import Scored, Step
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
@@ -95,7 +95,9 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         if not self._training:
             return super()._generate_and_score_completions(inputs)
         started, generating = time.perf_counter(), 0.0
-        drawn = keys_of_blocks(inputs, self._mean, self._setting("prompt_id_column"))
+        column = self._setting("prompt_id_column")
+        blocks = Identity(column).blocks(inputs, self._mean)
+        drawn = [prompt_key(inputs[block.start], column) for block in blocks]
         self.rounds.start(list(dict.fromkeys(drawn)))
         ids: list[PromptId] = []
         parts: list[dict[str, Any]] = []

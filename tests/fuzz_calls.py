@@ -95,6 +95,10 @@ def session(dice: random.Random, folder: Path) -> None:
         if dice.random() < 0.2:
             plan, rows = one.arrived([plan.ids[row] for row in rows])
         one.observe(plan, rows, outcomes, lengths, step)
+        nameless = one.plan_unidentified(step + 1, mean)
+        known = len(one.allocator.tracker)
+        one.observe(nameless, nameless.expand(), [dice.choice((0.0, 1.0, math.nan)) for _ in nameless.expand()])
+        assert len(one.allocator.tracker) == known
         one.adopt(["sane"], np.array([3]))
         assert one.predicted_lengths(["sane"]) is not None
     one.warn_once("topic", "message")

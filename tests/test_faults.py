@@ -37,8 +37,6 @@ from knapsack_rl.training import lock
 from knapsack_rl.training.lock import FolderInUseError, own_folder, refuse_if_owned
 from knapsack_rl.trl import ALLOCATION_LOG, STATE_FILE, KnapsackGRPOTrainer
 from knapsack_rl.trl import deadline as deadline_module
-from knapsack_rl.trl import trainer as trainer_module
-from knapsack_rl.trl.identity import check_same_data
 from knapsack_rl.trl.rewards import RewardError, watched
 
 NAN, INF = float("nan"), float("inf")
@@ -492,51 +490,6 @@ def test_every_test_that_the_documentation_names_is_there() -> None:
     assert all((here / name).exists() for name in files), files
 
 
-def rows_of(*prompts):
-    return [{"prompt": f"{k}+1=", "prompt_id": f"p{k}"} for k in prompts for _ in range(4)]
-
-
-def test_a_process_that_sees_other_data(tmp_path, monkeypatch) -> None:
-    mine, trainer = rows_of(1, 2), trainer_of(tmp_path)
-
-    def plan_with(other):
-        monkeypatch.setattr(trainer_module, "gather_object", lambda rows: rows + other)
-        return trainer._plan_step(mine)
-
-    # Other prompts: they are allocated together, and each process trains on as many rows as it brought.
-    rows, step = plan_with(rows_of(5, 6))
-    assert step.plan.ids == ["p1", "p2", "p5", "p6"]
-    assert len(rows) == 8
-    assert step.plan.counts.sum() == 16
-    for other, message in (
-        (rows_of(5, 6)[1:] + rows_of(7)[:1], "rows holds different prompts"),
-        ([row | {"prompt": "9+9="} for row in rows_of(1, 2)], "id 'p1' names different prompts in one batch"),
-    ):
-        assert message in message_of(ValueError, plan_with, other)
-
-
-def test_data_sets_of_processes_are_compared(caplog) -> None:
-    def compare(mine, other) -> list[str]:
-        sent = []  # what the other process would send: first a digest, and as that differs all its prompts
-
-        def first_differs(own):
-            sent.append(own)
-            return own + ["another digest"] * (len(sent) == 1)
-
-        check_same_data(Dataset.from_list(other), "prompt_id", first_differs)
-        caplog.clear()
-        received = iter(sent)
-        check_same_data(Dataset.from_list(mine), "prompt_id", lambda own: own + next(received))
-        return [record.message for record in caplog.records]
-
-    assert compare(rows_of(1, 2), rows_of(1, 2)) == []
-    assert compare(rows_of(1, 2), rows_of(2, 3)) == [
-        "the processes have different data sets, together 3 prompts; all train on rows of all"
-    ]
-    with pytest.raises(ValueError, match="id 'p2' names different prompts on two processes"):
-        compare(rows_of(1, 2), [row | {"prompt": "9+9="} for row in rows_of(2, 3)])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["new", "clash"])
 def test_two_processes_with_different_data(kind: str, tmp_path) -> None:
@@ -568,8 +521,8 @@ def test_resuming_on_another_data_set_keeps_what_is_known(tmp_path, caplog) -> N
     found = rest.allocator.tracker.lookup([f"p{k}" for k in range(24)])
     assert found.successes.tolist() == known.successes.tolist()
 
-    caplog.clear()
     same = trainer_of(tmp_path / "same", max_steps=6)
+    caplog.clear()
     same.restore_progress(tmp_path / "checkpoint-6")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 

@@ -56,7 +56,7 @@ def test_every_prompt_gets_its_turn_in_order_and_every_step_its_rollouts(seed, k
     for step in range(steps):
         queue.push(rows_of(range(step * batch, (step + 1) * batch)))
         served, allocation = serve(queue, allocator, batch * mean, batch)
-        queue.remove(served)
+        queue.serve(served)
         order += served
         assert allocation.counts.sum() == batch * mean
         assert len(served) == len(allocation.counts) >= 1
@@ -82,7 +82,7 @@ def test_one_price_beats_one_budget_per_batch_and_is_close_to_one_budget_for_all
     for b in range(24):
         queue.push(rows_of(range(16 * b, 16 * b + 16)))
         served, allocation = serve(queue, allocator, 128, 16)
-        queue.remove(served)
+        queue.serve(served)
         counts[served] = allocation.counts
     assert counts.sum() == 24 * 128
     assert (counts > 0).sum() >= rates.size - MOST_BATCHES * 16  # the last ones still wait

@@ -1087,7 +1087,7 @@ def test_an_id_is_a_string_or_a_whole_number(tmp_path):
         assert "must hold strings or whole numbers" in message_of(ValueError, training_batch, tmp_path, rows), given
 
 
-def test_without_ids_prompts_are_identified_by_a_hash_of_their_text(tmp_path):
+def test_without_ids_prompts_are_identified_by_a_hash_of_their_rows(tmp_path):
     batches = []
     trainer = trainer_of(
         KnapsackGRPOTrainer,
@@ -1099,7 +1099,7 @@ def test_without_ids_prompts_are_identified_by_a_hash_of_their_text(tmp_path):
     )
     trainer.train()
     rolled = Counter(prompt for batch in batches for prompt in batch["prompts"])
-    keys = [prompt_key({"prompt": prompt}, "prompt_id") for prompt in rolled]
+    keys = [prompt_key({"prompt": prompt, "answer": f"answer of {prompt}"}, "prompt_id") for prompt in rolled]
     assert len(set(keys)) == 6
     records = trainer.allocator.tracker.lookup(keys)
     assert records.rollouts.tolist() == list(rolled.values())

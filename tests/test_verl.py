@@ -273,14 +273,109 @@ def test_a_missing_index_in_a_later_batch_is_warned_about(tmp_path, world, caplo
 def test_a_repeated_prompt_in_a_batch_divides_one_number_of_rollouts_over_its_rows(tmp_path, world, caplog):
     run = Run(tmp_path, world)
     run.train()
-    extra = [{"index": k % 11, "rate": RATES[k % 4]} for k in range(12)]
-    sizes, _ = run.train(extra_info=extra)
+    extra = [{"index": k % 11, "rate": RATES[k % 11 % 4]} for k in range(12)]
+    prompts = [[{"role": "user", "content": f"prompt {k % 11}"}] for k in range(12)]
+    sizes, _ = run.train(extra_info=extra, raw_prompt=prompts)
     assert sum(sizes.values()) == 48
     given = {p["uid"]: p["__rollout_n__"] for p in world.received}
     assert sizes[0] == given["u2-0"] + given["u2-11"]
     assert 1 not in given.values() and given["u2-0"] - given["u2-11"] in (0, 1, sizes[0])
     assert "a batch holds a prompt more than once" in caplog.text
     assert run.manager.session.allocator.metrics()["budget"] == 48
+
+
+def test_rows_of_one_id_that_differ_are_kept_apart(tmp_path, world, caplog):
+    """As in files that cannot be checked before the run."""
+    run = Run(tmp_path, world)
+    run.train()
+    answers = [{"ground_truth": str(k // 2)} for k in range(12)]
+    extra = [{"index": k % 3, "rate": RATES[k % 4]} for k in range(12)]
+    same = [[{"role": "user", "content": "play the game"}]] * 12
+    run.train(extra_info=extra, raw_prompt=same, reward_model=answers)
+    ids = [prompt["knapsack_prompt_id"] for prompt in world.received]
+    assert len(set(ids)) == 12 and sum("/" in prompt_id.removeprefix("math/") for prompt_id in ids) == 9
+    assert caplog.text.count("kept apart by a hash") == 1
+
+
+def test_a_hash_covers_what_the_reward_sees(world):
+    from knapsack_rl.verl.identity import prompt_ids
+
+    def row(**columns):
+        table = {
+            "raw_prompt": [{"role": "user", "content": "play"}],
+            "data_source": "a",
+            "uid": str(len(seen)),
+        } | columns
+        seen.append(prompt_ids({name: [value] for name, value in table.items()}, "hash")[0])
+
+    seen = []
+    row()
+    for columns in (
+        {"reward_model": {"ground_truth": "1"}},
+        {"reward_model": {"ground_truth": "2"}},
+        {"extra_info": {"secret": "x"}},
+        {"extra_info": {"secret": np.arange(3)}},
+        {"data_source": "b"},
+        {"tools_kwargs": {"create": {"word": "y"}}},
+    ):
+        row(**columns)
+    assert len(set(seen)) == len(seen)
+    row(extra_info={"index": 5})
+    assert seen[-1] == seen[0]
+
+
+def test_images_in_files_are_refused_with_hashes_at_the_start(tmp_path, world):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    kind = pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))
+    for images, refused in (([[{"bytes": b"x"}], []], True), ([[], None], False)):
+        table = pyarrow.table({"prompt": ["a", "b"], "images": pyarrow.array(images, type=kind)})
+        parquet.write_table(table, tmp_path / "train.parquet")
+        lines = write_rows(tmp_path / "train.jsonl", [{"prompt": "a", "videos": ["a.mp4"] if refused else []}])
+        for file in (str(tmp_path / "train.parquet"), lines):
+            settings = {"changes": {"data.train_files": file}, "prompt_id": "hash"}
+            if refused:
+                assert "images or sounds cannot be hashed" in message_of(ValueError, Run, tmp_path, world, **settings)
+            else:
+                Run(tmp_path, world, **settings)
+
+
+def test_uniform_allocation_needs_no_ids(tmp_path, world, caplog):
+    file = write_rows(tmp_path / "bare.jsonl", [{"data_source": "a", "extra_info": {}}] * 2)
+    run = Run(tmp_path, world, allocation="uniform", changes={"data.train_files": file})
+    for _ in range(2):
+        run.step += 1
+        run.manager.generate_sequences(run.batch(extra_info=[{}] * 12))
+        _, metrics = run.buffer.sample(global_steps=run.step, partition_id="train", batch_size=12)
+        assert metrics == {"stock": 1.0}
+    assert [set(prompt) for prompt in world.received] == [set(world.received[0])] * 24
+    assert "knapsack_prompt_id" not in world.received[0]
+    assert caplog.text.count("Uniform allocation works without") == 1
+
+
+def test_a_run_in_which_nothing_can_happen_says_so_once(tmp_path, world, caplog, capsys):
+    cases = [
+        ({"data.train_batch_size": 1, "actor_rollout_ref.actor.ppo_mini_batch_size": 1}, {}, "has one prompt"),
+        ({}, {"min_rollouts": 4}, "n=4 equals min_rollouts.*min_rollouts to 2"),
+        ({}, {"max_rollouts": 4}, "n=4 equals max_rollouts.*raise .*max_rollouts"),
+        ({"trainer.total_epochs": 1}, {}, "total_epochs=1"),
+    ]
+    for changes, settings, message in cases:
+        for allocation in ("knapsack", "uniform"):
+            caplog.clear()
+            one_gpu = {"trainer.n_gpus_per_node": 1} | changes
+            Run(tmp_path, world, changes=one_gpu, allocation=allocation, **settings)
+            found = [record.getMessage() for record in caplog.records if "stock verl" in record.getMessage()]
+            assert len(found) == (allocation == "knapsack"), (message, found)
+            assert all(re.search(message, text) for text in found)
+    caplog.clear()
+    Run(tmp_path, world)
+    assert "stock verl" not in caplog.text
+    launch = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=8", "trainer.total_epochs=1"]
+    assert main(["verl-args", *launch]) == 0
+    printed = capsys.readouterr()
+    assert "total_epochs=1" in printed.err and "total_epochs" not in printed.out
 
 
 def write_rows(path, rows):

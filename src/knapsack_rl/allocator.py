@@ -398,6 +398,13 @@ class KnapsackAllocator(Guarded):
             self._refit_when_due(len(visitors))
         self._step.compare(prompt_ids, groups, lost)
 
+    @one_at_a_time
+    def note_unidentified(self, allocation: Allocation, groups: GroupOutcomes) -> None:
+        """Note a step whose prompts cannot be told apart: it counts in the metrics, nothing is learned."""
+        self._unscored_rollouts += int((~groups.scored_R).sum())
+        self._step = StepMetrics(allocation=allocation)
+        self._step.compare([*range(allocation.counts.size)], groups, {})
+
     def _refit_when_due(self, visits: int) -> None:
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
         self._visits_since_refit += visits

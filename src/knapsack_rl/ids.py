@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import json
+import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,13 @@ PromptId = str | int
 
 LARGEST_ID = 10**300
 """Python refuses to print whole numbers much longer than this, so they could be neither logged nor saved."""
+
+
+def plain_id(value: Any) -> Any:
+    """Return a scalar of numpy, torch or pandas as a value of Python, and anything else as it is."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        return value.item()
+    return str(value) if isinstance(value, str) else value
 
 
 def refusal(prompt_id: Any) -> str | None:
@@ -33,7 +44,7 @@ def refusal(prompt_id: Any) -> str | None:
 
 
 def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> list[PromptId]:
-    """Return ids as plain ``str`` and ``int``; numpy's integers and strings become Python's.
+    """Return ids as plain ``str`` and ``int``; integers and strings of numpy, torch and pandas become Python's.
 
     Args:
         prompt_ids: the ids.
@@ -44,17 +55,17 @@ def check_prompt_ids(prompt_ids: Iterable[Any], name: str = "prompt_ids") -> lis
     """
     if isinstance(prompt_ids, (str, bytes)):
         raise ValueError(f"{name} must be a sequence of ids, got the single string {prompt_ids!r}")
-    if not hasattr(prompt_ids, "__iter__"):
+    if not hasattr(prompt_ids, "__iter__") or getattr(prompt_ids, "ndim", 1) == 0:
         raise ValueError(f"{name} must be a sequence of ids, got {prompt_ids!r}")
-    ids = prompt_ids.tolist() if isinstance(prompt_ids, np.ndarray) else list(prompt_ids)
+    ids = list(prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else prompt_ids)
     kinds = {*map(type, ids)}
     if kinds <= {str} or (kinds == {int} and min(ids) >= -LARGEST_ID and max(ids) <= LARGEST_ID):  # the usual cases
         return ids
     for position, prompt_id in enumerate(ids):
-        reason = refusal(prompt_id)
+        ids[position] = plain_id(prompt_id)
+        reason = refusal(ids[position])
         if reason:
             raise ValueError(f"{name}[{position}] {reason}")
-        ids[position] = prompt_id.item() if isinstance(prompt_id, np.generic) else prompt_id
     return ids
 
 
@@ -75,10 +86,28 @@ def check_batch(prompt_ids: Iterable[Any]) -> list[PromptId]:
     return ids
 
 
-def hash_of(prompt: Any) -> str:
-    """Return an id for a prompt without one, from its text or messages."""
-    text = json.dumps(prompt, sort_keys=True, default=str)
+def hash_of(content: Any) -> str:
+    """Return an id for content without one: text, messages or a whole row, of JSON values, arrays, bytes and dates.
+
+    Raises:
+        ValueError: the content holds an object, such as an image, that has no stable text.
+    """
+    try:
+        text = json.dumps(content, sort_keys=True, default=_as_json)
+    except TypeError as error:
+        raise ValueError(f"the content has no stable hash: {error}") from error
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """Return values that JSON lacks as values that it has; ``str`` would cut arrays and show addresses."""
+    if hasattr(value, "tolist"):  # arrays, tensors and scalars of numpy, torch and pandas
+        return value.tolist()
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": hashlib.blake2b(value, digest_size=16).hexdigest()}
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID, PurePath)):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be hashed")
 
 
 def numbered(prompt_ids: Sequence[PromptId]) -> tuple[list[PromptId], NDArray[np.int64]]:

@@ -190,11 +190,13 @@ class Plan:
         ids: (M,) distinct prompts of the step.
         allocation: their rollouts, with estimates and predictions.
         seconds: time that the allocation took.
+        identified: whether the ids name prompts; otherwise they only number the groups, and nothing is learned.
     """
 
     ids: list[PromptId]
     allocation: Allocation
     seconds: float = 0.0
+    identified: bool = True
 
     @property
     def counts(self) -> IntArray:
@@ -310,6 +312,16 @@ class Session:
         )
         return plan
 
+    def plan_unidentified(self, groups: int, mean: int) -> Plan:
+        """Return the plan of groups whose prompts cannot be told apart: the mean for each.
+
+        Args:
+            groups: their number.
+            mean: rollouts of each.
+        """
+        counts = np.full(groups, mean, dtype=np.int64)
+        return Plan([*range(groups)], unpredicted(counts, "prompts are not identified"), identified=False)
+
     def _allocate(
         self, distinct: list[PromptId], ids: Sequence[PromptId], mean: int, rollouts: int, multiple: int
     ) -> Allocation:
@@ -383,12 +395,15 @@ class Session:
             groups = outcomes_by_position(prompt_R, np.full(prompt_R.shape, np.nan), prompts)
         if self.says:
             self.survive("reporting", lambda: self._tell_success(groups))
-        self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
+        if plan.identified:
+            self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
+        else:
+            self.survive("observation", lambda: allocator.note_unidentified(plan.allocation, groups))
         if lengths_R is not None and not self._lengths_known:
             self._lengths_known = self._knows_lengths()
-        for prompt_id in plan.ids:
+        for prompt_id in plan.ids if plan.identified else ():
             self._pending.pop(prompt_id, None)
-        if self.log_allocations and self.folder is not None:
+        if plan.identified and self.log_allocations and self.folder is not None:
             self.survive("logging", lambda: self._log(plan, groups, step))
         metrics = self.survive("reporting", allocator.metrics) or {}
         metrics["allocation_seconds"] = plan.seconds

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
 from knapsack_rl.cli.parser import add_command, add_settings
-from knapsack_rl.verl.launch import SETTINGS_KEY, SWITCHES, VerlSettings, check_config, overrides, parse_overrides
+from knapsack_rl.verl.launch import (
+    SETTINGS_KEY,
+    SWITCHES,
+    VerlSettings,
+    check_config,
+    overrides,
+    parse_overrides,
+    without_effect,
+)
 
 EXAMPLES = """examples:
   knapsack-rl verl-args                                   the overrides with the default settings
@@ -37,6 +46,8 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.overrides:
         given = parse_overrides(text for text in parsed.overrides if not _ours(text))
         check_config(given, settings, switched_on=False)
+        for reason in without_effect(given, settings):
+            print(f"knapsack-rl: {reason}", file=sys.stderr)
     lines = overrides(settings)
     print(" ".join(lines) if parsed.one_line else " \\\n".join(lines))
     return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
+from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.session import AllocationSettings
 
@@ -23,7 +26,7 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
             :mod:`knapsack_rl.trl.queue`.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation).
-        prompt_id_column: column of a stable id per prompt; without the column the prompt's text is hashed.
+        prompt_id_column: column of a stable id per prompt; a row without an id is identified by a hash of its columns.
         outcome_reward: name of the reward function whose value, unweighted, is the outcome; by default the one that
             tells prompts apart best, found as the run goes, see :mod:`knapsack_rl.success`.
         reward_timeout: seconds that one call of a reward function may take, ``None`` for no limit. A longer call
@@ -94,3 +97,54 @@ def check_settings(args: Any) -> AllocationSettings:
     if "seed" in (args.generation_kwargs or {}):
         raise ValueError("generation_kwargs must not set seed: every rollout of a prompt would be the same")
     return found
+
+
+def without_effect(args: Any, allocator: KnapsackAllocator, data: Any) -> list[str]:
+    """Return why a run cannot differ from one of the stock trainer, each reason with what to change.
+
+    Args:
+        args: the configuration.
+        allocator: of the run.
+        data: the data set; None if the environment makes the tasks.
+    """
+    if setting(args, "allocation") == "uniform":
+        return []
+    if data is None:
+        return [
+            "there is no data set: the environment chooses the tasks, so prompts cannot be told apart and training is "
+            "that of stock GRPO. Give the trainer a train_dataset with a row for each task to allocate over them"
+        ]
+    mean, found = args.num_generations, []
+    prompts = args.generation_batch_size // mean
+    if setting(args, "prompts_per_step") == "fixed":
+        if prompts == 1:
+            found.append(
+                f"a step has one prompt: its {mean} rollouts are the whole generation batch, so there is nothing to "
+                "divide and training is that of stock GRPO. Raise per_device_train_batch_size or "
+                "gradient_accumulation_steps, or lower num_generations"
+            )
+        if mean == allocator.min_rollouts and allocator.budget_unit == "rollouts":
+            found.append(
+                f"num_generations={mean} equals min_rollouts, so no prompt can give up a rollout and training is that "
+                "of stock GRPO. Raise num_generations" + (", or lower min_rollouts to 2" if mean > 2 else "")
+            )
+    if mean == allocator.max_rollouts and allocator.budget_unit == "rollouts":
+        found.append(
+            f"num_generations={mean} equals max_rollouts, so no prompt can get more and training is that of stock "
+            "GRPO. Raise max_rollouts"
+        )
+    if isinstance(data, Dataset) and not len(allocator.tracker) and visits(args, len(data)) <= len(data):
+        found.append(
+            f"training ends before any of the {len(data)} prompts comes a second time. Nothing is known of a prompt at "
+            "its first visit, so training is that of stock GRPO. Raise num_train_epochs or max_steps, or use fewer "
+            "prompts"
+        )
+    return found
+
+
+def visits(args: Any, prompts: int) -> float:
+    """Return how many prompts a run draws from a data set of this size, repeats included."""
+    if args.max_steps <= 0:
+        return args.num_train_epochs * prompts
+    generations = args.max_steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
+    return math.ceil(generations) * (args.generation_batch_size // args.num_generations)

@@ -1,120 +1,199 @@
-"""The identity of prompts: which rows belong to the same one."""
+"""The identity of prompts: which rows of a batch belong to the same one.
+
+Rows are one prompt only if everything that the reward or the environment sees is the same. An id column says so for its
+rows; where there is none, a row is identified by a hash of all its columns.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from knapsack_rl.ids import PromptId, hash_of
+from knapsack_rl.ids import PromptId, hash_of, plain_id, refusal
 
-logger = logging.getLogger(__name__)
+IMAGE_COLUMNS = ("image", "images")
+"""Columns that TRL reads images from."""
+
+NOT_DATA = ("prompts", "completions", "completion_ids", "environments")
+"""Arguments of a reward function that are no columns of the data set."""
+
+Row = dict[str, Any]
 
 
-def prompt_key(row: dict[str, Any], id_column: str) -> PromptId:
-    """Return the stable identity of a prompt: its id column, else a hash of the prompt itself.
+class BrokenGroupError(ValueError):
+    """The rows of one group are different prompts."""
+
+
+def given_id(row: Row, id_column: str) -> PromptId | None:
+    """Return the id in a row, None if it has none.
 
     Raises:
-        ValueError: the id is not a string or whole number, or is missing and the prompt holds images.
+        ValueError: the id is not a string or whole number.
     """
-    given = row.get(id_column)
+    given: PromptId | None = plain_id(row.get(id_column))
+    if given is not None and (reason := refusal(given)):
+        raise ValueError(f"column {id_column!r} must hold strings or whole numbers: an id {reason}")
+    return given
+
+
+def prompt_key(row: Row, id_column: str) -> PromptId:
+    """Return the stable identity of a prompt: its id, else a hash of its row.
+
+    Raises:
+        ValueError: the id is not a string or whole number, or is missing and the row holds images.
+    """
+    given = given_id(row, id_column)
     if given is not None:
-        if isinstance(given, bool) or not isinstance(given, (str, int)):
-            raise ValueError(f"column {id_column!r} must hold strings or whole numbers, got {given!r}")
         return given
-    if "image" in row or "images" in row:
-        raise ValueError(f"prompts with images need an id: add a column {id_column!r} that names each prompt")
-    return hash_of(row.get("prompt"))
+    if any(name in row for name in IMAGE_COLUMNS):
+        raise ValueError(advice(id_column))
+    try:
+        return content_hash(row, id_column)
+    except ValueError as error:
+        raise ValueError(f"{advice(id_column)} ({error})") from error
 
 
-def keys_of_blocks(rows: list[dict[str, Any]], size: int, id_column: str) -> list[PromptId]:
-    """Return the prompt of each block of ``size`` rows, as TRL's sampler draws them.
+def prompt_name(columns: Mapping[str, Any], row: int, id_column: str) -> PromptId:
+    """Return the identity of a row of the columns that a reward function gets, for a message: it never raises."""
+    size = len(columns["prompts"])
+    found = {
+        name: values[row]
+        for name, values in columns.items()
+        if isinstance(values, list) and len(values) == size and name not in NOT_DATA
+    }
+    try:
+        return prompt_key(found | {"prompt": columns["prompts"][row]}, id_column)
+    except ValueError:
+        return "without id"
+
+
+def advice(id_column: str) -> str:
+    """Return what to do where rows cannot be hashed."""
+    return (
+        f"prompts with images need an id: add a column {id_column!r} that names each prompt by a string or a whole "
+        "number, or name the column with prompt_id_column"
+    )
+
+
+def content_hash(row: Row, id_column: str) -> str:
+    """Return a hash of everything in a row but its id.
 
     Raises:
-        ValueError: a block holds several prompts.
+        ValueError: the row holds an object without a stable text, such as an image.
     """
-    keys = []
-    for at in range(0, len(rows), size):
-        first, *others = rows[at : at + size]
-        key = prompt_key(first, id_column)
-        for row in others:
-            if row.get("prompt") != first.get("prompt") or prompt_key(row, id_column) != key:
-                raise ValueError(
-                    f"one block of num_generations={size} rows holds different prompts (prompt {key!r}): the "
-                    "data loader broke a group. With an IterableDataset, make every process read whole groups"
-                )
-        keys.append(key)
-    return keys
+    return hash_of({name: value for name, value in row.items() if name != id_column and value is not None})
 
 
-def rows_by_prompt(keys: list[PromptId], rows: list[dict[str, Any]]) -> dict[PromptId, dict[str, Any]]:
-    """Return the first row of each prompt.
+@dataclass(frozen=True)
+class Block:
+    """The rows of one group, or those of them that a process holds.
+
+    Attributes:
+        number: of the block in the batch of all processes.
+        key: the prompt; None if it has no id and is not to be hashed.
+        content: hash of the row, where an id alone does not prove that rows are the same.
+        start: first of its rows, among those of the process.
+    """
+
+    number: int
+    key: PromptId | None
+    content: str | None
+    start: int
+
+
+class Identity:
+    """Tells the prompts of a run apart.
 
     Args:
-        keys: (N,) prompt of each row.
-        rows: (N,) of the data set.
-
-    Raises:
-        ValueError: rows of one id hold different prompts.
+        id_column: column of ids.
+        hashed: identify a row without an id by a hash; otherwise it has no identity.
+        proven: the data set was compared, so that an id is one prompt; otherwise rows are compared as they come.
     """
-    found: dict[PromptId, dict[str, Any]] = {}
-    for key, row in zip(keys, rows, strict=True):
-        if found.setdefault(key, row).get("prompt") != row.get("prompt"):
-            raise ValueError(f"id {key!r} names different prompts in one batch; make ids unique over all sources")
-    return found
+
+    def __init__(self, id_column: str, *, hashed: bool = True, proven: bool = True) -> None:
+        self.id_column, self.hashed, self.proven = id_column, hashed, proven
+        self._content: dict[PromptId, str] = {}
+
+    def blocks(self, rows: Sequence[Row], size: int, first: int = 0) -> list[Block]:
+        """Return the blocks of which a process holds rows, in order.
+
+        Args:
+            rows: of this process.
+            size: rows of a whole block.
+            first: rows of the batch before these, held by other processes.
+
+        Raises:
+            BrokenGroupError: a block holds several prompts.
+            ValueError: a prompt cannot be identified.
+        """
+        found: list[Block] = []
+        for position, row in enumerate(rows):
+            number = (first + position) // size
+            if not found or found[-1].number != number:
+                found.append(Block(number, *self._identified(row), position))
+            elif not self._alike(rows[found[-1].start], row):
+                raise BrokenGroupError(broken_group(size, found[-1].key))
+        return found
+
+    def _identified(self, row: Row) -> tuple[PromptId | None, str | None]:
+        if not self.hashed:
+            return given_id(row, self.id_column), None
+        key = prompt_key(row, self.id_column)
+        if self.proven or row.get(self.id_column) is None:
+            return key, None
+        try:
+            return key, content_hash(row, self.id_column)
+        except ValueError:  # images: the id has to do
+            return key, None
+
+    def _alike(self, one: Row, other: Row) -> bool:
+        """Return whether two rows are the same prompt, in the time of a comparison where that is enough."""
+        given = given_id(one, self.id_column)
+        if given != given_id(other, self.id_column):
+            return False
+        if not self.hashed or (given is not None and self.proven):
+            return True
+        try:
+            if one == other:
+                return True
+        except (ValueError, RuntimeError):  # arrays have no single truth value: their hashes are compared
+            pass
+        return self._identified(one) == self._identified(other)
+
+    def settle(self, blocks: Sequence[Block], size: int, warn: Callable[[str], None]) -> list[PromptId | None]:
+        """Return the prompt of each block of the batch from the parts of all processes; all make the same call.
+
+        An id that comes with other content than before names another prompt, whose id has the hash attached.
+
+        Args:
+            blocks: those of all processes, in order; one that straddles processes has several parts.
+            size: rows of a whole block.
+            warn: takes a warning about an id.
+
+        Raises:
+            BrokenGroupError: the parts of a block are different prompts.
+        """
+        whole: dict[int, Block] = {}
+        for part in blocks:
+            block = whole.setdefault(part.number, part)
+            if (block.key, block.content) != (part.key, part.content):
+                raise BrokenGroupError(broken_group(size, block.key))
+        return [self._settled(block.key, block.content, warn) for block in whole.values()]
+
+    def _settled(self, key: PromptId | None, content: str | None, warn: Callable[[str], None]) -> PromptId | None:
+        if key is None or content is None or self._content.setdefault(key, content) == content:
+            return key
+        warn(
+            f"column {self.id_column!r}: id {key!r} names different prompts of the stream; make ids unique over all "
+            "sources, for example by putting the source in front"
+        )
+        return f"{key}/{content}"
 
 
-def prompt_keys(dataset: Any, id_column: str) -> set[PromptId]:
-    """Return the identities of all prompts of a data set."""
-    columns = [name for name in (id_column, "prompt", "image", "images") if name in (dataset.column_names or [])]
-    return {prompt_key(row, id_column) for row in dataset.select_columns(columns)}
-
-
-def check_ids(dataset: Any, id_column: str) -> None:
-    """Refuse an id that names several prompts; their histories would be mixed.
-
-    Raises:
-        ValueError: two rows share an id and differ in their prompt.
-    """
-    if id_column not in (dataset.column_names or []):
-        logger.info("no column %r: prompts are identified by a hash of their text", id_column)
-        return
-    seen: dict[Any, int] = {}
-    for position, prompt_id in enumerate(dataset[id_column]):
-        if prompt_id is None:
-            continue  # identified by its hash
-        first = seen.setdefault(prompt_id, position)
-        if first != position and dataset[first]["prompt"] != dataset[position]["prompt"]:
-            raise ValueError(
-                f"column {id_column!r}: id {prompt_id!r} names different prompts (rows {first} and {position}); make "
-                "ids unique over all files, for example by putting the source in front"
-            )
-
-
-def check_same_data(dataset: Any, id_column: str, gather: Callable[[list[Any]], list[Any]]) -> None:
-    """Compare this process's data set with those of the others, which all call this at the same time.
-
-    Different prompts are allowed, with a warning: every process trains on rows of all.
-
-    Args:
-        dataset: of this process.
-        id_column: without it prompts are identified by a hash, which cannot clash.
-        gather: joins the lists of all processes.
-
-    Raises:
-        ValueError: an id names different prompts on two processes; raised on all of them.
-    """
-    own: dict[PromptId, str] = {}
-    if id_column in (dataset.column_names or []):
-        own = {i: hash_of(p) for i, p in zip(dataset[id_column], dataset["prompt"], strict=True) if i is not None}
-    if len(set(gather([hash_of(list(own.items()))]))) == 1:
-        return
-    seen: dict[PromptId, str] = {}
-    for names in gather([own]):
-        for prompt_id, prompt in names.items():
-            if seen.setdefault(prompt_id, prompt) != prompt:
-                raise ValueError(
-                    f"column {id_column!r}: id {prompt_id!r} names different prompts on two processes; give all "
-                    "processes the same data set, or make ids unique over all of them"
-                )
-    logger.warning("the processes have different data sets, together %d prompts; all train on rows of all", len(seen))
+def broken_group(size: int, key: PromptId | None) -> str:
+    """Explain that a block of rows holds several prompts."""
+    return (
+        f"one block of num_generations={size} rows holds different prompts (prompt {key!r}): the data loader broke a "
+        "group. With an IterableDataset, make every process read whole groups"
+    )

@@ -84,10 +84,9 @@ class PromptQueue:
         served = min(max(served, least), max(budget // max(allocator.min_rollouts, 2), 1), len(waiting))
         return waiting[:served]
 
-    def remove(self, served: list[PromptId]) -> None:
-        """Remove prompts that have been served."""
-        for prompt_id in served:
-            self.rows.pop(prompt_id, None)
+    def serve(self, served: list[PromptId]) -> dict[PromptId, dict[str, Any]]:
+        """Take prompts out of the queue; return their rows."""
+        return {prompt_id: self.rows.pop(prompt_id) for prompt_id in served}
 
     def _price(self, allocator: KnapsackAllocator, mean: float) -> float:
         """Return the value of the last rollout if known prompts had this mean; 0 if none exceeds the minimum."""

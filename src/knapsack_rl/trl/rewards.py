@@ -9,7 +9,7 @@ from functools import partial, wraps
 from typing import Any
 
 from knapsack_rl.trl.deadline import OutOfTime, deadline
-from knapsack_rl.trl.identity import prompt_key
+from knapsack_rl.trl.identity import prompt_name
 
 EXCERPT = 120
 
@@ -136,10 +136,7 @@ def _error(
 
 
 def _described(columns: dict[str, Any], row: int, id_column: str) -> str:
-    ids = columns.get(id_column)
-    prompt = columns["prompts"][row]
-    key = ids[row] if isinstance(ids, Sequence) and ids[row] is not None else prompt_key({"prompt": prompt}, id_column)
-    return f"prompt {key!r}, completion {_excerpt(columns['completions'][row])}"
+    return f"prompt {prompt_name(columns, row, id_column)!r}, completion {_excerpt(columns['completions'][row])}"
 
 
 def _excerpt(value: Any) -> str:

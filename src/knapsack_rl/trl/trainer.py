@@ -31,10 +31,12 @@ from knapsack_rl.trl.checkpoints import (
     newest_checkpoint,
     newest_state,
 )
-from knapsack_rl.trl.config import check_settings, setting
+from knapsack_rl.trl.config import check_settings, setting, without_effect
+from knapsack_rl.trl.data_checks import check_dataset, media_columns, prompt_keys
 from knapsack_rl.trl.deadline import can_interrupt
+from knapsack_rl.trl.drawn import Drawn, draw
 from knapsack_rl.trl.generated import Generated
-from knapsack_rl.trl.identity import check_ids, check_same_data, keys_of_blocks, prompt_keys, rows_by_prompt
+from knapsack_rl.trl.identity import BrokenGroupError, Identity, Row
 from knapsack_rl.trl.internals import check_internals, model_tokens, one_completion_per_row
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
@@ -56,7 +58,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     Raises:
         ValueError: the configuration cannot work: bounds that exclude ``num_generations``, ``seed`` in
-            ``generation_kwargs``, ids that name several prompts, a world size that differs from the launcher's.
+            ``generation_kwargs``, ids that name several prompts or are neither strings nor whole numbers, images
+            without ids, a world size that differs from the launcher's.
         RuntimeError: the internals of this TRL release are not the ones that the trainer needs.
     """
 
@@ -87,10 +90,14 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._samples: SampleStore | None = None
         self.generated = Generated()
         self.replay = SuccessBuffer(self._setting("replay")) if self._setting("replay") else None
-        if isinstance(self.train_dataset, Dataset):
-            check_ids(self.train_dataset, self._setting("prompt_id_column"))
-            if self.accelerator.num_processes > 1:
-                check_same_data(self.train_dataset, self._setting("prompt_id_column"), gather_object)
+        # Without a data set TRL makes one of equal rows, and the environment chooses the tasks.
+        given = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
+        no_data = given is None and getattr(self, "environment_factories", None) is not None
+        self.identity = None if no_data else self._make_identity()
+        self._identified = False
+        if self.accelerator.is_main_process:
+            for reason in without_effect(self.args, self.allocator, None if no_data else self.train_dataset):
+                self.session.warn_once(reason, reason)
         if getattr(self, "vllm_generation", None) is not None:
             served: Any = self.vllm_generation
             served.generate = one_completion_per_row(served.generate, lambda: self._training)
@@ -122,6 +129,31 @@ class KnapsackGRPOTrainer(GRPOTrainer):
                 f"the launcher started {launched} processes but training runs on {self.accelerator.num_processes}; "
                 "on CPUs use torchrun --nproc_per_node"
             )
+
+    def _make_identity(self) -> Identity | None:
+        """Check the data set; return what tells its prompts apart, None where nothing has to."""
+        column, data = self._setting("prompt_id_column"), self._visible_data
+        if self.session.settings.allocation == "uniform":
+            if self._setting("log_allocations") or self._setting("log_samples"):
+                return Identity(column)
+            columns: Any = data.column_names
+            return Identity(column, hashed=False) if columns is None or column in columns else None
+        if self.queue is not None and (media := media_columns(data)):
+            raise ValueError(
+                f"prompts_per_step='varying' keeps waiting rows in checkpoints as JSON, which column {media[0]!r} "
+                "cannot be: use prompts_per_step='fixed', or drop the column"
+            )
+        several = self.accelerator.num_processes > 1
+        return Identity(column, proven=check_dataset(data, column, gather_object if several else None))
+
+    @property
+    def _visible_data(self) -> Any:
+        """The data set as reward functions see it."""
+        data: Any = self.train_dataset
+        if not self.args.remove_unused_columns or data.column_names is None:
+            return data
+        self._set_signature_columns_if_needed()
+        return data.select_columns([name for name in data.column_names if name in (self._signature_columns or [])])
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._training:
@@ -182,32 +214,66 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     # -- before generation ------------------------------------------------------------------------------------------
 
-    def _plan_step(self, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Step]:
+    def _plan_step(self, inputs: list[Row]) -> tuple[list[Row], Step]:
         """Allocate over the prompts of all processes; return this process's rows and the step."""
-        everything = gather_object(inputs)
-        drawn = keys_of_blocks(everything, self._mean, self._setting("prompt_id_column"))
-        rows = rows_by_prompt(drawn, everything[:: self._mean])
-        distinct, block_prompt = numbered(drawn)
-        stock_R = np.repeat(block_prompt, self._mean)
+        drawn, mean = self._draw(inputs), self._mean
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if drawn is None:
+            plan = self.session.plan_unidentified(len(inputs) * processes // mean, mean)
+            return inputs, Step(plan, plan.expand(), ragged=False)
+        distinct, block_prompt = numbered(drawn.keys)
+        stock_R = np.repeat(block_prompt, mean)
+        plan = self._agree_on(self._plan(drawn.keys, stock_R.size))
         if self.queue is not None:
-            self.queue.push(rows)
-            rows = dict(self.queue.rows)
-        plan = self._agree_on(self._plan(drawn, stock_R.size))
-        if self.queue is not None:
-            self.queue.remove(plan.ids)
+            drawn.rows = self.queue.serve(plan.ids)
         group_R = plan.expand()
-        ragged = plan.ids != distinct or not np.array_equal(group_R, stock_R)
-        if self.session.settings.allocation == "uniform" or not ragged:
-            group_R, mine, ragged = stock_R, inputs, False  # exactly the stock step: same rows, same order
-        else:
-            if len(rows) < len(drawn) and self.queue is None:
-                self.session.warn_once(
-                    "duplicates", "a batch holds the same prompt more than once; its rollouts form one group"
-                )
-            share = group_R.size // self.accelerator.num_processes
-            start = self.accelerator.process_index * share
-            mine = [dict(rows[plan.ids[group]]) for group in group_R[start : start + share]]
-        return mine, Step(plan, group_R, ragged)
+        changed = plan.ids != distinct or not np.array_equal(group_R, stock_R)
+        if self.session.settings.allocation == "uniform" or not changed:
+            return inputs, Step(plan, stock_R, ragged=False)  # exactly the stock step: same rows, same order
+        if len(distinct) < len(drawn.keys) and self.queue is None:
+            self.session.warn_once(
+                "duplicates", "a batch holds the same prompt more than once; its rollouts form one group"
+            )
+        return drawn.bring(plan.ids, group_R, rank, processes, gather_object), Step(plan, group_R, ragged=True)
+
+    def _draw(self, inputs: list[Row]) -> Drawn | None:
+        """Return the prompts that the data loader drew, None where they cannot be told apart and need not be."""
+        if self.identity is None:
+            return None
+        uniform = self.session.settings.allocation == "uniform"
+        try:
+            drawn = draw(
+                inputs,
+                self._mean,
+                self.identity,
+                rank=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+                gather=gather_object,
+                warn=self._note_clash,
+            )
+            if self.queue is not None:
+                drawn = drawn.shared(self.accelerator.process_index, gather_object)
+                self.queue.push(drawn.rows)
+        except BrokenGroupError:
+            if not uniform:
+                raise
+            return None
+        except ValueError as error:
+            if uniform:
+                return None
+            if not self._identified:
+                raise
+            self.allocator.failures["identification"] += 1
+            self.session.warn_once("identity", f"{error}; every prompt of the batch gets num_generations rollouts")
+            return None
+        self._identified = True
+        return drawn
+
+    def _note_clash(self, text: str) -> None:
+        """Refuse an id that names several prompts in the first batch; later they are kept apart."""
+        if not self._identified:
+            raise ValueError(text)
+        self.session.warn_once("clash", f"{text}. They are kept apart, the later ones with a hash behind the id")
 
     def _plan(self, drawn: list[PromptId], budget: int) -> Plan:
         """Return the plan for the prompts of the batch, or for those that the queue serves."""
@@ -251,7 +317,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             replaced = trained if mixed is None else outcomes_by_position(step.group_R, mixed, len(step.plan.ids))
             self._replace_advantages(step, scored, replaced, output)
         self._add_metrics(step, learned.metrics, trained, scored.lengths)
-        if (samples := self._samples) is not None:
+        if (samples := self._samples) is not None and step.plan.identified:
             generation, ids = self._generation, step.plan.ids
             self.session.survive("sampling", lambda: scored.add_to(samples, ids, learned.groups, generation))
 
@@ -294,7 +360,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self, step: Step, groups: GroupOutcomes, total: FloatArray, output: dict[str, Any]
     ) -> FloatArray | None:
         """Return the training rewards with stored successes in place of failures; None if there are none."""
-        if self.replay is None:
+        if self.replay is None or not step.plan.identified:
             return None
         trained, figures = mix_in(self.replay, self, step, groups, total, output)
         for name, number in figures.items():
@@ -384,11 +450,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             self.session.warn_once("no state", f"{checkpoint} has no {STATE_FILE}: the allocator continues {start}")
         if state is not None:
             self.session.restore(state)
-            if isinstance(self.train_dataset, Dataset):  # a stream cannot be compared without reading it
-                log_changed_data(
-                    self.allocator.tracker.prompt_ids,
-                    prompt_keys(self.train_dataset, self._setting("prompt_id_column")),
-                )
+            present = None if self.identity is None else prompt_keys(self._visible_data, self.identity)
+            if present is not None:
+                log_changed_data(self.allocator.tracker.prompt_ids, present)
         self.generated = Generated.load(checkpoint)
         if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
             self.queue.load(checkpoint / QUEUE_FILE)

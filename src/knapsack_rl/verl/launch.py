@@ -169,6 +169,37 @@ def check_config(config: Any, settings: VerlSettings, *, switched_on: bool = Tru
         )
 
 
+def without_effect(config: Any, settings: VerlSettings) -> list[str]:
+    """Return why a run cannot differ from one of stock verl, each reason with what to change.
+
+    Args:
+        config: verl's configuration, or the known part of it; missing keys have verl's defaults.
+        settings: of the plug-in.
+    """
+    if settings.allocation == "uniform":
+        return []
+    found, mean = [], pick(config, "actor_rollout_ref.rollout.n", 1)
+    in_rollouts = settings.budget_unit == "rollouts"
+    if pick(config, "data.train_batch_size", 1024) == 1:
+        found.append("data.train_batch_size=1: a step has one prompt, so there is nothing to divide; raise it")
+    if in_rollouts and mean == settings.min_rollouts:
+        lower = f", or lower ++{SETTINGS_KEY}.min_rollouts to 2" if mean > 2 else ""
+        found.append(
+            f"actor_rollout_ref.rollout.n={mean} equals min_rollouts, so no prompt can give up a rollout; raise "
+            f"rollout.n{lower}"
+        )
+    if in_rollouts and mean == settings.max_rollouts:
+        found.append(
+            f"actor_rollout_ref.rollout.n={mean} equals max_rollouts, so no prompt can get more; raise "
+            f"++{SETTINGS_KEY}.max_rollouts"
+        )
+    if pick(config, "trainer.total_epochs", 30) == 1:
+        found.append(
+            "trainer.total_epochs=1: every prompt comes once, and nothing is known of it then; train for more epochs"
+        )
+    return [f"training will be that of stock verl. {reason}" for reason in found]
+
+
 def _group_problems(config: Any, settings: VerlSettings) -> list[str]:
     mean = pick(config, "actor_rollout_ref.rollout.n", 1)
     low, high = max(settings.min_rollouts, 2), settings.max_rollouts

@@ -16,7 +16,7 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.ids import PromptId
 from knapsack_rl.verl import session
 from knapsack_rl.verl.checkpoint import state_to_resume
-from knapsack_rl.verl.identity import prompt_ids
+from knapsack_rl.verl.identity import SEEN, apart, prompt_ids
 from knapsack_rl.verl.launch import pick, varying_rows_multiple
 
 logger = logging.getLogger(__name__)
@@ -95,20 +95,32 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         return tensordict_utils.index_select_tensor_dict(prompts, order.tolist())
 
     def _identify(self, prompts: TensorDict) -> list[PromptId] | None:
-        """Return the ids of the batch; without ids the first batch is refused, a later one gets None and a warning."""
-        rows = {name: _plain(prompts, name) for name in ("raw_prompt", "extra_info", "data_source") if name in prompts}
+        """Return the ids of the batch; without ids the first batch is refused, a later one gets None and a warning.
+
+        Uniform allocation needs no ids.
+        """
+        rows = {name: _plain(prompts, name) for name in SEEN if name in prompts}
         try:
-            ids: list[PromptId] = list(prompt_ids(rows, self.session.settings.prompt_id))
+            ids = prompt_ids(rows, self.session.settings.prompt_id)
             if not self._identified_a_batch and len(ids) > 1 and len(set(ids)) == 1:
                 raise ValueError(f"all {len(ids)} prompts of the first batch have the id {ids[0]!r}; make ids unique")
         except ValueError as error:
+            if self.session.settings.allocation == "uniform":
+                self.session.observes = False
+                self.session.warn_once("identity", f"{error}. Uniform allocation works without, but nothing is logged")
+                return None
             if not self._identified_a_batch:
                 raise
             self.session.allocator.failures["identification"] += 1
             self.session.warn_once("identity", f"{error}; the batch gets rollout.n for every prompt")
             return None
         self._identified_a_batch = True
-        return ids
+        kept_apart: list[PromptId] = [*apart(ids, rows)]
+        if kept_apart != ids:
+            self.session.warn_once(
+                "clash", "rows of one id differ; they are kept apart by a hash behind the id. Make ids unique"
+            )
+        return kept_apart
 
 
 def longest_first(lengths: FloatArray, workers: int) -> IntArray:

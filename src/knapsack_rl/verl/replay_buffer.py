@@ -48,6 +48,8 @@ class _Observes:
         return batch, metrics
 
     def _observe(self, batch: Any, step: int) -> dict[str, float]:
+        if not self.session.observes:
+            return {}
         read = self.session.survive("reading", lambda: read_outcomes(batch, self.session.settings.outcome))
         if read is None:  # training continues with the sampled batch; nothing is learned
             return {}

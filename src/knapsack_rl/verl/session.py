@@ -8,7 +8,7 @@ from typing import Any
 
 from knapsack_rl.session import Session
 from knapsack_rl.verl.identity import check_files
-from knapsack_rl.verl.launch import VerlSettings, check_config, pick
+from knapsack_rl.verl.launch import VerlSettings, check_config, pick, without_effect
 
 # As for verl's own modules: the output of a run says which state was restored.
 logging.getLogger("knapsack_rl.verl").setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -19,6 +19,10 @@ class VerlSession(Session):
 
     Args:
         settings: of the plug-in.
+
+    Attributes:
+        manager_attached: whether the agent-loop manager shares the session.
+        observes: whether prompts have ids by which their rewards are recorded.
     """
 
     settings: VerlSettings
@@ -32,6 +36,7 @@ class VerlSession(Session):
             rewards=[settings.outcome],
         )
         self.manager_attached = False
+        self.observes = True
         self._checked = False
 
     def check(self, config: Any) -> None:
@@ -46,8 +51,10 @@ class VerlSession(Session):
         if self._checked:
             return
         check_config(config, self.settings)
+        for reason in without_effect(config, self.settings):
+            self.warn_once(reason, reason)
         files = pick(config, "data.train_files")
-        if pick(config, "data.custom_cls.path") is None:
+        if pick(config, "data.custom_cls.path") is None and self.settings.allocation != "uniform":
             check_files(files if files is None or isinstance(files, str) else list(files), self.settings.prompt_id)
         self._checked = True
 
