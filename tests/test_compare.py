@@ -186,7 +186,7 @@ def test_each_process_trains_its_run_with_one_thread(tmp_path, processes):
 def test_an_interrupted_run_is_resumed_from_its_checkpoint(tmp_path, processes):
     (run,) = plan(SMALL, ["paper"], [0], tmp_path)
     (run.folder / "checkpoint-1").mkdir(parents=True)
-    (run.folder / "checkpoint-1" / "knapsack_allocator.npz").touch()
+    (run.folder / "checkpoint-1" / "trainer_state.json").write_text("{}")
     (run.folder / "config.yaml").write_text(run.settings.to_yaml())
     (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
     (run.folder / "log.txt").write_text("before\n")
@@ -275,7 +275,12 @@ def test_a_finished_comparison_starts_nothing(compared, monkeypatch):
 
 def arguments(output, *more):
     names = [spec.name for spec in dataclasses.fields(SMALL) if spec.name not in ("allocation", "seed", "threads")]
-    flags = [part for name in names for part in ("--" + name.replace("_", "-"), str(getattr(SMALL, name)))]
+    flags = [
+        part
+        for name in names
+        if getattr(SMALL, name) is not None
+        for part in ("--" + name.replace("_", "-"), str(getattr(SMALL, name)))
+    ]
     return ["compare", *flags, "--policies", "uniform", "knapsack", "--seeds", "0", "--output", str(output), *more]
 
 

@@ -6,11 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import tiny
 from knapsack_rl.trl import ALLOCATION_LOG, KnapsackGRPOTrainer
-from knapsack_rl.trl import trainer as trainer_module
 
 RUN = """
 import hashlib, numpy as np, knapsack_rl as kr
@@ -55,24 +53,3 @@ def test_workers_that_load_data_change_nothing(tmp_path) -> None:
         ends.append([tiny.fingerprint(trainer.model), *({**row, "seconds": 0} for row in rows)])
     assert len(ends[0]) == 4
     assert ends[0] == ends[1]
-
-
-def test_a_batch_is_allocated_equally_over_any_number_of_processes(tmp_path, monkeypatch) -> None:
-    """The rows of all processes together are those of one process, in the same order."""
-    trainer = trainer_of(tmp_path)
-    everything = [{"prompt": f"{k}+{k % 7}=", "prompt_id": f"p{k}"} for k in (0, 3, 7, 11, 12, 14) for _ in range(4)]
-    monkeypatch.setattr(trainer_module, "gather_object", lambda rows: everything)
-    found = []
-    for processes in (1, 2, 3, 4, 6):
-        share = len(everything) // processes
-        rows = []
-        for rank in range(processes):
-            accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
-            with monkeypatch.context() as patch:
-                patch.setattr(trainer, "accelerator", accelerator)
-                mine, step = trainer._plan_step(everything[rank * share : (rank + 1) * share])
-            assert len(mine) == share
-            rows += [row["prompt_id"] for row in mine]
-        found.append((rows, step.plan.counts.tolist()))
-    assert all(one == found[0] for one in found)
-    assert max(found[0][1]) > min(found[0][1])

@@ -393,7 +393,7 @@ class Session:
         groups = self.survive("success rule", lambda: allocator.outcomes_of(prompt_R, outcomes, prompts))
         if groups is None:  # the successes of the step are unknown
             groups = outcomes_by_position(prompt_R, np.full(prompt_R.shape, np.nan), prompts)
-        if self.says:
+        if self.says and self.settings.allocation != "uniform":
             self.survive("reporting", lambda: self._tell_success(groups))
         if plan.identified:
             self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
