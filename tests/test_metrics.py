@@ -6,7 +6,8 @@ import numpy as np
 
 from knapsack_rl.metrics import CORE, OCCASIONAL, select_metrics
 from knapsack_rl.runs.watch import WATCHED, watch_rows
-from knapsack_rl.session import AllocationSettings, Session
+from knapsack_rl.session import Session
+from knapsack_rl.settings import AllocationSettings
 
 PROMPTS, MEAN = 16, 4
 

@@ -19,7 +19,8 @@ from experiments.pool import ARMS
 from knapsack_rl.groups import group_advantages
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
-from knapsack_rl.session import AllocationSettings, Session
+from knapsack_rl.session import Session
+from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.tasks.data import DataRequest, TaskData
 from knapsack_rl.tasks.registry import load_data

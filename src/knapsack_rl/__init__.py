@@ -11,7 +11,8 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import RolloutQueue
 from knapsack_rl.conformance import check_engine
 from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
-from knapsack_rl.session import AllocationSettings, Session
+from knapsack_rl.session import Session
+from knapsack_rl.settings import AllocationSettings
 
 
 def __getattr__(name: str) -> str:

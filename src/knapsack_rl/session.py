@@ -1,4 +1,4 @@
-"""One run of any engine: settings, the plan of a step, learning from its outcomes, log and state.
+"""One run of any engine: the plan of a step, learning from its outcomes, log and state.
 
 The TRL and verl adapters, the simulator and the command line share this. An engine makes two calls a step::
 
@@ -12,13 +12,11 @@ by kind.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,15 +25,14 @@ from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.degradation import uniform_counts
-from knapsack_rl.allocation.policies import BUDGET_UNITS, Allocation, unpredicted
-from knapsack_rl.allocation.value import VALUES
+from knapsack_rl.allocation.policies import Allocation, unpredicted
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.estimation.named import ESTIMATORS
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.runs.allocations import allocation_row
 from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row, finite_or_none
 from knapsack_rl.runs.watch import WarningLog
+from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.success import describe_rule
 
 logger = logging.getLogger(__name__)
@@ -44,142 +41,6 @@ T = TypeVar("T")
 
 STEPS_JUDGED = 25
 """Steps with the same outcome everywhere after which a run is warned."""
-
-ALLOCATIONS = ("knapsack", "paper", "uniform")
-
-
-def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """Return a field of a settings class, with the help and the choices of its flag."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-def kind_of(setting: dataclasses.Field[Any]) -> type:
-    """Return the type of a field of a settings class; one whose default is None is a number that need not be given."""
-    return float if setting.default is None else type(setting.default)
-
-
-@dataclass(kw_only=True)
-class AllocationSettings:
-    """Settings of the allocation, declared here once; every configuration of the project has these fields.
-
-    Attributes:
-        allocation: ``"knapsack"``, ``"paper"`` (the paper's rule with its fallback; the estimator is its window),
-            or ``"uniform"`` for stock GRPO with the same metrics.
-        estimator: name of the estimator of success rates.
-        estimator_settings: settings of the estimator, such as ``"window=8,minimum=4"``.
-        value: the value that is maximised: a name, or the import path ``"package.module:function"`` of a function
-            ``f(counts, success_rates)``. Estimators on a grid take any, the window only without its fallback.
-        budget_unit: ``"rollouts"``: a step has prompts x mean rollouts. ``"tokens"``: a step has as many expected
-            tokens as that would take, and its number of rollouts varies; until lengths are observed it is uniform.
-        min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
-            with 1 a prompt may get a single rollout, which is observed but has no gradient.
-        max_rollouts: most rollouts of a prompt.
-        success_threshold: an outcome above it counts as a success; by default what counts is learned from the outcomes,
-            see :mod:`knapsack_rl.success`.
-
-    Raises:
-        ValueError: a setting has the wrong type or is out of range, or the settings contradict each other.
-    """
-
-    allocation: str = option("knapsack", "how a step's rollouts are divided over its prompts", ALLOCATIONS)
-    estimator: str = option("bayes-filter", "estimator of success rates", tuple(ESTIMATORS))
-    estimator_settings: str = option("", "settings of the estimator, such as 'window=8,minimum=4'")
-    value: str = option("knapsack", f"value that is maximised: {', '.join(VALUES)}, or package.module:function")
-    budget_unit: str = option("rollouts", "unit of a step's budget", BUDGET_UNITS)
-    min_rollouts: int = option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
-    max_rollouts: int = option(128, "most rollouts of a prompt")
-    success_threshold: float | None = option(None, "an outcome above it is a success; learned by default")
-
-    def __post_init__(self) -> None:
-        self.check_allocation()
-
-    @classmethod
-    def of(cls, source: Any) -> AllocationSettings:
-        """Return these settings alone, read from an object that may have some of them as attributes."""
-        names = [spec.name for spec in dataclasses.fields(AllocationSettings)]
-        return AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
-
-    def check_allocation(self, mean: int | None = None, name: str = "rollouts_per_prompt") -> None:
-        """Check these settings by making the allocator once.
-
-        Args:
-            mean: mean rollouts of a prompt, if known.
-            name: the engine's name for it.
-
-        Raises:
-            ValueError: a setting is out of range, or the settings contradict each other.
-        """
-        check_fields(self, AllocationSettings)
-        if self.success_threshold is not None and not math.isfinite(self.success_threshold):
-            raise ValueError(f"success_threshold must be a finite number, got {self.success_threshold!r}")
-        try:
-            self.make_allocator()
-        except TypeError as error:
-            raise ValueError(f"estimator_settings {self.estimator_settings!r}: {error}") from error
-        except ValueError as error:
-            hint = f"estimator_settings {self.estimator_settings!r}: " if self.estimator_settings else ""
-            raise ValueError(f"{hint}{error}") from error
-        if self.budget_unit == "tokens" and self.allocation != "knapsack":
-            raise ValueError(f"budget_unit='tokens' needs allocation='knapsack', got {self.allocation!r}")
-        if mean is not None and not self.min_rollouts <= mean <= self.max_rollouts:
-            raise ValueError(
-                f"min_rollouts <= {name} <= max_rollouts must hold, got "
-                f"min_rollouts={self.min_rollouts}, {name}={mean}, max_rollouts={self.max_rollouts}"
-            )
-
-    @property
-    def estimator_options(self) -> dict[str, Any]:
-        """Keyword arguments of the estimator.
-
-        Raises:
-            ValueError: ``estimator_settings`` is not a list of ``name=value`` with numbers or ``true``, ``false``.
-        """
-        found: dict[str, Any] = {}
-        for part in filter(None, (part.strip() for part in self.estimator_settings.split(","))):
-            name, _, text = part.partition("=")
-            try:
-                found[name.strip()] = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"estimator_settings: {part!r} must be name=value with a number, true or false as the value"
-                ) from error
-        return found
-
-    def make_allocator(self) -> KnapsackAllocator:
-        """Return the allocator that these settings describe; under uniform allocation it only observes.
-
-        Raises:
-            ValueError: a setting is out of range.
-        """
-        return KnapsackAllocator(
-            "window" if self.allocation == "paper" else self.estimator,
-            self.min_rollouts,
-            self.max_rollouts,
-            success=self.success_threshold,
-            budget_unit=self.budget_unit,  # type: ignore[arg-type] # checked above
-            value=self.value,
-            **self.estimator_options,
-        )
-
-
-def check_fields(settings: Any, kind: type) -> None:
-    """Check the type of every field of a settings class against its default, and its choices.
-
-    Raises:
-        ValueError: a value has another type, or is not one of the choices.
-    """
-    for spec in dataclasses.fields(kind):
-        given, wanted = getattr(settings, spec.name), kind_of(spec)
-        if given is None and spec.default is None:
-            continue
-        if wanted is float and isinstance(given, int) and not isinstance(given, bool):
-            given = float(given)
-            object.__setattr__(settings, spec.name, given)
-        if type(given) is not wanted:
-            raise ValueError(f"{spec.name} must be {wanted.__name__}, got {given!r}")
-        choices = spec.metadata.get("choices")
-        if choices and given not in choices:
-            raise ValueError(f"{spec.name} must be one of {', '.join(choices)}, got {given!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.log_files import first_rows, is_allocation_log
 from knapsack_rl.offline.rollouts import READ_STEPS, Rollouts, read_rollouts
 from knapsack_rl.offline.tables import TableError, identities, numbers, read_columns, table_suffix
-from knapsack_rl.session import AllocationSettings
+from knapsack_rl.settings import AllocationSettings
 
 DEFAULT_ROLLOUTS = 8
 ID_COLUMN = "prompt_id"

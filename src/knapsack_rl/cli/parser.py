@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from knapsack_rl.session import kind_of
+from knapsack_rl.settings import kind_of
 
 ALLOCATION_FLAGS = ("estimator", "estimator_settings", "value", "min_rollouts", "max_rollouts")
 """Settings of allocation that are flags of the commands that read logs."""
@@ -77,7 +77,7 @@ def add_settings(
 
     Args:
         parser: a parser or a group of one.
-        settings: a dataclass whose fields :func:`knapsack_rl.session.option` made.
+        settings: a dataclass whose fields :func:`knapsack_rl.settings.option` made.
         names: of its fields.
         prefix: in front of the name under which a flag is parsed; such a flag is None unless it is given.
     """

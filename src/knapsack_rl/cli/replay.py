@@ -9,7 +9,7 @@ from pathlib import Path
 from knapsack_rl.cli.log_flags import KINDS_OF_LOGS, add_log_flags, column_names
 from knapsack_rl.cli.parser import ALLOCATION_FLAGS, add_command, add_settings
 from knapsack_rl.cli.progress import progress
-from knapsack_rl.session import AllocationSettings
+from knapsack_rl.settings import AllocationSettings
 
 EXAMPLES = """examples:
   knapsack-rl replay runs/uniform-n8-seed0                      a run folder of this package

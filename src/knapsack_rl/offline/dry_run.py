@@ -23,7 +23,8 @@ from knapsack_rl.offline.simulate import Allocated, PolicyMaker, Simulation, all
 from knapsack_rl.runs.calibration import Calibration
 from knapsack_rl.runs.curves import rollouts_to_reach
 from knapsack_rl.runs.files import finite_or_none
-from knapsack_rl.session import AllocationSettings, Session, check_fields, option
+from knapsack_rl.session import Session
+from knapsack_rl.settings import AllocationSettings, check_fields, option
 
 BUDGETS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 """Shares of the recorded budget to try; rollouts at equal value are interpolated between them."""

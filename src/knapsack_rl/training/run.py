@@ -22,7 +22,7 @@ from knapsack_rl.runs.files import (
     find_start,
     steps_of,
 )
-from knapsack_rl.session import AllocationSettings
+from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.training.card import write_card
 from knapsack_rl.training.data import TaskData, for_tokenizer, load_task, stop_token
 from knapsack_rl.training.lock import own_folder, refuse_if_owned

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from knapsack_rl.runs import files
-from knapsack_rl.session import AllocationSettings, check_fields, option
+from knapsack_rl.settings import AllocationSettings, check_fields, option
 
 MODEL_PRESETS = ("arithmetic-base", "smollm2-135m")
 """Models that need no hub; any other name is a Hugging Face folder or name."""

@@ -11,12 +11,12 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.metrics import LOGGED
-from knapsack_rl.session import AllocationSettings
+from knapsack_rl.settings import AllocationSettings
 
 
 @dataclass
 class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
-    """TRL's ``GRPOConfig``, the fields of :class:`~knapsack_rl.session.AllocationSettings`, and the following.
+    """TRL's ``GRPOConfig``, the fields of :class:`~knapsack_rl.settings.AllocationSettings`, and the following.
 
     ``num_generations`` is the mean number of rollouts per prompt.
 

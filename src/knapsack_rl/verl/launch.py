@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knapsack_rl.metrics import LOGGED
-from knapsack_rl.session import AllocationSettings, check_fields, option
+from knapsack_rl.settings import AllocationSettings, check_fields, option
 
 MANAGER_KEY = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 SAMPLER_PATH_KEY = "trainer.v1.sampler.custom_sampler.path"
@@ -41,7 +41,7 @@ UNGROUPED = ("gae", "remax", "reinforce_plus_plus")
 class VerlSettings(AllocationSettings):
     """Settings of the plug-in: the keys below ``trainer.v1.sampler.sampler_kwargs``.
 
-    The fields of :class:`~knapsack_rl.session.AllocationSettings`, and the following.
+    The fields of :class:`~knapsack_rl.settings.AllocationSettings`, and the following.
 
     Attributes:
         prompt_id: identifies a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt itself),
