@@ -123,7 +123,7 @@ class KnapsackAllocator(Guarded):
         self.budget_unit, self.value = budget_unit, value
         check_choices(self.estimator, budget_unit, value, self.min_rollouts)
         self.tracker = Tracker(self.estimator.evidence_size)
-        self._visits_since_refit = 0
+        self._batches_at_refit = 0
         self._prompts_at_refit = 0
         self._degraded_batches = 0
         self._unscored_rollouts = 0
@@ -314,15 +314,16 @@ class KnapsackAllocator(Guarded):
                 discount=self.estimator.discount,
                 evidence=self.survive("learning", lambda: finite_evidence(self.estimator, known, successes, totals)),
             )
-            self._refit_when_due(len(visitors))
+            self._refit_when_due()
         self._step.compare(prompt_ids, groups, lost)
 
-    def _refit_when_due(self, visits: int) -> None:
+    def _refit_when_due(self) -> None:
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
-        self._visits_since_refit += visits
-        if self._visits_since_refit >= self._prompts_at_refit:
-            self.survive("refitting", lambda: self.estimator.refit(self.tracker.records()))
-            self._visits_since_refit, self._prompts_at_refit = 0, len(self.tracker)
+        tracker = self.tracker
+        doubled = len(tracker) >= 2 * self._prompts_at_refit
+        if doubled or tracker.clock - self._batches_at_refit >= tracker.epoch:
+            self.survive("refitting", lambda: self.estimator.refit(tracker.records()))
+            self._batches_at_refit, self._prompts_at_refit = tracker.clock, len(tracker)
 
     @one_at_a_time
     def metrics(self) -> dict[str, float]:

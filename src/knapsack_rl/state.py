@@ -178,9 +178,9 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
 
 
 FORMAT = "knapsack-rl allocator"
-VERSION = 4
+VERSION = 5
 
-COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
+COUNTERS = ("batches_at_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
 """Counters of an allocator in the header, whole numbers >= 0."""
 
 HEADER_TYPES: dict[str, Any] = {
