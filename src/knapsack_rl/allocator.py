@@ -170,7 +170,9 @@ class KnapsackAllocator(Guarded):
         elif low > 0 or budget > len(ids) * high:
             found = allocate_expected(belief.marginals, budget, low, high, priority=order)
         else:
-            found = allocate_with_skips(belief, records.age, budget, high, order)
+            skips = np.where(records.visits > 0, records.skips, np.inf)
+            found = allocate_with_skips(belief, skips, budget, high, order)
+            self.tracker.skip(ids[k] for k in np.flatnonzero(found.counts == 0).tolist())
         return self._step.expect(ids, self._note_degradation(found), belief)
 
     def _allocate_tokens(self, ids: list[PromptId], budget: float, multiple: int) -> Allocation:

@@ -250,7 +250,7 @@ class BayesFilterEstimator(GridPosterior):
 
     VARIANCES = np.array([1e-4, 0.01, 0.04, 0.16, 0.6, 2.4])
     """Of the walk, in squared logits per epoch."""
-    HAZARDS = np.array([0.01, 0.3, 1e9])
+    HAZARDS = np.array([0.001, 0.03, 0.5, 1e9])
     """Of jumps, per epoch; with the last nothing is remembered."""
     DRIFTS = np.array([-0.4, -0.1, 0.0, 0.1, 0.4])
     """Logits per epoch."""
@@ -268,8 +268,11 @@ class BayesFilterEstimator(GridPosterior):
     def __init__(self, grid_points: int = 57, iterations: int = 40) -> None:
         super().__init__(grid_points, iterations)
         self.evidence_size = grid_points
-        shape = self.VARIANCES.size, self.HAZARDS.size, self.DRIFTS.size
-        self.weights: FloatArray = np.full(shape, 1.0 / np.prod(shape))
+        # Each hazard is half as likely as the one below it; variances and drifts are all alike.
+        by_hazard = 0.5 ** np.arange(self.HAZARDS.size)[:, None]
+        self._first: FloatArray = np.tile(by_hazard, (self.VARIANCES.size, 1, self.DRIFTS.size))
+        self._first /= self._first.sum()
+        self.weights = self._first.copy()
         self._spacing = 2.0 * LARGEST_LOGIT / (grid_points - 1)
         point, wave = np.arange(grid_points)[:, None], np.arange(grid_points)
         self._cosines = np.cos(np.pi * (point + 0.5) * wave / grid_points) * np.sqrt(2.0 / grid_points)
@@ -330,7 +333,7 @@ class BayesFilterEstimator(GridPosterior):
     def _weigh(self, scores: FloatArray, visits: int) -> None:
         """Share a part of the weights, then multiply them by the probability of the visits."""
         share = self.SHARE * min(visits / self.SHARE_VISITS, 1.0)
-        weights = ((1.0 - share) * self.weights + share / scores.size) * np.exp(scores - scores.max())
+        weights = ((1.0 - share) * self.weights + share * self._first) * np.exp(scores - scores.max())
         self.weights = weights / weights.sum()
 
     def _moved(self, posterior: FloatArray, ages: _Ages) -> tuple[FloatArray, FloatArray]:
