@@ -682,7 +682,7 @@ def test_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
     state = newer(trained().state_dict())
     statefile.write_state(path, state["header"], state["arrays"])
     old = path.read_bytes()
-    with pytest.raises(ValueError, match=r"version 99.*reads version 4"):
+    with pytest.raises(ValueError, match=r"version 99.*reads version 5"):
         kr.KnapsackAllocator.load(path)
     assert path.read_bytes() == old
 
@@ -702,7 +702,7 @@ def with_array(name: str, array) -> object:
 
 def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
     for change, message in [
-        (newer, "version 99.*reads version 4"),
+        (newer, "version 99.*reads version 5"),
         (lambda state: {**state, "header": {"format": "other"}}, "format is 'other'"),
         (lambda state: {**state, "header": {}}, "format is None"),
         (lambda _: trained("beta").state_dict(), "estimator .*'beta'.*'empirical-bayes'"),

@@ -200,7 +200,7 @@ def test_a_whole_file_of_impossible_numbers_changes_nothing(tmp_path: Path) -> N
         ("tracker.failures", np.array([-1.0, 1.0]), "finite numbers >= 0"),
         ("tracker.rollouts", np.array([-1, 1]), "finite numbers >= 0"),
         ("tracker.success_length_sum", np.array([np.inf, 1.0]), "finite numbers >= 0"),
-        ("tracker.last_visit", np.array([99, 1]), "after its 2 visits"),
+        ("tracker.last_visit", np.array([99, 1]), "99 after its 1 batches"),
         ("tracker.evidence", np.full((2, 57), np.nan, np.float32), "evidence .*finite"),
         ("tracker.prompt_ids", np.frombuffer(b"\xff\xfe", np.uint8), "prompt ids"),
         ("tracker.prompt_ids", np.frombuffer(b"[" * 100_000, np.uint8), "prompt ids"),

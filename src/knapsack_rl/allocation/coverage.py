@@ -37,20 +37,37 @@ def allocate_with_skips(
     """
     counts = serve_or_skip(belief.marginals, budget, max_rollouts, priority)
     again = rechecks(belief, counts, skips, budget)
-    left = budget - CHECK_ROLLOUTS * int(again.sum())
-    reason = ""
-    if again.any():
-        others = ~again
-        room = int(others.sum()) * max_rollouts
-        if left <= room and left != 1:
-            counts = np.full(counts.size, CHECK_ROLLOUTS)
-            counts[others] = serve_or_skip(belief.marginals[others], left, max_rollouts, priority[others])
-        else:  # more than the others have room for, or less than a pair: prompts that are checked get the rest
-            filled = max_rollouts if left > room else 0
-            lower, upper = np.where(again, CHECK_ROLLOUTS, filled), np.where(again, max_rollouts, filled)
-            counts = solver.solve(belief.marginals, budget, lower, upper, priority=priority)
+    missed, reason = again, ""
+    while missed.any():  # paying for checks may drop a prompt that is due
+        again = again | missed
+        counts = _with_checks(belief.marginals, again, budget, max_rollouts, priority)
+        due = np.flatnonzero((counts == 0) & (skips >= LONGEST_SKIP))
+        missed = _most_skipped(due, skips, budget // CHECK_ROLLOUTS - int(again.sum()))
         reason = f"{int((counts == 0).sum())} prompts skipped, {int(again.sum())} others checked again"
     return Allocation(counts, solver.total_value(belief.marginals, counts), reason)
+
+
+def _with_checks(
+    marginals: FloatArray, again: NDArray[np.bool_], budget: int, max_rollouts: int, priority: FloatArray
+) -> IntArray:
+    """Return counts in which the chosen prompts are checked, and the others are served or skipped with what is left."""
+    others, left = ~again, budget - CHECK_ROLLOUTS * int(again.sum())
+    room = int(others.sum()) * max_rollouts
+    if left <= room and left != 1:
+        counts = np.full(again.size, CHECK_ROLLOUTS)
+        counts[others] = serve_or_skip(marginals[others], left, max_rollouts, priority[others])
+        return counts
+    # More than the others have room for, or less than a pair: prompts that are checked get the rest.
+    filled = max_rollouts if left > room else 0
+    lower, upper = np.where(again, CHECK_ROLLOUTS, filled), np.where(again, max_rollouts, filled)
+    return solver.solve(marginals, budget, lower, upper, priority=priority)
+
+
+def _most_skipped(prompts: IntArray, skips: FloatArray, most: int) -> NDArray[np.bool_]:
+    """Return which of (M,) prompts are among the given ones and, of these, the few skipped most often."""
+    chosen = np.zeros(skips.size, bool)
+    chosen[prompts[np.argsort(-skips[prompts], kind="stable")][: max(most, 0)]] = True
+    return chosen
 
 
 def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priority: FloatArray) -> IntArray:
@@ -125,17 +142,13 @@ def rechecks(belief: Belief, counts: IntArray, skips: FloatArray, budget: int) -
         skips: (M,) batches in a row in which the prompt was skipped; infinite for one never seen.
         budget: rollouts of the batch.
     """
-    chosen = np.zeros(counts.size, bool)
     skipped = np.flatnonzero(counts == 0)
     if not skipped.size:
-        return chosen
+        return np.zeros(counts.size, bool)
     overdue = skips[skipped] >= LONGEST_SKIP
     worth = np.zeros(skipped.size, bool)
     if belief.value_of_information is not None:
         price = price_of_rollout(belief.marginals, counts)
         now = belief.marginals[skipped, :CHECK_ROLLOUTS].sum(axis=1)
         worth = now + belief.value_of_information(skipped, price) > CHECK_ROLLOUTS * price
-    wanted = skipped[overdue | worth]
-    affordable = budget // CHECK_ROLLOUTS
-    chosen[wanted[np.argsort(-skips[wanted], kind="stable")][:affordable]] = True
-    return chosen
+    return _most_skipped(skipped[overdue | worth], skips, budget // CHECK_ROLLOUTS)
