@@ -169,6 +169,8 @@ class Synthetic:
         for change in self.changes:
             if not (0 < change.epoch < np.inf and 0 < change.share <= 1 and np.isfinite(change.shift)):
                 raise ValueError(f"a change needs an epoch > 0, a share in (0, 1] and a finite shift, got {change}")
+            if change.mixture is not None:
+                _parse(change.mixture)
         return SyntheticEpisode(self, seed)
 
 
