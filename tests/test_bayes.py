@@ -510,6 +510,7 @@ def test_the_prior_of_static_prompts_is_that_of_their_counts() -> None:
     rng = np.random.default_rng(17)
     rates = rng.beta(0.5, 0.5, 300)
     estimator, other = make(variance=0.0), EmpiricalBayesEstimator()
+    estimator.SMOOTHING = 0.0
     records, counts = Records.empty(300, 57), Records.empty(300)
     for _ in range(2):
         good = rng.binomial(4, rates)
@@ -533,6 +534,25 @@ def test_the_prior_is_that_of_the_current_population() -> None:
         estimator.refit(seen(evidence, age))
         centres.append(float(estimator.prior @ logits(57)))
     assert centres[1] - centres[0] == pytest.approx(2.0, abs=0.1)
+
+
+def test_the_fitted_prior_is_smoothed() -> None:
+    """By a walk of a third of a logit, so that what few prompts show is not all that is possible."""
+    evidence = np.exp(-2.0 * (logits(57) - np.array([[-3.0], [0.5]])) ** 2)
+    spiky, smooth = make(variance=1e-6), make(variance=1e-6)
+    spiky.SMOOTHING = 0.0
+    for estimator in (spiky, smooth):
+        estimator.refit(seen(evidence, 1.0))
+    np.testing.assert_allclose(smooth.prior, spiky.prior @ walk_matrix(57, smooth.SMOOTHING), rtol=1e-6)
+
+
+def test_the_prior_is_that_of_prompts_in_use() -> None:
+    evidence = np.exp(-2.0 * (logits(57) - np.repeat([-3.0, 3.0], 50)[:, None]) ** 2)
+    ages = np.repeat([1.5 * BayesFilterEstimator.IN_USE, 1.0], 50)
+    estimator, alone = make(variance=1e-6), make(variance=1e-6)
+    estimator.refit(seen(evidence, ages))
+    alone.refit(seen(evidence[50:], 1.0))
+    np.testing.assert_array_equal(estimator.prior, alone.prior)
 
 
 @pytest.mark.parametrize("kind", [BayesFilterEstimator, EmpiricalBayesEstimator])

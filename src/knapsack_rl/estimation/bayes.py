@@ -260,6 +260,8 @@ class BayesFilterEstimator(GridPosterior):
     """No history makes a rate impossible: smallest likelihood, relative to the largest."""
     WARM = 0.9
     """A refit starts from the last prior, with the rest flat, so that it converges over the epochs."""
+    SMOOTHING = 0.1
+    """Variance in squared logits by which a fitted prior is smoothed: the best fit to few prompts is a few spikes."""
     IN_USE = 16.0
     """The population is that of the prompts visited in so many newest epochs."""
     # The information of a visit helps a few later ones too; chosen on a development set, where 1 to 8 differ little.
@@ -394,6 +396,9 @@ class BayesFilterEstimator(GridPosterior):
         likelihood = self._likelihood(_sample(population if in_use.size == len(population) else population.take(in_use)))
         start = self.WARM * self.prior + (1.0 - self.WARM) / self.grid.size
         self.fit_prior(likelihood / likelihood.max(axis=1, keepdims=True), start)
+        waves = product_of_columns(self._cosines, self.prior) * np.exp(-self.SMOOTHING * self._decay)
+        smooth = np.maximum(product(self._cosines, waves), self.FLOOR)
+        self.prior = smooth / smooth.sum()
 
     def posterior(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
