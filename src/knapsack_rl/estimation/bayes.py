@@ -85,7 +85,8 @@ class GridPosterior(Estimator):
     def posterior_of(self, likelihood: FloatArray) -> FloatArray:
         """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
         joint = likelihood * self.prior
-        return joint / joint.sum(axis=1, keepdims=True)
+        joint /= joint.sum(axis=1, keepdims=True)
+        return joint
 
     def belief_of(self, posterior: FloatArray, max_rollouts: int) -> Belief:
         """Return the posterior mean and expectations over the grid."""
@@ -301,7 +302,7 @@ class BayesFilterEstimator(GridPosterior):
             returning = records if again.size == len(records) else records.take(again)
             posterior, ages = self._posterior_then(returning), _distinct(returning.age)
             self._weigh(self._scores(posterior, ages, visit[again]), again.size)
-            known[again] = np.divide(*self._moved(posterior, ages))
+            known[again] = self._likelihood_after(posterior, ages)
         evidence = known * visit
         return np.maximum(evidence / evidence.max(axis=1, keepdims=True), self.FLOOR)
 
@@ -338,30 +339,38 @@ class BayesFilterEstimator(GridPosterior):
         weights = ((1.0 - share) * self.weights + share * self._first) * np.exp(scores - scores.max())
         self.weights = weights / weights.sum()
 
-    def _moved(self, posterior: FloatArray, ages: _Ages) -> tuple[FloatArray, FloatArray]:
-        """Return (M, grid_points) where each prompt and where the population has moved, by all models together.
+    def _likelihood_after(self, posterior: FloatArray, ages: _Ages) -> FloatArray:
+        """Return the (M, grid_points) likelihood of all visits given the rate now, by all models together.
 
-        The drift is the expected one: a mixture of small shifts differs from it only in variance.
+        Args:
+            posterior: (M, grid_points) posterior after the newest visit.
+            ages: time since then.
         """
         distinct, which = ages
-        # The prior is moved once per age, in the same products.
-        rows = np.concatenate([posterior, np.broadcast_to(self.prior, (distinct.size, self.grid.size))])
-        every = distinct, np.concatenate([which, np.arange(distinct.size)])
-        chance = np.exp(-np.outer(distinct, self.HAZARDS)) @ self.weights.sum(axis=2).T
-        damping = np.einsum("av,vak->ak", chance, self._damping(distinct))
-        waves = product(self._drifted(rows, every, self.drift), self._cosines)
-        waves *= damping.take(every[1], axis=0)
-        moved = product(waves, self._cosines.T)
-        np.maximum(moved, self.FLOOR, out=moved)  # rounding may leave a tiny negative number
-        moved += (1.0 - chance.sum(axis=1)).take(every[1])[:, None] * self.prior
-        return moved[: which.size], moved[which.size :].take(which, axis=0)
+        stays = product(np.exp(-np.outer(distinct, self.HAZARDS)), self.weights.sum(axis=2).T)
+        damping = np.einsum("av,vak->ak", stays, self._damping(distinct))
+        jumped = np.outer(1.0 - stays.sum(axis=1), self.prior)
+
+        def moved(rows: FloatArray, which: NDArray[np.intp]) -> FloatArray:
+            # The drift is the expected one: a mixture of small shifts differs from it only in variance.
+            waves = product(self._drifted(rows, (distinct, which), self.drift), self._cosines)
+            waves *= damping.take(which, axis=0)
+            found = product(waves, self._cosines.T)
+            np.maximum(found, self.FLOOR, out=found)  # rounding may leave a tiny negative number
+            found += jumped.take(which, axis=0)
+            return found
+
+        population = moved(np.broadcast_to(self.prior, (distinct.size, self.grid.size)), np.arange(distinct.size))
+        likelihood = moved(posterior, which)
+        likelihood *= (1.0 / population).take(which, axis=0)
+        return likelihood
 
     def _damping(self, ages: FloatArray) -> FloatArray:
         """Return (variances, ages, grid_points) factors of the cosines after a walk over each age."""
         return np.exp(-np.multiply.outer(np.outer(self.VARIANCES, ages), self._decay))
 
     def _drifted(self, rows: FloatArray, ages: _Ages, drift: float) -> FloatArray:
-        """Return (M, grid_points) distributions after a drift over their ages; what would leave the grid stays at its end.
+        """Return (M, grid_points) distributions after a drift over their ages; none leaves the grid.
 
         Mass between two points is divided between them.
         """
@@ -369,22 +378,28 @@ class BayesFilterEstimator(GridPosterior):
         cells, size = distinct * drift / self._spacing, self.grid.size
         if not cells.any():
             return rows
-        whole = np.floor(cells)
-        padded = np.zeros((which.size, size + 2))
-        padded[:, 1:-1] = rows
-        # Where the mass of each point, and of the one below the first, comes from; the padding is empty.
-        source = np.arange(size + 1) - whole.astype(np.intp)[:, None]
-        source = np.minimum(np.maximum(source, 0), size + 1).take(which, axis=0)
-        source += (size + 2) * np.arange(which.size)[:, None]
-        near_and_far = padded.take(source, mode="clip")  # all are in range: the mode saves a copy
+        whole = np.minimum(np.maximum(np.floor(cells), -size), size).astype(np.intp)
+        room = int(np.abs(whole).max()) + 1
+        padded = np.zeros((which.size, size + 2 * room))
+        padded[:, room : room + size] = rows
+        # Where the mass of each point, and of the one below the first, comes from.
+        first = room - 1 - whole
+        if first.min() == first.max():  # as often happens: no need to gather
+            near_and_far = padded[:, first[0] : first[0] + size + 1]
+        else:
+            begins = first.take(which) + padded.shape[1] * np.arange(which.size)
+            near_and_far = padded.take(begins[:, None] + np.arange(size + 1), mode="clip")  # the mode saves a copy
         near, far = near_and_far[:, 1:], near_and_far[:, :-1]
-        moved = near + (cells - whole)[which, None] * (far - near)
-        moved[:, -1 if drift > 0.0 else 0] += rows.sum(axis=1) - moved.sum(axis=1)
-        return np.maximum(moved, 0.0, out=moved)  # the difference of equal sums may be a tiny negative number
+        moved = far - near
+        moved *= np.clip(cells - whole, 0.0, 1.0)[which, None]
+        moved += near
+        # The rest of the mass has left the grid; a difference of equal sums may be a tiny negative number.
+        moved[:, -1 if drift > 0.0 else 0] += np.maximum(1.0 - moved.sum(axis=1), 0.0)
+        return moved
 
     def _likelihood(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) likelihood of all visits given the current rate; ones for an unseen prompt."""
-        now = np.divide(*self._moved(self._posterior_then(records), _distinct(records.age)))
+        now = self._likelihood_after(self._posterior_then(records), _distinct(records.age))
         now[records.visits == 0] = 1.0
         return now
 
@@ -426,7 +441,7 @@ class BayesFilterEstimator(GridPosterior):
         net = np.cumsum(self._values[:, :max_rollouts], axis=1) - price * np.arange(1, max_rollouts + 1)
 
         def earned(at_check: FloatArray) -> FloatArray:
-            later = self.posterior_of(np.divide(*self._moved(at_check, _distinct(np.ones(at_check.shape[0])))))
+            later = self.posterior_of(self._likelihood_after(at_check, _distinct(np.ones(at_check.shape[0]))))
             return np.maximum(product(later, net).max(axis=1), 0.0)
 
         k = np.arange(CHECK_ROLLOUTS + 1)
