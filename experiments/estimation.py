@@ -61,6 +61,9 @@ HARSH = {
 }  # fmt: skip
 """Sudden changes, fast movement, unusual batches. The filter was made on smaller ones of other sizes and seeds."""
 
+IN_HARSH = ("Beta", "Bayes filter", "Bayes filter, may skip")
+"""Policies that are simulated there."""
+
 WATCHED = ", uniform allocation watched"
 """Ending of the label of an environment in which the policies only predict."""
 
@@ -90,25 +93,32 @@ def environments(options: Options) -> dict[str, Environment]:
     recorded = Replay(trace, epochs=12 if options.quick else None)
     found: dict[str, Environment] = {f"recorded run, {options.split} ({len(trace)} prompts)": recorded}
     for label, synthetic in (SYNTHETIC | HARSH).items():
-        small = {"prompts": 256, "epochs": 12, "retired": min(synthetic.retired, 256)}
-        found[label] = replace(synthetic, **small) if options.quick else synthetic
+        small = replace(synthetic, prompts=256, epochs=12, retired=min(synthetic.retired, 256))
+        found[label] = small if options.quick else synthetic
     return found
 
 
 def pieces(options: Options) -> int:
     """Number of simulations."""
-    pairs = len(environments(options)) * len(policies()) + len(watchers())
-    return pairs * len(options.seed_range)
+    return sum(len(places) * len(chosen) for places, chosen in plans(options)) * len(options.seed_range)
+
+
+def plans(options: Options) -> list[tuple[dict[str, Environment], dict[str, PolicyMaker]]]:
+    """Environments, each with the policies that are simulated in it."""
+    places, everyone = environments(options), policies()
+    recorded = next(iter(places))
+    return [
+        ({where: places[where] for where in places if where not in HARSH}, everyone),
+        ({where: places[where] for where in HARSH if where in places}, {name: everyone[name] for name in IN_HARSH}),
+        ({recorded + WATCHED: places[recorded]}, watchers()),
+    ]
 
 
 def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
     """Simulate every policy in every environment; a row has the figures of all seeds."""
-    places = environments(options)
-    recorded = next(iter(places))
-    plans = ((places, policies()), ({recorded + WATCHED: places[recorded]}, watchers()))
     results = [
         result.as_dict()
-        for where, chosen in plans
+        for where, chosen in plans(options)
         for result in compare(
             where,
             chosen,
@@ -155,7 +165,6 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     columns = ("gain_captured", "effective_rollouts", "effective_prompts")
     watched = ("predicted", "realised", "brier")
     recorded = list(by_place.get(RECORDED, {}).values())
-    shown = list(next(iter(synthetic.values()), {}))
     return {
         "recorded": markdown_table(
             ("policy", *(HEADINGS[name] for name in columns)),
@@ -166,7 +175,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
             [(label, *(_cell(row, name) for name in watched)) for label, row in by_place.get("watched", {}).items()],
         ),
         **{name: markdown_table(
-            ("environment", *shown),
-            [(where, *(_cell(found[policy], "gain_captured") for policy in shown)) for where, found in places.items()],
+            ("environment", *next(iter(places.values()), {})),
+            [(where, *(_cell(row, "gain_captured") for row in found.values())) for where, found in places.items()],
         ) for name, places in (("synthetic", synthetic), ("harsh", harsh))},
     }  # fmt: skip

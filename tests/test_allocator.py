@@ -710,7 +710,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
         (without("version"), "version"),
         (without("estimator"), "estimator"),
         (without("settings"), "settings"),
-        (without("batches_at_refit"), "visits_since_refit"),
+        (without("batches_at_refit"), "batches_at_refit"),
         (without("unscored_rollouts"), "unscored_rollouts"),
         (without("estimator.prior"), "prior"),
         (without("tracker.recent"), "recent"),

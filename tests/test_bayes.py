@@ -33,7 +33,9 @@ FLOOR = BayesFilterEstimator.FLOOR
 Array = NDArray[np.float64]
 
 
-def make(points: int = 57, *, variance: float | None = None, drift=0.0, hazard=0.0, prior: Array | None = None, **options):
+def make(
+    points: int = 57, *, variance: float | None = None, drift=0.0, hazard=0.0, prior: Array | None = None, **options
+):
     """An estimator with one model of movement, all of them by default, and on request a prior (flat otherwise)."""
     kind = BayesFilterEstimator
     if variance is not None:
@@ -78,7 +80,7 @@ def walk_matrix(points: int, variance: float) -> Array:
 
 
 def drift_matrix(points: int, drift: float) -> Array:
-    """(from, to) probabilities: every point moves up by the drift, divided between neighbours, and stays on the grid."""
+    """(from, to) probabilities: every point moves by the drift, divided between neighbours, and stays on the grid."""
     matrix, cells = np.zeros((points, points)), drift * (points - 1) / (2 * LARGEST_LOGIT)
     for i in range(points):
         below = int(np.floor(i + cells))

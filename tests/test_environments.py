@@ -139,7 +139,7 @@ def test_impossible_dynamics_are_refused():
         assert "finite" in message_of(ValueError, Synthetic(**settings).start, 0), settings
 
 
-# -- sudden changes and unusual batches ---------------------------------------------------------------------------------
+# -- sudden changes and unusual batches -----------------------------------------------------------------------------
 
 
 def rates_by_epoch(environment):
@@ -177,7 +177,9 @@ def test_a_change_within_an_epoch_and_a_draw_under_drift():
 
 
 def test_retired_prompts_come_once_and_before_all_others():
-    environment = Synthetic("uniform", prompts=12, epochs=3, batch_size=4, retired=10, changes=(Sudden(1.0, shift=9.0),))
+    environment = Synthetic(
+        "uniform", prompts=12, epochs=3, batch_size=4, retired=10, changes=(Sudden(1.0, shift=9.0),)
+    )
     episode = environment.start(1)
     batches = [batch.tolist() for batch in episode.batches]
     assert sorted(sum(batches[:3], [])) == list(range(12, 22))
@@ -197,7 +199,13 @@ def test_batches_drawn_anew_are_distinct_within_a_batch_only():
 
 
 def test_impossible_changes_are_refused():
-    for change in (Sudden(0.0), Sudden(math.nan), Sudden(1.0, share=0.0), Sudden(1.0, share=1.5), Sudden(1.0, shift=math.inf)):
+    for change in (
+        Sudden(0.0),
+        Sudden(math.nan),
+        Sudden(1.0, share=0.0),
+        Sudden(1.0, share=1.5),
+        Sudden(1.0, shift=math.inf),
+    ):
         assert "share in (0, 1]" in message_of(ValueError, Synthetic(changes=(change,)).start, 0)
     assert "gaussian" in message_of(ValueError, Synthetic(changes=(Sudden(1.0, mixture="gaussian"),)).start, 0)
     assert "retired" in message_of(ValueError, Synthetic(retired=-1).start, 0)

@@ -20,11 +20,15 @@ MORE = (*SEEDS, 303, 304, 305, 306)  # for batches of all prompts, which take no
 WORLDS = {
     "static": Synthetic("0.3*beta(20,1) + 0.3*beta(1,20) + 0.4*beta(2,2)", **SIZE),
     "learning": Synthetic("beta(1,10)", **SIZE, gain=0.3),
-    "up and down": Synthetic("0.7*beta(1,20) + 0.3*uniform", **SIZE, changes=(Sudden(4.0, shift=3.0), Sudden(9, shift=-3))),
+    "up and down": Synthetic(
+        "0.7*beta(1,20) + 0.3*uniform", **SIZE, changes=(Sudden(4.0, shift=3.0), Sudden(9.0, shift=-3.0))
+    ),
     "collapse": Synthetic("0.6*beta(20,1) + 0.4*uniform", **SIZE, changes=(Sudden(6.5, shift=-4.0),)),
     "format learned": Synthetic("beta(1,20)", **SIZE, changes=(Sudden(5.5, 0.6, "beta(3,2)"),)),
     "another policy": Synthetic("bimodal", **SIZE, changes=(Sudden(7.0, mixture="bimodal"),)),
-    "batches of four": Synthetic("bimodal", prompts=96, epochs=12, batch_size=4, changes=(Sudden(6, mixture="uniform"),)),
+    "batches of four": Synthetic(
+        "bimodal", prompts=96, epochs=12, batch_size=4, changes=(Sudden(6.0, mixture="uniform"),)
+    ),
     "some jump at any time": Synthetic(
         "late-training", **SIZE, changes=tuple(Sudden(epoch + 0.5, 0.15, "late-training") for epoch in range(1, 14))
     ),
@@ -33,7 +37,9 @@ WORLDS = {
     "together": Synthetic("late-training", **TOGETHER),
     "together, walking": Synthetic("beta(1,2)", **TOGETHER, walk=0.4),
     "together, another policy": Synthetic("late-training", **TOGETHER, changes=(Sudden(6.0, mixture="late-training"),)),
-    "drawn anew, another policy": Synthetic("late-training", **SIZE, reshuffled=False, changes=(Sudden(7, mixture="uniform"),)),
+    "drawn anew, another policy": Synthetic(
+        "late-training", **SIZE, reshuffled=False, changes=(Sudden(7.0, mixture="uniform"),)
+    ),
     "many retired": Synthetic("uniform", **SIZE, retired=6000, walk=0.3),
 }  # fmt: skip
 

@@ -408,7 +408,9 @@ class BayesFilterEstimator(GridPosterior):
         in_use = np.flatnonzero((population.visits > 0) & (population.age <= self.IN_USE))
         if not in_use.size:
             return
-        likelihood = self._likelihood(_sample(population if in_use.size == len(population) else population.take(in_use)))
+        likelihood = self._likelihood(
+            _sample(population if in_use.size == len(population) else population.take(in_use))
+        )
         start = self.WARM * self.prior + (1.0 - self.WARM) / self.grid.size
         self.fit_prior(likelihood / likelihood.max(axis=1, keepdims=True), start)
         waves = product_of_columns(self._cosines, self.prior) * np.exp(-self.SMOOTHING * self._decay)
