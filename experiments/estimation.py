@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.contract import Finding, Options, Row, by_name, markdown_table
 from experiments.trace import load_trace
-from knapsack_rl.offline.environments import Environment, Replay, Synthetic
+from knapsack_rl.offline.environments import Environment, Replay, Sudden, Synthetic
 from knapsack_rl.offline.scoring import HEADINGS, cell, compare
 from knapsack_rl.offline.simulate import PolicyMaker, allocated, known_rates, uniform, watching
 
@@ -37,6 +37,32 @@ SYNTHETIC = {
         "0.4*beta(1,30) + 0.6*beta(1,2)", prompts=1024, epochs=30, gain=0.05, drift=0.03, walk=0.25
     ),
 }
+
+HARSH = {
+    "collapse": Synthetic("late-training", prompts=512, epochs=20, changes=(Sudden(8.5, shift=-4.0),)),
+    "format learned": Synthetic(
+        "0.8*beta(1,30) + 0.2*uniform", prompts=512, epochs=20, changes=(Sudden(6.5, 0.7, "beta(2,2)"),)
+    ),
+    "another policy, twice": Synthetic(
+        "late-training", prompts=512, epochs=20,
+        changes=(Sudden(7.0, mixture="late-training"), Sudden(13.5, mixture="uniform")),
+    ),
+    "a tenth jumps each epoch": Synthetic(
+        "late-training", prompts=512, epochs=20,
+        changes=tuple(Sudden(float(epoch), 0.1, "late-training") for epoch in range(1, 20)),
+    ),
+    "fast walk": Synthetic("uniform", prompts=512, epochs=20, walk=0.8),
+    "all prompts in every batch": Synthetic("uniform", prompts=512, epochs=20, batch_size=512, walk=0.3),
+    "8192 retired prompts": Synthetic("late-training", prompts=512, epochs=20, walk=0.2, retired=8192),
+    "batches drawn anew": Synthetic(
+        "0.4*beta(1,30) + 0.6*beta(1,2)", prompts=512, epochs=20, gain=0.1, reshuffled=False
+    ),
+    "near 0.99": Synthetic("beta(200,2)", prompts=512, epochs=20),
+}  # fmt: skip
+"""Sudden changes, fast movement, unusual batches. The filter was made on smaller ones of other sizes and seeds."""
+
+IN_HARSH = ("Beta", "Bayes filter", "Bayes filter, may skip")
+"""Policies that are simulated there."""
 
 WATCHED = ", uniform allocation watched"
 """Ending of the label of an environment in which the policies only predict."""
@@ -66,25 +92,33 @@ def environments(options: Options) -> dict[str, Environment]:
     trace = load_trace(options.split)
     recorded = Replay(trace, epochs=12 if options.quick else None)
     found: dict[str, Environment] = {f"recorded run, {options.split} ({len(trace)} prompts)": recorded}
-    for label, synthetic in SYNTHETIC.items():
-        found[label] = replace(synthetic, prompts=256, epochs=12) if options.quick else synthetic
+    for label, synthetic in (SYNTHETIC | HARSH).items():
+        small = replace(synthetic, prompts=256, epochs=12, retired=min(synthetic.retired, 256))
+        found[label] = small if options.quick else synthetic
     return found
 
 
 def pieces(options: Options) -> int:
     """Number of simulations."""
-    pairs = len(environments(options)) * len(policies()) + len(watchers())
-    return pairs * len(options.seed_range)
+    return sum(len(places) * len(chosen) for places, chosen in plans(options)) * len(options.seed_range)
+
+
+def plans(options: Options) -> list[tuple[dict[str, Environment], dict[str, PolicyMaker]]]:
+    """Environments, each with the policies that are simulated in it."""
+    places, everyone = environments(options), policies()
+    recorded = next(iter(places))
+    return [
+        ({where: places[where] for where in places if where not in HARSH}, everyone),
+        ({where: places[where] for where in HARSH if where in places}, {name: everyone[name] for name in IN_HARSH}),
+        ({recorded + WATCHED: places[recorded]}, watchers()),
+    ]
 
 
 def measure(options: Options, done: Callable[[str], None]) -> list[Row]:
     """Simulate every policy in every environment; a row has the figures of all seeds."""
-    places = environments(options)
-    recorded = next(iter(places))
-    plans = ((places, policies()), ({recorded + WATCHED: places[recorded]}, watchers()))
     results = [
         result.as_dict()
-        for where, chosen in plans
+        for where, chosen in plans(options)
         for result in compare(
             where,
             chosen,
@@ -126,11 +160,11 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     by_place: dict[str, dict[str, Row]] = {}
     for row in rows:
         by_place.setdefault(place(row), {})[row["policy"]] = row
-    synthetic = {where: found for where, found in by_place.items() if where not in (RECORDED, "watched")}
+    synthetic = {where: found for where, found in by_place.items() if where not in (RECORDED, "watched", *HARSH)}
+    harsh = {where: found for where, found in by_place.items() if where in HARSH}
     columns = ("gain_captured", "effective_rollouts", "effective_prompts")
     watched = ("predicted", "realised", "brier")
     recorded = list(by_place.get(RECORDED, {}).values())
-    shown = list(next(iter(synthetic.values()), {}))
     return {
         "recorded": markdown_table(
             ("policy", *(HEADINGS[name] for name in columns)),
@@ -140,9 +174,8 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
             ("estimator", *(HEADINGS[name] for name in watched)),
             [(label, *(_cell(row, name) for name in watched)) for label, row in by_place.get("watched", {}).items()],
         ),
-        "synthetic": markdown_table(
-            ("environment", *shown),
-            [(where, *(_cell(found[policy], "gain_captured") for policy in shown))
-             for where, found in synthetic.items()],
-        ),
+        **{name: markdown_table(
+            ("environment", *next(iter(places.values()), {})),
+            [(where, *(_cell(row, "gain_captured") for row in found.values())) for where, found in places.items()],
+        ) for name, places in (("synthetic", synthetic), ("harsh", harsh))},
     }  # fmt: skip

@@ -12,7 +12,15 @@ from scipy import stats
 
 from cases import message_of
 from experiments.trace import SPLITS, load_trace
-from knapsack_rl.offline.environments import MIXTURES, Replay, Synthetic, Trace, draw_rates, shuffled_batches
+from knapsack_rl.offline.environments import (
+    MIXTURES,
+    Replay,
+    Sudden,
+    Synthetic,
+    Trace,
+    draw_rates,
+    shuffled_batches,
+)
 
 # -- mixtures ---------------------------------------------------------------------------------------------------------
 
@@ -129,6 +137,77 @@ def test_a_seed_fixes_everything():
 def test_impossible_dynamics_are_refused():
     for settings in ({"walk": -0.1}, {"gain": float("nan")}, {"drift": float("inf")}):
         assert "finite" in message_of(ValueError, Synthetic(**settings).start, 0), settings
+
+
+# -- sudden changes and unusual batches -----------------------------------------------------------------------------
+
+
+def rates_by_epoch(environment):
+    """(epochs + 1, prompts) rates of all prompts in use, before each epoch and at the end; nothing is effective."""
+    episode, found = environment.start(5), []
+    everyone = np.arange(environment.prompts)
+    per_epoch = math.ceil(environment.prompts / environment.batch_size)
+    for step, batch in enumerate(episode.batches):
+        if step % per_epoch == 0:
+            found.append(episode.rates(everyone))
+        episode.train(batch, np.zeros(batch.size, bool))
+    return np.array([*found, episode.rates(everyone)])
+
+
+def test_a_sudden_change_is_at_its_time_and_of_its_kind():
+    changes = (Sudden(3.0, share=0.5, mixture="point(0.9)"), Sudden(1.0, shift=-2.0))
+    found = rates_by_epoch(Synthetic("point(0.3)", prompts=600, epochs=4, batch_size=100, changes=changes))
+    lower = 1 / (1 + math.exp(2 - logit(0.3)))
+    assert found[0] == pytest.approx(0.3)
+    assert found[1:3] == pytest.approx(lower)
+    changed = np.isclose(found[3], 0.9)
+    assert found[3][~changed] == pytest.approx(lower)
+    assert changed.mean() == pytest.approx(0.5, abs=0.08)  # four standard errors
+    assert found[4] == pytest.approx(found[3])
+
+
+def test_a_change_within_an_epoch_and_a_draw_under_drift():
+    episode = Synthetic(
+        "uniform", prompts=40, epochs=2, batch_size=10, drift=1.0, changes=(Sudden(0.5, mixture="point(0.5)"),)
+    ).start(0)
+    for batch in episode.batches[:2]:
+        assert not np.isclose(episode.rates(np.arange(40)), 0.5).all()
+        episode.train(batch, np.zeros(batch.size, bool))
+    assert episode.rates(np.arange(40)) == pytest.approx(0.5)
+
+
+def test_retired_prompts_come_once_and_before_all_others():
+    environment = Synthetic(
+        "uniform", prompts=12, epochs=3, batch_size=4, retired=10, changes=(Sudden(1.0, shift=9.0),)
+    )
+    episode = environment.start(1)
+    in_order = [np.sort(np.concatenate(episode.batches[k : k + 3])).tolist() for k in (0, 3, 6, 9)]
+    assert in_order == [list(range(12, 22)), *[list(range(12))] * 3]
+    before = episode.rates(np.arange(12))
+    for step, batch in enumerate(episode.batches):  # time counts from the end of their epoch
+        assert (episode.rates(np.arange(12)) == before).all() == (step < 6), step
+        episode.train(batch, np.zeros(batch.size, bool))
+
+
+def test_batches_drawn_anew_are_distinct_within_a_batch_only():
+    environment = Synthetic("uniform", prompts=30, epochs=20, batch_size=10, reshuffled=False)
+    batches = environment.start(2).batches
+    assert len(batches) == 60
+    assert all(np.unique(batch).size == 10 for batch in batches)
+    assert np.ptp(np.bincount(np.concatenate(batches))) > 0
+
+
+def test_impossible_changes_are_refused():
+    for change in (
+        Sudden(0.0),
+        Sudden(math.nan),
+        Sudden(1.0, share=0.0),
+        Sudden(1.0, share=1.5),
+        Sudden(1.0, shift=math.inf),
+    ):
+        assert "share in (0, 1]" in message_of(ValueError, Synthetic(changes=(change,)).start, 0)
+    assert "gaussian" in message_of(ValueError, Synthetic(changes=(Sudden(1.0, mixture="gaussian"),)).start, 0)
+    assert "retired" in message_of(ValueError, Synthetic(retired=-1).start, 0)
 
 
 # -- traces -----------------------------------------------------------------------------------------------------------

@@ -331,7 +331,10 @@ def captured_gain(allocator: kr.KnapsackAllocator, rates: NDArray, seed: int, vi
 
 def test_empirical_bayes_captures_more_than_the_papers_rule_and_a_fixed_prior() -> None:
     rates = simulated_rates(np.random.default_rng(2), 4096)
-    gain = {name: captured_gain(kr.KnapsackAllocator(name), rates, seed=3) for name in ESTIMATORS}
+    gain = {
+        name: np.mean([captured_gain(kr.KnapsackAllocator(name), rates, seed) for seed in (3, 4)])
+        for name in ESTIMATORS
+    }
     assert gain["empirical-bayes"] > gain["window"] + 0.02
     assert gain["empirical-bayes"] > gain["beta"] + 0.02
     assert 0.7 < gain["empirical-bayes"] <= 1.0

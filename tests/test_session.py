@@ -68,7 +68,7 @@ def test_a_budget_in_tokens_is_what_the_mean_would_take() -> None:
     spent = float(expected @ plan.counts)
     assert spent <= 8 * expected.sum() < spent + expected.max()
     short, long, solved = plan.counts
-    assert short > long > solved == 2
+    assert short > long > solved >= 2
     assert session.plan(prompts, 8, multiple=5).counts.sum() % 5 == 0
 
 

@@ -210,7 +210,7 @@ def test_a_whole_file_of_impossible_numbers_changes_nothing(tmp_path: Path) -> N
         ("tracker.failures", np.array([-1.0, 1.0]), "finite numbers >= 0"),
         ("tracker.rollouts", np.array([-1, 1]), "finite numbers >= 0"),
         ("tracker.success_length_sum", np.array([np.inf, 1.0]), "finite numbers >= 0"),
-        ("tracker.last_visit", np.array([99, 1]), "after its 2 visits"),
+        ("tracker.last_visit", np.array([99, 1]), "99 after its 1 batches"),
         ("tracker.visits", np.array([0, 1]), "1 <= visits must hold, row 0"),
         ("tracker.visits", np.array([1, 2]), "visits <= rollouts must hold, row 1"),
         ("tracker.visits", np.array([2**62, 2**62]), "visits <= rollouts"),  # their sum overflows
@@ -281,7 +281,7 @@ def test_settings_of_a_crafted_header_cost_no_memory(name: str, tmp_path: Path) 
                 assert setting in ("minimum", "prior_successes", "prior_failures")
             else:
                 assert peak < 5e6, (setting, number)
-    for key, number in (("min_rollouts", 10**9), ("max_rollouts", 0), ("visits_since_refit", 10**400)):
+    for key, number in (("min_rollouts", 10**9), ("max_rollouts", 0), ("batches_at_refit", 10**400)):
         write_state(tmp_path / "bad.npz", header | {key: number, "max_rollouts": max(number, 1)}, arrays)
         message, peak = refusal_and_peak(KnapsackAllocator.load, tmp_path / "bad.npz")
         assert "must be" in message or "rollouts" in message

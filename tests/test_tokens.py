@@ -125,7 +125,7 @@ def test_tokens_buy_more_rollouts_of_the_cheaper_of_two_equal_prompts() -> None:
     assert tokens is not None and tokens[0] < tokens[1] / 3
     assert found.counts[0] > found.counts[1] >= 2
     assert found.counts @ tokens <= 30_000
-    assert found.certificate is not None and found.certificate.gap <= 1e-4 * found.expected_value
+    assert found.certificate is not None and found.certificate.gap <= 2e-4 * found.expected_value
     assert allocator.metrics()["expected_tokens"] == pytest.approx(found.counts @ tokens)
 
 

@@ -166,23 +166,64 @@ def test_evidence_is_kept_per_prompt(run, width: int) -> None:
     assert tracker.lookup(["no such prompt"]).evidence.tolist() == [[0.0] * width]
 
 
+def visit_all(tracker: Tracker, ids) -> None:
+    """One rollout for every prompt."""
+    tracker.record(list(ids), np.arange(len(ids)), np.ones(len(ids), bool))
+
+
 @no_deadline
 @given(runs())
-def test_age_counts_visits_per_known_prompt(run) -> None:
-    """Of two prompts the one visited earlier is older by the visits recorded between the two, per known prompt."""
+def test_age_counts_batches_until_the_next_one(run) -> None:
     tracker = Tracker()
     batches = [list(dict.fromkeys(row[0] for row in batch)) for batch in run]
     for batch in run:
         record(tracker, batch, 0.8)
     newest = {prompt_id: step for step, ids in enumerate(batches) for prompt_id in ids}
-    youngest = tracker.lookup(batches[-1]).age
-    assert (youngest == youngest[0]).all()
-    assert youngest[0] >= 0
     for prompt_id, step in newest.items():
-        since = sum(len(ids) for ids in batches[step + 1 :]) / len(newest)
-        assert tracker.lookup([prompt_id]).age[0] - youngest[0] == pytest.approx(since, abs=1e-12)
+        assert tracker.lookup([prompt_id]).age[0] == pytest.approx((len(run) - step) / tracker.epoch, rel=1e-12)
     np.testing.assert_array_equal(tracker.records().age, tracker.lookup(tracker.prompt_ids).age)
     assert tracker.lookup(["no such prompt"]).age.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("prompts", "size"), [(12, 12), (12, 3), (60, 5), (7, 1)])
+@pytest.mark.parametrize("retired", [0, 500])
+def test_an_epoch_is_the_usual_time_between_visits(prompts: int, size: int, retired: int) -> None:
+    """Prompts that never come back do not count, and an age is one where every prompt comes once an epoch."""
+    tracker = Tracker()
+    for first in range(0, retired, size):
+        visit_all(tracker, [f"retired {k}" for k in range(first, min(first + size, retired))])
+    for _ in range(12):
+        for first in range(0, prompts, size):
+            visit_all(tracker, range(first, min(first + size, prompts)))
+    assert tracker.epoch == pytest.approx(-(-prompts // size))
+    assert tracker.lookup([0]).age[0] == pytest.approx(1.0)
+    assert tracker.lookup([prompts - 1]).age[0] == pytest.approx(1.0 / tracker.epoch)
+
+
+def test_the_length_of_an_epoch_follows_a_change_of_the_data() -> None:
+    tracker = Tracker()
+    assert tracker.epoch == 1.0
+    for size, epochs in ((1, 10), (40, 6), (4, 60)):
+        for _ in range(epochs):
+            for prompt in range(size):
+                visit_all(tracker, [prompt])
+        assert tracker.epoch == pytest.approx(size, rel=0.1)
+
+
+def test_the_state_keeps_the_time_and_the_skips() -> None:
+    tracker = Tracker()
+    for ids in (["a", "b"], ["c"], ["a"], ["a", "c"]):
+        visit_all(tracker, ids)
+    tracker.skip(["b", "never seen"])
+    tracker.skip(["b", "c"])
+    twin = restored(tracker)
+    for one in (tracker, twin):
+        assert one.lookup(["a", "b", "c", "never seen"]).skips.tolist() == [0, 2, 1, 0]
+        assert len(one) == 3
+        visit_all(one, ["b"])
+        assert one.lookup(["a", "b", "c"]).skips.tolist() == [0, 0, 1]
+    assert (twin.clock, twin.epoch) == (tracker.clock, tracker.epoch)
+    np.testing.assert_array_equal(twin.records().age, tracker.records().age)
 
 
 # --- identity (mistake 6) ---
@@ -294,7 +335,7 @@ def test_a_state_is_plain_arrays_and_a_copy() -> None:
     tracker = Tracker()
     tracker.record(["a", 2], np.array([0, 1]), np.array([True, False]))
     state = tracker.state_dict()
-    assert set(state) == {"prompt_ids", "evidence", *COLUMNS}
+    assert set(state) == {"prompt_ids", "evidence", "clock", "revisits", *COLUMNS}
     assert all(array.dtype.kind != "O" for array in state.values())
     state["rollouts"][:] = 9
     assert tracker.records().rollouts.tolist() == [1, 1]
@@ -327,6 +368,17 @@ def test_a_damaged_state_is_refused_and_changes_nothing() -> None:
         ("evidence", None, "lacks .*'evidence'"),
         ("last_visit", None, "lacks .*'last_visit'"),
         ("last_visit", np.zeros(2), "column last_visit .*float64.*expected .*int64"),
+        ("last_visit", np.array([1, 2]), "last_visit or visits of 2 after its 1 batches"),
+        ("visits", np.array([3, 1]), "visits <= rollouts must hold, row 0"),
+        ("skips", None, "lacks .*'skips'"),
+        ("skips", np.array([0, -1]), "column skips .*finite numbers >= 0"),
+        ("clock", None, "lacks .*'clock'"),
+        ("clock", np.array([-1]), "last_visit or visits of 1 after its -1 batches"),
+        ("clock", np.array([1.0]), "column clock .*float64.*expected .*int64"),
+        ("revisits", None, "lacks .*'revisits'"),
+        ("revisits", np.zeros(3), r"column revisits .*shape \(3,\).*expected \(2,\)"),
+        ("revisits", np.array([np.nan, 0.0]), "weight >= 0 .*got nan and 0.0"),
+        ("revisits", np.array([1.0, 0.5]), "its logs of 1 to 1 batches, got 1.0 and 0.5"),
     ]:
         with named_case(name=name, array=array, message=message):
             tracker = Tracker(evidence_size=3)

@@ -133,7 +133,7 @@ class KnapsackAllocator(Guarded):
         self.budget_unit, self.value = budget_unit, value
         check_choices(self.estimator, budget_unit, value, self.min_rollouts, self.max_rollouts)
         self.tracker = Tracker(self.estimator.evidence_size)
-        self._visits_since_refit = 0
+        self._batches_at_refit = 0
         self._prompts_at_refit = 0
         self._degraded_batches = 0
         self._unscored_rollouts = 0
@@ -183,13 +183,16 @@ class KnapsackAllocator(Guarded):
             found = allocate_estimated(rates, pairs, budget, low, high, priority=order, value=self.value, fallback=rule)
         else:
             reach = reachable_maximum(budget, len(ids), low, high)
+            skips = np.where(records.visits > 0, records.skips, np.inf)
 
             def decide(belief: Belief, high: int) -> Allocation:
                 if low > 0 or budget > len(ids) * high:
                     return allocate_expected(belief.marginals, budget, low, high, priority=order)
-                return allocate_with_skips(belief, records.age, budget, high, order)
+                return allocate_with_skips(belief, skips, budget, high, order)
 
             found, belief = self.believe_and_decide(records, decide, lambda: reach)
+            if low == 0:
+                self.tracker.skip(ids[k] for k in np.flatnonzero(found.counts == 0).tolist())
         return self._step.expect(ids, self._note_degradation(found), belief)
 
     def _allocate_tokens(self, ids: list[PromptId], order: FloatArray, budget: float, multiple: int) -> Allocation:
@@ -395,7 +398,7 @@ class KnapsackAllocator(Guarded):
                 discount=self.estimator.discount,
                 evidence=self.survive("learning", lambda: finite_evidence(self.estimator, known, successes, totals)),
             )
-            self._refit_when_due(len(visitors))
+            self._refit_when_due()
         self._step.compare(prompt_ids, groups, lost)
 
     @one_at_a_time
@@ -405,12 +408,13 @@ class KnapsackAllocator(Guarded):
         self._step = StepMetrics(allocation=allocation)
         self._step.compare([*range(allocation.counts.size)], groups, {})
 
-    def _refit_when_due(self, visits: int) -> None:
+    def _refit_when_due(self) -> None:
         """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
-        self._visits_since_refit += visits
-        if self._visits_since_refit >= self._prompts_at_refit:
-            self.survive("refitting", lambda: self.estimator.refit(self.tracker.records()))
-            self._visits_since_refit, self._prompts_at_refit = 0, len(self.tracker)
+        tracker = self.tracker
+        doubled = len(tracker) >= 2 * self._prompts_at_refit
+        if doubled or tracker.clock - self._batches_at_refit >= tracker.epoch:
+            self.survive("refitting", lambda: self.estimator.refit(tracker.records()))
+            self._batches_at_refit, self._prompts_at_refit = tracker.clock, len(tracker)
 
     @one_at_a_time
     def metrics(self) -> dict[str, float]:

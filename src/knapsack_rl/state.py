@@ -224,12 +224,12 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray
 
 
 FORMAT = "knapsack-rl allocator"
-VERSION = 4
+VERSION = 5
 
 LARGEST_NUMBER = 2**53
 """Counts in a state are at most this, so that sums of them are exact as floats."""
 
-COUNTERS = ("visits_since_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
+COUNTERS = ("batches_at_refit", "prompts_at_refit", "degraded_batches", "unscored_rollouts")
 """Counters of an allocator in the header, whole numbers >= 0."""
 
 HEADER_TYPES: dict[str, Any] = {

@@ -19,31 +19,55 @@ from knapsack_rl.allocation.belief import CHECK_ROLLOUTS, Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.policies import Allocation
 
-LONGEST_SKIP = 8.0
-"""Epochs after which a skipped prompt is checked whatever the value of information, so no prompt starves."""
+LONGEST_SKIP = 8
+"""Batches in a row in which a prompt may be skipped; the next one checks it whatever it is worth, so none starves."""
 
 
 def allocate_with_skips(
-    belief: Belief, age: FloatArray, budget: int, max_rollouts: int, priority: FloatArray
+    belief: Belief, skips: FloatArray, budget: int, max_rollouts: int, priority: FloatArray
 ) -> Allocation:
     """Allocate with a minimum of zero: serve by value, then check skipped prompts again where that is worthwhile.
 
     Args:
         belief: belief about the batch.
-        age: (M,) epochs since the last visit.
+        skips: (M,) batches in a row in which the prompt was skipped; infinite for one never seen.
         budget: rollouts, 0 to M max_rollouts.
         max_rollouts: N_up.
         priority: (M,) tie-break, lower first.
     """
     counts = serve_or_skip(belief.marginals, budget, max_rollouts, priority)
-    again = rechecks(belief, counts, age, budget)
-    left = budget - CHECK_ROLLOUTS * int(again.sum())
-    reason = ""
-    if again.any() and left <= int((~again).sum()) * max_rollouts:
-        counts = np.full(counts.size, CHECK_ROLLOUTS)
-        counts[~again] = serve_or_skip(belief.marginals[~again], left, max_rollouts, priority[~again])
+    again = rechecks(belief, counts, skips, budget)
+    missed, reason = again, ""
+    while missed.any():  # paying for checks may drop a prompt that is due
+        again = again | missed
+        counts = _with_checks(belief.marginals, again, budget, max_rollouts, priority)
+        due = np.flatnonzero((counts == 0) & (skips >= LONGEST_SKIP))
+        missed = _most_skipped(due, skips, budget // CHECK_ROLLOUTS - int(again.sum()))
         reason = f"{int((counts == 0).sum())} prompts skipped, {int(again.sum())} others checked again"
     return Allocation(counts, solver.total_value(belief.marginals, counts), reason)
+
+
+def _with_checks(
+    marginals: FloatArray, again: NDArray[np.bool_], budget: int, max_rollouts: int, priority: FloatArray
+) -> IntArray:
+    """Return counts in which the chosen prompts are checked, and the others are served or skipped with what is left."""
+    others, left = ~again, budget - CHECK_ROLLOUTS * int(again.sum())
+    room = int(others.sum()) * max_rollouts
+    if left <= room and left != 1:
+        counts = np.full(again.size, CHECK_ROLLOUTS)
+        counts[others] = serve_or_skip(marginals[others], left, max_rollouts, priority[others])
+        return counts
+    # More than the others have room for, or less than a pair: prompts that are checked get the rest.
+    filled = max_rollouts if left > room else 0
+    lower, upper = np.where(again, CHECK_ROLLOUTS, filled), np.where(again, max_rollouts, filled)
+    return solver.solve(marginals, budget, lower, upper, priority=priority)
+
+
+def _most_skipped(prompts: IntArray, skips: FloatArray, most: int) -> NDArray[np.bool_]:
+    """Return which of (M,) prompts are among the given ones and, of these, the few skipped most often."""
+    chosen = np.zeros(skips.size, bool)
+    chosen[prompts[np.argsort(-skips[prompts], kind="stable")][: max(most, 0)]] = True
+    return chosen
 
 
 def serve_or_skip(marginals: FloatArray, budget: int, max_rollouts: int, priority: FloatArray) -> IntArray:
@@ -105,29 +129,26 @@ def price_of_rollout(marginals: FloatArray, counts: IntArray) -> float:
     return float(np.where(last == 1, taken / 2.0, taken).min())
 
 
-def rechecks(belief: Belief, counts: IntArray, age: FloatArray, budget: int) -> NDArray[np.bool_]:
+def rechecks(belief: Belief, counts: IntArray, skips: FloatArray, budget: int) -> NDArray[np.bool_]:
     """Return which skipped prompts still get :data:`~knapsack_rl.allocation.belief.CHECK_ROLLOUTS` rollouts.
 
-    A prompt is checked again if the value of those rollouts and of their information exceeds their price, or if its
-    last visit was :data:`LONGEST_SKIP` epochs ago. If the budget is too small for all, the oldest visits come first.
+    A prompt is checked again if the value of those rollouts and of their information exceeds their price, or if it was
+    skipped :data:`LONGEST_SKIP` times in a row. A prompt never seen is checked at once: about itself nothing is known.
+    If the budget is too small for all, those skipped most often come first.
 
     Args:
         belief: belief about the batch.
         counts: (M,) the plan, 0 for a skipped prompt.
-        age: (M,) epochs since the last visit.
+        skips: (M,) batches in a row in which the prompt was skipped; infinite for one never seen.
         budget: rollouts of the batch.
     """
-    chosen = np.zeros(counts.size, bool)
     skipped = np.flatnonzero(counts == 0)
     if not skipped.size:
-        return chosen
-    overdue = age[skipped] >= LONGEST_SKIP
+        return np.zeros(counts.size, bool)
+    overdue = skips[skipped] >= LONGEST_SKIP
     worth = np.zeros(skipped.size, bool)
     if belief.value_of_information is not None:
         price = price_of_rollout(belief.marginals, counts)
         now = belief.marginals[skipped, :CHECK_ROLLOUTS].sum(axis=1)
         worth = now + belief.value_of_information(skipped, price) > CHECK_ROLLOUTS * price
-    wanted = skipped[overdue | worth]
-    affordable = budget // CHECK_ROLLOUTS
-    chosen[wanted[np.argsort(-age[wanted], kind="stable")][:affordable]] = True
-    return chosen
+    return _most_skipped(skipped[overdue | worth], skips, budget // CHECK_ROLLOUTS)

@@ -3,8 +3,8 @@
 In both estimators of this module the posterior of a prompt is *prior times likelihood* on a grid that is evenly spaced
 in logits. The prior is the nonparametric maximum-likelihood estimate from all prompts, so unseen, unsolved and solved
 prompts need no special rule. The estimators differ in how evidence ages while the policy changes:
-:class:`EmpiricalBayesEstimator` discounts old counts by a constant; :class:`BayesFilterEstimator` lets the likelihood
-of old counts diffuse and drift, by amounts that it learns from how well it predicts.
+:class:`EmpiricalBayesEstimator` discounts old counts by a constant; :class:`BayesFilterEstimator` lets the rates behind
+old counts walk, drift and jump, by amounts that it learns from how well it predicts.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ MOST_GRID_POINTS, MOST_ITERATIONS = 1025, 10_000
 
 REFIT_SAMPLE = 20_000
 """Most prompts used in a refit, evenly spaced in order of first observation; more only take more time."""
-
-_Move = tuple[NDArray[np.intp], FloatArray]
-"""(M, grid_points + 1) places that the points of shifted rows lie between, and (M, 1) how far on the way."""
 
 _Ages = tuple[FloatArray, NDArray[np.intp]]
 """(D,) distinct ages and (M,) index of each prompt's age among them: exponentials are computed once per age."""
@@ -77,13 +74,13 @@ class GridPosterior(Estimator):
         log = np.outer(successes, self._log_success) + np.outer(failures, self._log_failure)
         return np.exp(log - log.max(axis=1, keepdims=True))
 
-    def fit_prior(self, likelihood: FloatArray) -> None:
-        """Fit the prior to (M, grid_points) likelihoods by EM, from a flat start.
+    def fit_prior(self, likelihood: FloatArray, start: FloatArray | None = None) -> None:
+        """Fit the prior to (M, grid_points) likelihoods by EM, from a (grid_points,) start, flat if None.
 
         A flat prior with the weight of one prompt is added, so that every rate stays possible.
         """
         size = self.grid.size
-        weights = np.full(size, 1.0 / size)
+        weights = np.full(size, 1.0 / size) if start is None else start
         for _ in range(self.iterations):
             responsibility = weights * product_of_columns(likelihood, 1.0 / product(likelihood, weights))
             weights = (responsibility + 1.0 / size) / (likelihood.shape[0] + 1.0)
@@ -92,7 +89,8 @@ class GridPosterior(Estimator):
     def posterior_of(self, likelihood: FloatArray) -> FloatArray:
         """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
         joint = likelihood * self.prior
-        return joint / joint.sum(axis=1, keepdims=True)
+        joint /= joint.sum(axis=1, keepdims=True)
+        return joint
 
     def belief_of(self, posterior: FloatArray, max_rollouts: int) -> Belief:
         """Return the posterior mean and expectations over the grid."""
@@ -219,58 +217,69 @@ class EmpiricalBayesEstimator(GridPosterior):
 
 
 class BayesFilterEstimator(GridPosterior):
-    r"""A Bayes filter: success rates walk in logits between visits, by a step and a drift learned from the data.
+    r"""A Bayes filter: success rates walk, drift and jump between visits, in amounts learned at every batch.
 
-    For each prompt the tracker keeps the likelihood of all observations as a function of the *current* rate,
-    L(g) = P(observations | logit now = g). Between visits it is blurred by a random walk and shifted by the drift; a
-    visit multiplies it by its binomial likelihood:
+    For each prompt the tracker keeps the likelihood of all observations as a function of the *current* logit,
+    L(g) = P(observations | logit now = g). With the prior pi of the population it gives the posterior pi L. A model of
+    movement is a kernel T over the age of a visit: a drift, a walk with reflecting ends, and with probability
+    1 - exp(-hazard age) a jump to any rate of the population. Then, by Bayes' rule in a population that stays pi,
 
-        L_new(g) = Binomial(successes | n, g) * (drift . walk(age) L_old)(g).
+        L(g) <- T(pi L)(g) / T(pi)(g)            time passes
+        L(g) <- Binomial(successes | n, g) L(g)  a visit
 
-    For a population spread evenly over the logits, the walk with reflecting ends is the same in reversed time, and L is
-    exact; for other populations it is an approximation (the exact recursion, which weighs by the prior at each step,
-    takes twice the time and captured no more of the gain). The posterior is L times a prior of the *current*
-    population, refitted from all L. So old evidence fades as it becomes outdated, and evidence about common movement is
-    shared between prompts.
+    T is the average of a small set of models, weighted by how well they have predicted the outcomes: at every batch a
+    weight is multiplied by the probability of the batch's outcomes under its model. Because the right model changes, a
+    part of the weight is shared evenly before each batch, so any model is back within a batch or two: one without
+    movement while rates stand still, a jump of all prompts when they collapse or another policy takes over. If
+    histories predict nothing, all prompts are believed to be alike, and the allocation is even. No constant needs
+    tuning.
 
-    The walk is the continuous-time walk on the points of the grid with reflecting ends. Its generator is diagonal in
-    cosines, so two small matrix products give the exact result for any age. Once an epoch, variance and drift per epoch
-    move to those neighbouring values (half to double the variance, drift one step up or down) that would have predicted
-    the visits of the epoch best. No constant needs tuning.
+    The walk's generator is diagonal in cosines, so a model's prediction is a damped sum of a few coefficients, and
+    scoring all models costs little more than scoring the drifts.
 
     Args:
         grid_points: see :class:`GridPosterior`.
         iterations: see :class:`GridPosterior`.
 
     Attributes:
-        variance: variance of the walk in squared logits per epoch; learned.
-        drift: drift in logits per epoch; learned.
+        weights: (variances, hazards, drifts) probability of each model.
 
     Raises:
         ValueError: a number is out of range.
 
-    Source: the grid filter of hidden Markov models (Rabiner 1989) with parameters chosen by one-step predictive
-    likelihood (Dawid 1984); the prior as in :class:`GridPosterior`.
+    Source: the grid filter of hidden Markov models (Rabiner 1989); Bayesian weights by predictive likelihood (Dawid
+    1984) that may switch (fixed share: Herbster & Warmuth 1998); the prior as in :class:`GridPosterior`.
     """
 
     discount: float = 0.8  # of the tracker's counts, used here for lengths and metrics, not for the estimate
 
-    START_VARIANCE = 0.09
-    VARIANCE_RANGE = (1e-6, 25.0)
-    VARIANCE_FACTORS = np.array([0.5, 0.5**0.5, 1.0, 2**0.5, 2.0])
-    DRIFT_STEPS = np.array([-0.05, 0.0, 0.05])
-    DRIFT_LIMIT = 1.0
+    VARIANCES = np.array([1e-4, 0.01, 0.04, 0.16, 0.6, 2.4])
+    """Of the walk, in squared logits per epoch."""
+    HAZARDS = np.array([0.001, 0.03, 0.5, 1e9])
+    """Of jumps, per epoch; with the last nothing is remembered."""
+    DRIFTS = np.array([-0.4, -0.1, 0.0, 0.1, 0.4])
+    """Logits per epoch."""
+    SHARE, SHARE_VISITS = 0.02, 64
+    """Weight shared before a batch of at least so many visits, and in proportion before a smaller one."""
+    FLOOR = 1e-12
+    """No history makes a rate impossible: smallest likelihood, relative to the largest."""
+    WARM = 0.9
+    """A refit starts from the last prior, with the rest flat, so that it converges over the epochs."""
+    SMOOTHING = 0.1
+    """Variance in squared logits by which a fitted prior is smoothed: the best fit to few prompts is a few spikes."""
+    IN_USE = 16.0
+    """The population is that of the prompts visited in so many newest epochs."""
     # The information of a visit helps a few later ones too; chosen on a development set, where 1 to 8 differ little.
     VISITS_SERVED = 3.0
-    # No history makes a rate impossible, because the rate of a prompt may jump.
-    FLOOR = 1e-12
 
     def __init__(self, grid_points: int = 57, iterations: int = 40) -> None:
         super().__init__(grid_points, iterations)
         self.evidence_size = grid_points
-        self.variance, self.drift = self.START_VARIANCE, 0.0
-        self._scores_of_variance = np.zeros(self.VARIANCE_FACTORS.size)
-        self._scores_of_drift = np.zeros(self.DRIFT_STEPS.size)
+        # Each hazard is half as likely as the one below it; variances and drifts are all alike.
+        by_hazard = 0.5 ** np.arange(self.HAZARDS.size)[:, None]
+        self._first: FloatArray = np.tile(by_hazard, (self.VARIANCES.size, 1, self.DRIFTS.size))
+        self._first /= self._first.sum()
+        self.weights = self._first.copy()
         self._spacing = 2.0 * LARGEST_LOGIT / (grid_points - 1)
         point, wave = np.arange(grid_points)[:, None], np.arange(grid_points)
         self._cosines = np.cos(np.pi * (point + 0.5) * wave / grid_points) * np.sqrt(2.0 / grid_points)
@@ -278,78 +287,139 @@ class BayesFilterEstimator(GridPosterior):
         # Variance grows by 2 per unit of time in a walk that leaves its point to either side at rate 1.
         self._decay = (1.0 - np.cos(np.pi * wave / grid_points)) / self._spacing**2
 
+    @property
+    def variance(self) -> float:
+        """Expected variance of the walk in squared logits per epoch."""
+        return float((self.weights.sum(axis=(1, 2)) * self.VARIANCES).sum())
+
+    @property
+    def drift(self) -> float:
+        """Expected drift in logits per epoch."""
+        return float((self.weights.sum(axis=(0, 1)) * self.DRIFTS).sum())
+
     def absorb(self, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
-        """Multiply the evidence by the likelihood of a visit, and score the neighbouring variances and drifts."""
+        """Weigh the models by how well they predict the visits, then multiply the evidence by their likelihood."""
         visit = self.binomial_likelihood(successes, totals - successes)
-        again = np.flatnonzero(records.visits)
         known = np.ones_like(visit)
+        again = np.flatnonzero(records.visits)
         if again.size:
-            known[again] = self._score(records if again.size == len(records) else records.take(again), visit[again])
+            returning = records if again.size == len(records) else records.take(again)
+            posterior, ages = self._posterior_then(returning), _distinct(returning.age)
+            self._weigh(self._scores(posterior, ages, visit[again]), again.size)
+            known[again] = self._likelihood_after(posterior, ages)
         evidence = known * visit
         return np.maximum(evidence / evidence.max(axis=1, keepdims=True), self.FLOOR)
 
-    def _score(self, records: Records, visit: FloatArray) -> FloatArray:
-        """Add the log predictive probability of the visits under each candidate; return :meth:`_likelihood`."""
-        waves = product(records.evidence, self._cosines)
-        hit, ages = visit * self.prior, _distinct(records.age)
-        moves = [self._move(ages, self.drift + step) for step in self.DRIFT_STEPS]
-        unchanged = moves[int(np.flatnonzero(self.DRIFT_STEPS == 0.0)[0])]
-        for k, factor in enumerate(self.VARIANCE_FACTORS):
-            walked = self._walk(waves, ages, self.variance * factor)
-            if factor != 1.0:
-                self._scores_of_variance[k] += self._log_score(walked, unchanged, hit)[0]
-                continue
-            for j, step in enumerate(self.DRIFT_STEPS):
-                score, shifted = self._log_score(walked, moves[j], hit)
-                self._scores_of_drift[j] += score
-                if step == 0.0:
-                    self._scores_of_variance[k] += score
-                    now = shifted
-        return now
+    def _posterior_then(self, records: Records) -> FloatArray:
+        """Return (M, grid_points) the posterior after the newest visit, before any time passed."""
+        evidence = records.evidence.astype(np.float64)
+        evidence[records.visits == 0] = 1.0
+        return self.posterior_of(evidence)
 
-    def _log_score(self, walked: FloatArray, drifted: _Move, hit: FloatArray) -> tuple[float, FloatArray]:
-        """Return the log probability of visits after a drift, up to a common constant, and the likelihood."""
-        shifted = _shifted(walked, drifted)
-        return float(np.log(np.einsum("mg,mg->m", shifted, hit) / product(shifted, self.prior)).sum()), shifted
+    def _scores(self, posterior: FloatArray, ages: _Ages, visit: FloatArray) -> FloatArray:
+        """Return the (variances, hazards, drifts) log probability of visits, up to a common constant.
+
+        Args:
+            posterior: (M, grid_points) posterior after the visits before.
+            ages: time since then.
+            visit: (M, grid_points) likelihood of each visit.
+        """
+        distinct, which = ages
+        visit_waves = product(visit, self._cosines)
+        damping = self._damping(distinct)
+        walked = np.empty((self.VARIANCES.size, self.DRIFTS.size, which.size))
+        for d, drift in enumerate(self.DRIFTS):
+            waves = product(self._drifted(posterior, ages, drift), self._cosines) * visit_waves
+            for v in range(self.VARIANCES.size):
+                walked[v, d] = np.einsum("mk,mk->m", waves, damping[v].take(which, axis=0))
+        np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
+        alike = product(visit, self.prior)
+        stays = np.exp(-np.outer(self.HAZARDS, distinct))[:, which]
+        return np.log(walked[:, None] * stays[:, None] + alike * (1.0 - stays[:, None])).sum(axis=-1)
+
+    def _weigh(self, scores: FloatArray, visits: int) -> None:
+        """Share a part of the weights, then multiply them by the probability of the visits."""
+        share = self.SHARE * min(visits / self.SHARE_VISITS, 1.0)
+        weights = ((1.0 - share) * self.weights + share * self._first) * np.exp(scores - scores.max())
+        self.weights = weights / weights.sum()
+
+    def _likelihood_after(self, posterior: FloatArray, ages: _Ages) -> FloatArray:
+        """Return the (M, grid_points) likelihood of all visits given the rate now, by all models together.
+
+        Args:
+            posterior: (M, grid_points) posterior after the newest visit.
+            ages: time since then.
+        """
+        distinct, which = ages
+        stays = product(np.exp(-np.outer(distinct, self.HAZARDS)), self.weights.sum(axis=2).T)
+        damping = np.einsum("av,vak->ak", stays, self._damping(distinct))
+        jumped = np.outer(1.0 - stays.sum(axis=1), self.prior)
+
+        def moved(rows: FloatArray, which: NDArray[np.intp]) -> FloatArray:
+            # The drift is the expected one: a mixture of small shifts differs from it only in variance.
+            waves = product(self._drifted(rows, (distinct, which), self.drift), self._cosines)
+            waves *= damping.take(which, axis=0)
+            found = product(waves, self._cosines.T)
+            np.maximum(found, self.FLOOR, out=found)  # rounding may leave a tiny negative number
+            found += jumped.take(which, axis=0)
+            return found
+
+        population = moved(np.broadcast_to(self.prior, (distinct.size, self.grid.size)), np.arange(distinct.size))
+        likelihood = moved(posterior, which)
+        likelihood *= (1.0 / population).take(which, axis=0)
+        return likelihood
+
+    def _damping(self, ages: FloatArray) -> FloatArray:
+        """Return (variances, ages, grid_points) factors of the cosines after a walk over each age."""
+        return np.exp(-np.multiply.outer(np.outer(self.VARIANCES, ages), self._decay))
+
+    def _drifted(self, rows: FloatArray, ages: _Ages, drift: float) -> FloatArray:
+        """Return (M, grid_points) distributions after a drift over their ages; none leaves the grid.
+
+        Mass between two points is divided between them.
+        """
+        distinct, which = ages
+        cells, size = distinct * drift / self._spacing, self.grid.size
+        if not cells.any():
+            return rows
+        whole = np.minimum(np.maximum(np.floor(cells), -size), size).astype(np.intp)
+        room = int(np.abs(whole).max()) + 1
+        padded = np.zeros((which.size, size + 2 * room))
+        padded[:, room : room + size] = rows
+        # Where the mass of each point, and of the one below the first, comes from.
+        first = room - 1 - whole
+        if first.min() == first.max():  # as often happens: no need to gather
+            near_and_far = padded[:, first[0] : first[0] + size + 1]
+        else:
+            begins = first.take(which) + padded.shape[1] * np.arange(which.size)
+            near_and_far = padded.take(begins[:, None] + np.arange(size + 1), mode="clip")  # the mode saves a copy
+        near, far = near_and_far[:, 1:], near_and_far[:, :-1]
+        moved = far - near
+        moved *= np.clip(cells - whole, 0.0, 1.0)[which, None]
+        moved += near
+        # The rest of the mass has left the grid; a difference of equal sums may be a tiny negative number.
+        moved[:, -1 if drift > 0.0 else 0] += np.maximum(1.0 - moved.sum(axis=1), 0.0)
+        return moved
 
     def _likelihood(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) likelihood of all visits given the current rate; ones for an unseen prompt."""
-        ages = _distinct(records.age)
-        now = _shifted(
-            self._walk(product(records.evidence, self._cosines), ages, self.variance), self._move(ages, self.drift)
-        )
+        now = self._likelihood_after(self._posterior_then(records), _distinct(records.age))
         now[records.visits == 0] = 1.0
         return now
 
-    def _walk(self, waves: FloatArray, ages: _Ages, variance: float) -> FloatArray:
-        """Apply the walk over their ages to rows given by their cosine coefficients."""
-        distinct, which = ages
-        damping = np.exp(np.outer(-variance * distinct, self._decay))[which]
-        damping *= waves
-        walked = product(damping, self._cosines.T)
-        return np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
-
-    def _move(self, ages: _Ages, drift: float) -> _Move:
-        """Return where the points of each row come from after a drift over their ages."""
-        distinct, which = ages
-        cells, size = distinct * drift / self._spacing, self.grid.size
-        whole = np.floor(cells)
-        source = np.arange(-1, size) - whole.astype(np.intp)[:, None]  # for the point below the first, and all points
-        source = np.minimum(np.maximum(source, 0), size - 1).take(which, axis=0)
-        source += size * np.arange(which.size)[:, None]
-        return source, (cells - whole)[which, None]
-
     def refit(self, population: Records) -> None:
-        """Move variance and drift to their best neighbours, then fit the prior to the current population."""
-        if self._scores_of_variance.any():
-            moved = self.variance * _best(self.VARIANCE_FACTORS, self._scores_of_variance, 1.0)
-            self.variance = min(max(moved, self.VARIANCE_RANGE[0]), self.VARIANCE_RANGE[1])
-            drifted = self.drift + _best(self.DRIFT_STEPS, self._scores_of_drift, 0.0)
-            self.drift = min(max(drifted, -self.DRIFT_LIMIT), self.DRIFT_LIMIT)
-            self._scores_of_variance[:] = 0.0
-            self._scores_of_drift[:] = 0.0
-        likelihood = self._likelihood(_sample(population))
-        self.fit_prior(likelihood / likelihood.max(axis=1, keepdims=True))
+        """Fit the prior to the current population."""
+        in_use = np.flatnonzero((population.visits > 0) & (population.age <= self.IN_USE))
+        if not in_use.size:
+            return
+        likelihood = self._likelihood(
+            _sample(population if in_use.size == len(population) else population.take(in_use))
+        )
+        start = self.WARM * self.prior + (1.0 - self.WARM) / self.grid.size
+        self.fit_prior(likelihood / likelihood.max(axis=1, keepdims=True), start)
+        waves = product_of_columns(self._cosines, self.prior) * np.exp(-self.SMOOTHING * self._decay)
+        smooth = np.maximum(product(self._cosines, waves), self.FLOOR)
+        self.prior = smooth / smooth.sum()
 
     def posterior(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
@@ -357,15 +427,15 @@ class BayesFilterEstimator(GridPosterior):
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
         """Return the posterior mean, expectations over the grid, and the value of information."""
-        likelihood = self._likelihood(records)
-        belief = self.belief_of(self.posterior_of(likelihood), max_rollouts)
+        posterior = self.posterior(records)
+        belief = self.belief_of(posterior, max_rollouts)
 
         def value_of_information(rows: IntArray, price: float) -> FloatArray:
-            return self._value_of_information(likelihood[rows], price, max_rollouts)
+            return self._value_of_information(posterior[rows], price, max_rollouts)
 
         return replace(belief, value_of_information=value_of_information)
 
-    def _value_of_information(self, likelihood: FloatArray, price: float, max_rollouts: int) -> FloatArray:
+    def _value_of_information(self, posterior: FloatArray, price: float, max_rollouts: int) -> FloatArray:
         """Return the expected gain at the next visit from knowing the outcome, times the visits that it helps.
 
         At a visit a prompt earns max over n of E[V(n)] - price n, which is convex in the posterior, so knowing more
@@ -373,22 +443,20 @@ class BayesFilterEstimator(GridPosterior):
 
         Source: value of information (Howard 1966), one step ahead (knowledge gradient, Frazier et al. 2008).
         """
-        size = likelihood.shape[0]
+        size = posterior.shape[0]
         net = np.cumsum(self._values[:, :max_rollouts], axis=1) - price * np.arange(1, max_rollouts + 1)
 
         def earned(at_check: FloatArray) -> FloatArray:
-            an_epoch = _distinct(np.ones(at_check.shape[0]))
-            walked = self._walk(product(at_check, self._cosines), an_epoch, self.variance)
-            later = self.posterior_of(_shifted(walked, self._move(an_epoch, self.drift)))
+            later = self.posterior_of(self._likelihood_after(at_check, _distinct(np.ones(at_check.shape[0]))))
             return np.maximum(product(later, net).max(axis=1), 0.0)
 
         k = np.arange(CHECK_ROLLOUTS + 1)
         ways = np.array([comb(CHECK_ROLLOUTS, int(successes)) for successes in k])
         # (K+1, grid) probability of each outcome of the check
         outcome = ways[:, None] * self.grid ** k[:, None] * (1.0 - self.grid) ** (CHECK_ROLLOUTS - k[:, None])
-        chance = product(self.posterior_of(likelihood), outcome.T)
-        with_outcome = earned((likelihood[:, None] * outcome).reshape(-1, self.grid.size)).reshape(size, -1)
-        gain = np.einsum("mk,mk->m", chance, with_outcome) - earned(likelihood)
+        with_outcome = (posterior[:, None] * outcome).reshape(-1, self.grid.size)
+        chance = with_outcome.sum(axis=1)
+        gain = (chance * earned(with_outcome / chance[:, None])).reshape(size, -1).sum(axis=1) - earned(posterior)
         return self.VISITS_SERVED * gain
 
     def settings(self) -> dict[str, Any]:
@@ -396,58 +464,33 @@ class BayesFilterEstimator(GridPosterior):
         return {"grid_points": self.grid.size, "iterations": self.iterations}
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the prior, variance and drift, and the scores of the current epoch."""
-        return {
-            "prior": self.prior.copy(),
-            "walk": np.array([self.variance, self.drift]),
-            "scores_of_variance": self._scores_of_variance.copy(),
-            "scores_of_drift": self._scores_of_drift.copy(),
-        }
+        """Return the prior and the weights of the models."""
+        return {"prior": self.prior.copy(), "weights": self.weights.copy()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore what was learned.
 
         Raises:
-            ValueError: a part is missing, not finite or of the wrong size.
+            ValueError: a part is missing, or is not a distribution of the right size.
         """
-        parts = {}
-        for name, size in (
-            ("walk", 2),
-            ("scores_of_variance", self._scores_of_variance.size),
-            ("scores_of_drift", self._scores_of_drift.size),
-        ):
-            parts[name] = np.asarray(state.get(name, ()), dtype=np.float64)
-            if parts[name].shape != (size,) or not np.isfinite(parts[name]).all():
-                raise ValueError(f"the saved {name} of the Bayes filter must be {size} finite numbers")
-        variance, drift = parts["walk"].tolist()
-        if not self.VARIANCE_RANGE[0] <= variance <= self.VARIANCE_RANGE[1] or abs(drift) > self.DRIFT_LIMIT:
+        weights = np.asarray(state.get("weights", ()), dtype=np.float64)
+        if weights.shape != self.weights.shape or not (weights >= 0).all() or not np.isclose(weights.sum(), 1.0):
             raise ValueError(
-                f"the saved walk must have a variance in {list(self.VARIANCE_RANGE)} and a drift within "
-                f"{self.DRIFT_LIMIT}, got {variance} and {drift}"
+                f"the saved weights of the Bayes filter must be a distribution of shape {self.weights.shape}, one "
+                f"probability for each model of movement, got shape {weights.shape} with sum {weights.sum()}"
             )
         self.load_prior(state)
-        self.variance, self.drift = variance, drift
-        self._scores_of_variance = parts["scores_of_variance"].copy()
-        self._scores_of_drift = parts["scores_of_drift"].copy()
-
-
-def _shifted(rows: FloatArray, move: _Move) -> FloatArray:
-    """Shift each row up, linear between points and constant beyond the ends."""
-    source, part = move
-    moved = rows.take(source, mode="clip")  # all are in range: the mode saves a copy
-    near, far = moved[:, 1:], moved[:, :-1]
-    return near + part * (far - near)
-
-
-def _best(candidates: FloatArray, scores: FloatArray, current: float) -> float:
-    """Return the candidate with the highest score, the current one among equals."""
-    best = scores == scores.max()
-    return current if best[candidates == current].any() else float(candidates[np.argmax(best)])
+        self.weights = weights.copy()
 
 
 def _distinct(ages: FloatArray) -> _Ages:
-    """Return distinct ages and the index of each age among them; prompts of one earlier batch share their age."""
-    return np.unique(ages, return_inverse=True)
+    """Return distinct ages, rounded to an eighth of an octave, and the index of each age among them.
+
+    Prompts of a batch share the work for an age; a walk over an age that is off by 4 % is off by less than is known.
+    """
+    with np.errstate(divide="ignore"):
+        rounded = np.exp2(np.round(8.0 * np.log2(ages)) / 8.0)
+    return np.unique(rounded, return_inverse=True)
 
 
 def _sample(population: Records) -> Records:

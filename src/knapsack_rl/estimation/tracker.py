@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import repeat
+from math import exp
 from typing import Any, Literal
 
 import numpy as np
@@ -50,9 +51,11 @@ class Records:
         failure_length_count: discounted number of failures of known length.
         failure_length_sum: discounted sum of their lengths, in tokens.
         failure_length_squares: discounted sum of their squared lengths.
-        last_visit: the tracker's clock (prompt visits of all prompts so far) after the newest visit.
+        last_visit: number of the batch of the newest visit, counted from 1.
+        skips: batches since then in which the prompt was given no rollout.
         evidence: (P, E) numbers that the estimator keeps about past visits beside the counts; E may be 0.
-        age: time since the newest visit in epochs, that is in visits per known prompt; derived, not stored.
+        age: time from the rollouts of the newest visit to those of the next batch, in epochs; derived, not stored. An
+            epoch is the number of batches that usually pass between two visits of a prompt.
     """
 
     successes: FloatArray
@@ -69,6 +72,7 @@ class Records:
     failure_length_sum: FloatArray
     failure_length_squares: FloatArray
     last_visit: IntArray
+    skips: IntArray
     evidence: NDArray[np.float32]
     age: FloatArray
 
@@ -121,6 +125,9 @@ COLUMNS: dict[str, Any] = {
 }
 """The stored columns of one number per prompt, with their types."""
 
+EPOCHS_REMEMBERED = 2.0
+"""The usual time between two visits of a prompt is that of about so many newest epochs."""
+
 
 class Tracker:
     """Per-prompt records keyed by a stable id (``str`` or ``int``; ``7`` and ``"7"`` are different prompts).
@@ -132,7 +139,8 @@ class Tracker:
     def __init__(self, evidence_size: int = 0) -> None:
         self._row_of: dict[PromptId, int] = {}
         self._records = Records.empty(0, evidence_size)
-        self._clock = 0
+        self._clock = 0  # batches recorded
+        self._revisits = np.zeros(2)  # weight of remembered revisits, and the weighted sum of the logs of their times
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -157,8 +165,22 @@ class Tracker:
         sums = ((outcome, self._records.lengths_of(outcome)) for outcome in OUTCOMES)
         return {outcome: (n[:size], total[:size], squares[:size]) for outcome, (n, total, squares) in sums}
 
+    @property
+    def clock(self) -> int:
+        """Batches recorded."""
+        return self._clock
+
+    @property
+    def epoch(self) -> float:
+        """Batches that usually pass between two visits of a prompt: the geometric mean; all batches before a revisit.
+
+        Only prompts that come back count, so knowing many that do not changes nothing.
+        """
+        weight, logs = self._revisits.tolist()
+        return exp(logs / weight) if weight else float(max(self._clock, 1))
+
     def _age(self, last_visit: IntArray) -> FloatArray:
-        return (self._clock - last_visit) / max(len(self), 1)
+        return (self._clock + 1 - last_visit) / self.epoch
 
     def rows(self, prompt_ids: Iterable[PromptId]) -> IntArray:
         """Return the row of each prompt, -1 for one never seen."""
@@ -211,9 +233,11 @@ class Tracker:
             counts[rows_P] = counts[rows_P] * discount + amount
         store.newest_successes[rows_P], store.newest_total[rows_P] = good, total
         store.rollouts[rows_P] += total
+        self._clock += 1
+        self._count_revisits(self._clock - store.last_visit[rows_P][store.visits[rows_P] > 0])
         store.visits[rows_P] += 1
-        self._clock += size
         store.last_visit[rows_P] = self._clock
+        store.skips[rows_P] = 0
         if evidence is not None:
             store.evidence[rows_P] = evidence
         store.recent[rows_P] = _shift_in(store.recent[rows_P], prompt_of_rollout, successes, total)
@@ -223,6 +247,16 @@ class Tracker:
                 for moment, weights in zip(MOMENTS, (np.ones_like(tokens), tokens, tokens**2), strict=True):
                     sums = getattr(store, f"{outcome}_length_{moment}")
                     sums[rows_P] = sums[rows_P] * discount + np.bincount(of, weights=weights, minlength=size)
+
+    def _count_revisits(self, times: IntArray) -> None:
+        """Remember the batches that passed since the last visits of prompts that came back."""
+        self._revisits *= exp(-1.0 / (EPOCHS_REMEMBERED * self.epoch))
+        self._revisits += times.size, np.log(times).sum()
+
+    def skip(self, prompt_ids: Iterable[PromptId]) -> None:
+        """Note that these prompts were in a batch and are given no rollout; prompts never seen are left out."""
+        rows = self.rows(prompt_ids)
+        self._records.skips[rows[rows >= 0]] += 1
 
     def _rows_or_new(self, prompt_ids: Sequence[PromptId]) -> IntArray:
         row_of = self._row_of
@@ -243,6 +277,7 @@ class Tracker:
         ids = np.frombuffer(json.dumps(self.prompt_ids).encode(), dtype=np.uint8)
         records = self.records()
         columns = {column: getattr(records, column) for column in (*COLUMNS, "evidence")}
+        columns |= {"clock": np.array([self._clock]), "revisits": self._revisits}
         return {"prompt_ids": ids} | {name: array.copy() if copy else array for name, array in columns.items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray], *, copy: bool = True) -> None:
@@ -252,7 +287,8 @@ class Tracker:
             ValueError: a column is missing, has the wrong length or type, or ids repeat.
         """
         row_of, columns = _columns_of(state, COLUMNS, self._records.evidence.shape[1], copy=copy)
-        self._row_of, self._clock = row_of, int(columns["visits"].sum())
+        clock, revisits = _time_of(state, columns)
+        self._row_of, self._clock, self._revisits = row_of, clock, revisits
         self._records = Records(**columns, age=np.zeros(len(row_of)))
 
 
@@ -285,7 +321,7 @@ def _columns_of(
     Raises:
         ValueError: a column is missing, has the wrong length or type or impossible numbers, or ids repeat.
     """
-    missing = {"prompt_ids", "evidence", *types} - set(state)
+    missing = {"prompt_ids", "evidence", "clock", "revisits", *types} - set(state)
     if missing:
         raise ValueError(f"the tracker state lacks {sorted(missing)}; it belongs to another version")
     row_of = _parse_ids(state["prompt_ids"])
@@ -303,9 +339,6 @@ def _columns_of(
     if evidence.size and not np.isfinite([evidence.min(), evidence.max()]).all():
         raise ValueError("evidence of the tracker state must hold finite numbers")
     _check_possible(columns)
-    clock = int(columns["visits"].sum())
-    if columns["last_visit"].max(initial=0) > clock:
-        raise ValueError(f"the tracker state has a last_visit after its {clock} visits")
     return row_of, columns | {"evidence": evidence.copy() if copy else evidence}
 
 
@@ -334,6 +367,28 @@ def _check_possible(columns: Mapping[str, np.ndarray]) -> None:
         if not holds.all():
             row = int(np.flatnonzero(~holds)[0])
             raise ValueError(f"the tracker state has impossible numbers: {rule} must hold, row {row} breaks it")
+
+
+def _time_of(state: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray]) -> tuple[int, FloatArray]:
+    """Return the clock, and weight and logs of revisits, after all checks.
+
+    Raises:
+        ValueError: they have the wrong form, or contradict each other or the columns.
+    """
+    clocks, revisits = np.asarray(state["clock"]), np.asarray(state["revisits"])
+    _check_form("clock", clocks, (1,), np.int64)
+    _check_form("revisits", revisits, (2,), np.float64)
+    clock = int(clocks[0])
+    newest = max(int(columns[name].max(initial=0)) for name in ("last_visit", "visits"))
+    if clock < newest:
+        raise ValueError(f"the tracker state has a last_visit or visits of {newest} after its {clock} batches")
+    weight, logs = revisits.tolist()
+    if not (0.0 <= weight < np.inf and 0.0 <= logs <= 1.0001 * weight * np.log(max(clock, 1))):
+        raise ValueError(
+            f"revisits of the tracker state must be a weight >= 0 and its logs of 1 to {clock} batches, got {weight} "
+            f"and {logs}"
+        )
+    return clock, revisits.copy()
 
 
 def _check_form(column: str, array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:

@@ -114,12 +114,29 @@ def shuffled_batches(prompts: int, epochs: int, batch_size: int, rng: np.random.
 
 
 @dataclass(frozen=True)
+class Sudden:
+    """A change of success rates from one step to the next.
+
+    Attributes:
+        epoch: time of the change in epochs since the start, > 0.
+        share: share of the prompts that change, in (0, 1].
+        mixture: the changed prompts draw new rates from it, see :func:`draw_rates`; None keeps their rates.
+        shift: logits by which the changed prompts move, after a draw.
+    """
+
+    epoch: float
+    share: float = 1.0
+    mixture: str | None = None
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class Synthetic:
     """Prompts drawn from a mixture, static or learning.
 
     In logits, a visited prompt moves by ``gain`` if its group was effective (held both outcomes) and always by a normal
     step of standard deviation ``walk``; all prompts move by ``drift`` over an epoch. Rates of exactly 0 and 1 stay.
-    With all three at 0 the rates are static.
+    With all three at 0 and no sudden changes the rates are static.
 
     Attributes:
         mixture: see :func:`draw_rates`.
@@ -129,6 +146,9 @@ class Synthetic:
         gain: logits per effective group.
         drift: logits per epoch.
         walk: logits per visit, >= 0.
+        changes: sudden changes.
+        retired: other prompts, which are visited once before all others and never again.
+        reshuffled: whether an epoch has every prompt once; otherwise each batch is drawn anew from all prompts.
     """
 
     mixture: str = "late-training"
@@ -138,11 +158,19 @@ class Synthetic:
     gain: float = 0.0
     drift: float = 0.0
     walk: float = 0.0
+    changes: tuple[Sudden, ...] = ()
+    retired: int = 0
+    reshuffled: bool = True
 
     def start(self, seed: int) -> SyntheticEpisode:
         """Return the episode of a seed."""
         if not (np.isfinite([self.gain, self.drift]).all() and 0 <= self.walk < np.inf):
             raise ValueError(f"gain, drift and walk must be finite, walk >= 0, got {self.gain, self.drift, self.walk}")
+        for change in self.changes:
+            if not (0 < change.epoch < np.inf and 0 < change.share <= 1 and np.isfinite(change.shift)):
+                raise ValueError(f"a change needs an epoch > 0, a share in (0, 1] and a finite shift, got {change}")
+            if change.mixture is not None:
+                _parse(change.mixture)
         return SyntheticEpisode(self, seed)
 
 
@@ -152,13 +180,19 @@ class SyntheticEpisode:
     def __init__(self, environment: Synthetic, seed: int) -> None:
         order, start, self._steps = (np.random.default_rng([seed, stream]) for stream in range(3))
         self._environment = environment
-        self.batches: Sequence[IntArray] = shuffled_batches(
-            environment.prompts, environment.epochs, environment.batch_size, order
-        )
-        rates = draw_rates(environment.mixture, environment.prompts, start)
-        with np.errstate(divide="ignore"):
-            self._logits = np.log(rates) - np.log1p(-rates)  # infinite, and forever so, at 0 and 1
+        in_use, retired = environment.prompts, check_whole("retired", environment.retired, minimum=0)
+        batches = shuffled_batches(in_use, environment.epochs, environment.batch_size, order)
+        if not environment.reshuffled:
+            batches = [order.choice(in_use, batch.size, replace=False) for batch in batches]
+        before = shuffled_batches(retired, 1, environment.batch_size, order) if retired else []
+        self.batches: Sequence[IntArray] = [in_use + batch for batch in before] + batches
+        self._logits = _logits(draw_rates(environment.mixture, in_use + retired, start))
         self._drift = 0.0
+        self._epochs = -retired / in_use
+        self._changes = [
+            (change, np.random.default_rng([seed, 2, 1 + k]))
+            for k, change in enumerate(sorted(environment.changes, key=lambda change: change.epoch))
+        ]
 
     def rates(self, prompts: IntArray) -> FloatArray:
         """Return (M,) current true success rates of these prompts."""
@@ -168,10 +202,26 @@ class SyntheticEpisode:
     def train(self, prompts: IntArray, effective: BoolArray) -> None:
         """Move the prompts that learn."""
         environment = self._environment
-        self._drift += environment.drift * prompts.size / environment.prompts
+        passed = prompts.size / environment.prompts
+        self._drift += environment.drift * passed
         # Drawn regardless of the policy, so that the walk is the same for all policies.
         step = environment.walk * self._steps.standard_normal(prompts.size)
         self._logits[prompts] += environment.gain * effective + step
+        self._epochs += passed
+        while self._changes and self._changes[0][0].epoch <= self._epochs + 1e-9:
+            self._change(*self._changes.pop(0))
+
+    def _change(self, change: Sudden, rng: np.random.Generator) -> None:
+        changed = np.flatnonzero(rng.random(self._logits.size) < change.share)
+        if change.mixture is not None and changed.size:
+            self._logits[changed] = _logits(draw_rates(change.mixture, changed.size, rng)) - self._drift
+        self._logits[changed] += change.shift
+
+
+def _logits(rates: FloatArray) -> FloatArray:
+    """Return logits, infinite (and so for ever) at 0 and 1."""
+    with np.errstate(divide="ignore"):
+        return np.log(rates) - np.log1p(-rates)
 
 
 @dataclass(frozen=True, eq=False)
