@@ -140,3 +140,10 @@ def test_verdicts_follow_the_rows() -> None:
 def test_a_curve_is_mean_and_deviation_over_seeds() -> None:
     found = curve(rows_with(0.5, 0.7), RECORDED, DELAY, "paper")
     assert found[0.0] == pytest.approx((0.8, 0.01 * np.sqrt(2)))
+
+
+def test_outcomes_of_other_prompts_than_the_step_serves_are_learned_from() -> None:
+    run = simulate(PLACE, robustness.late("bayes-filter", {}, 1), 0)
+    counts = run.counts.reshape(-1, 32)
+    assert (counts[:4] == counts[0, 0]).all()  # an epoch and a step without any outcome
+    assert all(np.ptp(step) > 0 for step in counts[6:])  # each prompt has been heard of

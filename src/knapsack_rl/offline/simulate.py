@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
 from knapsack_rl.allocation.degradation import uniform_counts
-from knapsack_rl.allocation.policies import allocate, unpredicted
+from knapsack_rl.allocation.policies import allocate
 from knapsack_rl.allocation.value import nonzero_gradient_probability, value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.named import Estimator
@@ -97,23 +97,19 @@ class Allocated:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._plan = Plan([], unpredicted(np.zeros(0, np.int64), ""))
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
         """Return the session's counts and predictions."""
         return self._planned(self.session.plan(prompts.tolist(), budget // prompts.size, budget=budget))
 
     def _planned(self, plan: Plan) -> tuple[IntArray, FloatArray]:
-        self._plan = plan
         predicted = plan.allocation.nonzero_gradient
         return plan.counts, np.full(plan.counts.size, np.nan) if predicted is None else predicted
 
     def observe(self, prompts_R: IntArray, successes_R: BoolArray) -> None:
-        """Pass the outcomes to the session."""
-        prompts = np.array(self._plan.ids, dtype=np.int64)
-        order = np.argsort(prompts)
-        prompt_R = order[np.searchsorted(prompts[order], prompts_R)]
-        self.session.observe(self._plan, prompt_R, successes_R.astype(np.float64))
+        """Pass the outcomes to the session; they may be of an earlier step."""
+        plan, prompt_R = self.session.arrived(prompts_R.tolist())
+        self.session.observe(plan, prompt_R, successes_R.astype(np.float64))
 
 
 class Watching(Allocated):
