@@ -872,7 +872,7 @@ def test_a_configuration_that_cannot_work_is_refused_at_construction(tmp_path):
         ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
         ({"value": "fame"}, "value must be one of .*'fame'"),
         ({"value": "nonzero-gradient", "estimator": "window"}, "fallback=False"),
-        ({"value": "nonzero-gradient", "estimator": "beta"}, "built in"),
+        ({"value": "experiments.values:fitted", "estimator": "beta"}, "closed forms"),
         ({"budget_unit": "tokens", "min_rollouts": 1}, "needs min_rollouts >= 2"),
         ({"budget_unit": "tokens", "allocation": "paper"}, "counts rollouts"),
         ({"budget_unit": "tokens", "prompts_per_step": "varying"}, "needs an allocation of rollouts"),
