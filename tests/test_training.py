@@ -79,6 +79,7 @@ OUT_OF_RANGE = {
     "min_rollouts": [-1, 9],
     "max_rollouts": [7, 0, -1],
     "weighting": ["token"],
+    "advantage": ["", "mean", "batch-std"],
     "budget_unit": ["", "seconds"],
     "replay": [-1],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
@@ -198,7 +199,7 @@ def all_settings(draw):
     given = {"min_rollouts": low, "rollouts_per_prompt": middle, "max_rollouts": high, "prompts_per_step": prompts}
     drawn = {name: draw(values) for name, values in free.items()}
     if drawn["allocation"] != "paper" and drawn["estimator"] not in ("window", "beta"):  # the others need a grid
-        drawn["value"] = draw(st.sampled_from(["knapsack", "nonzero-gradient"]))
+        drawn["value"] = draw(st.sampled_from(["knapsack", "nonzero-gradient", "likelihood", "power-0.5-2"]))
     if drawn["budget_unit"] == "tokens":
         drawn["allocation"] = "knapsack"
         if drawn["estimator"] == "window":  # its fallback counts rollouts
