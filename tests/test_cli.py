@@ -659,9 +659,12 @@ def test_a_number_may_have_an_exponent_without_a_point(cli):
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_bad_configuration_file_is_one_line(refused, command):
     for text, message in (
-        ("step: 9\nlearning-rate: 1\n", "mine.yaml: unknown settings learning-rate, step; known are allocation, "),
-        ("3: 9\n", "mine.yaml: unknown settings 3; known are allocation, "),
-        ("3: 9\nstep: 9\n", "mine.yaml: unknown settings 3, step; known are allocation, "),
+        (
+            "step: 9\nlearning-rate: 1\n",
+            "mine.yaml: unknown settings learning-rate, step; known are advantage, allocation, ",
+        ),
+        ("3: 9\n", "mine.yaml: unknown settings 3; known are advantage, allocation, "),
+        ("3: 9\nstep: 9\n", "mine.yaml: unknown settings 3, step; known are advantage, allocation, "),
         ("steps: many\n", "mine.yaml: steps must be int, got 'many'"),
         ("steps: 9.0\n", "mine.yaml: steps must be int, got 9.0"),
         ("steps: true\n", "mine.yaml: steps must be int, got True"),

@@ -166,7 +166,12 @@ def test_a_property_can_be_allowed_to_fail():
 
 
 def test_arguments_out_of_range_are_refused():
-    for wrong in [{"mean_rollouts": 1}, {"scale": "layer"}, {"weighting": "token"}, {"advantage": "mean"},
-                  {"allow": ("group of two",)}]:
+    for wrong in [
+        {"mean_rollouts": 1},
+        {"scale": "layer"},
+        {"weighting": "token"},
+        {"advantage": "mean"},
+        {"allow": ("group of two",)},
+    ]:
         with named_case(wrong=wrong), pytest.raises(ValueError, match=r"must|known are"):
             kr.check_engine(kr.group_advantages, **wrong)

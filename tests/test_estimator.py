@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from itertools import pairwise
 from pathlib import Path
@@ -179,7 +180,7 @@ def test_beta_values_match_numerical_integration() -> None:
         assert (np.diff(found[:, 1:]) <= 0).all(), "a mixture of concave values is concave"
         for k, n in itertools.product(range(4), (1, 2, 7, 23)):
             with named_case(value=value, prompt=k, n=n):
-                expected = integrate(lambda p, n=n: marginal(p, n), 0.3 + successes[k], 2.0 + failures[k])
+                expected = integrate(functools.partial(marginal, n=n), 0.3 + successes[k], 2.0 + failures[k])
                 assert found[k, n] == pytest.approx(expected, rel=1e-7)
 
 

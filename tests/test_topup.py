@@ -126,7 +126,12 @@ def test_more_value_is_realised_than_in_one_go() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"estimator": "beta"}, {"estimator": "window"}, {"value": "experiments.values:reward_variance"}, {"value": "likelihood"}],
+    [
+        {"estimator": "beta"},
+        {"estimator": "window"},
+        {"value": "experiments.values:reward_variance"},
+        {"value": "likelihood"},
+    ],
 )
 def test_it_needs_a_posterior_and_a_value_of_mixed_outcomes(settings: dict[str, object]) -> None:
     allocator, ids, _ = informed(2, **settings)

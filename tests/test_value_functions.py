@@ -141,7 +141,10 @@ def test_named_values_are_kept_in_a_state(tmp_path: Path) -> None:
             saved.save(tmp_path / "state.npz")
             loaded = kr.KnapsackAllocator.load(tmp_path / "state.npz")
             assert loaded.value == value
-            assert loaded.allocate(["a", "b", "c"], 40).counts.tolist() == saved.allocate(["a", "b", "c"], 40).counts.tolist()
+            assert (
+                loaded.allocate(["a", "b", "c"], 40).counts.tolist()
+                == saved.allocate(["a", "b", "c"], 40).counts.tolist()
+            )
 
 
 def test_hard_prompts_get_more_by_the_likelihood() -> None:

@@ -105,9 +105,8 @@ def check_engine(
     rng = np.random.default_rng(seed)
     failures: dict[str, str] = {}
     lowest = 0.0 if advantage == "group-mean" else -1.0
-    for case in [*_cases(mean_rollouts, rng), _two_sizes(mean_rollouts)]:
-        if advantage == "group-mean":
-            case = replace(case, rewards=np.abs(case.rewards))
+    for made in [*_cases(mean_rollouts, rng), _two_sizes(mean_rollouts)]:
+        case = replace(made, rewards=np.abs(made.rewards)) if advantage == "group-mean" else made
         try:
             found = _violations(advantage_function, case, scale, tolerance, rng, lowest)
             if case.compared and "shape" not in found:

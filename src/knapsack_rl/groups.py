@@ -357,7 +357,9 @@ def check_advantage(advantage: str | None, scale: str, name: str) -> None:
         ValueError: the advantage is unknown, or contradicts the scale.
     """
     if advantage is not None and advantage not in ADVANTAGES:
-        raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}, or None to go by {name}, got {advantage!r}")
+        raise ValueError(
+            f"advantage must be one of {', '.join(ADVANTAGES)}, or None to go by {name}, got {advantage!r}"
+        )
     if advantage is not None and scale != "group":
         raise ValueError(f"advantage={advantage!r} contradicts {name}={scale!r}; leave one of them out")
 

@@ -40,8 +40,9 @@ class AllocationSettings:
             or ``"uniform"`` for stock GRPO with the same metrics.
         estimator: name of the estimator of success rates.
         estimator_settings: settings of the estimator, such as ``"window=8,minimum=4"``.
-        value: the value that is maximised: a name, ``"power-A-B"`` for p^A (1-p)^B, or the import path ``"package.module:function"`` of a function
-            ``f(counts, success_rates)``. Estimators on a grid take any, the window only without its fallback.
+        value: the value that is maximised: a name, ``"power-A-B"`` for the gain p^A (1-p)^B, or the import path
+            ``"package.module:function"`` of a function ``f(counts, success_rates)``. Estimators on a grid take any,
+            ``"beta"`` names alone, the window only without its fallback.
         budget_unit: ``"rollouts"``: a step has prompts x mean rollouts. ``"tokens"``: a step has as many expected
             tokens as that would take, and its number of rollouts varies; until lengths are observed it is uniform.
         min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;

@@ -64,7 +64,9 @@ class TrainSettings(AllocationSettings):
     held_out_prompts: int = option(512, "prompts only evaluated on")
     replay: int = option(0, "most uses of a stored rare success of an unsolved prompt; 0 stores none")
     advantage: str = option("group-std", "divide by the group's deviation (GRPO) or its mean (MaxRL)", ADVANTAGES)
-    weighting: str = option("auto", "loss weight per rollout (the paper) or prompt; auto fits the advantage", WEIGHTINGS)
+    weighting: str = option(
+        "auto", "loss weight per rollout (the paper) or prompt; auto fits the advantage", WEIGHTINGS
+    )
     learning_rate: float = option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = option(1, "optimizer updates on each step's rollouts")
     loss_type: str = option("dapo", "TRL's loss_type; dapo is the token mean", ("dapo", "grpo", "dr_grpo", "bnpo"))

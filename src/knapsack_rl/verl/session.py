@@ -63,7 +63,6 @@ class VerlSession(Session):
             check_files(files if files is None or isinstance(files, str) else list(files), self.settings.prompt_id)
         self._checked = True
 
-
     def judged(self, prompt_R: IntArray, rewards: FloatArray, prompts: int) -> GroupOutcomes:
         """Group the rows of a batch, and judge them by the success rule as it is after what was observed.
 
