@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS
+from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS, per_prompt
 from knapsack_rl.runs import files
 from knapsack_rl.settings import AllocationSettings, check_fields, option
 
@@ -123,6 +123,14 @@ class TrainSettings(AllocationSettings):
     def label(self) -> str:
         """Short name of the policy and seed, suitable for a folder."""
         return f"{self.allocation}-n{self.rollouts_per_prompt}-seed{self.seed}"
+
+    def trains_like(self, other: TrainSettings) -> bool:
+        """Return whether these are the same settings, whether or not the weighting is named."""
+        return self._named() == other._named()
+
+    def _named(self) -> TrainSettings:
+        weighting = "prompt" if per_prompt(self.weighting, self.advantage) else "rollout"
+        return dataclasses.replace(self, weighting=weighting)
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, in the order of the fields."""
