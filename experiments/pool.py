@@ -172,7 +172,8 @@ class Record:
     def row_of(self, run: Run, arm: str | None = None) -> Row | None:
         """The row of a run with the same settings and rule, of the arm if one is named; None if there is none."""
         for settings, row in self._rows:
-            if settings == run.settings and row.get("rule", "") == _rule_of(run) and arm in (None, row["arm"]):
+            same = settings.trains_like(run.settings) and row.get("rule", "") == _rule_of(run)
+            if same and arm in (None, row["arm"]):
                 return row
         return None
 

@@ -601,6 +601,7 @@ OTHER = {
         "min_rollouts": 3,
         "max_rollouts": 9,
         "weighting": "prompt",
+        "advantage": "group-mean",
     },
     **{"learning_rate": 1e-5, "updates_per_step": 2, "loss_type": "grpo", "clip_low": 0.1, "clip_high": 0.3},
     **{"kl_coefficient": 0.01, "temperature": 0.7, "max_completion_tokens": 5, "eval_every": 2, "eval_samples": 1},
@@ -658,9 +659,12 @@ def test_a_number_may_have_an_exponent_without_a_point(cli):
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_bad_configuration_file_is_one_line(refused, command):
     for text, message in (
-        ("step: 9\nlearning-rate: 1\n", "mine.yaml: unknown settings learning-rate, step; known are allocation, "),
-        ("3: 9\n", "mine.yaml: unknown settings 3; known are allocation, "),
-        ("3: 9\nstep: 9\n", "mine.yaml: unknown settings 3, step; known are allocation, "),
+        (
+            "step: 9\nlearning-rate: 1\n",
+            "mine.yaml: unknown settings learning-rate, step; known are advantage, allocation, ",
+        ),
+        ("3: 9\n", "mine.yaml: unknown settings 3; known are advantage, allocation, "),
+        ("3: 9\nstep: 9\n", "mine.yaml: unknown settings 3, step; known are advantage, allocation, "),
         ("steps: many\n", "mine.yaml: steps must be int, got 'many'"),
         ("steps: 9.0\n", "mine.yaml: steps must be int, got 9.0"),
         ("steps: true\n", "mine.yaml: steps must be int, got True"),
@@ -669,7 +673,7 @@ def test_a_bad_configuration_file_is_one_line(refused, command):
         ("model: 7\n", "mine.yaml: model must be str, got 7"),
         ("model:\n", "mine.yaml: model must be str, got None"),
         ("steps: 0\n", "mine.yaml: steps must be >= 1, got 0"),
-        ("weighting: token\n", "mine.yaml: weighting must be one of rollout, prompt, got 'token'"),
+        ("weighting: token\n", "mine.yaml: weighting must be one of auto, rollout, prompt, got 'token'"),
         ("- steps\n", "mine.yaml must hold a mapping of settings, got list"),
         ("steps: [1\nseed: 2\n", "mine.yaml is not valid YAML"),
         ("steps: 9\n\tseed: 2\n", "mine.yaml is not valid YAML"),

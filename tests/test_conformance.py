@@ -121,6 +121,21 @@ def test_prompts_of_equal_weight_are_a_choice(scale):
         kr.check_engine(kr.group_advantages, weighting="prompt")
 
 
+def test_an_engine_that_divides_by_the_mean_is_tested_on_rewards_above_zero():
+    for weighting in ("rollout", "prompt"):
+
+        def engine(groups, rewards, weighting=weighting):
+            return kr.group_advantages(groups, rewards, advantage="group-mean", weighting=weighting)
+
+        kr.check_engine(engine, advantage="group-mean", weighting=weighting)
+        with pytest.raises(ConformanceError, match="rewards >= 0, got"):
+            kr.check_engine(engine, weighting=weighting)
+    mixed = by_id(lambda rewards: (rewards - rewards.mean()) / max(rewards.mean(), 0.1))
+    kr.check_engine(mixed, advantage="group-mean")
+    with pytest.raises(ConformanceError, match="own group"):
+        kr.check_engine(reshaped(4), advantage="group-mean")
+
+
 def test_labels_that_are_taken_for_positions_are_caught():
     with np.errstate(all="ignore"), pytest.raises(ConformanceError):
         kr.check_engine(first_of_each_label)
@@ -151,6 +166,12 @@ def test_a_property_can_be_allowed_to_fail():
 
 
 def test_arguments_out_of_range_are_refused():
-    for wrong in [{"mean_rollouts": 1}, {"scale": "layer"}, {"weighting": "token"}, {"allow": ("group of two",)}]:
+    for wrong in [
+        {"mean_rollouts": 1},
+        {"scale": "layer"},
+        {"weighting": "token"},
+        {"advantage": "mean"},
+        {"allow": ("group of two",)},
+    ]:
         with named_case(wrong=wrong), pytest.raises(ValueError, match=r"must|known are"):
             kr.check_engine(kr.group_advantages, **wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from itertools import pairwise
 from pathlib import Path
@@ -160,6 +161,50 @@ def test_beta_matches_the_closed_form(successes, failures, prior_a, prior_b, wid
     counts = np.array([width])
     mixed = 1 - np.exp(betaln(a + width, b) - scale) - np.exp(betaln(a, b + width) - scale)
     assert belief.nonzero_gradient(counts)[0] == pytest.approx(0.0 if width < 2 else mixed, rel=1e-7, abs=1e-9)
+
+
+def test_beta_values_match_numerical_integration() -> None:
+    """The posterior expectation of every value with a closed form, one rollout more at a time."""
+    marginals = {
+        "likelihood": lambda p, n: p * (1 - p) ** n,
+        "nonzero-gradient": lambda p, n: p**n * (1 - p) + (1 - p) ** n * p,
+        "power-0.5-2": lambda p, n: p**0.5 * (1 - p) ** 2 * (p**n * (1 - p) + (1 - p) ** n * p),
+        "power-1.25-0.75": lambda p, n: p**1.25 * (1 - p) ** 0.75 * (p**n * (1 - p) + (1 - p) ** n * p),
+    }
+    successes, failures = np.array([0.0, 0.4, 16.0, 0.0]), np.array([0.0, 8.0, 2.5, 30.0])
+    for value, marginal in marginals.items():
+        estimator = BetaEstimator(0.3, 2.0)
+        estimator.use_value(value)
+        found = estimator.believe(counted(successes, failures), 24).marginals
+        assert (found[:, 0] == 0.0).all()
+        assert (np.diff(found[:, 1:]) <= 0).all(), "a mixture of concave values is concave"
+        for k, n in itertools.product(range(4), (1, 2, 7, 23)):
+            with named_case(value=value, prompt=k, n=n):
+                expected = integrate(functools.partial(marginal, n=n), 0.3 + successes[k], 2.0 + failures[k])
+                assert found[k, n] == pytest.approx(expected, rel=1e-7)
+
+
+@no_deadline
+@given(st.floats(0, 200), st.floats(0, 200), st.floats(0.05, 5), st.floats(0.05, 5), st.integers(1, 150))
+def test_beta_matches_the_closed_form_of_the_likelihood(successes, failures, prior_a, prior_b, width: int) -> None:
+    a, b = prior_a + successes, prior_b + failures
+    estimator = BetaEstimator(prior_a, prior_b)
+    estimator.use_value("likelihood")
+    found = estimator.believe(counted([successes], [failures]), width).marginals[0]
+    expected = np.exp(betaln(a + 1, b + np.arange(1, width)) - betaln(a, b))
+    np.testing.assert_allclose(found[1:], expected, rtol=1e-7)
+
+
+def test_grid_estimators_expect_the_likelihood_over_their_posterior() -> None:
+    for name in ("bayes-filter", "empirical-bayes"):
+        allocator = kr.KnapsackAllocator(name, value="likelihood")
+        allocator.observe(["a"] * 8 + ["b"] * 8, [1] + [0] * 7 + [1] * 6 + [0] * 2)
+        records = allocator.tracker.lookup(["a", "b", "new"])
+        belief = allocator.estimator.believe(records, 40)
+        posterior, grid = allocator.estimator.posterior(records), allocator.estimator.grid  # type: ignore[attr-defined]
+        for n in range(1, 40):
+            expected = [sum(w * p * (1 - p) ** n for w, p in zip(row, grid, strict=True)) for row in posterior]
+            np.testing.assert_allclose(belief.marginals[:, n], expected, rtol=1e-11)
 
 
 def test_beta_predictions_for_several_prompts() -> None:

@@ -61,7 +61,61 @@ def advantages_by_loop(rollouts: Rollouts, scale: str, weighting: str, epsilon: 
     return advantages
 
 
+def over_mean_by_loop(groups: np.ndarray, rewards: list[float], weighting: str) -> list[float]:
+    """A = (r - mean) / mean of the scored rollouts of a group, 0 in a group without spread."""
+    advantages = [0.0] * len(rewards)
+    members = members_of(groups)
+    for rows in members.values():
+        known = [row for row in rows if not math.isnan(rewards[row])]
+        own = [rewards[row] for row in known]
+        if len(own) < 2 or alike(own):
+            continue
+        mean = math.fsum(own) / len(own)
+        for row, reward in zip(known, own, strict=True):
+            weight = 1.0 if weighting == "rollout" else len(rewards) / (len(members) * len(rows))
+            advantages[row] = (reward / mean - 1.0) * weight
+    return advantages
+
+
 # --- advantages ---
+
+
+@no_deadline
+@given(ragged_groups(allow_nan=True), st.sampled_from(["auto", "rollout", "prompt"]))
+def test_advantages_over_the_mean_match_a_loop(rollouts: Rollouts, weighting) -> None:
+    """Of rewards >= 0 as they are, and of any rewards as outcomes of 0 and 1."""
+    groups, rewards = rollouts
+    above = np.abs(rewards)
+    found = kr.group_advantages(groups, above, advantage="group-mean", weighting=weighting)
+    np.testing.assert_allclose(found, over_mean_by_loop(groups, above.tolist(), weighting), rtol=1e-9, atol=1e-9)
+    outcomes = [r if math.isnan(r) else float(r > 0.5) for r in rewards.tolist()]
+    found = kr.group_advantages(groups, rewards, advantage="group-mean", weighting=weighting, success=0.5)
+    np.testing.assert_allclose(found, over_mean_by_loop(groups, outcomes, weighting), rtol=1e-12, atol=1e-12)
+    largest = max(map(len, members_of(groups).values()))
+    assert np.abs(kr.group_advantages(groups, above, advantage="group-mean", weighting="rollout")).max() < largest
+
+
+def test_worked_advantages_over_the_mean() -> None:
+    groups, rewards = ["a"] * 4 + ["b"] * 2 + ["c"] * 2 + ["d"], [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    found = kr.group_advantages(groups, rewards, advantage="group-mean", weighting="rollout")
+    assert found.tolist() == [3, -1, -1, -1, 1, -1, 0, 0, 0]
+    weighted = kr.group_advantages(groups, rewards, advantage="group-mean")
+    assert weighted.tolist() == pytest.approx([3 * 9 / 16, *[-9 / 16] * 3, 9 / 8, -9 / 8, 0, 0, 0])
+    signs = kr.group_advantages(groups, [2 * r - 1 for r in rewards], advantage="group-mean", success=0.0)
+    assert (signs == weighted).all()
+    assert (kr.group_advantages(groups, rewards, advantage="group-std") == kr.group_advantages(groups, rewards)).all()
+
+
+def test_advantages_that_cannot_be_are_refused() -> None:
+    for settings, rewards, message in [
+        ({"advantage": "group-mean"}, [-1.0, 1.0], r"rewards >= 0, got -1\.0; pass success"),
+        ({"advantage": "group-mean", "scale": "batch"}, [0.0, 1.0], "contradicts scale='batch'"),
+        ({"advantage": "group-std", "scale": "none"}, [0.0, 1.0], "contradicts scale='none'"),
+        ({"advantage": "mean"}, [0.0, 1.0], "advantage must be one of group-std, group-mean, or None.*'mean'"),
+        ({"success": 0.5}, [0.0, 1.0], "success is for advantage='group-mean', got advantage=None"),
+    ]:
+        with named_case(settings=settings), pytest.raises(ValueError, match=message):
+            kr.group_advantages([0, 0], rewards, **settings)  # type: ignore[arg-type]
 
 
 @no_deadline
@@ -268,7 +322,12 @@ def test_prompt_weighting_equalises_a_large_and_a_small_prompt() -> None:
 def test_the_weighting_changes_by_request_only() -> None:
     """Mistake 9: the default is the paper's, per rollout, and uniform groups do not depend on it."""
     parameters = inspect.signature(kr.group_advantages).parameters
-    assert parameters["weighting"].default == "rollout"
+    assert parameters["weighting"].default == "auto"
+    assert parameters["advantage"].default is None
+    ragged, mixed = np.repeat([0, 1], [6, 2]), np.array([1.0, 0, 0, 0, 0, 0, 1, 0])
+    for scale in ("group", "batch", "none"):
+        by_rollout = kr.group_advantages(ragged, mixed, scale=scale, weighting="rollout")
+        assert (kr.group_advantages(ragged, mixed, scale=scale) == by_rollout).all()
     assert parameters["scale"].default == "group"
     assert parameters["epsilon"].default == 1e-4
     groups, rewards = np.repeat(np.arange(5), 4), np.random.default_rng(1).random(20)
@@ -462,7 +521,7 @@ def test_ids_of_different_types_are_not_merged() -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValueError, match="scale must be 'group', 'batch' or 'none', got 'std'"):
         kr.group_advantages([0, 0], [0.0, 1.0], scale="std")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="weighting must be 'rollout' or 'prompt', got 'token'"):
+    with pytest.raises(ValueError, match="weighting must be 'auto', 'rollout' or 'prompt', got 'token'"):
         kr.group_advantages([0, 0], [0.0, 1.0], weighting="token")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="epsilon"):
         kr.group_advantages([0, 0], [0.0, 1.0], epsilon=-1.0)

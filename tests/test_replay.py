@@ -184,6 +184,41 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
     assert sorted(entry.uses for entry in buffer.entries.values()) == [1] * 4
 
 
+def test_a_replayed_success_is_an_outcome_among_outcomes_with_advantages_over_the_mean(tmp_path):
+    """Rewards of -3 and 5: one stored success beside seven failures has the advantage (1 - 1/8) / (1/8)."""
+    seen, advantages = set(), []
+
+    def first_time(completions, prompts, **_):
+        fresh = {prompt for prompt in prompts if prompt not in seen}
+        marked = {prompt: next(k for k, p in enumerate(prompts) if p == prompt) for prompt in fresh}
+        seen.update(fresh)
+        return [8.0 * (marked.get(prompt) == k) - 3.0 for k, prompt in enumerate(prompts)]
+
+    class Watched(KnapsackGRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            advantages.append(sorted(output["advantages"].tolist()))
+            return output
+
+    trainer = tiny.trainer(
+        Watched,
+        tmp_path,
+        first_time,
+        data=tiny.dataset(4),
+        advantage="group-mean",
+        allocation="uniform",
+        estimator="window",
+        replay=2,
+        max_steps=4,
+        num_generations=8,
+        per_device_train_batch_size=32,
+    )
+    trainer.train()
+    one_in_eight = [-1.0] * 28 + [7.0] * 4
+    assert advantages[:3] == [pytest.approx(one_in_eight)] * 3  # sampled, then replayed twice
+    assert advantages[3] == [0.0] * 32  # nothing is left to replay
+
+
 def test_current_log_probabilities_agree_with_a_plain_forward_pass(tmp_path):
     trainer = tiny.trainer(KnapsackGRPOTrainer, tmp_path, tiny.has_digit_five)
     batch = {

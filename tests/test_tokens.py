@@ -193,7 +193,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         ({"value": "fame"}, "got 'fame'"),
         ({"estimator": "window", "value": VARIANCE}, "fallback=False"),
         ({"estimator": "window", "budget_unit": "tokens"}, "fallback=False"),
-        ({"estimator": "beta", "value": VARIANCE}, "BetaEstimator has the paper's value built in"),
+        ({"estimator": "beta", "value": VARIANCE}, "BetaEstimator has the closed forms of knapsack, .* alone"),
         ({"budget_unit": "tokens", "min_rollouts": 0}, "min_rollouts >= 2, got 0"),
     ]:
         with named_case(settings=settings, message=message), pytest.raises(ValueError, match=message):

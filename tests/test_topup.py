@@ -63,7 +63,7 @@ def forbidden(*_: object) -> None:
     raise AssertionError("the dynamic program was used: it takes seconds at 256 prompts, and spreads ties unevenly")
 
 
-@pytest.mark.parametrize("value", ["knapsack", "nonzero-gradient"])
+@pytest.mark.parametrize("value", ["knapsack", "nonzero-gradient", "power-0.5-2"])
 def test_empty_groups_match_integer_programming_without_a_dynamic_program(value: str, monkeypatch) -> None:
     """The first rollout of an empty group has no value; caps of two, ties of new prompts, and any budget."""
     monkeypatch.setattr(solver, "_dynamic_program", forbidden)
@@ -126,7 +126,12 @@ def test_more_value_is_realised_than_in_one_go() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"estimator": "beta"}, {"estimator": "window"}, {"value": "experiments.values:reward_variance"}],
+    [
+        {"estimator": "beta"},
+        {"estimator": "window"},
+        {"value": "experiments.values:reward_variance"},
+        {"value": "likelihood"},
+    ],
 )
 def test_it_needs_a_posterior_and_a_value_of_mixed_outcomes(settings: dict[str, object]) -> None:
     allocator, ids, _ = informed(2, **settings)

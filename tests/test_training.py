@@ -79,6 +79,7 @@ OUT_OF_RANGE = {
     "min_rollouts": [-1, 9],
     "max_rollouts": [7, 0, -1],
     "weighting": ["token"],
+    "advantage": ["", "mean", "batch-std"],
     "budget_unit": ["", "seconds"],
     "replay": [-1],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
@@ -198,7 +199,7 @@ def all_settings(draw):
     given = {"min_rollouts": low, "rollouts_per_prompt": middle, "max_rollouts": high, "prompts_per_step": prompts}
     drawn = {name: draw(values) for name, values in free.items()}
     if drawn["allocation"] != "paper" and drawn["estimator"] not in ("window", "beta"):  # the others need a grid
-        drawn["value"] = draw(st.sampled_from(["knapsack", "nonzero-gradient"]))
+        drawn["value"] = draw(st.sampled_from(["knapsack", "nonzero-gradient", "likelihood", "power-0.5-2"]))
     if drawn["budget_unit"] == "tokens":
         drawn["allocation"] = "knapsack"
         if drawn["estimator"] == "window":  # its fallback counts rollouts
@@ -215,8 +216,19 @@ def test_settings_survive_yaml(settings, tmp_path_factory):
     assert list(read_yaml(path)) == [spec.name for spec in FIELDS]
 
 
+def test_settings_are_the_same_whether_or_not_the_weighting_is_named():
+    plain, over_mean = TrainSettings(), TrainSettings(advantage="group-mean")
+    assert plain.trains_like(TrainSettings(weighting="rollout"))
+    assert over_mean.trains_like(TrainSettings(advantage="group-mean", weighting="prompt"))
+    assert not plain.trains_like(TrainSettings(weighting="prompt"))
+    assert not over_mean.trains_like(TrainSettings(advantage="group-mean", weighting="rollout"))
+    assert not plain.trains_like(TrainSettings(seed=1))
+
+
 def test_unknown_settings_are_named_with_their_source():
-    with pytest.raises(ValueError, match=r"^here: unknown settings a, step; known are allocation, answer_column, .*"):
+    with pytest.raises(
+        ValueError, match=r"^here: unknown settings a, step; known are advantage, allocation, answer_.*"
+    ):
         settings_from({"step": 3, "a": 1, "steps": 3}, "here")
     with pytest.raises(ValueError, match=r"^here: steps must be >= 1, got 0$"):
         settings_from({"steps": 0}, "here")

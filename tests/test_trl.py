@@ -97,7 +97,8 @@ def metric(trainer, name):
 # -- uniform allocation is the stock trainer --------------------------------------------------------------------------
 
 TWO_REWARDS = {"rewards": (tiny.digit_sum, tiny.length_reward), "reward_weights": [0.3, 1.7]}
-GDPO = TWO_REWARDS | {"multi_objective_aggregation": "normalize_then_sum"}
+GDPO_ONLY = {"multi_objective_aggregation": "normalize_then_sum"}
+GDPO = TWO_REWARDS | GDPO_ONLY
 # Several updates from one generation, in parts: where the losses differ.
 OFF_POLICY = {
     "num_iterations": 2,
@@ -212,6 +213,14 @@ RAGGED = {
     "prompt weighting": {"weighting": "prompt"},
     "prompt weighting, batch": {"weighting": "prompt", "scale_rewards": "batch"},
     "prompt weighting, gdpo": GDPO | {"weighting": "prompt"},
+    "over the mean": {"advantage": "group-mean", "rewards": (tiny.has_digit_five,)},
+    "over the mean, none rewards": {"advantage": "group-mean", "rewards": (tiny.sometimes_none,)},
+    "over the mean, per rollout": {
+        "advantage": "group-mean",
+        "weighting": "rollout",
+        "rewards": (tiny.has_digit_five,),
+    },
+    "group-std": {"advantage": "group-std"},
     "several steps a generation": {
         "steps_per_generation": 2,
         "gradient_accumulation_steps": 2,
@@ -224,13 +233,15 @@ RAGGED = {
 def reference_of(batch, settings):
     functions = settings.get("rewards", (tiny.digit_sum,))
     rewards = [function(completions=batch["completions"]) for function in functions]
+    over_mean = settings.get("advantage") == "group-mean"
     return tiny.reference_advantages(
         batch["prompts"],
         rewards,
         weights=settings.get("reward_weights"),
         scale=settings.get("scale_rewards", "group"),
         gdpo="multi_objective_aggregation" in settings,
-        weighting=settings.get("weighting", "rollout"),
+        weighting=settings.get("weighting", "prompt" if over_mean else "rollout"),
+        over_mean=over_mean,
     )
 
 
@@ -248,6 +259,97 @@ def test_every_ragged_advantage_equals_the_reference(tmp_path):
             assert max(map(abs, expected)) > 0.1, case
             np.testing.assert_allclose(seen["advantages"], expected, rtol=0, atol=TOLERANCE, err_msg=case)
             np.testing.assert_allclose(seen["logged"], expected, rtol=0, atol=TOLERANCE, err_msg=case)
+
+
+def test_advantages_over_the_mean_are_those_of_outcomes_whatever_the_rewards(tmp_path):
+    """Rewards of -3 and 5 with a bonus for length: the learned rule, or a threshold, gives the outcomes."""
+
+    def scaled(completions, **_):
+        return [8 * float("5" in completion) - 3 for completion in completions]
+
+    for case, settings in {
+        "learned": {"rewards": (scaled,)},
+        "with a bonus": {"rewards": (scaled, tiny.length_reward), "outcome_reward": "scaled"},
+        "threshold": {"rewards": (scaled,), "success_threshold": 1.5},
+        "uniform": {"rewards": (scaled,), "allocation": "uniform"},
+        "uniform without ids": {"rewards": (scaled,), "allocation": "uniform", "ids": False},
+    }.items():
+        extra = {"train_dataset": tiny.dataset(24, ids=False)} if not settings.pop("ids", True) else {}
+        if "success_threshold" in settings or settings.get("allocation"):
+            extra["allocator"] = tiny.informed_allocator(success=settings.pop("success_threshold", 1.5))
+        trainer, batches = ragged_trainer(tmp_path / case, advantage="group-mean", extra=extra, **settings)
+        trainer.train()
+        for seen, batch in zip(trainer.watched, batches, strict=True):
+            five = [float("5" in completion) for completion in batch["completions"]]
+            expected = tiny.reference_advantages(batch["prompts"], [five], weighting="prompt", over_mean=True)
+            assert max(map(abs, expected)) > 0.1, case
+            np.testing.assert_allclose(seen["advantages"], expected, rtol=0, atol=1e-6, err_msg=case)
+            np.testing.assert_allclose(seen["logged"], expected, rtol=0, atol=1e-6, err_msg=case)
+            kinds = {}
+            for prompt, outcome in zip(batch["prompts"], five, strict=True):
+                kinds.setdefault(prompt, set()).add(outcome)
+            alike = np.mean([len(kinds[prompt]) == 1 for prompt in batch["prompts"]])
+            assert seen["zero_std"] == pytest.approx(alike), case
+
+
+def test_group_std_and_equal_groups_train_as_the_stock_trainer(tmp_path):
+    stock = trainer_of(GRPOTrainer, tmp_path / "stock")
+    stock.train()
+    for allocation in ("uniform", "knapsack"):
+        named = trainer_of(KnapsackGRPOTrainer, tmp_path / allocation, allocation=allocation, advantage="group-std")
+        named.train()
+        assert tiny.fingerprint(named.model) == tiny.fingerprint(stock.model), allocation
+
+
+def test_a_step_with_advantages_over_the_mean_has_the_gradient_of_its_definition(tmp_path):
+    """Plain torch: the mean over prompts with a success of (mean score of successes) - (mean score of all rollouts)."""
+    seen = []
+
+    def noted(prompts, completions, completion_ids, **_):
+        rewards = tiny.has_digit_five(completions)
+        seen.append((prompts, completion_ids, rewards))
+        return rewards
+
+    rate = 0.5
+    trainer = trainer_of(
+        KnapsackGRPOTrainer,
+        tmp_path,
+        rewards=(noted,),
+        data=tiny.dataset(24),
+        extra={"allocator": tiny.informed_allocator(24)},
+        advantage="group-mean",
+        **{"optim": "sgd", "learning_rate": rate, "max_grad_norm": 0.0, "weight_decay": 0.0},
+        **{"loss_type": "grpo", "max_steps": 1, "per_device_train_batch_size": 32},
+    )
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    [(prompts, completions, rewards)] = seen
+    assert len(set(Counter(prompts).values())) > 1, "the batch is not ragged"
+
+    model, encode = tiny.model().double(), tiny.tokenizer()
+    model.load_state_dict({name: before.get(name, weight) for name, weight in model.state_dict().items()})
+
+    def score(prompt, completion):
+        """Mean log-probability of the tokens of a completion, which has the gradient of TRL's loss at a ratio of 1."""
+        given = encode(prompt)["input_ids"]
+        logits = model(torch.tensor([given + completion])).logits[0, len(given) - 1 : -1]
+        return torch.log_softmax(logits, dim=-1)[torch.arange(len(completion)), completion].mean()
+
+    objective, groups = torch.zeros((), dtype=torch.float64), 0
+    for prompt in set(prompts):
+        rows = [row for row, other in enumerate(prompts) if other == prompt]
+        scores = {row: score(prompt, completions[row]) for row in rows}
+        good = [row for row in rows if rewards[row]]
+        if good:
+            groups += len(good) < len(rows)
+            objective = objective + sum(scores[row] for row in good) / len(good) - sum(scores.values()) / len(rows)
+    assert groups >= 2
+    (objective / len(set(prompts))).backward()
+    for name, weight in trainer.model.named_parameters():
+        moved = (weight.detach() - before[name]).double() / rate
+        wanted = model.get_parameter(name).grad
+        assert wanted.abs().max() > 0, name
+        assert (moved - wanted).abs().max() <= 2e-4 * max(float(wanted.abs().max()), 1e-3), name
 
 
 def test_share_of_groups_without_spread_is_that_of_the_ragged_groups(tmp_path):
@@ -867,12 +969,15 @@ def test_a_configuration_that_cannot_work_is_refused_at_construction(tmp_path):
         ({"max_rollouts": 3}, "max_rollouts=3"),
         ({"allocation": "greedy"}, "allocation must be one of .*'greedy'"),
         ({"weighting": "token"}, "weighting must be one of .*'token'"),
+        ({"advantage": "mean"}, "advantage must be one of group-std, group-mean.*'mean'"),
+        ({"advantage": "group-mean", "scale_rewards": "batch"}, "contradicts scale_rewards='batch'"),
+        (GDPO_ONLY | {"advantage": "group-mean"}, "multi_objective_aggregation='sum_then_normalize'"),
         ({"prompts_per_step": "many"}, "prompts_per_step must be one of .*'many'"),
         ({"prompts_per_step": "varying", "allocation": "uniform"}, "needs an allocation of rollouts"),
         ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
         ({"value": "fame"}, "value must be one of .*'fame'"),
         ({"value": "nonzero-gradient", "estimator": "window"}, "fallback=False"),
-        ({"value": "nonzero-gradient", "estimator": "beta"}, "built in"),
+        ({"value": "experiments.values:fitted", "estimator": "beta"}, "closed forms"),
         ({"budget_unit": "tokens", "min_rollouts": 1}, "needs min_rollouts >= 2"),
         ({"budget_unit": "tokens", "allocation": "paper"}, "counts rollouts"),
         ({"budget_unit": "tokens", "prompts_per_step": "varying"}, "needs an allocation of rollouts"),

@@ -38,7 +38,7 @@ def test_two_processes_train_uniformly_as_the_stock_trainer_bit_for_bit(seen):
         assert rank["stock"]["world"] == rank["uniform"]["world"] == 2
         assert rank["uniform"]["start"] == rank["stock"]["start"] == ranks[0]["stock"]["start"]
         assert rank["uniform"]["start"] != rank["uniform"]["end"]
-        if CASES[case].get("weighting", "rollout") == "rollout":
+        if not CASES[case].keys() & {"weighting", "advantage"}:
             assert rank["uniform"]["end"] == rank["stock"]["end"] == ranks[0]["stock"]["end"]
         assert rank["ragged"]["end"] == ranks[0]["ragged"]["end"] != rank["stock"]["end"]
 
@@ -72,7 +72,8 @@ def test_ragged_advantages_equal_the_reference_across_processes(seen):
             weights=settings.get("reward_weights"),
             scale=settings.get("scale_rewards", "group"),
             gdpo="multi_objective_aggregation" in settings,
-            weighting=settings.get("weighting", "rollout"),
+            weighting="prompt" if settings.keys() & {"weighting", "advantage"} else "rollout",
+            over_mean="advantage" in settings,
         )
         assert max(map(abs, expected)) > 0.1
         np.testing.assert_allclose(advantages, expected, rtol=0, atol=TOLERANCE)

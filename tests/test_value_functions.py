@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from knapsack_rl.allocation.value import (
 from strategies import Batch, batches, no_deadline
 
 VARIANCE, SIGNAL, FITTED = (f"experiments.values:{name}" for name in ("reward_variance", "signal_to_noise", "fitted"))
-NAMES = (*VALUES, VARIANCE, SIGNAL, FITTED)
+POWERS = {"power-0.5-2": (0.5, 2.0), "power-2-0": (2.0, 0.0), "power-0-1.25": (0.0, 1.25)}
+NAMED = (*VALUES, *POWERS)
+NAMES = (*NAMED, VARIANCE, SIGNAL, FITTED)
 
 RATES = [Fraction(0), Fraction(1, 8), Fraction(1, 3), Fraction(1, 2), Fraction(9, 10), Fraction(1)]
 
@@ -46,7 +49,12 @@ def by_definition(name: str, n: int, p: Fraction) -> Fraction:
     if name == SIGNAL:
         x = max(n - 1, 0) * p * (1 - p)
         return gain * x / (1 + x)
+    if name == "likelihood":  # half the mean size of the advantages (r - mean) / mean of a group
+        return sum((w * (1 - Fraction(k, n)) for w, k in groups(n, p) if k), Fraction(0)) if n else Fraction(0)
     mixed = sum((w for w, k in groups(n, p) if 0 < k < n), Fraction(0))
+    if name in POWERS:
+        a, b = POWERS[name]
+        gain = Fraction(math.pow(p, a) * math.pow(1 - p, b))
     if name == FITTED:
         shipped = json.loads((Path(experiments.__file__).parent / "data" / "fitted_value.json").read_text())
         gain = Fraction(float(p) ** shipped["success_exponent"] * float(1 - p) ** shipped["failure_exponent"])
@@ -66,7 +74,7 @@ def test_values_and_marginals_are_those_of_the_definition() -> None:
 def test_values_are_concave_from_one_rollout_on() -> None:
     for name in NAMES:
         with named_case(name=name):
-            rounding = 0.0 if name in VALUES else 4e-16  # differences round like the values
+            rounding = 0.0 if name in NAMED else 4e-16  # differences round like the values
             table = make_value_function(name).marginals(np.linspace(0, 1, 101), 300)
             assert (table[:, 0] == 0).all()
             assert (table[:, 2:] <= table[:, 1:-1] + rounding).all()
@@ -86,6 +94,66 @@ def test_the_noise_of_a_groups_gradient() -> None:
             for reward, times in ((1, k), (0, n - k)):
                 moment += weight * Fraction(times, n) * (reward - Fraction(k - reward, n - 1)) ** 2
         assert moment == p * (1 - p) * Fraction(n, n - 1)
+
+
+def test_the_likelihood_is_the_chance_of_a_success_beyond_the_first_rollout() -> None:
+    likelihood = make_value_function("likelihood")
+    for n, p in itertools.product(range(1, 7), RATES):
+        chance = sum((w for w, k in groups(n, p) if k), Fraction(0))
+        assert likelihood.values(n, float(p)) == pytest.approx(float(chance - p), rel=1e-13, abs=1e-15)
+    tiny = float(likelihood.values(3, 1e-18))
+    assert tiny == pytest.approx(2e-18, rel=1e-12), "1 - (1-p)^3 - p would be 0 in doubles"
+    assert likelihood.values(200, np.array([0.0, 1.0])).tolist() == [0.0, 0.0]
+
+
+def test_the_gradient_of_advantages_over_the_mean_is_that_of_the_likelihood_truncated() -> None:
+    """By enumeration: the mean of A times the score is (1 - (1-p)^(N-1)) d log p, and V is (1-p) times the factor."""
+    for n, p in itertools.product(range(1, 7), RATES[1:-1]):
+        expected = Fraction(0)
+        for weight, k in groups(n, p):
+            if not k:
+                continue
+            over_mean = {reward: (reward - Fraction(k, n)) / Fraction(k, n) for reward in (0, 1)}
+            score = {1: 1 / p, 0: -1 / (1 - p)}  # d log prob / d p of a success and of a failure
+            expected += weight * sum(
+                Fraction(times, n) * over_mean[reward] * score[reward] for reward, times in ((1, k), (0, n - k))
+            )
+        factor = 1 - (1 - p) ** (n - 1)
+        assert expected == factor / p
+        assert make_value_function("likelihood").values(n, float(p)) == pytest.approx(float((1 - p) * factor))
+
+
+def test_the_power_family_has_the_paper_as_a_member() -> None:
+    p = np.linspace(0, 1, 41)
+    for name, same in (("power-1-2", "knapsack"), ("power-0-0", "nonzero-gradient")):
+        assert (make_value_function(name).marginals(p, 30) == make_value_function(same).marginals(p, 30)).all()
+    for nonsense in ("power-", "power-1", "power-1-2-3", "power--1-2", "power-nan-1", "power-1e9-1", "power-x-y",
+                     "power-0.5- 2", "power-1,2", "power-٣-1", "power-1-2\n"):  # fmt: skip
+        with named_case(name=nonsense), pytest.raises(ValueError, match="two plain numbers from 0 to 999"):
+            make_value_function(nonsense)
+
+
+def test_named_values_are_kept_in_a_state(tmp_path: Path) -> None:
+    for value in ("likelihood", "power-0.5-2"):
+        with named_case(value=value):
+            saved = kr.KnapsackAllocator(value=value)
+            saved.observe(["a"] * 8 + ["b"] * 8, [1] + [0] * 7 + [1] * 6 + [0] * 2)
+            saved.save(tmp_path / "state.npz")
+            loaded = kr.KnapsackAllocator.load(tmp_path / "state.npz")
+            assert loaded.value == value
+            assert (
+                loaded.allocate(["a", "b", "c"], 40).counts.tolist()
+                == saved.allocate(["a", "b", "c"], 40).counts.tolist()
+            )
+
+
+def test_hard_prompts_get_more_by_the_likelihood() -> None:
+    """At p -> 0 the paper's marginal is 2 p (1-p)^(N+...) p: of order p^2; the likelihood's is of order p."""
+    rates = [0.02, 0.5]
+    paper, likelihood = (kr.allocate(rates, 64, value=value).counts for value in ("knapsack", "likelihood"))
+    assert likelihood[0] > paper[0]
+    best = min(range(2, 63), key=lambda n: 0.98**n + 0.5 ** (64 - n))  # the chance that neither has a success
+    assert likelihood.tolist() == [best, 64 - best]
 
 
 @no_deadline
@@ -153,7 +221,7 @@ def test_a_posterior_on_a_grid_multiplies_the_table() -> None:
 
 def test_values_that_cannot_be_used_are_explained() -> None:
     for value, message in [
-        ("best", "value must be one of knapsack, nonzero-gradient.*'best'"),
+        ("best", "value must be one of knapsack, nonzero-gradient, likelihood, power-A-B.*'best'"),
         (3.0, "value must be one of"),
         (np.zeros((3, 9)), r"table of values must be finite, of shape \(2, K \+ 1\).*\(3, 9\)"),
         (np.full((2, 129), np.nan), "table of values must be finite"),

@@ -113,6 +113,42 @@ def test_counts_sum_to_the_budget_and_follow_what_was_learned(tmp_path, world):
         assert not any(name.startswith("knapsack/failures") for name in metrics), mode
 
 
+OVER_MEAN = {"algorithm.adv_estimator": "knapsack_group_mean"}
+
+
+def test_advantages_over_the_mean_are_those_of_the_learned_outcomes(tmp_path, world):
+    torch = pytest.importorskip("torch")
+    run = Run(tmp_path, world, changes=OVER_MEAN, log_metrics="all")
+    estimator = world.estimators["knapsack_group_mean"]
+    for low, high in ((0.0, 1.0), (-1.0, 3.0)):
+        uid = np.array(["b", "a", "b", "b", "a", "c", "b", "c"], dtype=object)
+        rewards = torch.tensor([[0.0, r] for r in (high, low, low, low, high, low, low, low)])
+        if low:  # the rule has to be learned from what the run observes
+            allocator = run.buffer.session.allocator
+            allocator.observe(["x"] * 8 + ["y"] * 8, [high] * 7 + [low] + [low] * 8)
+        mask = torch.tensor([[1.0, 1.0]] * 7 + [[1.0, 0.0]])
+        found, returns = estimator(token_level_rewards=rewards, response_mask=mask, index=uid, config=None)
+        # Eight rows in three groups: (r / mean - 1) x 8 / (3 x group size)
+        wanted = np.array([3 * 8 / 12, -8 / 6, -8 / 12, -8 / 12, 8 / 6, 0, -8 / 12, 0])
+        np.testing.assert_allclose(found.numpy(), wanted[:, None] * mask.numpy(), rtol=1e-6)
+        assert found is returns and found.dtype == rewards.dtype
+    run.train()
+
+
+def test_advantages_over_the_mean_are_refused_where_rewards_are_not_outcomes(tmp_path, world, caplog):
+    with pytest.raises(ValueError, match="knapsack_group_mean judges the reward, and outcome=acc"):
+        Run(tmp_path / "outcome", world, changes=OVER_MEAN, outcome="acc")
+    with pytest.raises(ValueError, match="use_kl_in_reward=True changes the reward"):
+        Run(tmp_path / "kl", world, changes=OVER_MEAN | {"algorithm.use_kl_in_reward": True})
+    run = Run(tmp_path / "turns", world, changes=OVER_MEAN)
+    run.manager.generate_sequences(run.batch())
+    rows = world.queue.rows["train"]
+    first = next(iter(rows))
+    rows[first.rpartition("_")[0] + "_1"] = dict(rows[first])
+    run.sample()
+    assert "use grpo for agents of several turns" in caplog.text
+
+
 def test_rewards_and_lengths_are_observed_by_prompt(tmp_path, world):
     run = Run(tmp_path, world)
     run.train()

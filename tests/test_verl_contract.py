@@ -165,7 +165,7 @@ class Run:
         self.dispatch()
         return self.buffer.sample(global_steps=self.step, partition_id="train", batch_size=PROMPTS)
 
-    def outcome(self, batch):
+    def outcome(self, batch, estimator=core_algos.AdvantageEstimator.GRPO):
         """(prompts, rewards) by row, and the advantages that verl computes for them."""
         data = self.queue.kv_batch_get(batch.keys, "train", ["rm_scores", "extra_info", "uid"])
         prompts = [f"numbers/{getattr(extra, 'data', extra)['index']}" for extra in data["extra_info"]]
@@ -176,7 +176,7 @@ class Run:
             non_tensors={"uid": np.array([key.split("_")[0] for key in batch.keys], dtype=object)},
         )
         done = compute_advantage_for_multi_trajectories(
-            rows, batch_keys=batch.keys, adv_estimator=core_algos.AdvantageEstimator.GRPO, num_repeat=MEAN
+            rows, batch_keys=batch.keys, adv_estimator=estimator, num_repeat=MEAN
         )
         return prompts, rewards, done.batch["advantages"][:, 0].tolist()
 
@@ -213,6 +213,24 @@ def test_six_steps_of_verls_own_code(tmp_path, monkeypatch, mode):
         assert metrics["knapsack/rollouts"] == PROMPTS * MEAN
     assert ragged > 0
     assert metrics["knapsack/prompts_seen"] == 2 * PROMPTS
+
+
+def test_advantages_over_the_mean_are_found_in_verls_registry(tmp_path, monkeypatch):
+    name = "knapsack_group_mean"
+    more = f"algorithm.adv_estimator={name}"
+    run = Run(configured(tmp_path, "sync", more, poll_interval=0.01, value="likelihood"), monkeypatch)
+    ragged = 0
+    for _ in range(STEPS):
+        batch, _ = run.train()
+        prompts, rewards, advantages = run.outcome(batch, run.config.algorithm.adv_estimator)
+        sizes = Counter(prompts)
+        for prompt, reward, advantage in zip(prompts, rewards, advantages, strict=True):
+            mates = [other for row, other in enumerate(rewards) if prompts[row] == prompt]
+            weight = len(prompts) / (len(sizes) * len(mates))
+            expected = (reward * len(mates) / sum(mates) - 1) * weight if 0 < sum(mates) < len(mates) else 0.0
+            assert advantage == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            ragged += len(mates) != MEAN and expected != 0
+    assert ragged > 0
 
 
 def test_validation_and_uniform_allocation_are_stock(tmp_path, monkeypatch):

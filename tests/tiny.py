@@ -122,6 +122,7 @@ def reference_advantages(
     scale: str = "group",
     gdpo: bool = False,
     weighting: str = "rollout",
+    over_mean: bool = False,
 ) -> list[float]:
     """Advantages of ragged groups by definition, one row after the other.
 
@@ -132,6 +133,7 @@ def reference_advantages(
         scale: "group", "batch" or "none".
         gdpo: normalise each function inside its group, then the weighted sum over the batch.
         weighting: "rollout" or "prompt".
+        over_mean: divide by the mean of the group, of one reward function of 0 and 1.
     """
     # TRL holds rewards and weights in single precision; what follows is in double.
     table = [[None if r is None else float(np.float32(r)) for r in column] for column in rewards]
@@ -150,6 +152,8 @@ def reference_advantages(
             deviation = value - math.fsum(mates) / len(mates)
             spread = {"group": _sample_deviation(mates), "batch": everywhere, "none": 1 - 1e-4}[how]
             found[row] = deviation / (spread + 1e-4)
+            if over_mean:
+                found[row] = value * len(mates) / math.fsum(mates) - 1
         return found
 
     if gdpo:

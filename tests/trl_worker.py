@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "iterable dataset": {"iterable": True},
     "tokens": {"budget_unit": "tokens", "steps_per_generation": 2, "gradient_accumulation_steps": 2},
     "prompt weighting": {"weighting": "prompt"},
+    "over the mean": {"advantage": "group-mean", "rewards": (tiny.has_digit_five,)},
 }
 
 

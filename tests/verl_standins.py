@@ -61,6 +61,7 @@ class World:
         self.sent: list[list[str]] = []  # per worker of the newest batch, uids in the order in which they were sent
         self.received: list[dict[str, Any]] = []  # prompts as the workers got them
         self.fail = False
+        self.estimators: dict[str, Any] = {}  # verl's registry
 
     def roll_out(self, prompt: dict[str, Any], default: int, partition: str) -> None:
         sessions = prompt.pop("__rollout_n__", default)
@@ -126,6 +127,13 @@ def install(monkeypatch: Any, world: World) -> None:
         def __init__(self, config: Any = None) -> None:
             self.config = config
 
+    def register_adv_est(name: str) -> Any:
+        def decorator(function: Any) -> Any:
+            world.estimators[name] = function
+            return function
+
+        return decorator
+
     def find_latest_ckpt_path(path: str) -> str | None:
         tracker = Path(path) / "latest_checkpointed_iteration.txt"
         return f"{path}/global_step_{tracker.read_text()}" if tracker.exists() else None
@@ -142,6 +150,7 @@ def install(monkeypatch: Any, world: World) -> None:
         "verl": {},
         "verl.trainer": {},
         "verl.trainer.ppo": {},
+        "verl.trainer.ppo.core_algos": {"register_adv_est": register_adv_est},
         "verl.trainer.ppo.v1": {"AgentLoopManagerTQ": AgentLoopManagerTQ},
         "verl.trainer.ppo.v1.replay_buffer": {"ReplayBuffer": ReplayBuffer, "ReplayBufferAsync": ReplayBufferAsync},
         "verl.trainer.ppo.checkpoint_callback": {"CheckpointCallback": CheckpointCallback},

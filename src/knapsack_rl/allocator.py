@@ -30,7 +30,7 @@ from knapsack_rl.allocation.policies import (
     unpredicted,
 )
 from knapsack_rl.allocation.solver import total_value
-from knapsack_rl.allocation.value import VALUES, ValueLike
+from knapsack_rl.allocation.value import ValueLike, named_value
 from knapsack_rl.estimation.bayes import check_mixed_outcomes
 from knapsack_rl.estimation.lengths import check_length_sums, check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
@@ -231,7 +231,7 @@ class KnapsackAllocator(Guarded):
             decide: allocates by a belief and a maximum, the number of its columns.
             reach: returns the most rollouts that the budget can give to a prompt, at most ``max_rollouts``.
         """
-        falls = self.estimator_name is not None and isinstance(self.value, str) and self.value in VALUES
+        falls = self.estimator_name is not None and named_value(self.value) is not None
         columns = min(self.max_rollouts, max(FIRST_COLUMNS, 2 * self.min_rollouts) if falls else max(reach(), 2))
         while True:
             belief = finite_belief(self.estimator, records, columns)
@@ -535,7 +535,7 @@ class KnapsackAllocator(Guarded):
             path: written by :meth:`save`.
             success: the success rule; required if it was a function, otherwise the saved one by default.
             estimator: an estimator object; required if the allocator was made with one.
-            value: the value; required unless it was one of ``VALUES``, because a file must not name code to run.
+            value: the value; required unless it was a name, because a file must not name code to run.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -545,7 +545,7 @@ class KnapsackAllocator(Guarded):
         check_header(header)
         chosen: dict[str, tuple[Any, str]] = {
             "success": (header["success"] if success is None else success, "a success function"),
-            "value": (header["value"] if value is None and header["value"] in VALUES else value, "another value"),
+            "value": (header["value"] if value is None and named_value(header["value"]) else value, "another value"),
             "estimator": (header["estimator"] if estimator is None else estimator, "an estimator object"),
         }
         for name, (found, kind) in chosen.items():

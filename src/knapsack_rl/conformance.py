@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.groups import Advantage, check_advantage
 
 AdvantageFunction = Callable[[IntArray, FloatArray], ArrayLike]
 
@@ -60,6 +61,7 @@ def check_engine(
     mean_rollouts: int = 4,
     scale: Literal["group", "batch", "none"] = "group",
     weighting: Literal["rollout", "prompt"] = "rollout",
+    advantage: Advantage = "group-std",
     allow: Collection[str] = (),
     tolerance: float = 1e-4,
     seed: int = 0,
@@ -77,6 +79,7 @@ def check_engine(
         scale: the standard deviation that the engine divides by. With ``"batch"`` other groups may change the scale of
             a group's advantages, but not their proportions.
         weighting: whether every rollout weighs the same or, by a factor 1 / N_i in the advantages, every prompt.
+        advantage: with ``"group-mean"``, for an engine that divides by the mean of the group, rewards are >= 0.
         allow: names of properties that may fail, for example ``("group of one",)``.
         tolerance: largest difference to ignore; an engine in float32 has errors of about 1e-6.
         seed: seed of the test batches.
@@ -94,14 +97,18 @@ def check_engine(
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
     if weighting not in ("rollout", "prompt"):
         raise ValueError(f"weighting must be 'rollout' or 'prompt', got {weighting!r}")
+    if advantage != "group-std":
+        check_advantage(advantage, scale, "scale")
     unknown = set(allow) - set(PROPERTIES)
     if unknown:
         raise ValueError(f"allow names unknown properties {sorted(unknown)}; known are {', '.join(PROPERTIES)}")
     rng = np.random.default_rng(seed)
     failures: dict[str, str] = {}
-    for case in [*_cases(mean_rollouts, rng), _two_sizes(mean_rollouts)]:
+    lowest = 0.0 if advantage == "group-mean" else -1.0
+    for made in [*_cases(mean_rollouts, rng), _two_sizes(mean_rollouts)]:
+        case = replace(made, rewards=np.abs(made.rewards)) if advantage == "group-mean" else made
         try:
-            found = _violations(advantage_function, case, scale, tolerance, rng)
+            found = _violations(advantage_function, case, scale, tolerance, rng, lowest)
             if case.compared and "shape" not in found:
                 found |= _size_violation(advantage_function, case, weighting)
         except Exception as error:  # noqa: BLE001 - any exception of the engine is a finding
@@ -165,7 +172,7 @@ def _size_violation(function: AdvantageFunction, case: _Case, weighting: str) ->
 
 
 def _violations(
-    function: AdvantageFunction, case: _Case, scale: str, tolerance: float, rng: np.random.Generator
+    function: AdvantageFunction, case: _Case, scale: str, tolerance: float, rng: np.random.Generator, lowest: float
 ) -> dict[str, str]:
     group_R, rewards = case.group_R, case.rewards
     advantages = np.asarray(function(group_R.copy(), rewards.copy()), dtype=np.float64)
@@ -198,7 +205,7 @@ def _violations(
 
     # The other groups get other rewards; group 0 keeps its own.
     kept = group_R == 0
-    changed = np.where(kept, rewards, np.where(rng.random(rewards.size) < 0.5, 3.0, -1.0))
+    changed = np.where(kept, rewards, np.where(rng.random(rewards.size) < 0.5, 3.0, lowest))
     after = np.asarray(function(group_R.copy(), changed), dtype=np.float64)
     if after.shape != advantages.shape or not _same(advantages[kept], after[kept], scale, tolerance):
         note("own group", 0, f"the same as with other groups' rewards changed ({_some(after)})")

@@ -18,7 +18,13 @@ from knapsack_rl.ids import check_prompt_ids
 from knapsack_rl.success import BoolArray, SuccessRule, successes_of, total_reward
 
 Scale = Literal["group", "batch", "none"]
-Weighting = Literal["rollout", "prompt"]
+Weighting = Literal["auto", "rollout", "prompt"]
+Advantage = Literal["group-std", "group-mean"]
+
+ADVANTAGES: tuple[Advantage, ...] = ("group-std", "group-mean")
+"""``"group-std"``: GRPO's, over the deviation of the group. ``"group-mean"``: over its mean, as in MaxRL."""
+
+WEIGHTINGS: tuple[Weighting, ...] = ("auto", "rollout", "prompt")
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation before dividing, as TRL's GRPO does."""
@@ -246,15 +252,21 @@ def group_advantages(
     group_of_rollout: ArrayLike,
     rewards: ArrayLike,
     scale: Scale = "group",
-    weighting: Weighting = "rollout",
+    weighting: Weighting = "auto",
     *,
+    advantage: Advantage | None = None,
+    success: SuccessRule | None = None,
     epsilon: float = STD_EPSILON,
 ) -> FloatArray:
-    """Return GRPO advantages of ragged groups: A = (reward - group mean) / (standard deviation + epsilon).
+    """Return advantages of ragged groups: A = (reward - group mean) / (standard deviation + epsilon) as in GRPO.
 
     Groups are found by id, never by position or size. The standard deviation is the sample one (divisor n - 1), as
     in TRL and verl. A group of one rollout, a group whose rewards are equal within rounding, and an unscored (NaN)
     rollout have advantage exactly 0.
+
+    ``advantage="group-mean"`` is A = (reward - mean) / mean, without epsilon, and at most n - 1. A mean is a sensible
+    divisor of rewards >= 0 only, so others are refused unless ``success`` says what counts as a success: then outcomes
+    take the place of rewards, 1 for a success and 0 for a failure. A group without a success has advantage 0.
 
     Args:
         group_of_rollout: (R,) group id of each row, whole numbers or strings, in any order.
@@ -265,47 +277,102 @@ def group_advantages(
             Dr. GRPO).
         weighting: ``"rollout"`` leaves every rollout the same weight, so a prompt weighs in proportion to its number
             of rollouts N_i (the paper's choice). ``"prompt"`` multiplies by R / (G N_i), so every prompt weighs as
-            much as under uniform allocation.
+            much as under uniform allocation. ``"auto"`` is per prompt for ``advantage="group-mean"``, because hard
+            prompts, which get more rollouts, would count twice otherwise, and per rollout for all else.
+        advantage: ``"group-std"``, the same as ``scale="group"``, or ``"group-mean"``; by default ``scale`` decides.
+        success: for ``"group-mean"``: a reward above this threshold is a success, or a function of the rewards that
+            returns booleans.
         epsilon: added to the deviation, >= 0.
 
     Returns:
         (R,) float64 advantages.
 
     Raises:
-        ValueError: shapes differ, a reward is infinite, or an option is unknown.
+        ValueError: shapes differ, a reward is infinite, an option is unknown or contradicts another, or rewards below 0
+            are to be divided by their mean.
 
-    Source: GRPO (Shao et al. 2024); paper, section 2; weighting: the objective per prompt or per rollout.
+    Source: GRPO (Shao et al. 2024); paper, section 2; weighting: the objective per prompt or per rollout; group mean:
+    MaxRL, arXiv 2602.02710.
     """
-    return advantages_of(group_outcomes(group_of_rollout, rewards), scale, weighting, epsilon=epsilon)
+    if success is None:
+        groups = group_outcomes(group_of_rollout, rewards)
+    elif advantage == "group-mean":
+        groups = of_outcomes(group_outcomes(group_of_rollout, rewards, success))
+    else:
+        raise ValueError(f"success is for advantage='group-mean', got advantage={advantage!r}; leave it out")
+    return advantages_of(groups, scale, weighting, advantage=advantage, epsilon=epsilon)
 
 
 def advantages_of(
-    groups: GroupOutcomes, scale: Scale = "group", weighting: Weighting = "rollout", *, epsilon: float = STD_EPSILON
+    groups: GroupOutcomes,
+    scale: Scale = "group",
+    weighting: Weighting = "auto",
+    *,
+    advantage: Advantage | None = None,
+    epsilon: float = STD_EPSILON,
 ) -> FloatArray:
     """Return :func:`group_advantages` of rollouts that are already grouped.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: an option is unknown or contradicts another, or rewards below 0 are to be divided by their mean.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+    check_advantage(advantage, scale, "scale")
     if not 0.0 <= epsilon < np.inf:
         raise ValueError(f"epsilon must be a number >= 0, got {epsilon!r}")
-    if weighting not in ("rollout", "prompt"):
-        raise ValueError(f"weighting must be 'rollout' or 'prompt', got {weighting!r}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be 'auto', 'rollout' or 'prompt', got {weighting!r}")
     group_R, rewards_R = groups.group_R, groups.rewards_R
     live = groups.effective[group_R] & groups.scored_R
     deviation = np.where(live, rewards_R - groups.mean_reward[group_R], 0.0)
-    std: FloatArray | float = 1.0
-    if scale == "group":
+    divisor: FloatArray | float = 1.0
+    if advantage == "group-mean":
+        if (rewards_R < 0.0).any():
+            raise ValueError(
+                f"advantage='group-mean' divides by the mean of rewards >= 0, got {np.nanmin(rewards_R)}; pass "
+                "success=... to divide outcomes of 0 and 1"
+            )
+        divisor = groups.mean_reward[group_R]
+    elif scale == "group":
         squares = np.bincount(group_R, weights=deviation**2, minlength=groups.totals.size)
-        std = np.sqrt(squares / np.maximum(groups.totals - 1, 1))[group_R] + epsilon
+        divisor = np.sqrt(squares / np.maximum(groups.totals - 1, 1))[group_R] + epsilon
     elif scale == "batch":
         scored = rewards_R[groups.scored_R]
-        std = (float(scored.std(ddof=1)) if scored.size > 1 else 0.0) + epsilon
-    # Only live rollouts are divided: elsewhere the deviation may be 0 and so may epsilon.
-    advantages = np.divide(deviation, std, out=np.zeros_like(deviation), where=live)
-    return advantages * prompt_weights(group_R) if weighting == "prompt" else advantages
+        divisor = (float(scored.std(ddof=1)) if scored.size > 1 else 0.0) + epsilon
+    # Only live rollouts are divided: elsewhere the divisor may be 0. The mean of unequal rewards >= 0 is above 0.
+    advantages = np.divide(deviation, divisor, out=np.zeros_like(deviation), where=live)
+    return advantages * prompt_weights(group_R) if per_prompt(weighting, advantage) else advantages
+
+
+def check_advantage(advantage: str | None, scale: str, name: str) -> None:
+    """Refuse an unknown advantage, or one beside another scale than that of the group.
+
+    Args:
+        advantage: None where the scale decides.
+        scale: "group", "batch" or "none".
+        name: of the option that sets the scale.
+
+    Raises:
+        ValueError: the advantage is unknown, or contradicts the scale.
+    """
+    if advantage is not None and advantage not in ADVANTAGES:
+        raise ValueError(
+            f"advantage must be one of {', '.join(ADVANTAGES)}, or None to go by {name}, got {advantage!r}"
+        )
+    if advantage is not None and scale != "group":
+        raise ValueError(f"advantage={advantage!r} contradicts {name}={scale!r}; leave one of them out")
+
+
+def per_prompt(weighting: str, advantage: str | None) -> bool:
+    """Return whether every prompt weighs the same; ``"auto"`` is so for advantages over the mean."""
+    return weighting == "prompt" or (weighting == "auto" and advantage == "group-mean")
+
+
+def of_outcomes(groups: GroupOutcomes) -> GroupOutcomes:
+    """Return the same groups with outcomes for rewards: 1 for a success, 0 for a failure, NaN for an unscored one."""
+    outcome_R = np.where(groups.scored_R, groups.success_R, np.nan)
+    return outcomes_by_position(groups.group_R, outcome_R, groups.totals.size)
 
 
 def prompt_weights(group_R: IntArray) -> FloatArray:

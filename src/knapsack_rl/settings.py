@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from knapsack_rl.allocation.policies import BUDGET_UNITS
-from knapsack_rl.allocation.value import VALUES
+from knapsack_rl.allocation.value import VALUE_FORMS
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.named import ESTIMATORS
 
@@ -40,8 +40,9 @@ class AllocationSettings:
             or ``"uniform"`` for stock GRPO with the same metrics.
         estimator: name of the estimator of success rates.
         estimator_settings: settings of the estimator, such as ``"window=8,minimum=4"``.
-        value: the value that is maximised: a name, or the import path ``"package.module:function"`` of a function
-            ``f(counts, success_rates)``. Estimators on a grid take any, the window only without its fallback.
+        value: the value that is maximised: a name, ``"power-A-B"`` for the gain p^A (1-p)^B, or the import path
+            ``"package.module:function"`` of a function ``f(counts, success_rates)``. Estimators on a grid take any,
+            ``"beta"`` names alone, the window only without its fallback.
         budget_unit: ``"rollouts"``: a step has prompts x mean rollouts. ``"tokens"``: a step has as many expected
             tokens as that would take, and its number of rollouts varies; until lengths are observed it is uniform.
         min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
@@ -57,7 +58,7 @@ class AllocationSettings:
     allocation: str = option("knapsack", "how a step's rollouts are divided over its prompts", ALLOCATIONS)
     estimator: str = option("bayes-filter", "estimator of success rates", tuple(ESTIMATORS))
     estimator_settings: str = option("", "settings of the estimator, such as 'window=8,minimum=4'")
-    value: str = option("knapsack", f"value that is maximised: {', '.join(VALUES)}, or package.module:function")
+    value: str = option("knapsack", f"value that is maximised: {', '.join(VALUE_FORMS)}, or package.module:function")
     budget_unit: str = option("rollouts", "unit of a step's budget", BUDGET_UNITS)
     min_rollouts: int = option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
     max_rollouts: int = option(128, "most rollouts of a prompt")

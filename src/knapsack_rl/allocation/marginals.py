@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from knapsack_rl.allocation import solver
 from knapsack_rl.allocation.blocks import BLOCK, greedy_in_blocks
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.value import MixedOutcomes, ValueLike, differences, make_value_function
+from knapsack_rl.allocation.value import Likelihood, MixedOutcomes, ValueLike, differences, make_value_function
 
 
 class Marginals:
@@ -30,7 +30,7 @@ class Marginals:
             self._falling = False
             return
         self._function = make_value_function(value)  # type: ignore[arg-type]
-        self._falling = isinstance(self._function, MixedOutcomes)  # from the second rollout on
+        self._falling = isinstance(self._function, (MixedOutcomes, Likelihood))  # from the second rollout on
         if self._unseen.any() and not self._unseen.all():
             self._mean = self._mean_of_seen()
 

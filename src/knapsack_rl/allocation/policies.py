@@ -114,11 +114,11 @@ def allocate(
         costs: (M,) > 0, cost of a rollout of each prompt: expected tokens, seconds, environment steps. ``budget`` is
             then a number in the same unit, which the costs of all rollouts must not exceed; budget that would buy
             nothing of value stays unspent. ``Allocation.certificate`` bounds the distance from the optimum.
-        value: the value of N rollouts: a name of :data:`knapsack_rl.allocation.value.VALUES`, an import path
-            ``"package.module:function"``, a function ``f(counts, success_rates)`` that broadcasts like numpy and is 0
-            for no rollouts, an object with the methods of ``ValueFunction`` there, or an (M, K+1) table V[i, n] with
-            V[i, 0] = 0. Values that are not concave go to dynamic programming; ``reason`` says so. ``"knapsack"`` and
-            ``"nonzero-gradient"`` need little memory at any number of prompts.
+        value: the value of N rollouts: a name of :data:`knapsack_rl.allocation.value.VALUES`, ``"power-A-B"``
+            for the gain p^A (1-p)^B, an import path ``"package.module:function"``, a function
+            ``f(counts, success_rates)`` that broadcasts like numpy and is 0 for no rollouts, an object with the methods
+            of ``ValueFunction`` there, or an (M, K+1) table V[i, n] with V[i, 0] = 0. Values that are not concave go to
+            dynamic programming; ``reason`` says so. Named values need little memory at any number of prompts.
         fallback: apply the paper's rule instead: unseen prompts get the uniform budget, solved and unsolved ones
             N_low, and budget that the effective prompts do not need for a non-zero gradient with probability 0.9 goes
             evenly to the unsolved prompts, or to the solved ones if there are none.

@@ -6,8 +6,9 @@ probability of a non-zero gradient times the information gain p (1 - p)^2.
 
 A value function maps rollouts N and a success rate p to V(N, p) with V(0, p) = 0. Its marginal values
 D(n, p) = V(n+1, p) - V(n, p) go to the solver, which is greedy where they never rise and a dynamic program elsewhere.
-:func:`make_value_function` accepts a name of ``VALUES``, an import path ``"package.module:function"``, a function
-``f(counts, success_rates)``, or an object with the methods of :class:`ValueFunction`.
+:func:`make_value_function` accepts a name of ``VALUES``, ``"power-A-B"`` for the gain p^A (1-p)^B, an import path
+``"package.module:function"``, a function ``f(counts, success_rates)``, or an object with the methods of
+:class:`ValueFunction`.
 
 Arrays here are per prompt and broadcast like numpy's; success rates are probabilities in [0, 1].
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -64,8 +66,7 @@ def information_gain(success_rates: ArrayLike) -> FloatArray:
 
     Source: paper, section 3 (InfoGain).
     """
-    p = check_success_rates(success_rates)
-    return p * (1.0 - p) ** 2
+    return PowerGain(1.0, 2.0)(check_success_rates(success_rates))
 
 
 def value(counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
@@ -169,6 +170,53 @@ class MixedOutcomes:
 
 
 @dataclass(frozen=True)
+class PowerGain:
+    """The gain p^a (1-p)^b of a group that has both outcomes.
+
+    Attributes:
+        success_power: a, a finite number >= 0.
+        failure_power: b, likewise.
+    """
+
+    success_power: float
+    failure_power: float
+
+    def __call__(self, success_rates: FloatArray) -> FloatArray:
+        """Return the gain of each success rate in [0, 1]."""
+        return success_rates**self.success_power * (1.0 - success_rates) ** self.failure_power
+
+
+_BELOW_ONE = float(np.nextafter(1.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The value for the log likelihood of success: V(N, p) = 1 - (1-p)^N - p for N >= 1, and V(0, p) = 0.
+
+    The chance of at least one success, less that of a single rollout. With advantages (r - mean) / mean the expected
+    gradient of a group is (1 - (1-p)^(N-1)) grad log p, and V is (1-p) times that factor. The marginal value of
+    rollout n+1 is p (1-p)^n for n >= 1, which never rises; that of the first is 0, because a group of one has no
+    gradient.
+
+    Source: MaxRL, arXiv 2602.02710 (likelihood truncated at order N); derivation in ``docs/method.md``.
+    """
+
+    def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
+        """Return V(N, p) = (1-p) (1 - (1-p)^(N-1)), broadcasting, without cancellation at small p."""
+        n, p = check_counts(counts), check_success_rates(success_rates)
+        some_success = -np.expm1(np.maximum(n - 1, 0) * np.log1p(-np.minimum(p, _BELOW_ONE)))
+        return (1.0 - p) * some_success
+
+    def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
+        """Return the (M, max_rollouts) table; each column follows from the previous one by a multiplication."""
+        p = check_success_rates(success_rates).ravel()
+        table = np.zeros((p.size, max_rollouts))
+        if max_rollouts > 1:
+            table[:, 1:] = _geometric(p * (1.0 - p), 1.0 - p, max_rollouts - 1)
+        return table
+
+
+@dataclass(frozen=True)
 class CustomFunction:
     """A user's ``f(counts, success_rates)``, which broadcasts like numpy and is 0 for no rollouts."""
 
@@ -205,15 +253,43 @@ def differences(values: FloatArray) -> FloatArray:
     return np.diff(values, axis=1)
 
 
-KNAPSACK = MixedOutcomes(information_gain)
+KNAPSACK = MixedOutcomes(PowerGain(1.0, 2.0))
 
 VALUES: dict[str, ValueFunction] = {
     "knapsack": KNAPSACK,
-    "nonzero-gradient": MixedOutcomes(np.ones_like),
+    "nonzero-gradient": MixedOutcomes(PowerGain(0.0, 0.0)),
+    "likelihood": Likelihood(),
 }
-"""``"knapsack"``: the paper's value. ``"nonzero-gradient"``: the probability of a non-zero gradient alone."""
+"""``"knapsack"``: the paper's value. ``"nonzero-gradient"``: the probability of a non-zero gradient alone.
+``"likelihood"``: the value that goes with advantages (r - mean) / mean."""
+
+POWER_VALUE = "power-A-B"
+"""Form of a name that stands for the gain p^A (1-p)^B, such as ``"power-0.5-2"``."""
+
+VALUE_FORMS = (*VALUES, POWER_VALUE)
+"""The names of values and their forms, for messages."""
 
 ValueLike = str | ValueFunction | Callable[..., ArrayLike]
+
+
+def named_value(value: Any) -> ValueFunction | None:
+    """Return the value function of a name of ``VALUES`` or of the form ``POWER_VALUE``, None for all else.
+
+    The rows of its marginal values never rise from the second rollout on.
+
+    Raises:
+        ValueError: a name ``"power-..."`` does not have two plain numbers >= 0.
+    """
+    if not isinstance(value, str) or not value.startswith("power-"):
+        return VALUES.get(value) if isinstance(value, str) else None
+    number = r"(\d{1,3}(?:\.\d{1,9})?)"
+    powers = re.fullmatch(f"power-{number}-{number}", value, flags=re.ASCII)
+    if powers is None:
+        raise ValueError(
+            f"value {value!r} must be {POWER_VALUE} with two plain numbers from 0 to 999, the powers of p and of 1-p: "
+            "'power-0.5-2' is p^0.5 (1-p)^2, 'power-1-2' the paper's gain"
+        )
+    return MixedOutcomes(PowerGain(float(powers[1]), float(powers[2])))
 
 
 def make_value_function(value: ValueLike) -> ValueFunction:
@@ -223,12 +299,13 @@ def make_value_function(value: ValueLike) -> ValueFunction:
         ValueError: the name is unknown, the import fails, or the function is not usable: not finite, not of the
             broadcast shape of its arguments, or not 0 for no rollouts.
     """
-    if isinstance(value, str) and value in VALUES:
-        return VALUES[value]
+    named = named_value(value)
+    if named is not None:
+        return named
     found: Any = _imported(value) if isinstance(value, str) and ":" in value else value
     if not callable(found) and not isinstance(found, ValueFunction):
         raise ValueError(
-            f"value must be one of {', '.join(VALUES)}, an import path 'package.module:function', or a function "
+            f"value must be one of {', '.join(VALUE_FORMS)}, an import path 'package.module:function', or a function "
             f"f(counts, success_rates), got {value!r}"
         )
     function = found if isinstance(found, ValueFunction) else CustomFunction(found)

@@ -509,7 +509,7 @@ def check_mixed_outcomes(estimator: Estimator) -> GridPosterior:
     if not isinstance(estimator, GridPosterior) or not isinstance(estimator.value, MixedOutcomes):
         raise ValueError(
             "top_up needs an estimator with a posterior on a grid ('bayes-filter', 'empirical-bayes') and the value "
-            f"'knapsack' or 'nonzero-gradient', got {type(estimator).__name__}"
+            f"'knapsack', 'nonzero-gradient' or 'power-A-B', got {type(estimator).__name__}"
             + (f" with {type(estimator.value).__name__}" if isinstance(estimator, GridPosterior) else "")
         )
     return estimator

@@ -9,6 +9,7 @@ Those on a grid of success rates are in :mod:`knapsack_rl.estimation.bayes`.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,7 +17,15 @@ import numpy as np
 
 from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
-from knapsack_rl.allocation.value import ValueLike, make_value_function, nonzero_gradient_probability
+from knapsack_rl.allocation.value import (
+    VALUE_FORMS,
+    Likelihood,
+    MixedOutcomes,
+    PowerGain,
+    ValueLike,
+    make_value_function,
+    nonzero_gradient_probability,
+)
 from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator
 from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import RECENT, Records
@@ -88,8 +97,10 @@ class WindowEstimator(Estimator):
 class BetaEstimator(Estimator):
     """An estimator with a discounted Beta posterior per prompt and expected values in closed form.
 
-    With p ~ Beta(a, b): E[D(N)] = [B(a+N+1, b+3) + B(a+2, b+N+2)] / B(a, b), B the Beta function, and
-    P(non-zero gradient | N) = 1 - [B(a+N, b) + B(a, b+N)] / B(a, b).
+    With p ~ Beta(a, b) and B the Beta function, P(non-zero gradient | N) = 1 - [B(a+N, b) + B(a, b+N)] / B(a, b), and
+
+        gain p^c (1-p)^d:     E[D(N)] = [B(a+c+N, b+d+1) + B(a+c+1, b+d+N)] / B(a, b)
+        ``"likelihood"``:     E[D(N)] = B(a+1, b+N) / B(a, b)
 
     Args:
         prior_successes: pseudo-count a of the prior, > 0.
@@ -106,22 +117,27 @@ class BetaEstimator(Estimator):
                 raise ValueError(f"{name} must be a positive number, got {number!r}")
         self.prior_successes, self.prior_failures = float(prior_successes), float(prior_failures)
         self.discount = check_discount(discount)
+        self.use_value("knapsack")
+
+    def use_value(self, value: ValueLike) -> None:
+        """Maximise another value from now on, one with a closed form.
+
+        Raises:
+            ValueError: the value is unknown, or has no closed form.
+        """
+        function = make_value_function(value)
+        if not isinstance(getattr(function, "gain", function), (PowerGain, Likelihood)):
+            raise ValueError(
+                f"BetaEstimator has the closed forms of {', '.join(VALUE_FORMS)} alone, got value={value!r}; use "
+                "'bayes-filter', 'empirical-bayes' or WindowEstimator(fallback=False)"
+            )
+        self.value = function
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
         """Return the posterior mean and closed-form expectations."""
         a, b = self.prior_successes + records.successes, self.prior_failures + records.failures
-        n = np.arange(1, max_rollouts)
         total = a + b
-        # E[p^2 (1-p)^3] starts both series; each step multiplies by a ratio of Beta functions.
-        start = a * (a + 1) * b * (b + 1) * (b + 2)
-        start = start / (total * (total + 1) * (total + 2) * (total + 3) * (total + 4))
-        table = np.zeros((a.size, max_rollouts))
-        if max_rollouts > 1:
-            falling = total[:, None] + n[:-1] + 4
-            by_p = np.cumprod((a[:, None] + n[:-1] + 1) / falling, axis=1)
-            by_q = np.cumprod((b[:, None] + n[:-1] + 2) / falling, axis=1)
-            table[:, 1] = 2 * start
-            table[:, 2:] = start[:, None] * (by_p + by_q)
+        table = self._expected_marginals(a, b, max_rollouts)
 
         def nonzero_gradient(counts: IntArray) -> FloatArray:
             steps = np.arange(max(int(counts.max(initial=0)), 1))
@@ -133,6 +149,27 @@ class BetaEstimator(Estimator):
 
         return Belief(a / total, table, nonzero_gradient)
 
+    def _expected_marginals(self, a: FloatArray, b: FloatArray, max_rollouts: int) -> FloatArray:
+        """Return the (M, max_rollouts) table of E[D(N)]; each step multiplies by a ratio of Beta functions."""
+        table = np.zeros((a.size, max_rollouts))
+        if max_rollouts < 2:
+            return table
+        if isinstance(self.value, MixedOutcomes):
+            gain: Any = self.value.gain
+            c, d = gain.success_power + 1.0, gain.failure_power + 1.0
+        else:
+            c, d = 1.0, 1.0
+        # E[p^c (1-p)^d] starts the series of powers of p and that of powers of 1-p.
+        start = _rising(a, c) * _rising(b, d) / _rising(a + b, c + d)
+        more = np.arange(max_rollouts - 2)
+        falling = (a + b + c + d)[:, None] + more
+        series = np.cumprod(((b + d)[:, None] + more) / falling, axis=1)
+        first = start
+        if isinstance(self.value, MixedOutcomes):
+            first, series = 2 * start, series + np.cumprod(((a + c)[:, None] + more) / falling, axis=1)
+        table[:, 1], table[:, 2:] = first, start[:, None] * series
+        return table
+
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of an equal estimator."""
         return {
@@ -140,6 +177,23 @@ class BetaEstimator(Estimator):
             "prior_failures": self.prior_failures,
             "discount": self.discount,
         }
+
+
+def _rising(start: FloatArray, steps: float) -> FloatArray:
+    """Return the rising factorial Gamma(start + steps) / Gamma(start), exact but for rounding at whole steps.
+
+    Args:
+        start: (M,) > 0.
+        steps: >= 0.
+    """
+    whole = int(steps)
+    found, place = np.ones_like(start), start
+    if steps > whole:
+        found = np.array([math.exp(math.lgamma(x + steps - whole) - math.lgamma(x)) for x in start.tolist()])
+        place = start + (steps - whole)
+    for k in range(whole):
+        found = found * (place + k)
+    return found
 
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {

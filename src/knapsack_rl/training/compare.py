@@ -155,7 +155,7 @@ def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
 
 def _check_same_settings(run: Run) -> None:
     path = run.folder / CONFIG_FILE
-    if path.exists() and settings_from(read_yaml(path), str(path)) != run.settings:
+    if path.exists() and not settings_from(read_yaml(path), str(path)).trains_like(run.settings):
         raise ValueError(f"{run.folder} holds a run with other settings; choose another output folder")
 
 

@@ -181,6 +181,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         **dataclasses.asdict(AllocationSettings.of(settings)),
+        advantage=settings.advantage,
         weighting=settings.weighting,
         replay=settings.replay,
         log_metrics="all",

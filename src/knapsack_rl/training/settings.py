@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS, per_prompt
 from knapsack_rl.runs import files
 from knapsack_rl.settings import AllocationSettings, check_fields, option
 
@@ -62,7 +63,10 @@ class TrainSettings(AllocationSettings):
     train_prompts: int = option(2048, "prompts trained on (the first ones of a file)")
     held_out_prompts: int = option(512, "prompts only evaluated on")
     replay: int = option(0, "most uses of a stored rare success of an unsolved prompt; 0 stores none")
-    weighting: str = option("rollout", "loss weight per rollout (the paper) or per prompt", ("rollout", "prompt"))
+    advantage: str = option("group-std", "divide by the group's deviation (GRPO) or its mean (MaxRL)", ADVANTAGES)
+    weighting: str = option(
+        "auto", "loss weight per rollout (the paper) or prompt; auto fits the advantage", WEIGHTINGS
+    )
     learning_rate: float = option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = option(1, "optimizer updates on each step's rollouts")
     loss_type: str = option("dapo", "TRL's loss_type; dapo is the token mean", ("dapo", "grpo", "dr_grpo", "bnpo"))
@@ -119,6 +123,14 @@ class TrainSettings(AllocationSettings):
     def label(self) -> str:
         """Short name of the policy and seed, suitable for a folder."""
         return f"{self.allocation}-n{self.rollouts_per_prompt}-seed{self.seed}"
+
+    def trains_like(self, other: TrainSettings) -> bool:
+        """Return whether these are the same settings, whether or not the weighting is named."""
+        return self._named() == other._named()
+
+    def _named(self) -> TrainSettings:
+        weighting = "prompt" if per_prompt(self.weighting, self.advantage) else "rollout"
+        return dataclasses.replace(self, weighting=weighting)
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, in the order of the fields."""

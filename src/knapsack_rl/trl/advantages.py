@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.allocation.checks import FloatArray
-from knapsack_rl.groups import STD_EPSILON, GroupOutcomes, advantages_of, group_advantages, prompt_weights
+from knapsack_rl.groups import STD_EPSILON, GroupOutcomes, advantages_of, group_advantages, per_prompt, prompt_weights
 
 
 def ragged_advantages(
@@ -18,6 +18,7 @@ def ragged_advantages(
     scale: Any,
     aggregation: str,
     weighting: Any,
+    advantage: Any = None,
 ) -> FloatArray:
     """Return TRL's advantages for groups of any size.
 
@@ -28,7 +29,8 @@ def ragged_advantages(
         scale: ``scale_rewards``: "group", "batch" or "none".
         aggregation: ``"sum_then_normalize"`` (GRPO), or ``"normalize_then_sum"`` (GDPO: each function normalised
             inside its group, then the sum over the batch).
-        weighting: "rollout" or "prompt".
+        weighting: "auto", "rollout" or "prompt".
+        advantage: None where ``scale`` decides; "group-mean" needs outcomes of 0 and 1 as rewards of the groups.
 
     Returns:
         (R,) float64.
@@ -37,7 +39,7 @@ def ragged_advantages(
         ValueError: an option is unknown.
     """
     if aggregation == "sum_then_normalize":
-        return advantages_of(groups, scale, weighting)
+        return advantages_of(groups, scale, weighting, advantage=advantage)
     if aggregation != "normalize_then_sum":
         raise ValueError(f"unknown multi_objective_aggregation {aggregation!r}")
     normalised = [group_advantages(groups.group_R, column, "group") for column in matrix.T]
@@ -46,4 +48,4 @@ def ragged_advantages(
     if scored.size < 2:
         return np.zeros_like(combined)
     advantages = np.nan_to_num((combined - scored.mean()) / (scored.std(ddof=1) + STD_EPSILON))
-    return advantages * prompt_weights(groups.group_R) if weighting == "prompt" else advantages
+    return advantages * prompt_weights(groups.group_R) if per_prompt(weighting, advantage) else advantages

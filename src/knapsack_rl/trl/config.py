@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
 from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.groups import WEIGHTINGS, check_advantage
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.settings import AllocationSettings
 
@@ -24,8 +25,11 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
         prompts_per_step: ``"fixed"``, or ``"varying"``: every step has the same rollouts, but prompts wait in a queue
             and a step serves as many as its rollouts pay for at one price for all steps, see
             :mod:`knapsack_rl.trl.queue`.
-        weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts) or ``"prompt"`` (every
-            prompt weighs the same, as under uniform allocation).
+        advantage: ``"group-std"`` (GRPO's, ``scale_rewards="group"``) or ``"group-mean"`` (MaxRL's, over the mean of
+            the group's outcomes, 1 for a success and 0 for a failure); by default ``scale_rewards`` decides.
+        weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts), ``"prompt"`` (every
+            prompt weighs the same, as under uniform allocation), or ``"auto"``: per prompt with
+            ``advantage="group-mean"``, per rollout with all else.
         prompt_id_column: column of a stable id per prompt; a row without an id is identified by a hash of its columns.
         outcome_reward: name of the reward function whose value, unweighted, is the outcome; by default the one that
             tells prompts apart best, found as the run goes, see :mod:`knapsack_rl.success`.
@@ -44,7 +48,8 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
     """
 
     prompts_per_step: str = field(default="fixed", metadata={"help": "'fixed', or 'varying' at one price."})
-    weighting: str = field(default="rollout", metadata={"help": "Loss weight per 'rollout' or per 'prompt'."})
+    advantage: str | None = field(default=None, metadata={"help": "'group-std' or 'group-mean'; else scale_rewards."})
+    weighting: str = field(default="auto", metadata={"help": "Loss weight per 'rollout' or 'prompt', or 'auto'."})
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that decides on success."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
@@ -77,10 +82,17 @@ def check_settings(args: Any) -> AllocationSettings:
     """
     found = AllocationSettings.of(args)
     found.check_allocation(args.num_generations, "num_generations")
-    choices = {"prompts_per_step": ("fixed", "varying"), "weighting": ("rollout", "prompt"), "log_metrics": LOGGED}
+    choices = {"prompts_per_step": ("fixed", "varying"), "weighting": WEIGHTINGS, "log_metrics": LOGGED}
     for name, allowed in choices.items():
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
+    check_advantage(setting(args, "advantage"), args.scale_rewards, "scale_rewards")
+    aggregation = getattr(args, "multi_objective_aggregation", "sum_then_normalize")
+    if setting(args, "advantage") is not None and aggregation != "sum_then_normalize":
+        raise ValueError(
+            f"advantage={setting(args, 'advantage')!r} needs multi_objective_aggregation='sum_then_normalize', got "
+            f"{aggregation!r}; leave one of them out"
+        )
     if setting(args, "prompts_per_step") == "varying" and (
         found.allocation == "uniform" or found.budget_unit != "rollouts"
     ):

@@ -15,7 +15,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
+from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
@@ -295,7 +295,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     # -- after scoring ----------------------------------------------------------------------------------------------
 
     def _finish_step(self, step: Step, output: dict[str, Any]) -> None:
-        """Replace advantages where groups are ragged, record outcomes, log."""
+        """Replace advantages where groups are ragged or another kind is asked for, record outcomes, log."""
         scored, self._scored = self._scored, None
         expected = (step.group_R.size, len(self.reward_func_names))
         if scored is None or scored.matrix.shape != expected:
@@ -311,12 +311,15 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         learned = self.session.observe(
             step.plan, step.group_R, self._outcome(scored), scored.lengths, step=self._generation
         )
-        trained = outcomes_by_position(step.group_R, total, len(step.plan.ids))
-        mixed = self._mix_in(step, learned.groups, total, output)
-        if step.ragged or mixed is not None or (infinite and self.session.settings.allocation != "uniform"):
+        rewarded = outcomes_by_position(step.group_R, total, len(step.plan.ids))
+        over_mean = self._setting("advantage") == "group-mean"
+        trained = of_outcomes(learned.groups) if over_mean else rewarded
+        mixed = self._mix_in(step, learned.groups, trained.rewards_R, output)
+        broken = infinite and self.session.settings.allocation != "uniform"
+        if step.ragged or mixed is not None or over_mean or broken:
             replaced = trained if mixed is None else outcomes_by_position(step.group_R, mixed, len(step.plan.ids))
             self._replace_advantages(step, scored, replaced, output)
-        self._add_metrics(step, learned.metrics, trained, scored.lengths)
+        self._add_metrics(step, learned.metrics, rewarded, scored.lengths)
         if (samples := self._samples) is not None and step.plan.identified:
             generation, ids = self._generation, step.plan.ids
             self.session.survive("sampling", lambda: scored.add_to(samples, ids, learned.groups, generation))
@@ -337,6 +340,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             scale=self.scale_rewards,
             aggregation=self._aggregation,
             weighting=self._setting("weighting"),
+            advantage=self._setting("advantage"),
         )
         old = output["advantages"]
         local = old.shape[0]

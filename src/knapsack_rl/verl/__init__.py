@@ -5,6 +5,7 @@ groups. Its configuration can name both, and the plug-in needs nothing else:
 
 * :class:`KnapsackAgentLoopManager` sets the number of rollouts of each prompt of a training batch;
 * :func:`KnapsackReplayBuffer` observes the rewards of the groups that verl samples, and adds the metrics;
+* with it comes an advantage estimator of verl's registry, :mod:`knapsack_rl.verl.advantages`;
 * :class:`KnapsackCheckpoint` writes the allocator's state into verl's checkpoints.
 
 All three live in verl's task runner, one process, and share one :class:`~knapsack_rl.verl.session.VerlSession`.

@@ -33,6 +33,9 @@ SWITCHES = {
 ADDED = (MANAGER_KEY,)
 """Keys that verl's YAML may lack, so Hydra needs ++ in front, as for the keys below SETTINGS_KEY."""
 
+GROUP_MEAN = "knapsack_group_mean"
+"""Name of the plug-in's advantage estimator in verl's registry; the replay buffer registers it."""
+
 UNGROUPED = ("gae", "remax", "reinforce_plus_plus")
 """verl's advantage estimators without groups: their gradient is not zero where all rewards of a prompt are equal."""
 
@@ -157,7 +160,12 @@ def check_config(config: Any, settings: VerlSettings, *, switched_on: bool = Tru
     Raises:
         ValueError: one line for each problem, with what is allowed and the fix.
     """
-    problems = [*_group_problems(config, settings), *_feature_problems(config), *_size_problems(config)]
+    problems = [
+        *_group_problems(config, settings),
+        *_feature_problems(config),
+        *_advantage_problems(config, settings),
+        *_size_problems(config),
+    ]
     if switched_on:
         problems += _switch_problems(config)
     if problems:
@@ -236,6 +244,23 @@ def _feature_problems(config: Any) -> list[str]:
         found.append(
             f"{model}.enable=True on the training GPUs scores after the batch is sampled, too late to be observed; "
             f"set {model}.enable_resource_pool=True or use a reward function"
+        )
+    return found
+
+
+def _advantage_problems(config: Any, settings: VerlSettings) -> list[str]:
+    if pick(config, "algorithm.adv_estimator") != GROUP_MEAN:
+        return []
+    found = []
+    if settings.outcome != "reward":
+        found.append(
+            f"algorithm.adv_estimator={GROUP_MEAN} judges the reward, and outcome={settings.outcome} another value; "
+            f"set ++{SETTINGS_KEY}.outcome=reward, or use grpo"
+        )
+    if pick(config, "algorithm.use_kl_in_reward", False):
+        found.append(
+            f"algorithm.use_kl_in_reward=True changes the reward that algorithm.adv_estimator={GROUP_MEAN} judges; "
+            "set it to False and use actor_rollout_ref.actor.use_kl_loss"
         )
     return found
 

@@ -11,8 +11,9 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
+from knapsack_rl.verl import advantages as _registers_the_estimator  # noqa: F401
 from knapsack_rl.verl import session
-from knapsack_rl.verl.launch import VerlSettings
+from knapsack_rl.verl.launch import GROUP_MEAN, VerlSettings
 from knapsack_rl.verl.manager import ID_FIELD
 
 MODEL_TOKENS = "response_mask"
@@ -54,6 +55,12 @@ class _Observes:
         if read is None:  # training continues with the sampled batch; nothing is learned
             return {}
         ids, outcomes, lengths = read
+        if self.session.over_mean and len(ids) < len(batch.keys):
+            self.session.warn_once(
+                "turns",
+                f"algorithm.adv_estimator={GROUP_MEAN}: sessions have several rows, and verl passes each of them to an "
+                "estimator other than grpo as a rollout; use grpo for agents of several turns",
+            )
         plan, prompt_R = self.session.arrived(ids)
         metrics = self.session.observe(plan, prompt_R, outcomes, lengths, step).metrics
         shown = select_metrics(metrics, self.session.settings.log_metrics)

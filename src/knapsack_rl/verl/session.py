@@ -6,9 +6,11 @@ import logging
 import os
 from typing import Any
 
+from knapsack_rl.allocation.checks import FloatArray, IntArray
+from knapsack_rl.groups import GroupOutcomes, judged, outcomes_by_position
 from knapsack_rl.session import Session
 from knapsack_rl.verl.identity import check_files
-from knapsack_rl.verl.launch import VerlSettings, check_config, pick, without_effect
+from knapsack_rl.verl.launch import GROUP_MEAN, VerlSettings, check_config, pick, without_effect
 
 # As for verl's own modules: the output of a run says which state was restored.
 logging.getLogger("knapsack_rl.verl").setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -23,6 +25,7 @@ class VerlSession(Session):
     Attributes:
         manager_attached: whether the agent-loop manager shares the session.
         observes: whether prompts have ids by which their rewards are recorded.
+        over_mean: whether advantages are those of :mod:`knapsack_rl.verl.advantages`.
     """
 
     settings: VerlSettings
@@ -37,6 +40,7 @@ class VerlSession(Session):
         )
         self.manager_attached = False
         self.observes = True
+        self.over_mean = False
         self._checked = False
 
     def check(self, config: Any) -> None:
@@ -51,12 +55,26 @@ class VerlSession(Session):
         if self._checked:
             return
         check_config(config, self.settings)
+        self.over_mean = pick(config, "algorithm.adv_estimator") == GROUP_MEAN
         for reason in without_effect(config, self.settings):
             self.warn_once(reason, reason)
         files = pick(config, "data.train_files")
         if pick(config, "data.custom_cls.path") is None and self.settings.allocation != "uniform":
             check_files(files if files is None or isinstance(files, str) else list(files), self.settings.prompt_id)
         self._checked = True
+
+    def judged(self, prompt_R: IntArray, rewards: FloatArray, prompts: int) -> GroupOutcomes:
+        """Group the rows of a batch, and judge them by the success rule as it is after what was observed.
+
+        Args:
+            prompt_R: (R,) position of each row's prompt.
+            rewards: (R,) reward of each row, NaN for an unscored one.
+            prompts: number of prompts.
+        """
+        learned = self.allocator.learned
+        if learned is None or not self.observes:
+            return self.allocator.outcomes_of(prompt_R, rewards, prompts)
+        return judged(outcomes_by_position(prompt_R, rewards, prompts), learned.successes(rewards[:, None]))
 
 
 _open: list[VerlSession] = []
