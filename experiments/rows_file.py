@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,9 +36,15 @@ class RowsFile:
         self.file, self.until, self.workers = file, until, workers
 
     def rows(self, part: str) -> list[Row]:
-        """Rows of a part that are in the file."""
+        """Rows of a part that are in the file; a line torn by a crash is named and passed over."""
         text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        return select([json.loads(line) for line in text.splitlines()], part=part)
+        found = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                print(f"{self.file}, line {number} is torn and passed over", file=sys.stderr)
+        return select(found, part=part)
 
     def summary(self, row: Row) -> str:
         """What is printed of a row."""

@@ -221,8 +221,8 @@ class Trainer:
         """Token ids of the prompt of each row."""
         return [self._tokens[row["prompt_id"]] for row in rows]
 
-    def findings(self) -> dict[str, Any]:
-        """What else the row of a finished run holds."""
+    def findings(self, log: RunLog) -> dict[str, Any]:
+        """What else the row of a run holds, given its log."""
         return {}
 
     def _score(self, rows: Sequence[dict[str, Any]], sampled: Any) -> list[float]:
@@ -304,7 +304,7 @@ def _row(trainer: Trainer, steps: int, folder: Path) -> Row:
         "machine": machine(trainer.device),
         "finished": steps == settings.steps,
         **summary,
-        **trainer.findings(),
+        **trainer.findings(log),
         "rows_updated": trainer.rows_updated,
         "seconds": {part: round(value, 3) for part, value in trainer.seconds.items()},
         "peak_memory_gb": peak_memory(trainer.device),
