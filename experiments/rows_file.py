@@ -50,9 +50,7 @@ class RowsFile:
         """What is printed of a row."""
         raise NotImplementedError
 
-    def measure(
-        self, part: str, wanted: Sequence[Any], work: Callable[[Any], Row], *, alone: bool = False
-    ) -> int:
+    def measure(self, part: str, wanted: Sequence[Any], work: Callable[[Any], Row], *, alone: bool = False) -> int:
         """Measure what has no row in a part; returns the number of pieces that were not finished in time.
 
         Args:
@@ -73,9 +71,7 @@ class RowsFile:
             print(f"{part}: {settings.arm}, seed {settings.seed}, {self.summary(line)}", flush=True)
         return len(waiting) - finished
 
-    def _results(
-        self, waiting: Sequence[Any], work: Callable[[Any], Row], workers: int
-    ) -> Iterator[tuple[Any, Row]]:
+    def _results(self, waiting: Sequence[Any], work: Callable[[Any], Row], workers: int) -> Iterator[tuple[Any, Row]]:
         """Results in the order in which they end; a piece for which there is no time is not started."""
         todo, slowest = list(waiting), 0.0
         running: dict[Future[Row], tuple[Any, float]] = {}

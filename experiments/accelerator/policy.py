@@ -50,7 +50,7 @@ class Rollouts:
 
 @dataclass(frozen=True, eq=False)
 class _Context:
-    """What stands before the completions: all tokens but the last one in a cache, padded on the left of those that differ.
+    """What stands before the completions: a cache of all tokens but the last one, padded on the left.
 
     Attributes:
         cache: keys and values of the R rows.
@@ -157,7 +157,7 @@ class Policy:
         return -functional.cross_entropy(logits.transpose(1, 2), rollouts.tokens, reduction="none")
 
     def update(self, prompts: Sequence[list[int]], rollouts: Rollouts, advantages: Tensor) -> int:
-        """Make one step along :meth:`gradient`; arguments and result are its own. Without a gradient nothing changes."""
+        """Make one step along :meth:`gradient`, if there is one; arguments and result are its own."""
         rows = self.gradient(prompts, rollouts, advantages)
         if rows:
             self.step()

@@ -1,7 +1,7 @@
 """A registration: what an experiment runs and what would refute it, written and committed before its first run.
 
-A registration is a Markdown file. Its first fenced ``yaml`` block is read by the command, so that what is stated is what
-is run; the text around it says what is measured, what is expected, and what refutes it.
+A registration is a Markdown file. Its first fenced ``yaml`` block is read by the command, so that what is stated is
+what is run; the text around it says what is measured, what is expected, and what refutes it.
 """
 
 from __future__ import annotations
@@ -122,11 +122,12 @@ def read(path: Path) -> Registration:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _registration(values: Any) -> Registration:
+def _registration(stated: Any) -> Registration:
     names = [spec.name for spec in fields(Registration)]
-    if not isinstance(values, Mapping) or set(values) != set(names):
-        raise ValueError(f"the block must have exactly the keys {', '.join(names)}, got {values!r}")
-    return Registration(**{k: tuple(value) if isinstance(value, list) else value for k, value in values.items()})
+    if not isinstance(stated, Mapping) or set(stated) != set(names):
+        raise ValueError(f"the block must have exactly the keys {', '.join(names)}, got {stated!r}")
+    values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in stated.items()}
+    return Registration(**values)
 
 
 def commit_of(path: Path) -> str:

@@ -1,9 +1,9 @@
 """The bed of many graded skills: prompts whose success rates are known before training, and spread over all sizes.
 
-A prompt ``"07+482="`` asks skill 7. A skill is a code of four digits, the right answer whatever the question 482 is. The
-base model is pre-trained to write each digit of the code with a chance that depends on the skill, and a little on the
-question, so that its success rates are those of :func:`target_rates`: nothing is left to discover, only to sharpen, and
-prompts of one skill share their fate without being equal. Characters are those of :mod:`knapsack_rl.tasks.arithmetic`.
+A prompt ``"07+482="`` asks skill 7. A skill is a code of four digits, the right answer whatever the question 482 is.
+The base model is pre-trained to write each digit of the code with a chance that depends on the skill, and a little on
+the question, so that its success rates are those of :func:`target_rates`: nothing is left to discover, only to sharpen,
+and prompts of one skill share their fate without being equal. Characters are those of :mod:`knapsack_rl.tasks.arithmetic`.
 
 Rows have three columns to pool prompts by: ``informative`` names the skill, ``useless`` is drawn at random, and
 ``misleading`` names pairs of skills, the hardest with the easiest, so that a pool of them says the same of both.
@@ -27,7 +27,7 @@ from knapsack_rl.tasks.generated import Problem, below, draw_distinct, draw_spli
 from knapsack_rl.tasks.pretraining import EOS_ID, VOCABULARY, build_model, build_tokenizer
 from knapsack_rl.tasks.verifier import accuracy_reward
 
-SKILLS = 48
+SKILLS = 96
 QUESTION, ANSWER = 3, 4
 """Digits of a question and of an answer."""
 
@@ -127,7 +127,7 @@ class Schedule:
 
     width: int = 64
     layers: int = 2
-    steps: int = 600
+    steps: int = 1000
     batch: int = 256
     lr: float = 4e-3
 
@@ -135,7 +135,7 @@ class Schedule:
 def make_base_model(folder: Path, schedule: Schedule, reserved: Sequence[Row]) -> None:
     """Pre-train the base model: every digit of an answer has the chance of its skill, every wrong digit the same.
 
-    The targets are probabilities rather than drawn answers, so that rare successes are learned as well as frequent ones.
+    The targets are probabilities rather than drawn answers, so that rare successes are learned as well as others.
 
     Args:
         folder: of the model and its tokenizer; the tokenizer is written last.
