@@ -2,8 +2,10 @@
 
 A prompt ``"07+482="`` asks skill 7. A skill is a code of four digits, the right answer whatever the question 482 is.
 The base model is pre-trained to write each digit of the code with a chance that depends on the skill, and a little on
-the question, so that its success rates are those of :func:`target_rates`: nothing is left to discover, only to sharpen,
-and prompts of one skill share their fate without being equal. Characters are those of :mod:`knapsack_rl.tasks.arithmetic`.
+the question, so that its success rates are those of :func:`target_rates`, and prompts of one skill share their fate
+without being equal. Most other answers hold digits of a rival code, so that a model that merely becomes surer of itself
+loses the hard skills for good: they must be sampled right and reinforced one by one. Characters are those of
+:mod:`knapsack_rl.tasks.arithmetic`.
 
 Rows have three columns to pool prompts by: ``informative`` names the skill, ``useless`` is drawn at random, and
 ``misleading`` names pairs of skills, the hardest with the easiest, so that a pool of them says the same of both.
@@ -27,7 +29,7 @@ from knapsack_rl.tasks.generated import Problem, below, draw_distinct, draw_spli
 from knapsack_rl.tasks.pretraining import EOS_ID, VOCABULARY, build_model, build_tokenizer
 from knapsack_rl.tasks.verifier import accuracy_reward
 
-SKILLS = 96
+SKILLS = 64
 QUESTION, ANSWER = 3, 4
 """Digits of a question and of an answer."""
 
@@ -37,6 +39,9 @@ LOWEST, HIGHEST = 1e-4, 0.9
 
 SPREAD = 1.0
 """Most that a question moves the logit of its success rate, up or down."""
+
+RIVAL = 0.8
+"""Share of wrong digits that are those of the rival code."""
 
 PROMPT_TOKENS = 2 + 1 + QUESTION + 1
 MAX_COMPLETION_TOKENS = ANSWER + 1
@@ -56,6 +61,11 @@ def skill_logits() -> FloatArray:
 def codes() -> IntArray:
     """(SKILLS, ANSWER) digits of the right answer of each skill."""
     return np.random.default_rng(_SEED + 1).integers(0, 10, (SKILLS, ANSWER))
+
+
+def rivals() -> IntArray:
+    """(SKILLS, ANSWER) digits of the most frequent wrong answer of each skill, none of them right."""
+    return (codes() + np.random.default_rng(_SEED + 4).integers(1, 10, (SKILLS, ANSWER))) % 10
 
 
 def target_rates(skills: IntArray, questions: IntArray) -> FloatArray:
@@ -127,13 +137,13 @@ class Schedule:
 
     width: int = 64
     layers: int = 2
-    steps: int = 1000
+    steps: int = 800
     batch: int = 256
     lr: float = 4e-3
 
 
 def make_base_model(folder: Path, schedule: Schedule, reserved: Sequence[Row]) -> None:
-    """Pre-train the base model: every digit of an answer has the chance of its skill, every wrong digit the same.
+    """Pre-train the base model: every digit of an answer has the chance of its skill.
 
     The targets are probabilities rather than drawn answers, so that rare successes are learned as well as others.
 
@@ -164,14 +174,16 @@ def make_base_model(folder: Path, schedule: Schedule, reserved: Sequence[Row]) -
 
 def _batch(skills: IntArray, questions: IntArray, rng: np.random.Generator) -> tuple[Any, Any]:
     """Prompts with answers drawn from the targets, and the (B, tokens, vocabulary) targets of the answers' tokens."""
-    right, rows = codes()[skills], np.arange(skills.size)[:, None]
     chance = target_rates(skills, questions)[:, None] ** (1 / ANSWER)
+    rows, places = np.arange(skills.size)[:, None], np.arange(ANSWER)
+    digits = np.repeat((1 - chance)[:, :, None] * (1 - RIVAL) / 8, ANSWER, axis=1).repeat(10, axis=2)
+    digits[rows, places, rivals()[skills]] = (1 - chance) * RIVAL
+    digits[rows, places, codes()[skills]] = chance
     targets = np.zeros((skills.size, MAX_COMPLETION_TOKENS, len(VOCABULARY)), dtype=np.float32)
-    targets[:, :ANSWER, _ZERO : _ZERO + 10] = (1 - chance[:, :, None]) / 9
-    targets[rows, np.arange(ANSWER), _ZERO + right] = chance
+    targets[:, :ANSWER, _ZERO : _ZERO + 10] = digits
     targets[:, ANSWER, EOS_ID] = 1.0
-    wrong = (right + rng.integers(1, 10, right.shape)) % 10
-    written = np.where(rng.random(right.shape) < chance, right, wrong)
+    # The first digit at which the cumulative chance exceeds a uniform number is a sample.
+    written = (digits.cumsum(-1) > rng.random((skills.size, ANSWER, 1))).argmax(-1)
     asked = questions[:, None] // 10 ** np.arange(QUESTION - 1, -1, -1) % 10
     plus, equals = (np.full((skills.size, 1), VOCABULARY[sign]) for sign in "+=")
     name = np.column_stack([skills // 10, skills % 10]) + _ZERO
