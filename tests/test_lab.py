@@ -180,6 +180,33 @@ def test_accuracy_without_sampling_is_that_of_samples():
     assert abs(np.mean(rewards) - rates.mean()) < 5 * error < 0.05
 
 
+def test_the_arm_that_knows_the_rates_takes_the_optimum_for_them():
+    """Against the marginal gains p (1 - p)^2 times the chance of another outcome, given out one by one."""
+    trainer = LabTrainer(replace(QUICK, arm="known"), base_model_path(), "cpu")
+    batch = next(trainer.batches())
+    rates = trainer.success_rates(batch)
+    counts = np.full(8, 2)
+    value = lambda n: (1 - rates**n - (1 - rates) ** n) * rates * (1 - rates) ** 2  # noqa: E731
+    for _ in range(4 * 8 - 16):
+        gains = np.where(counts < 16, value(counts + 1) - value(counts), -1)
+        counts[gains.argmax()] += 1
+    assert trainer.plan(batch).counts.tolist() == counts.tolist()
+    assert len(set(counts)) > 2
+    trainer.step(batch, 1)
+    assert trainer.rollouts == 32
+
+
+def test_an_arm_that_needs_the_trl_trainer_is_refused():
+    for arm, message in (("skip", "follows the rule 'skip'"), ("knapsack-replay", "has replay, which needs the TRL")):
+        with pytest.raises(ValueError, match=message):
+            LabTrainer(replace(QUICK, arm=arm), base_model_path(), "cpu")
+
+
+def test_weights_per_prompt_reach_the_loss():
+    trainer = LabTrainer(replace(QUICK, arm="knapsack-per-prompt"), base_model_path(), "cpu")
+    assert (trainer.settings.weighting, QUICK.weighting) == ("prompt", "rollout")
+
+
 # -- The command -------------------------------------------------------------------------------------------------------
 
 SMALL = """
@@ -233,6 +260,15 @@ def test_the_dry_run_makes_every_run_once_and_goes_on_where_it_stopped(small, tm
     report = capsys.readouterr().out
     assert all(f"## {name}" in report for name in beds.BEDS)
     assert "uniform 2N" in report
+
+
+def test_rows_of_a_trial_do_not_stand_in_for_registered_runs(small, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    settings = vars(registration.read(small).tuning(QUICK)[0])
+    file.write_text("".join(json.dumps({"part": "tuning", "settings": settings, **mark}) + "\n"
+                            for mark in ({"quick": True}, {"commit": "abc"})))  # fmt: skip
+    for mark in ({"quick": True}, {"commit": "abc"}):
+        assert command.Lab(file, {}, 0.0, 1, mark).rows("tuning") == [{"part": "tuning", "settings": settings, **mark}]
 
 
 def test_what_does_not_fit_into_the_time_is_left(small, tmp_path, capsys):

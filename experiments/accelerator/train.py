@@ -19,7 +19,7 @@ from experiments.pool import ARMS
 from knapsack_rl.groups import Weighting, group_advantages
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
-from knapsack_rl.session import Session
+from knapsack_rl.session import Plan, Session
 from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.tasks.data import DataRequest, TaskData
@@ -86,9 +86,9 @@ class Settings:
             ValueError: the arm has a setting that this loop does not know.
         """
         own = {name: value for name, value in ARMS[self.arm].settings.items() if name != "weighting"}
-        known = [spec.name for spec in fields(AllocationSettings)]
-        if ARMS[self.arm].rule or not set(own) <= set(known):
-            raise ValueError(f"arm {self.arm!r} needs the TRL trainer; this loop knows weighting, {', '.join(known)}")
+        known = {spec.name for spec in fields(AllocationSettings)}
+        if not set(own) <= known:
+            raise ValueError(f"arm {self.arm!r} has {', '.join(sorted(set(own) - known))}, which needs the TRL trainer")
         settings = AllocationSettings(**{"max_rollouts": max(self.max_rollouts, self.mean), **own})
         return Session(settings, folder=folder, log_allocations=folder is not None)
 
@@ -118,9 +118,17 @@ class Trainer:
         model: folder of the model; None for the one that ships with the package.
         device: name of the torch device.
         folder: for the logs; None for none.
+
+    Raises:
+        ValueError: the arm needs the TRL trainer.
     """
 
+    rules: tuple[str, ...] = ("",)
+    """Rules of arms that this trainer can follow."""
+
     def __init__(self, settings: Settings, model: Path | None, device: str, folder: Path | None = None) -> None:
+        if ARMS[settings.arm].rule not in self.rules:
+            raise ValueError(f"arm {settings.arm!r} follows the rule {ARMS[settings.arm].rule!r}, unknown to this loop")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -183,12 +191,16 @@ class Trainer:
             yield waiting[: self.settings.prompts_per_step]
             waiting = waiting[self.settings.prompts_per_step :]
 
+    def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
+        """The rollouts of a step."""
+        return self.session.plan([row["prompt_id"] for row in batch], self.settings.mean)
+
     def step(self, batch: Sequence[dict[str, Any]], number: int) -> None:
         """Allocate, generate, score, update and learn from the outcomes."""
         import torch
 
         with self._timed("allocation"):
-            plan = self.session.plan([row["prompt_id"] for row in batch], self.settings.mean)
+            plan = self.plan(batch)
             group = plan.expand()
         rows = [batch[place] for place in group]
         prompts = self.tokens_of(rows)

@@ -45,7 +45,12 @@ class Lab(RowsFile):
 
     def __init__(self, rows: Path, bases: dict[str, Path], until: float, workers: int, mark: Row) -> None:
         super().__init__(rows, until, workers)
+        self.mark = mark
         self.work = partial(marked, bases=bases, until=until, mark=mark)
+
+    def rows(self, part: str) -> list[Row]:
+        """Rows of a part; those of trials do not stand in for registered runs, nor the other way round."""
+        return [row for row in super().rows(part) if ("quick" in row) == ("quick" in self.mark)]
 
     def run(self, plan: Registration, shared: Settings) -> int:
         """Choose the learning rates, then train; returns the number of runs that were not finished in time.
@@ -150,7 +155,7 @@ def _main(parsed: argparse.Namespace) -> int:
     shared = QUICK if parsed.quick else FULL
     trial = parsed.quick or parsed.steps is not None
     if parsed.report:
-        print(Lab(parsed.rows, {}, 0.0, 1, {}).report(plan, shared))
+        print(Lab(parsed.rows, {}, 0.0, 1, {"quick": True} if trial else {}).report(plan, shared))
         return 0
     mark = {"quick": True} if trial else {"registration": path.stem, "commit": commit_of(path)}
     until = time.time() + (parsed.seconds or float("inf"))

@@ -5,13 +5,15 @@ Every prompt has a single right completion, so that its success rate is a probab
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from experiments import tokens
 from experiments.lab import skills
-from knapsack_rl.tasks import base_model_path
+from knapsack_rl.tasks import base_model_path, running_sums
 from knapsack_rl.tasks.data import DataRequest, TaskData
 from knapsack_rl.tasks.registry import load_data
 
@@ -25,11 +27,13 @@ class Bed:
         data: maps numbers of training and of held-out prompts to the task.
         make_base: writes the base model into a folder, the tokenizer last; with True a tiny one that is good for
             nothing but tests. None for the model that ships with the package.
+        sources: modules that decide what the base model is; it is made again when one of them changes.
     """
 
     about: str
     data: Callable[[int, int], TaskData]
     make_base: Callable[[Path, bool], None] | None = None
+    sources: tuple[ModuleType, ...] = ()
 
 
 def _of_package(dataset: str) -> Callable[[int, int], TaskData]:
@@ -46,8 +50,10 @@ def _skills_base(folder: Path, quick: bool) -> None:
 
 BEDS: dict[str, Bed] = {
     "addition": Bed("the task of knapsack-rl train: carrying is learned suddenly", _of_package("arithmetic")),
-    "skills": Bed("many graded skills that are only sharpened; low variance", skills.skills_task, _skills_base),
-    "running-sums": Bed("answers of 2 to 18 tokens", _of_package(tokens.TASK), tokens.pretrain),
+    "skills": Bed(
+        "many graded skills that are only sharpened; low variance", skills.skills_task, _skills_base, (skills,)
+    ),
+    "running-sums": Bed("answers of 2 to 18 tokens", _of_package(tokens.TASK), tokens.pretrain, (tokens, running_sums)),
 }
 
 
@@ -70,10 +76,14 @@ def base_folder(name: str, folder: Path, *, quick: bool) -> Path:
         folder: of all base models.
         quick: take a tiny model that is good for nothing but tests.
     """
-    make = bed(name).make_base
-    if make is None:
+    import torch
+
+    one = bed(name)
+    if one.make_base is None:
         return base_model_path()
-    place = folder / (f"{name}-quick" if quick else name)
+    code = b"".join(Path(str(source.__file__)).read_bytes() for source in one.sources)
+    place = folder / f"{name}{'-quick' if quick else ''}-{hashlib.blake2b(code, digest_size=4).hexdigest()}"
     if not (place / "tokenizer_config.json").is_file():  # written last
-        make(place, quick)
+        torch.set_num_threads(1)  # sums in one order: the same weights each time
+        one.make_base(place, quick)
     return place

@@ -14,8 +14,11 @@ from experiments.accelerator.train import Settings, Trainer, train
 from experiments.contract import Row
 from experiments.extract import before_and_after
 from experiments.lab.beds import bed
+from experiments.pool import ARMS
 from knapsack_rl.allocation.checks import FloatArray
+from knapsack_rl.allocation.policies import allocate
 from knapsack_rl.runs.log import RunLog
+from knapsack_rl.session import Plan
 from knapsack_rl.tasks.data import TaskData
 from knapsack_rl.tasks.generated import Problem
 
@@ -49,6 +52,8 @@ QUICK = replace(
 class LabTrainer(Trainer):
     """A tiny model on a bed; its success rates are exact, so that an evaluation has no noise of its own."""
 
+    rules = ("", "known")
+
     def __init__(self, settings: Settings, model: Path | None, device: str, folder: Path | None = None) -> None:
         super().__init__(settings, model, device, folder)
         self._base = _digest(self.policy.model)
@@ -57,6 +62,15 @@ class LabTrainer(Trainer):
     def load(self) -> TaskData:
         """The prompts of the bed and their reward."""
         return bed(self.settings.dataset).data(self.settings.train_prompts, self.settings.held_out_prompts)
+
+    def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
+        """The rollouts of a step; of the arm that knows the success rates, the optimum for them."""
+        if ARMS[self.settings.arm].rule != "known":
+            return super().plan(batch)
+        ids, allocator = [row["prompt_id"] for row in batch], self.session.allocator
+        budget = len(ids) * self.settings.mean
+        found = allocate(self.success_rates(batch), budget, allocator.min_rollouts, allocator.max_rollouts)
+        return Plan(ids, self.session.adopt(ids, found.counts))
 
     def success_rates(self, rows: Sequence[dict[str, Any]]) -> FloatArray:
         """Return the (P,) exact success rates of prompts at temperature 1: one sequence of tokens is right."""

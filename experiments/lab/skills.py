@@ -29,7 +29,7 @@ from knapsack_rl.tasks.generated import Problem, below, draw_distinct, draw_spli
 from knapsack_rl.tasks.pretraining import EOS_ID, VOCABULARY, build_model, build_tokenizer
 from knapsack_rl.tasks.verifier import accuracy_reward
 
-SKILLS = 64
+SKILLS = 96
 QUESTION, ANSWER = 3, 4
 """Digits of a question and of an answer."""
 
@@ -40,7 +40,7 @@ LOWEST, HIGHEST = 1e-4, 0.9
 SPREAD = 1.0
 """Most that a question moves the logit of its success rate, up or down."""
 
-RIVAL = 0.8
+RIVAL = 0.9
 """Share of wrong digits that are those of the rival code."""
 
 PROMPT_TOKENS = 2 + 1 + QUESTION + 1
@@ -137,7 +137,7 @@ class Schedule:
 
     width: int = 64
     layers: int = 2
-    steps: int = 800
+    steps: int = 1000
     batch: int = 256
     lr: float = 4e-3
 
