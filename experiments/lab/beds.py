@@ -51,7 +51,7 @@ def _skills_base(folder: Path, quick: bool) -> None:
 BEDS: dict[str, Bed] = {
     "addition": Bed("the task of knapsack-rl train: carrying is learned suddenly", _of_package("arithmetic")),
     "skills": Bed(
-        "many graded skills that are only sharpened; low variance", skills.skills_task, _skills_base, (skills,)
+        "many graded skills of low variance, each learned for itself", skills.skills_task, _skills_base, (skills,)
     ),
     "running-sums": Bed("answers of 2 to 18 tokens", _of_package(tokens.TASK), tokens.pretrain, (tokens, running_sums)),
 }
