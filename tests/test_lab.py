@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,8 @@ from knapsack_rl.tasks import base_model_path  # noqa: E402
 from knapsack_rl.tasks.generated import Problem  # noqa: E402
 from knapsack_rl.tasks.pretraining import success_rates  # noqa: E402
 from knapsack_rl.trl import KnapsackGRPOTrainer  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 
 # -- The gradient ------------------------------------------------------------------------------------------------------
 
@@ -260,6 +265,29 @@ def test_the_dry_run_makes_every_run_once_and_goes_on_where_it_stopped(small, tm
     report = capsys.readouterr().out
     assert all(f"## {name}" in report for name in beds.BEDS)
     assert "uniform 2N" in report
+
+
+def test_the_work_is_of_a_module_that_other_processes_import(tmp_path):
+    """What a command defines itself is __main__, which a process that it starts does not find."""
+    lab = command.Lab(tmp_path / "rows.jsonl", {}, 0.0, 2, {})
+    assert lab.work.func.__module__ == "experiments.lab.run"
+    assert pickle.loads(pickle.dumps(lab.work)).func is lab.work.func
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_of_one_process(small, tmp_path):
+    text = SMALL.replace("0.0003, 0.0006, ", "").replace("uniform, ", "").replace(", skills, running-sums", "")
+    small.write_text(text)
+    one, two = (tmp_path / name for name in ("one.jsonl", "two.jsonl"))
+    assert command.main([str(small), "--rows", str(one), "--quick", "--workers", "1"]) == 0
+    words = [sys.executable, "-m", "experiments.lab", str(small), "--rows", str(two), "--quick", "--workers", "2"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (one, two)]
+    found = [{row["seed"]: row["evaluations"]["accuracy"] for row in part} for part in rows]
+    assert set(found[0]) == set(found[1]) == {0, 1, 1000}
+    for seed, accuracy in found[0].items():
+        assert accuracy == pytest.approx(found[1][seed], abs=1e-6)
 
 
 def test_rows_of_a_trial_do_not_stand_in_for_registered_runs(small, tmp_path):

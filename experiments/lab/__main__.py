@@ -46,7 +46,7 @@ class Lab(RowsFile):
     def __init__(self, rows: Path, bases: dict[str, Path], until: float, workers: int, mark: Row) -> None:
         super().__init__(rows, until, workers)
         self.mark = mark
-        self.work = partial(marked, bases=bases, until=until, mark=mark)
+        self.work = partial(run, bases=bases, until=until, mark=mark)
 
     def rows(self, part: str) -> list[Row]:
         """Rows of a part; those of trials do not stand in for registered runs, nor the other way round."""
@@ -97,11 +97,6 @@ class Lab(RowsFile):
                 tables = Training(there, (), _layout(plan.arms[0])).tables(own)
                 text += [f"## {name}", *(f"{title}:\n\n{table}" for title, table in tables.items())]
         return "\n\n".join(text) or "no runs are there"
-
-
-def marked(settings: Settings, bases: dict[str, Path], until: float, mark: Row) -> Row:
-    """The row of a run, with what every row says besides."""
-    return run(settings, bases, until) | mark
 
 
 def _layout(baseline: str) -> dict[str, Table]:

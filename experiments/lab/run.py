@@ -95,18 +95,19 @@ class LabTrainer(Trainer):
         return {"exact": before_and_after(ids, self._start, end, log), "base": self._base}
 
 
-def run(settings: Settings, bases: dict[str, Path], until: float = float("inf")) -> Row:
+def run(settings: Settings, bases: dict[str, Path], until: float = float("inf"), mark: Row | None = None) -> Row:
     """Train on a bed with one thread; returns the row of the run.
 
     Args:
         settings: of the run.
         bases: folder of the base model of each bed.
         until: time (of ``time.time``) after which no step is made but the first.
+        mark: what the row says besides.
     """
     import torch
 
     torch.set_num_threads(1)
-    return train(settings, bases[settings.dataset], "cpu", until, LabTrainer)
+    return train(settings, bases[settings.dataset], "cpu", until, LabTrainer) | (mark or {})
 
 
 def _digest(model: Any) -> str:
