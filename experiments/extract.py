@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -150,9 +151,20 @@ def solved_once(visits: Visits) -> set[int]:
 
 
 def _exact(settings: TrainSettings, run: Run, log: RunLog) -> dict[str, float | None]:
-    """The training prompts by exact success rates before and after the run."""
     ids, start = success_rates(settings, None)
     _, end = success_rates(settings, run.folder / MODEL_FOLDER)
+    return before_and_after(ids, start, end, log)
+
+
+def before_and_after(ids: Sequence[str], start: FloatArray, end: FloatArray, log: RunLog) -> dict[str, float | None]:
+    """The training prompts by exact success rates before and after the run.
+
+    Args:
+        ids: (P,) of the prompts.
+        start: (P,) rates before.
+        end: (P,) rates after.
+        log: of the run.
+    """
     easy, hard = start >= SOLVED, start < UNSOLVED
     place: dict[str | int, int] = {name: position for position, name in enumerate(ids)}
     once = np.array(sorted(place[log.prompt_ids[prompt]] for prompt in solved_once(log.visits)), dtype=np.int64)

@@ -66,7 +66,7 @@ def _finished(pieces: Sequence[Piece], workers: int) -> Iterator[tuple[Piece, li
             yield piece, piece.work(*piece.arguments)
         return
     with (
-        _one_thread_each(),
+        one_thread_each(),
         ProcessPoolExecutor(min(workers, len(pieces)), get_context("spawn")) as pool,
     ):
         running = {pool.submit(piece.work, *piece.arguments): piece for piece in pieces}
@@ -78,7 +78,7 @@ def _finished(pieces: Sequence[Piece], workers: int) -> Iterator[tuple[Piece, li
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Processes started meanwhile inherit one thread per library."""
     before = {name: os.environ.get(name) for name in THREAD_SETTINGS}
     os.environ.update(dict.fromkeys(THREAD_SETTINGS, "1"))

@@ -93,6 +93,7 @@ ARMS: dict[str, Arm] = {
     "bayes-discount1": Arm(
         "empirical Bayes, discount 1", {"estimator": "empirical-bayes", "estimator_settings": "discount=1.0"}
     ),
+    "known": Arm("success rates known", {}, rule="known"),  # in the lab alone
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
     "value-variance": Arm("Bayes filter, value: reward variance", {"value": "experiments.values:reward_variance"}),
     "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "experiments.values:signal_to_noise"}),

@@ -24,7 +24,22 @@ def _base(options: Options) -> Path:
 
 
 def make_base_model(options: Options) -> None:
-    """Pre-train a base model for the task with seed 0, unless the folder of the runs holds one.
+    """Pre-train a base model for the task, unless the folder of the runs holds one.
+
+    Raises:
+        RuntimeError: pre-training did not reach the target.
+    """
+    folder = _base(options)
+    if not (folder / "tokenizer_config.json").is_file():  # written last
+        pretrain(folder, options.quick)
+
+
+def pretrain(folder: Path, quick: bool) -> None:
+    """Pre-train a base model for the task with seed 0.
+
+    Args:
+        folder: of the model and its tokenizer; the tokenizer is written last.
+        quick: make a tiny model that is good for nothing but tests.
 
     Raises:
         RuntimeError: pre-training did not reach the target.
@@ -34,11 +49,8 @@ def make_base_model(options: Options) -> None:
     from knapsack_rl.tasks import running_sums
     from knapsack_rl.tasks.pretraining import Schedule, Target, build_model, build_tokenizer, train_until
 
-    folder = _base(options)
-    if (folder / "tokenizer_config.json").is_file():  # written last
-        return
     torch.manual_seed(0)
-    width, layers, lowest = (16, 1, 0.0) if options.quick else (96, 2, BASE_RATE)
+    width, layers, lowest = (16, 1, 0.0) if quick else (96, 2, BASE_RATE)
     model = build_model(width, layers, running_sums.MAX_POSITIONS, running_sums.MAX_COMPLETION_TOKENS)
     target = Target(unsolved=(0.0, 1.0), solved=0.0, mean=(lowest, 1.0))
     sums = running_sums.make_running_sums()

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import tiny  # noqa: E402
-from experiments import catalogue  # noqa: E402
+from experiments import catalogue, rows_file  # noqa: E402
 from experiments.accelerator import __main__ as command  # noqa: E402
 from experiments.accelerator import train  # noqa: E402
 from experiments.accelerator.evidence import ACCELERATOR  # noqa: E402
@@ -213,7 +213,7 @@ def test_runs_that_were_cut_short_do_not_count(tmp_path, monkeypatch):
 
 def test_a_piece_that_cannot_end_in_time_is_not_started(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(command.time, "time", lambda: clock[0])
+    monkeypatch.setattr(rows_file.time, "time", lambda: clock[0])
     measurement = command.Measurement(tmp_path / "rows.jsonl", None, "cpu", until=25.0, workers=1)
 
     def work(settings):
@@ -221,7 +221,7 @@ def test_a_piece_that_cannot_end_in_time_is_not_started(tmp_path, monkeypatch):
         return {"settings": vars(settings), "seconds_per_step": 1.0, "rollouts_per_second": 1.0}
 
     wanted = [replace(train.QUICK, seed=seed) for seed in range(4)]
-    assert measurement._measure("throughput", wanted, work) == 2
+    assert measurement.measure("throughput", wanted, work) == 2
     assert [row["settings"]["seed"] for row in measurement.rows("throughput")] == [0, 1]
 
 
@@ -229,7 +229,7 @@ def test_a_piece_that_cannot_end_in_time_is_not_started(tmp_path, monkeypatch):
 def test_a_piece_that_fails_leaves_the_others(tmp_path, capsys, workers):
     measurement = command.Measurement(tmp_path / "rows.jsonl", None, "cpu", float("inf"), workers)
     wanted = [replace(train.QUICK, seed=seed) for seed in range(3)]
-    assert measurement._measure("throughput", wanted, fails_with_seed_1) == 1
+    assert measurement.measure("throughput", wanted, fails_with_seed_1) == 1
     assert {row["settings"]["seed"] for row in measurement.rows("throughput")} == {0, 2}
     assert "out of memory" in capsys.readouterr().err
 

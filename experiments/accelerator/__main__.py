@@ -7,29 +7,23 @@ transformers; the model is a folder, such as the one that ``knapsack-rl train --
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from experiments.accelerator.train import QUICK, Settings, measure_throughput, train
-from experiments.contract import Row, select
+from experiments.contract import Row
 from experiments.measures import mean_accuracy
-from knapsack_rl.runs.files import append_row
+from experiments.rows_file import RowsFile
 
 ARMS = ("uniform", "uniform-2n", "paper", "knapsack")
 LEARNING_RATES = (5e-6, 1e-5, 2e-5, 4e-5)
 TUNING_SEED, TUNING_STEPS = 1000, 60
 THROUGHPUT_STEPS = 10
-MARGIN = 1.15
-"""A run is started only if the slowest one so far, times this, fits into the time that is left."""
 
 EXAMPLE = """example:
   python -m experiments.accelerator --model FOLDER --rows docs/evidence/accelerator.jsonl --seconds 480 --workers 8
@@ -90,7 +84,7 @@ def chosen_rate(rows: Sequence[Row]) -> float:
     return float(best["settings"]["learning_rate"])
 
 
-class Measurement:
+class Measurement(RowsFile):
     """Measures the pieces of a plan that have no row yet.
 
     Args:
@@ -102,69 +96,24 @@ class Measurement:
     """
 
     def __init__(self, rows: Path, model: Path | None, device: str, until: float, workers: int) -> None:
-        self.file, self.model, self.device, self.until, self.workers = rows, model, device, until, workers
-
-    def rows(self, part: str) -> list[Row]:
-        """Rows of a part that are in the file."""
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        return select([json.loads(line) for line in text.splitlines()], part=part)
+        super().__init__(rows, until, workers)
+        self.model, self.device = model, device
 
     def run(self, plan: Plan) -> int:
         """Measure; returns the number of pieces that were not finished in time."""
         throughput = partial(measure_throughput, model=self.model, device=self.device, steps=plan.throughput_steps)
-        left = self._measure("throughput", plan.throughput(), throughput, alone=True)
+        left = self.measure("throughput", plan.throughput(), throughput, alone=True)
         work = partial(train, model=self.model, device=self.device, until=self.until)
-        left += self._measure("tuning", plan.tuning(), work)
+        left += self.measure("tuning", plan.tuning(), work)
         if len(self.rows("tuning")) < len(plan.learning_rates):
             return left + len(plan.training(0.0))
         rate = chosen_rate(self.rows("tuning"))
         print(f"learning rate {rate:g}", flush=True)
-        return left + self._measure("training", plan.training(rate), work)
+        return left + self.measure("training", plan.training(rate), work)
 
-    def _measure(
-        self, part: str, wanted: Sequence[Settings], work: Callable[[Settings], Row], *, alone: bool = False
-    ) -> int:
-        known = [row["settings"] for row in self.rows(part)]
-        waiting = [one for one in wanted if vars(one) not in known]
-        finished = 0
-        for settings, row in self._results(waiting, work, 1 if alone else self.workers):
-            whole = row.get("finished", True)
-            line = row | {"part": part}
-            # What ran out of time is kept beside the rows; it is measured again.
-            append_row(self.file if whole else self.file.with_suffix(".unfinished"), line)
-            finished += whole
-            print(f"{part}: {settings.arm}, seed {settings.seed}, {_summary(line)}", flush=True)
-        return len(waiting) - finished
-
-    def _results(
-        self, waiting: Sequence[Settings], work: Callable[[Settings], Row], workers: int
-    ) -> Iterator[tuple[Settings, Row]]:
-        """Results in the order in which they end; a piece for which there is no time is not started."""
-        todo, slowest = list(waiting), 0.0
-        running: dict[Future[Row], tuple[Settings, float]] = {}
-        with _pool(workers) as pool:
-            while todo or running:
-                while todo and len(running) < workers and time.time() + MARGIN * slowest < self.until:
-                    settings, started = todo.pop(0), time.time()
-                    running[pool.submit(work, settings)] = (settings, started)
-                if not running:
-                    return
-                future = next(as_completed(running))
-                settings, started = running.pop(future)
-                slowest = max(slowest, time.time() - started)
-                try:
-                    row = future.result()
-                except RuntimeError:  # such as no memory: the other pieces go on
-                    traceback.print_exc()
-                else:
-                    yield settings, row
-
-
-def _pool(workers: int) -> Executor:
-    """Processes side by side; a single worker is in this process."""
-    if workers == 1:
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    def summary(self, row: Row) -> str:
+        """What is printed of a row."""
+        return _summary(row)
 
 
 def _summary(row: Row) -> str:

@@ -1,8 +1,8 @@
 """A causal language model that samples ragged groups in one batch and learns from them.
 
 Prompts that begin alike, such as few-shot prompts, share their first tokens: these pass through the model once, and
-their keys and values are repeated for all rows. Rows without an advantage have no gradient and are left out of the
-update.
+their keys and values are repeated for all rows. So are those of a prompt for all of its rollouts. Rows without an
+advantage have no gradient and are left out of the update.
 """
 
 from __future__ import annotations
@@ -50,7 +50,14 @@ class Rollouts:
 
 @dataclass(frozen=True, eq=False)
 class _Context:
-    """What stands before the completions: the shared tokens in a cache, the others padded on the left."""
+    """What stands before the completions: a cache of all tokens but the last one, padded on the left.
+
+    Attributes:
+        cache: keys and values of the R rows.
+        tokens: (R, 1) last token of each prompt.
+        mask: (R, P) which of the P tokens are no padding, the last one included.
+        positions: (R, 1) of the last token.
+    """
 
     cache: Any
     tokens: Tensor
@@ -118,22 +125,26 @@ class Policy:
         context = self._context(prompts)
         heat = torch.as_tensor(temperature, dtype=torch.float32, device=self.device).expand(len(prompts))[:, None]
         lengths = torch.full((len(prompts),), self.max_tokens, device=self.device)
-        running = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
-        tokens, mask, positions, columns = context.tokens, context.mask, context.positions, []
+        found = torch.full((len(prompts), self.max_tokens), self.padding, device=self.device)
+        running = torch.arange(len(prompts), device=self.device)
+        tokens, mask, positions = context.tokens, context.mask, context.positions
         for at in range(self.max_tokens):
             logits = self._logits(context.cache, tokens, mask, positions, last=1)[:, 0]
             # The largest of logits with Gumbel noise is a sample of their softmax.
             noise = -torch.empty_like(logits).exponential_(generator=self._random).log()
-            chosen = torch.where(running, (logits + heat * noise).argmax(-1), self.padding)
-            columns.append(chosen)
-            ended = running & self.ends[chosen]
-            lengths = torch.where(ended, at + 1, lengths)
-            running = running & ~ended
-            if not running.any():
+            chosen = (logits + heat * noise).argmax(-1)
+            found[running, at] = chosen
+            goes_on = (~self.ends[chosen]).nonzero()[:, 0]
+            lengths[running[self.ends[chosen]]] = at + 1
+            if not goes_on.numel():
                 break
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            if goes_on.numel() < running.numel():  # rows that ended leave the batch
+                context.cache.batch_select_indices(goes_on)
+                running, chosen, heat = running[goes_on], chosen[goes_on], heat[goes_on]
+                mask, positions = mask[goes_on], positions[goes_on]
+            tokens, positions = chosen[:, None], positions + 1
             mask = functional.pad(mask, (0, 1), value=1)
-        return Rollouts(torch.stack(columns, dim=1), lengths)
+        return Rollouts(found[:, : int(lengths.max())], lengths)
 
     def log_probabilities(self, prompts: Sequence[list[int]], rollouts: Rollouts) -> Tensor:
         """Return the (R, T) log-probability of every sampled token; after the end of an answer they mean nothing."""
@@ -141,13 +152,19 @@ class Policy:
         width = rollouts.tokens.shape[1]
         tokens = torch.cat([context.tokens, rollouts.tokens[:, :-1]], dim=1)
         mask = functional.pad(context.mask, (0, width - 1), value=1)
-        after = context.positions[:, -1:] + torch.arange(1, width, device=self.device)
-        positions = torch.cat([context.positions, after], dim=1)
+        positions = context.positions + torch.arange(width, device=self.device)
         logits = self._logits(context.cache, tokens, mask, positions, last=width)
         return -functional.cross_entropy(logits.transpose(1, 2), rollouts.tokens, reduction="none")
 
     def update(self, prompts: Sequence[list[int]], rollouts: Rollouts, advantages: Tensor) -> int:
-        """Make one step of the policy gradient: the mean over all sampled tokens of advantage times log-probability.
+        """Make one step along :meth:`gradient`, if there is one; arguments and result are its own."""
+        rows = self.gradient(prompts, rollouts, advantages)
+        if rows:
+            self.step()
+        return rows
+
+    def gradient(self, prompts: Sequence[list[int]], rollouts: Rollouts, advantages: Tensor) -> int:
+        """Add a policy gradient to :attr:`gradients`: of minus the mean over all sampled tokens of advantage x log p.
 
         Args:
             prompts: (R,) token ids of each row's prompt.
@@ -155,7 +172,7 @@ class Policy:
             advantages: (R,) float32.
 
         Returns:
-            Rows that passed through the model; 0 if no row has an advantage, which changes nothing.
+            Rows that passed through the model; 0 if no row has an advantage.
         """
         advantages = advantages.to(self.device)
         if not bool((advantages != 0).any()):
@@ -168,13 +185,21 @@ class Policy:
             loss = -(advantages[rows, None] * logp * kept.sampled).sum() / rollouts.lengths.sum()
             loss.backward()
             self._collect()
+        return chosen.numel()
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """What :meth:`gradient` added up since the last step, by weight in the order of the model's parameters."""
+        return [master.grad for master in self._master]
+
+    def step(self) -> None:
+        """Clip the gradients to a norm of ``CLIP``, let AdamW change the weights, and forget the gradients."""
         torch.nn.utils.clip_grad_norm_(self._master, CLIP)
         self._optimizer.step()
         self._optimizer.zero_grad()
         with torch.no_grad():
             for master, weight in zip(self._master, self._weights, strict=True):
                 weight.copy_(master)
-        return chosen.numel()
 
     def _collect(self) -> None:
         """Add the gradients of a pass to those of the float32 weights."""
@@ -188,15 +213,23 @@ class Policy:
         from transformers import DynamicCache
 
         cache, shared = DynamicCache(), self.shared.shape[1]
+        number: dict[tuple[int, ...], int] = {}
+        row_of = torch.tensor([number.setdefault(tuple(prompt), len(number)) for prompt in prompts], device=self.device)
+        rest = [prompt[shared:-1] for prompt in number]
+        width = max(map(len, rest))
+        mask = torch.tensor([[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest])
+        mask = mask.to(device=self.device, dtype=torch.long)
         if shared:
             self.model(self.shared, use_cache=True, logits_to_keep=1, **{self._cache: cache})
-            cache.batch_repeat_interleave(len(prompts))
-        rest = [prompt[shared:] for prompt in prompts]
-        width = max(map(len, rest))
-        tokens = torch.tensor([[self.padding] * (width - len(row)) + row for row in rest], device=self.device)
-        mask = torch.tensor([[1] * shared + [0] * (width - len(row)) + [1] * len(row) for row in rest]).to(self.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        return _Context(cache, tokens, mask, positions)
+            cache.batch_repeat_interleave(len(rest))
+        if width:
+            tokens = torch.tensor([[self.padding] * (width - len(row)) + [*row] for row in rest], device=self.device)
+            self._logits(cache, tokens, mask, (mask.cumsum(1) - 1).clamp(min=0)[:, shared:], last=1)
+        if shared or width:
+            cache.batch_select_indices(row_of)
+        last = torch.tensor([[prompt[-1]] for prompt in prompts], device=self.device)
+        mask = functional.pad(mask[row_of], (0, 1), value=1)
+        return _Context(cache, last, mask, mask.sum(1, keepdim=True) - 1)
 
     def _logits(self, cache: Any, tokens: Tensor, mask: Tensor, positions: Tensor, last: int) -> Tensor:
         found = self.model(

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ import numpy as np
 from experiments.contract import Row
 from experiments.extract import summarise
 from experiments.pool import ARMS
-from knapsack_rl.groups import group_advantages
+from knapsack_rl.groups import Weighting, group_advantages
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
-from knapsack_rl.session import Session
+from knapsack_rl.session import Plan, Session
 from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.tasks.data import DataRequest, TaskData
@@ -74,9 +74,22 @@ class Settings:
         """Rollouts per prompt of this arm."""
         return self.rollouts_per_prompt * ARMS[self.arm].multiple
 
+    @property
+    def weighting(self) -> Weighting:
+        """Weight of a prompt in the loss under this arm."""
+        return ARMS[self.arm].settings.get("weighting", "rollout")
+
     def session(self, folder: Path | None) -> Session:
-        """The allocation of this arm; its log is written into the folder, if there is one."""
-        settings = AllocationSettings(max_rollouts=self.max_rollouts, **ARMS[self.arm].settings)
+        """The allocation of this arm; its log is written into the folder, if there is one.
+
+        Raises:
+            ValueError: the arm has a setting that this loop does not know.
+        """
+        own = {name: value for name, value in ARMS[self.arm].settings.items() if name != "weighting"}
+        known = {spec.name for spec in fields(AllocationSettings)}
+        if not set(own) <= known:
+            raise ValueError(f"arm {self.arm!r} has {', '.join(sorted(set(own) - known))}, which needs the TRL trainer")
+        settings = AllocationSettings(**{"max_rollouts": max(self.max_rollouts, self.mean), **own})
         return Session(settings, folder=folder, log_allocations=folder is not None)
 
 
@@ -105,9 +118,17 @@ class Trainer:
         model: folder of the model; None for the one that ships with the package.
         device: name of the torch device.
         folder: for the logs; None for none.
+
+    Raises:
+        ValueError: the arm needs the TRL trainer.
     """
 
+    rules: tuple[str, ...] = ("",)
+    """Rules of arms that this trainer can follow."""
+
     def __init__(self, settings: Settings, model: Path | None, device: str, folder: Path | None = None) -> None:
+        if ARMS[settings.arm].rule not in self.rules:
+            raise ValueError(f"arm {settings.arm!r} follows the rule {ARMS[settings.arm].rule!r}, unknown to this loop")
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -120,13 +141,7 @@ class Trainer:
         place = model or base_model_path()
         self.settings, self.device, self.folder = settings, device, folder
         self.tokenizer = AutoTokenizer.from_pretrained(place)
-        self.data: TaskData = load_data(
-            DataRequest(
-                dataset=settings.dataset,
-                train_prompts=settings.train_prompts,
-                held_out_prompts=settings.held_out_prompts,
-            )
-        )
+        self.data = self.load()
         self._tokens = {row["prompt_id"]: self.tokenizer(row["prompt"])["input_ids"] for row in self._rows}
         network: Any = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.precision))
         self.policy = Policy(
@@ -142,6 +157,17 @@ class Trainer:
         self.session = settings.session(folder)
         self.rollouts, self.tokens, self.rows_updated = 0, 0, 0
         self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def load(self) -> TaskData:
+        """The prompts of the run and their reward."""
+        settings = self.settings
+        return load_data(
+            DataRequest(
+                dataset=settings.dataset,
+                train_prompts=settings.train_prompts,
+                held_out_prompts=settings.held_out_prompts,
+            )
+        )
 
     @property
     def _rows(self) -> list[dict[str, Any]]:
@@ -165,22 +191,27 @@ class Trainer:
             yield waiting[: self.settings.prompts_per_step]
             waiting = waiting[self.settings.prompts_per_step :]
 
+    def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
+        """The rollouts of a step."""
+        return self.session.plan([row["prompt_id"] for row in batch], self.settings.mean)
+
     def step(self, batch: Sequence[dict[str, Any]], number: int) -> None:
         """Allocate, generate, score, update and learn from the outcomes."""
         import torch
 
         with self._timed("allocation"):
-            plan = self.session.plan([row["prompt_id"] for row in batch], self.settings.mean)
+            plan = self.plan(batch)
             group = plan.expand()
         rows = [batch[place] for place in group]
-        prompts = [self._tokens[row["prompt_id"]] for row in rows]
+        prompts = self.tokens_of(rows)
         with self._timed("generation"):
             sampled = self.policy.sample(prompts)
         with self._timed("scoring"):
             rewards = self._score(rows, sampled)
             lengths = sampled.lengths.tolist()
         with self._timed("update"):
-            advantages = torch.as_tensor(group_advantages(group, rewards), dtype=torch.float32)
+            found = group_advantages(group, rewards, weighting=self.settings.weighting)
+            advantages = torch.as_tensor(found, dtype=torch.float32)
             self.rows_updated += self.policy.update(prompts, sampled, advantages)
         with self._timed("allocation"):
             self.session.observe(plan, group, rewards, lengths, step=number)
@@ -191,12 +222,20 @@ class Trainer:
         held_out, samples = list(self.data.held_out), self.settings.eval_samples
         rows = held_out * samples + held_out
         heat = [1.0] * (len(held_out) * samples) + [0.0] * len(held_out)
-        sampled = self.policy.sample([self._tokens[row["prompt_id"]] for row in rows], heat)
+        sampled = self.policy.sample(self.tokens_of(rows), heat)
         right = np.array(self._score(rows, sampled)) > 0
         return {
             "held_out/accuracy": float(right[: -len(held_out)].mean()),
             "held_out/greedy_accuracy": float(right[-len(held_out) :].mean()),
         }
+
+    def tokens_of(self, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of the prompt of each row."""
+        return [self._tokens[row["prompt_id"]] for row in rows]
+
+    def findings(self, log: RunLog) -> dict[str, Any]:
+        """What else the row of a run holds, given its log."""
+        return {}
 
     def _score(self, rows: Sequence[dict[str, Any]], sampled: Any) -> list[float]:
         answers = [row[:length] for row, length in zip(sampled.tokens.tolist(), sampled.lengths.tolist(), strict=True)]
@@ -232,7 +271,13 @@ class Trainer:
         return row
 
 
-def train(settings: Settings, model: Path | None, device: str, until: float = float("inf")) -> Row:
+def train(
+    settings: Settings,
+    model: Path | None,
+    device: str,
+    until: float = float("inf"),
+    kind: type[Trainer] = Trainer,
+) -> Row:
     """Run an arm; evaluations do not count in its seconds.
 
     Args:
@@ -240,12 +285,13 @@ def train(settings: Settings, model: Path | None, device: str, until: float = fl
         model: folder of the model; None for the one that ships with the package.
         device: name of the torch device.
         until: time (of ``time.time``) after which no step is made but the first.
+        kind: of the trainer.
 
     Returns:
         The row of the run, ``finished`` if it made all its steps.
     """
     with tempfile.TemporaryDirectory() as place:
-        trainer = Trainer(settings, model, device, Path(place))
+        trainer = kind(settings, model, device, Path(place))
         trainer.log(0)
         step = 0
         for batch in trainer.batches():
@@ -270,6 +316,7 @@ def _row(trainer: Trainer, steps: int, folder: Path) -> Row:
         "machine": machine(trainer.device),
         "finished": steps == settings.steps,
         **summary,
+        **trainer.findings(log),
         "rows_updated": trainer.rows_updated,
         "seconds": {part: round(value, 3) for part, value in trainer.seconds.items()},
         "peak_memory_gb": peak_memory(trainer.device),
