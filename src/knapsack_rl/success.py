@@ -169,7 +169,8 @@ class LearnedSuccess:
         starts = np.flatnonzero(np.diff(self._group, prepend=-1))
         whole = total_reward(self._rows)
         self.parts = tuple(
-            _learned(part, column, whole, starts) for part, column in zip(self.parts, np.ascontiguousarray(self._rows.T), strict=True)
+            _learned(part, column, whole, starts)
+            for part, column in zip(self.parts, np.ascontiguousarray(self._rows.T), strict=True)
         )
         ahead = max(range(len(self.parts)), key=lambda k: self.parts[k].score * (BETTER if k == self.order[0] else 1.0))
         others = sorted(set(range(len(self.parts))) - {ahead}, key=lambda k: -self.parts[k].score)
