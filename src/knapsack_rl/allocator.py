@@ -143,6 +143,8 @@ class KnapsackAllocator(Guarded):
     def allocate(self, prompt_ids: Iterable[PromptId], budget: float, *, multiple: int = 1) -> Allocation:
         """Allocate a step: counts sum to a budget of rollouts, or their expected tokens do not exceed one of tokens.
 
+        With ``min_rollouts=0`` the skips of each prompt are counted here, so call it once a step.
+
         Args:
             prompt_ids: M distinct ids, ``str`` or ``int``.
             budget: total rollouts, a whole number from 0 to 2^24; with ``budget_unit="tokens"`` finite tokens >= 0.
