@@ -151,20 +151,25 @@ def reference_log_probs(model, prompt_ids, prompt_mask, completion):
     return torch.log_softmax(logits, dim=-1).gather(2, completion[:, :, None])[:, :, 0]
 
 
-def test_training_with_replay_mixes_in_and_resumes(tmp_path):
-    """A reward that only ever pays at a prompt's first visit: everything stored must come from there."""
+def paid_at_the_first_visit(low, high):
+    """A reward that only ever pays at a prompt's first visit, for the first of its completions."""
     seen = set()
 
     def first_time(completions, prompts, **_):
         fresh = {prompt for prompt in prompts if prompt not in seen}
         marked = {prompt: next(k for k, p in enumerate(prompts) if p == prompt) for prompt in fresh}
         seen.update(fresh)
-        return [float(marked.get(prompt) == k) for k, prompt in enumerate(prompts)]
+        return [high if marked.get(prompt) == k else low for k, prompt in enumerate(prompts)]
 
+    return first_time
+
+
+def test_training_with_replay_mixes_in_and_resumes(tmp_path):
+    """Everything stored must come from the first visits."""
     trainer = tiny.trainer(
         KnapsackGRPOTrainer,
         tmp_path,
-        first_time,
+        paid_at_the_first_visit(0.0, 1.0),
         data=tiny.dataset(4),
         allocation="uniform",
         estimator="window",
@@ -186,13 +191,7 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
 
 def test_a_replayed_success_is_an_outcome_among_outcomes_with_advantages_over_the_mean(tmp_path):
     """Rewards of -3 and 5: one stored success beside seven failures has the advantage (1 - 1/8) / (1/8)."""
-    seen, advantages = set(), []
-
-    def first_time(completions, prompts, **_):
-        fresh = {prompt for prompt in prompts if prompt not in seen}
-        marked = {prompt: next(k for k, p in enumerate(prompts) if p == prompt) for prompt in fresh}
-        seen.update(fresh)
-        return [8.0 * (marked.get(prompt) == k) - 3.0 for k, prompt in enumerate(prompts)]
+    advantages = []
 
     class Watched(KnapsackGRPOTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -203,7 +202,7 @@ def test_a_replayed_success_is_an_outcome_among_outcomes_with_advantages_over_th
     trainer = tiny.trainer(
         Watched,
         tmp_path,
-        first_time,
+        paid_at_the_first_visit(-3.0, 5.0),
         data=tiny.dataset(4),
         advantage="group-mean",
         allocation="uniform",

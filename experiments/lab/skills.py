@@ -45,8 +45,6 @@ RIVAL = 0.9
 
 PROMPT_TOKENS = 2 + 1 + QUESTION + 1
 MAX_COMPLETION_TOKENS = ANSWER + 1
-FEATURES = ("informative", "useless", "misleading")
-"""Columns to pool prompts by."""
 
 _SEED = 20250929
 _ZERO = VOCABULARY["0"]

@@ -43,12 +43,12 @@ from knapsack_rl.estimation.protocol import (
     finite_evidence,
 )
 from knapsack_rl.estimation.tracker import Records, Tracker
-from knapsack_rl.groups import GroupOutcomes, judged, outcomes_by_position
+from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
 from knapsack_rl.ids import PromptId, check_batch, check_prompt_ids, in_id_order, numbered, stable_order, twin_warning
 from knapsack_rl.metrics import StepMetrics, lost_metrics
 from knapsack_rl.state import COUNTERS, FORMAT, VERSION, check_header, read_state, section, write_state
-from knapsack_rl.success import LEARNED, LearnedSuccess, SuccessRule, check_success_rule
+from knapsack_rl.success import LEARNED, BoolArray, LearnedSuccess, SuccessRule, check_success_rule
 
 ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
 """Kinds of failures that are about allocation itself, not about logs and samples."""
@@ -361,12 +361,17 @@ class KnapsackAllocator(Guarded):
         if self.success is not None:
             return outcomes_by_position(prompt_R, rewards, prompts, self.success)
         assert self.learned is not None
-        groups = outcomes_by_position(prompt_R, rewards, prompts)
-        parts = as_float64(rewards)[0]
-        rows = parts if parts.ndim == 2 else parts[:, None]
-        self.learned.learn(prompt_R, rows)
-        self._step.differ_anyway = self.learned.differ_anyway
-        return judged(groups, self.learned.successes(rows))
+        learned = self.learned
+
+        def learn_and_judge(whole: FloatArray) -> BoolArray:  # called once the rewards are known to be good
+            parts = as_float64(rewards)[0]
+            rows = parts if parts.ndim == 2 else whole[:, None]
+            learned.learn(prompt_R, rows)
+            return learned.successes(rows)
+
+        groups = outcomes_by_position(prompt_R, rewards, prompts, learn_and_judge)
+        self._step.differ_anyway = learned.differ_anyway
+        return groups
 
     @one_at_a_time
     def record(self, prompt_ids: list[PromptId], groups: GroupOutcomes, lengths: ArrayLike | None = None) -> None:

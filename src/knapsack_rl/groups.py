@@ -7,7 +7,7 @@ rollout, ``_G`` per group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -116,18 +116,6 @@ class GroupOutcomes:
         first = np.full(self.totals.size, -1, dtype=np.int64)
         first[self.group_R[::-1]] = np.arange(self.group_R.size)[::-1]  # of equal indices the last one is kept
         return first
-
-
-def judged(groups: GroupOutcomes, success_R: BoolArray) -> GroupOutcomes:
-    """Return the same groups with other successes.
-
-    Args:
-        groups: of a batch.
-        success_R: (R,) whether each rollout is a success; an unscored one is not.
-    """
-    good = success_R & groups.scored_R
-    successes = np.bincount(groups.group_R[good], minlength=groups.totals.size).astype(np.int64)
-    return replace(groups, success_R=good, successes=successes)
 
 
 def _as_codes(group_of_rollout: ArrayLike) -> NDArray[Any]:

@@ -181,8 +181,7 @@ class LearnedSuccess:
         """Return the share of groups of two and more whose rewards differ, of those whose outcomes are equal."""
         scored, good = ~np.isnan(whole), self.successes(self._rows)
         n, s = np.add.reduceat(scored, starts, dtype=np.int64), np.add.reduceat(good, starts, dtype=np.int64)
-        low = np.minimum.reduceat(np.where(scored, whole, np.inf), starts)
-        high = np.maximum.reduceat(np.where(scored, whole, -np.inf), starts)
+        low, high = _extremes(whole, starts)
         differ = (low < high)[(n >= 2) & ((s == 0) | (s == n))]
         return float(differ.mean()) if differ.size else 0.0
 
@@ -258,8 +257,7 @@ def _range_inside(column: FloatArray, starts: IntArray) -> tuple[float, float]:
 
     The most extreme groups are left out, so that one absurd reward does not make all others equal.
     """
-    low = np.minimum.reduceat(np.where(np.isnan(column), np.inf, column), starts)
-    high = np.maximum.reduceat(np.where(np.isnan(column), -np.inf, column), starts)
+    low, high = _extremes(column, starts)
     chosen = low < high if (low < high).any() else low <= high
     if not chosen.any():
         return np.nan, np.nan
@@ -267,6 +265,13 @@ def _range_inside(column: FloatArray, starts: IntArray) -> tuple[float, float]:
         float(np.quantile(low[chosen], OUTLIERS, method="lower")),
         float(np.quantile(high[chosen], 1.0 - OUTLIERS, method="higher")),
     )
+
+
+def _extremes(rewards: FloatArray, starts: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Return the (G,) lowest and highest reward of each group, infinity and its negative where none was scored."""
+    missing = np.isnan(rewards)
+    low = np.minimum.reduceat(np.where(missing, np.inf, rewards), starts)
+    return low, np.maximum.reduceat(np.where(missing, -np.inf, rewards), starts)
 
 
 def told_apart(success: BoolArray, reward: FloatArray, starts: IntArray) -> float:

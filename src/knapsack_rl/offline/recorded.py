@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from knapsack_rl.offline.log_files import NoLogError, find_log
+from knapsack_rl.offline.log_files import NoLogError
 from knapsack_rl.offline.reward_logs import RewardLog
-from knapsack_rl.offline.rollouts import ColumnNames, Done, check_no_options, read_tables
+from knapsack_rl.offline.rollouts import ColumnNames, Done, check_no_options, open_log, read_tables
 from knapsack_rl.runs.allocations import Visits
 from knapsack_rl.runs.files import CONFIG_FILE, METRICS_FILE
 from knapsack_rl.runs.log import RunLog
@@ -39,11 +39,10 @@ def read_run(
         check_no_options(path, names, success)
         return RunLog.load(path)
     try:
-        log = find_log(path)
+        log, names = open_log(path, names, success)
     except (FileNotFoundError, NoLogError):
         return RunLog.load(path)  # a run without a step yet; else its error names the run folders in this one
     if log.kind == "allocations":
-        check_no_options(log.files[0], names, success)
         return RunLog.load(path)
     return of_rewards(RewardLog.of(read_tables(log, names, done), success), path)
 

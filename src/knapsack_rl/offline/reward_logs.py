@@ -12,8 +12,8 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.groups import group_outcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.environments import BoolArray
-from knapsack_rl.offline.log_files import LogFiles, find_log, remark_on_unread
-from knapsack_rl.offline.rollouts import ColumnNames, Done, Rollouts, check_no_options, read_tables
+from knapsack_rl.offline.log_files import LogFiles, remark_on_unread
+from knapsack_rl.offline.rollouts import ColumnNames, Done, Rollouts, open_log, read_tables
 from knapsack_rl.runs.allocations import read_visits
 from knapsack_rl.success import LearnedSuccess, SuccessRule
 
@@ -150,9 +150,8 @@ def read_reward_log(
         ValueError: the path holds no readable log, or a column is missing; the message lists what was found.
         ImportError: parquet needs pyarrow.
     """
-    log, names = find_log(Path(path)), names or ColumnNames()
+    log, names = open_log(path, names, success)
     if log.kind == "allocations":
-        check_no_options(log.files[0], names, success)
         return _read_run(log)
     return RewardLog.of(read_tables(log, names, done), success)
 

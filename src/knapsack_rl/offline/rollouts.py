@@ -164,11 +164,18 @@ def read_rollouts(
         ValueError: the path holds no readable log, or a column is missing; the message lists what was found.
         ImportError: parquet needs pyarrow.
     """
+    log, names = open_log(path, names, success)
+    if log.kind == "allocations":
+        return _counted(log)
+    return read_tables(log, names, done, need_steps=need_steps)
+
+
+def open_log(path: str | Path, names: ColumnNames | None, success: SuccessRule | None) -> tuple[LogFiles, ColumnNames]:
+    """Return the files of the log at a path, and the columns to read; see :func:`read_rollouts`."""
     log, names = find_log(Path(path)), names or ColumnNames()
     if log.kind == "allocations":
         check_no_options(log.files[0], names, success)
-        return _counted(log)
-    return read_tables(log, names, done, need_steps=need_steps)
+    return log, names
 
 
 def read_tables(log: LogFiles, names: ColumnNames, done: Done | None = None, *, need_steps: bool = True) -> Rollouts:

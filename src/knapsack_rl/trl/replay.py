@@ -31,6 +31,7 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
 from knapsack_rl.state import read_state, write_state
+from knapsack_rl.trl.identity import IMAGE_COLUMNS
 from knapsack_rl.trl.step import Step
 
 REPLAY_FILE = "replay.npz"
@@ -46,8 +47,6 @@ COLUMNS = {
 """TRL's tensors with a number per token of a completion, or a single one, and the number that pads them."""
 COMPLETION = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
 """TRL's other tensors in a batch of text."""
-IMAGES = ("image", "images")
-"""Columns whose tensors cannot move with a completion."""
 RARE = 1 / 8
 """A success is kept if its prompt's rate was estimated at most this before the visit; above it is forgotten."""
 
@@ -184,7 +183,7 @@ def check_replay(trainer: Any) -> None:
             "replay keeps the log-probabilities of a success under the reference model, which sync_ref_model=True "
             "changes; set sync_ref_model=False or replay=0"
         )
-    if found := set(IMAGES) & set(getattr(trainer.train_dataset, "column_names", None) or ()):
+    if found := set(IMAGE_COLUMNS) & set(getattr(trainer.train_dataset, "column_names", None) or ()):
         raise ValueError(f"replay works on prompts of text, got the column {min(found)!r}; set replay=0")
 
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import GroupOutcomes, judged, outcomes_by_position
+from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.session import Session
 from knapsack_rl.verl.identity import check_files
 from knapsack_rl.verl.launch import GROUP_MEAN, VerlSettings, check_config, pick, without_effect
@@ -74,7 +74,7 @@ class VerlSession(Session):
         learned = self.allocator.learned
         if learned is None or not self.observes:
             return self.allocator.outcomes_of(prompt_R, rewards, prompts)
-        return judged(outcomes_by_position(prompt_R, rewards, prompts), learned.successes(rewards[:, None]))
+        return outcomes_by_position(prompt_R, rewards, prompts, lambda whole: learned.successes(whole[:, None]))
 
 
 _open: list[VerlSession] = []
