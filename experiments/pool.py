@@ -65,6 +65,9 @@ class Arm:
         return ("experiments.train_rule", self.rule) if self.rule else Run.module
 
 
+OVER_MEAN = {"advantage": "group-mean"}
+MATCHED = {**OVER_MEAN, "value": "likelihood"}
+
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
     "uniform-2n": Arm("uniform 2N", {"allocation": "uniform"}, 2),
@@ -94,6 +97,10 @@ ARMS: dict[str, Arm] = {
         "empirical Bayes, discount 1", {"estimator": "empirical-bayes", "estimator_settings": "discount=1.0"}
     ),
     "known": Arm("success rates known", {}, rule="known"),  # in the lab alone
+    "uniform-mean": Arm("uniform N, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}),
+    "knapsack-mean": Arm("Bayes filter, advantage over the mean", OVER_MEAN),
+    "matched": Arm("matched value and advantage", MATCHED),
+    "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
     "value-variance": Arm("Bayes filter, value: reward variance", {"value": "experiments.values:reward_variance"}),
     "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "experiments.values:signal_to_noise"}),

@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes):
 
 
 def grade(name, row):
-    return row["informative"] if name == "skills" else row["digits"]
+    return row["informative"] if name.startswith("skills") else row["digits"]
 
 
 @pytest.mark.parametrize("name", beds.BEDS)
@@ -113,14 +113,14 @@ def test_prompts_are_drawn_alike_for_training_and_evaluation(name):
 
 
 def test_an_unknown_bed_is_refused():
-    with pytest.raises(ValueError, match="bed must be one of addition, skills, running-sums, got 'sofa'"):
+    with pytest.raises(ValueError, match="bed must be one of addition, skills, skills-dev, running-sums, got 'sofa'"):
         beds.bed("sofa")
 
 
 def test_columns_of_the_skills_say_everything_nothing_or_what_is_wrong():
-    task = skills.skills_task(2048, 512)
+    task = skills.REPORTED.task(2048, 512)
     rows = [*task.train, *task.held_out]
-    logit = np.array([skills.skill_logits()[skills.parts_of(row["prompt"])[0]] for row in rows])
+    logit = np.array([skills.REPORTED.logits()[skills.parts_of(row["prompt"])[0]] for row in rows])
 
     def explained(column):
         """Share of the variance of the skills' logits that the means per value of a column explain."""
@@ -129,29 +129,29 @@ def test_columns_of_the_skills_say_everything_nothing_or_what_is_wrong():
         return np.var([means[name] for name in names]) / np.var(logit)
 
     assert explained("informative") == pytest.approx(1.0)
-    assert explained("useless") < 2 * skills.SKILLS / len(rows)  # of chance alone: values over rows
+    assert explained("useless") < 2 * skills.REPORTED.count / len(rows)  # of chance alone: values over rows
     assert explained("misleading") == pytest.approx(0.0, abs=1e-3)
     pairs = {row["misleading"]: set() for row in rows}
     for row in rows:
         pairs[row["misleading"]].add(row["informative"])
-    assert len(pairs) == skills.SKILLS // 2
+    assert len(pairs) == skills.REPORTED.count // 2
     assert {len(pair) for pair in pairs.values()} == {2}
 
 
 def test_the_targets_of_the_skills_are_their_success_rates():
     """The product of the chances of the right digits is the rate, the rest is even, and answers are drawn from it."""
     rng = np.random.default_rng(0)
-    chosen = rng.integers(0, skills.SKILLS, 4000), rng.integers(0, skills.QUESTIONS, 4000)
-    tokens, targets = (part.numpy() for part in skills._batch(*chosen, rng))
+    chosen = rng.integers(0, skills.REPORTED.count, 4000), rng.integers(0, skills.QUESTIONS, 4000)
+    tokens, targets = (part.numpy() for part in skills.REPORTED.batch(*chosen, rng))
     np.testing.assert_allclose(targets.sum(-1), 1.0, atol=1e-5)
     assert set(targets[:, -1].argmax(-1)) == {1}  # the end
     prompt = skills.PROMPT_TOKENS
-    right = np.take_along_axis(targets[:, :4], (skills.codes()[chosen[0]] + 2)[:, :, None], -1)[:, :, 0]
-    rates = skills.target_rates(*chosen)
+    right = np.take_along_axis(targets[:, :4], (skills.REPORTED.codes()[chosen[0]] + 2)[:, :, None], -1)[:, :, 0]
+    rates = skills.REPORTED.target_rates(*chosen)
     np.testing.assert_allclose(right.prod(1), rates, rtol=1e-4)
-    drawn = (tokens[:, prompt:] == skills.codes()[chosen[0]] + 2).all(1)
+    drawn = (tokens[:, prompt:] == skills.REPORTED.codes()[chosen[0]] + 2).all(1)
     assert abs(drawn.mean() - rates.mean()) < 5 * np.sqrt(np.mean(rates * (1 - rates)) / 4000)
-    asked = skills._problem(int(chosen[0][0]), int(chosen[1][0]))
+    asked = skills.REPORTED.problem(int(chosen[0][0]), int(chosen[1][0]))
     from knapsack_rl.tasks.pretraining import VOCABULARY
 
     assert tokens[0, :prompt].tolist() == [VOCABULARY[character] for character in asked.prompt]
@@ -162,9 +162,9 @@ def test_the_targets_of_the_skills_are_their_success_rates():
 def test_the_base_model_of_the_skills_has_the_rates_it_should(tmp_path):
     folder = beds.base_folder("skills", tmp_path, quick=False)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    for rows in (skills.skills_task(2048, 512).train, skills.skills_task(2048, 512).held_out):
+    for rows in (skills.REPORTED.task(2048, 512).train, skills.REPORTED.task(2048, 512).held_out):
         found = success_rates(model, [Problem(row["prompt"], row["answer"], "", 0) for row in rows]).numpy()
-        wanted = skills.target_rates(*np.array([skills.parts_of(row["prompt"]) for row in rows]).T)
+        wanted = skills.REPORTED.target_rates(*np.array([skills.parts_of(row["prompt"]) for row in rows]).T)
         off = np.log(found / (1 - found)) - np.log(wanted / (1 - wanted))
         assert np.sqrt(np.mean(off**2)) < 0.5
         assert found.min() < 5e-4 < 0.85 < found.max()
@@ -209,11 +209,12 @@ def test_an_arm_that_needs_the_trl_trainer_is_refused():
 
 def test_weights_per_prompt_reach_the_loss():
     trainer = LabTrainer(replace(QUICK, arm="knapsack-per-prompt"), base_model_path(), "cpu")
-    assert (trainer.settings.weighting, QUICK.weighting) == ("prompt", "rollout")
+    assert (trainer.settings.weighting, QUICK.weighting) == ("prompt", "auto")
 
 
 # -- The command -------------------------------------------------------------------------------------------------------
 
+REPORTED = ("addition", "skills", "running-sums")
 SMALL = """
 ```yaml
 beds: [addition, skills, running-sums]
@@ -249,10 +250,10 @@ def test_the_dry_run_makes_every_run_once_and_goes_on_where_it_stopped(small, tm
         assert row["rows_updated"] == round(sum(r * 8 * mean for r in row["series"]["rollout_ratio"]))
         assert settings["seed"] == 1000 if row["part"] == "tuning" else settings["seed"] in (0, 1)
     assert len({row["base"] for row in rows}) == 3
-    for name in beds.BEDS:
+    for name in REPORTED:
         before = {row["evaluations"]["accuracy"][0] for row in rows if row["settings"]["dataset"] == name}
         assert len(before) == 1  # of one base model, without noise
-    assert [(row["seed"], row["settings"]["dataset"]) for row in rows[-6::2]] == [(1, name) for name in beds.BEDS]
+    assert [(row["seed"], row["settings"]["dataset"]) for row in rows[-6::2]] == [(1, name) for name in REPORTED]
 
     file.write_text("\n".join([*lines[:-2], lines[-2][:50]]))  # killed while it wrote
     capsys.readouterr()
@@ -263,7 +264,7 @@ def test_the_dry_run_makes_every_run_once_and_goes_on_where_it_stopped(small, tm
     assert "is torn and passed over" in err
     assert command.main([*flags, "--report"]) == 0
     report = capsys.readouterr().out
-    assert all(f"## {name}" in report for name in beds.BEDS)
+    assert all(f"## {name}" in report for name in REPORTED)
     assert "uniform 2N" in report
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.contract import Row
 from experiments.extract import summarise
 from experiments.pool import ARMS
-from knapsack_rl.groups import Weighting, group_advantages
+from knapsack_rl.groups import Advantage, Weighting, group_advantages
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.session import Plan, Session
@@ -27,6 +27,9 @@ from knapsack_rl.tasks.registry import load_data
 
 PARTS = ("generation", "scoring", "allocation", "update")
 """Parts of a step, in the order of tables."""
+
+OF_THE_LOSS = ("weighting", "advantage")
+"""Settings of an arm that do not concern the allocation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,12 @@ class Settings:
     @property
     def weighting(self) -> Weighting:
         """Weight of a prompt in the loss under this arm."""
-        return ARMS[self.arm].settings.get("weighting", "rollout")
+        return ARMS[self.arm].settings.get("weighting", "auto")
+
+    @property
+    def advantage(self) -> Advantage:
+        """Divisor of the advantages under this arm."""
+        return ARMS[self.arm].settings.get("advantage", "group-std")
 
     def session(self, folder: Path | None) -> Session:
         """The allocation of this arm; its log is written into the folder, if there is one.
@@ -85,7 +93,7 @@ class Settings:
         Raises:
             ValueError: the arm has a setting that this loop does not know.
         """
-        own = {name: value for name, value in ARMS[self.arm].settings.items() if name != "weighting"}
+        own = {name: value for name, value in ARMS[self.arm].settings.items() if name not in OF_THE_LOSS}
         known = {spec.name for spec in fields(AllocationSettings)}
         if not set(own) <= known:
             raise ValueError(f"arm {self.arm!r} has {', '.join(sorted(set(own) - known))}, which needs the TRL trainer")
@@ -210,7 +218,9 @@ class Trainer:
             rewards = self._score(rows, sampled)
             lengths = sampled.lengths.tolist()
         with self._timed("update"):
-            found = group_advantages(group, rewards, weighting=self.settings.weighting)
+            found = group_advantages(
+                group, rewards, weighting=self.settings.weighting, advantage=self.settings.advantage
+            )
             advantages = torch.as_tensor(found, dtype=torch.float32)
             self.rows_updated += self.policy.update(prompts, sampled, advantages)
         with self._timed("allocation"):

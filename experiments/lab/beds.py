@@ -42,17 +42,14 @@ def _of_package(dataset: str) -> Callable[[int, int], TaskData]:
     )
 
 
-def _skills_base(folder: Path, quick: bool) -> None:
-    task = skills.skills_task(2048, 512)
-    schedule = skills.Schedule(width=16, layers=1, steps=20, batch=32) if quick else skills.Schedule()
-    skills.make_base_model(folder, schedule, [*task.train, *task.held_out])
+def _of_skills(about: str, chosen: skills.Skills) -> Bed:
+    return Bed(about, chosen.task, chosen.make_base_model, (skills,))
 
 
 BEDS: dict[str, Bed] = {
     "addition": Bed("the task of knapsack-rl train: carrying is learned suddenly", _of_package("arithmetic")),
-    "skills": Bed(
-        "many graded skills of low variance, each learned for itself", skills.skills_task, _skills_base, (skills,)
-    ),
+    "skills": _of_skills("many graded skills of low variance, each learned for itself", skills.REPORTED),
+    "skills-dev": _of_skills("other skills, for choosing settings", skills.DEVELOPMENT),
     "running-sums": Bed("answers of 2 to 18 tokens", _of_package(tokens.TASK), tokens.pretrain, (tokens, running_sums)),
 }
 

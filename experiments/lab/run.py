@@ -69,7 +69,8 @@ class LabTrainer(Trainer):
             return super().plan(batch)
         ids, allocator = [row["prompt_id"] for row in batch], self.session.allocator
         budget = len(ids) * self.settings.mean
-        found = allocate(self.success_rates(batch), budget, allocator.min_rollouts, allocator.max_rollouts)
+        rates, low, high = self.success_rates(batch), allocator.min_rollouts, allocator.max_rollouts
+        found = allocate(rates, budget, low, high, value=allocator.value)
         return Plan(ids, self.session.adopt(ids, found.counts))
 
     def success_rates(self, rows: Sequence[dict[str, Any]]) -> FloatArray:
