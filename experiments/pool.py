@@ -67,6 +67,7 @@ class Arm:
 
 OVER_MEAN = {"advantage": "group-mean"}
 MATCHED = {**OVER_MEAN, "value": "likelihood"}
+SHARED = {"feature_columns": ("grade",)}
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
@@ -100,6 +101,10 @@ ARMS: dict[str, Arm] = {
     "uniform-mean": Arm("uniform N, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}),
     "knapsack-mean": Arm("Bayes filter, advantage over the mean", OVER_MEAN),
     "matched": Arm("matched value and advantage", MATCHED),
+    "shared": Arm("knowledge shared by grade", SHARED),
+    "matched-shared": Arm("matched, knowledge shared by grade", {**MATCHED, **SHARED}),
+    "matched-useless": Arm("matched, column that says nothing", {**MATCHED, "feature_columns": ("useless",)}),
+    "matched-misleading": Arm("matched, column that misleads", {**MATCHED, "feature_columns": ("misleading",)}),
     "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
     "value-variance": Arm("Bayes filter, value: reward variance", {"value": "experiments.values:reward_variance"}),

@@ -28,8 +28,8 @@ from knapsack_rl.tasks.registry import load_data
 PARTS = ("generation", "scoring", "allocation", "update")
 """Parts of a step, in the order of tables."""
 
-OF_THE_LOSS = ("weighting", "advantage")
-"""Settings of an arm that do not concern the allocation."""
+OF_THE_LOOP = ("weighting", "advantage", "feature_columns")
+"""Settings of an arm that are not those of the allocation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +87,18 @@ class Settings:
         """Divisor of the advantages under this arm."""
         return ARMS[self.arm].settings.get("advantage", "group-std")
 
+    @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """Columns of the data by which prompts share knowledge under this arm."""
+        return ARMS[self.arm].settings.get("feature_columns", ())
+
     def session(self, folder: Path | None) -> Session:
         """The allocation of this arm; its log is written into the folder, if there is one.
 
         Raises:
             ValueError: the arm has a setting that this loop does not know.
         """
-        own = {name: value for name, value in ARMS[self.arm].settings.items() if name not in OF_THE_LOSS}
+        own = {name: value for name, value in ARMS[self.arm].settings.items() if name not in OF_THE_LOOP}
         known = {spec.name for spec in fields(AllocationSettings)}
         if not set(own) <= known:
             raise ValueError(f"arm {self.arm!r} has {', '.join(sorted(set(own) - known))}, which needs the TRL trainer")
@@ -201,7 +206,8 @@ class Trainer:
 
     def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
         """The rollouts of a step."""
-        return self.session.plan([row["prompt_id"] for row in batch], self.settings.mean)
+        features = {name: [row[name] for row in batch] for name in self.settings.feature_columns}
+        return self.session.plan([row["prompt_id"] for row in batch], self.settings.mean, features=features)
 
     def step(self, batch: Sequence[dict[str, Any]], number: int) -> None:
         """Allocate, generate, score, update and learn from the outcomes."""

@@ -25,6 +25,7 @@ class Bed:
     Attributes:
         about: what a run on it shows, in a few words.
         data: maps numbers of training and of held-out prompts to the task.
+        grade: column by which prompts are alike.
         make_base: writes the base model into a folder, the tokenizer last; with True a tiny one that is good for
             nothing but tests. None for the model that ships with the package.
         sources: modules that decide what the base model is; it is made again when one of them changes.
@@ -32,6 +33,7 @@ class Bed:
 
     about: str
     data: Callable[[int, int], TaskData]
+    grade: str
     make_base: Callable[[Path, bool], None] | None = None
     sources: tuple[ModuleType, ...] = ()
 
@@ -43,14 +45,16 @@ def _of_package(dataset: str) -> Callable[[int, int], TaskData]:
 
 
 def _of_skills(about: str, chosen: skills.Skills) -> Bed:
-    return Bed(about, chosen.task, chosen.make_base_model, (skills,))
+    return Bed(about, chosen.task, "informative", chosen.make_base_model, (skills,))
 
 
 BEDS: dict[str, Bed] = {
-    "addition": Bed("the task of knapsack-rl train: carrying is learned suddenly", _of_package("arithmetic")),
+    "addition": Bed("the task of knapsack-rl train: carrying is learned suddenly", _of_package("arithmetic"), "digits"),
     "skills": _of_skills("many graded skills of low variance, each learned for itself", skills.REPORTED),
     "skills-dev": _of_skills("other skills, for choosing settings", skills.DEVELOPMENT),
-    "running-sums": Bed("answers of 2 to 18 tokens", _of_package(tokens.TASK), tokens.pretrain, (tokens, running_sums)),
+    "running-sums": Bed(
+        "answers of 2 to 18 tokens", _of_package(tokens.TASK), "digits", tokens.pretrain, (tokens, running_sums)
+    ),
 }
 
 

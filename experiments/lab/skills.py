@@ -3,8 +3,8 @@
 A prompt ``"07+482="`` asks skill 7. A skill is a code of four digits, the right answer whatever the question 482 is.
 The base model is pre-trained to write each digit of the code with a chance that depends on the skill, and a little on
 the question, so that its success rates are those of :meth:`Skills.target_rates`, and prompts of one skill share their
-fate without being equal. Most other answers hold digits of a rival code, so that a model that merely becomes surer of itself
-loses the hard skills for good: they must be sampled right and reinforced one by one. Characters are those of
+fate without being equal. Most other answers hold digits of a rival code, so that a model that merely becomes surer of
+itself loses the hard skills for good: they must be sampled right and reinforced one by one. Characters are those of
 :mod:`knapsack_rl.tasks.arithmetic`.
 
 Rows have three columns to pool prompts by: ``informative`` names the skill, ``useless`` is drawn at random, and
@@ -207,5 +207,5 @@ class Schedule:
 
 
 REPORTED = Skills()
-DEVELOPMENT = Skills(seed=77, count=64, lowest=3e-4, highest=0.7)
+DEVELOPMENT = Skills(seed=77, count=90, lowest=1e-4, highest=0.1)
 """For choosing settings; nothing that is chosen on it is reported from it."""

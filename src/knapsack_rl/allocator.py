@@ -31,7 +31,7 @@ from knapsack_rl.allocation.policies import (
 )
 from knapsack_rl.allocation.solver import total_value
 from knapsack_rl.allocation.value import ValueLike, named_value
-from knapsack_rl.estimation.bayes import check_mixed_outcomes
+from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_mixed_outcomes
 from knapsack_rl.estimation.lengths import check_length_sums, check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
@@ -42,6 +42,7 @@ from knapsack_rl.estimation.protocol import (
     finite_belief,
     finite_evidence,
 )
+from knapsack_rl.estimation.shared import SharedKnowledge
 from knapsack_rl.estimation.tracker import Records, Tracker
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.guarded import Guarded, one_at_a_time
@@ -50,7 +51,16 @@ from knapsack_rl.metrics import StepMetrics, lost_metrics
 from knapsack_rl.state import COUNTERS, FORMAT, VERSION, check_header, read_state, section, write_state
 from knapsack_rl.success import LEARNED, BoolArray, LearnedSuccess, SuccessRule, check_success_rule
 
-ALLOCATION_FAILURES = ("allocation", "top-up", "prediction", "learning", "refitting", "success rule", "observation")
+ALLOCATION_FAILURES = (
+    "allocation",
+    "features",
+    "top-up",
+    "prediction",
+    "learning",
+    "refitting",
+    "success rule",
+    "observation",
+)
 """Kinds of failures that are about allocation itself, not about logs and samples."""
 
 EVENLY = "allocation failed: divided evenly"
@@ -133,6 +143,7 @@ class KnapsackAllocator(Guarded):
         self.budget_unit, self.value = budget_unit, value
         check_choices(self.estimator, budget_unit, value, self.min_rollouts, self.max_rollouts)
         self.tracker = Tracker(self.estimator.evidence_size)
+        self.shared: SharedKnowledge | None = None
         self._batches_at_refit = 0
         self._prompts_at_refit = 0
         self._degraded_batches = 0
@@ -140,7 +151,14 @@ class KnapsackAllocator(Guarded):
         self._step = StepMetrics()
 
     @one_at_a_time
-    def allocate(self, prompt_ids: Iterable[PromptId], budget: float, *, multiple: int = 1) -> Allocation:
+    def allocate(
+        self,
+        prompt_ids: Iterable[PromptId],
+        budget: float,
+        *,
+        multiple: int = 1,
+        features: Mapping[str, ArrayLike] | None = None,
+    ) -> Allocation:
         """Allocate a step: counts sum to a budget of rollouts, or their expected tokens do not exceed one of tokens.
 
         With ``min_rollouts=0`` the skips of each prompt are counted here, so call it once a step.
@@ -149,12 +167,16 @@ class KnapsackAllocator(Guarded):
             prompt_ids: M distinct ids, ``str`` or ``int``.
             budget: total rollouts, a whole number from 0 to 2^24; with ``budget_unit="tokens"`` finite tokens >= 0.
             multiple: with ``budget_unit="tokens"``, the number of rollouts is a multiple of this.
+            features: see :meth:`note_features`.
 
         Raises:
-            ValueError: ids repeat or have the wrong type, the batch is empty, or the budget is out of range.
+            ValueError: ids repeat or have the wrong type, the batch is empty, the budget is out of range, or the
+                features do not match.
         """
         started = time.perf_counter()
         ids = check_batch(prompt_ids)
+        if features:
+            self.note_features(ids, features)
         order = stable_order(ids)
         place = in_id_order(ids, order)  # sums and ties then depend on the prompts, not on the order of the batch
         ordered, order = [ids[k] for k in place.tolist()], order[place]
@@ -176,6 +198,29 @@ class KnapsackAllocator(Guarded):
             found = self._step.expect_nothing(ordered, unpredicted(counts, EVENLY, degraded=True))
         self._step.details["allocation_seconds"] = time.perf_counter() - started
         return found.rearranged(np.argsort(place))
+
+    @one_at_a_time
+    def note_features(self, prompt_ids: Iterable[PromptId], features: Mapping[str, ArrayLike]) -> None:
+        """Keep features of prompts: prompts that are alike then inform each other's estimates.
+
+        Features are kept, so known prompts need not bring them again. Those that say nothing cost nothing, and a
+        prompt's own outcomes outweigh them as they come.
+
+        Args:
+            prompt_ids: M ids.
+            features: M values by name: texts are categories, numbers are divided into bins, None is a value of its own.
+                The first call decides on the names, at most 16.
+
+        Raises:
+            ValueError: a name or a length differs, a column of numbers holds something else, or the estimator is not
+                the Bayes filter.
+        """
+        ids = check_prompt_ids(prompt_ids)
+        if not isinstance(self.estimator, BayesFilterEstimator):
+            raise ValueError(f"features need the estimator 'bayes-filter', got {type(self.estimator).__name__}")
+        if self.shared is None:
+            self.shared = SharedKnowledge(self.estimator.grid.size, self.estimator.iterations)
+        self.shared.note(ids, features)
 
     def _allocate_rollouts(self, ids: list[PromptId], order: FloatArray, budget: int) -> Allocation:
         low, high, records = self.min_rollouts, self.max_rollouts, self._lookup(ids)
@@ -248,9 +293,17 @@ class KnapsackAllocator(Guarded):
             self.warn_once("degraded", f"allocation degraded: {allocation.reason}; counted as degraded_batches")
         return allocation
 
+    def _records(self, ids: list[PromptId]) -> Records:
+        """Return the records of prompts, with their priors by features if there are any."""
+        records = self.tracker.lookup(ids)
+        if self.shared is not None:
+            assert isinstance(self.estimator, BayesFilterEstimator)
+            records.prior = self.shared.prior(ids, self.estimator.prior)
+        return records
+
     def _lookup(self, ids: list[PromptId]) -> Records:
         """Return the records of a batch; warn once of a new id known under the other type: 7 and "7" differ."""
-        records = self.tracker.lookup(ids)
+        records = self._records(ids)
         if "twins" not in self._warned:
             unseen = np.flatnonzero(records.visits == 0)
             if twins := self.tracker.twin([ids[k] for k in unseen.tolist()]):
@@ -286,7 +339,7 @@ class KnapsackAllocator(Guarded):
         grid, cap, order = check_mixed_outcomes(self.estimator), self.max_rollouts, stable_order(ids)
 
         def spend() -> Allocation:
-            records, most = self.tracker.lookup(ids), max(int(room_left(counts, left, cap).max()), 1)
+            records, most = self._records(ids), max(int(room_left(counts, left, cap).max()), 1)
             columns = min(most, FIRST_COLUMNS)
             while True:
                 found = top_up(grid.believe_after(records, counts, successes, columns), counts, left, cap, order)
@@ -393,20 +446,38 @@ class KnapsackAllocator(Guarded):
         visited = groups.totals > 0
         visitors = [prompt_id for prompt_id, seen in zip(prompt_ids, visited.tolist(), strict=True) if seen]
         successes, totals = groups.successes[visited], groups.totals[visited]
-        known = self.tracker.lookup(visitors)
+        known = self._records(visitors)
         lost = lost_metrics(known, successes, totals)
         if visitors:
-            visitor_of_group = np.cumsum(visited) - 1
+            visitor_R, success_R = (np.cumsum(visited) - 1)[groups.group_R[scored]], groups.success_R[scored]
+            self.survive("learning", lambda: self._share(visitors, known, successes, totals, visitor_R, success_R))
             self.tracker.record(
                 visitors,
-                visitor_of_group[groups.group_R[scored]],
-                groups.success_R[scored],
+                visitor_R,
+                success_R,
                 None if lengths_R is None else lengths_R[scored],
                 discount=self.estimator.discount,
                 evidence=self.survive("learning", lambda: finite_evidence(self.estimator, known, successes, totals)),
             )
             self._refit_when_due()
         self._step.compare(prompt_ids, groups, lost)
+
+    def _share(
+        self,
+        ids: list[PromptId],
+        known: Records,
+        successes: IntArray,
+        totals: IntArray,
+        prompt_R: IntArray,
+        success_R: BoolArray,
+    ) -> None:
+        """Let prompts that are alike learn from these outcomes, before the prompts themselves do."""
+        if self.shared is None or known.prior is None:
+            return
+        assert isinstance(self.estimator, BayesFilterEstimator)
+        before = self.estimator.likelihood(known)
+        visit = self.estimator.binomial_likelihood(successes, totals - successes)
+        self.shared.learn(ids, self.estimator.prior, before, visit, prompt_R, success_R)
 
     @one_at_a_time
     def note_unidentified(self, allocation: Allocation, groups: GroupOutcomes) -> None:
@@ -416,10 +487,8 @@ class KnapsackAllocator(Guarded):
         self._step.compare([*range(allocation.counts.size)], groups, {})
 
     def _refit_when_due(self) -> None:
-        """Refit after the first batch, whenever the number of known prompts has doubled, and once an epoch."""
         tracker = self.tracker
-        doubled = len(tracker) >= 2 * self._prompts_at_refit
-        if doubled or tracker.clock - self._batches_at_refit >= tracker.epoch:
+        if tracker.refit_due(self._batches_at_refit, self._prompts_at_refit):
             self.survive("refitting", lambda: self.estimator.refit(tracker.records()))
             self._batches_at_refit, self._prompts_at_refit = tracker.clock, len(tracker)
 
@@ -432,6 +501,8 @@ class KnapsackAllocator(Guarded):
             "unscored_rollouts": float(self._unscored_rollouts),
             "allocation_failures": float(sum(self.failures[kind] for kind in ALLOCATION_FAILURES)),
         }
+        if self.shared is not None:
+            totals |= {f"features/{name}": weight for name, weight in self.shared.trust().items()}
         return self._step.as_dict() | totals | {f"failures/{kind}": float(n) for kind, n in self.failures.items()}
 
     @one_at_a_time
@@ -443,7 +514,7 @@ class KnapsackAllocator(Guarded):
             max_rollouts: columns of marginal values; the allocator's maximum by default.
         """
         columns = self.max_rollouts if max_rollouts is None else check_whole("max_rollouts", max_rollouts, minimum=1)
-        return self.estimator.believe(self.tracker.lookup(check_prompt_ids(prompt_ids)), columns)
+        return self.estimator.believe(self._records(check_prompt_ids(prompt_ids)), columns)
 
     @one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:
@@ -473,6 +544,8 @@ class KnapsackAllocator(Guarded):
         arrays |= {f"estimator.{name}": array for name, array in self.estimator.state_dict().items()}
         if self.learned is not None:
             arrays |= {f"success.{name}": array for name, array in self.learned.state_dict().items()}
+        if self.shared is not None:
+            arrays |= {f"shared.{name}": array for name, array in self.shared.state_dict().items()}
         return {"header": header, "arrays": arrays}
 
     @one_at_a_time
@@ -496,11 +569,15 @@ class KnapsackAllocator(Guarded):
         learned, rule = LearnedSuccess(), section(arrays, "success.")
         if rule:
             learned.load_state_dict(rule)
+        shared = None
+        if (alike := section(arrays, "shared.")) and isinstance(self.estimator, BayesFilterEstimator):
+            shared = SharedKnowledge(self.estimator.grid.size, self.estimator.iterations)
+            shared.load_state_dict(alike)
         tracker = Tracker(self.estimator.evidence_size)
         tracker.load_state_dict(section(arrays, "tracker."), copy=copy)
         check_length_sums(tracker.lengths())
         self.estimator.load_state_dict(section(arrays, "estimator."))
-        self.tracker = tracker
+        self.tracker, self.shared = tracker, shared
         self.learned = None if self.learned is None else learned
         self.failures = Counter(header["failures"])
         for counter in COUNTERS:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -141,7 +141,15 @@ class Session:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def plan(self, ids: Sequence[PromptId], mean: int, *, budget: int | None = None, multiple: int = 1) -> Plan:
+    def plan(
+        self,
+        ids: Sequence[PromptId],
+        mean: int,
+        *,
+        budget: int | None = None,
+        multiple: int = 1,
+        features: Mapping[str, ArrayLike] | None = None,
+    ) -> Plan:
         """Return the rollouts for the prompts of a batch.
 
         With a budget in rollouts the counts sum to it; with one in tokens they are expected to take the tokens of
@@ -154,9 +162,12 @@ class Session:
                 rows get one more if the budget is not a multiple.
             budget: rollouts of the step, from ``mean * B`` (the default) to fewer than B more.
             multiple: with a budget in tokens, the number of rollouts is a multiple of this.
+            features: (B,) values by name, see :meth:`knapsack_rl.KnapsackAllocator.note_features`.
         """
         started = time.perf_counter()
         distinct, place_B = numbered(ids)
+        if features:
+            self.survive("features", lambda: self.allocator.note_features(ids, features))
         rollouts = mean * len(ids) if budget is None else budget
         found = None
         if self.settings.allocation != "uniform" and (self.allocator.budget_unit == "rollouts" or self._lengths_known):

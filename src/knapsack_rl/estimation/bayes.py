@@ -86,9 +86,14 @@ class GridPosterior(Estimator):
             weights = (responsibility + 1.0 / size) / (likelihood.shape[0] + 1.0)
         self.prior = weights
 
-    def posterior_of(self, likelihood: FloatArray) -> FloatArray:
-        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
-        joint = likelihood * self.prior
+    def posterior_of(self, likelihood: FloatArray, prior: FloatArray | None = None) -> FloatArray:
+        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1.
+
+        Args:
+            likelihood: (M, grid_points) of all that was observed about each prompt.
+            prior: (M, grid_points) of each prompt; by default that of the population.
+        """
+        joint = likelihood * (self.prior if prior is None else prior)
         joint /= joint.sum(axis=1, keepdims=True)
         return joint
 
@@ -299,13 +304,16 @@ class BayesFilterEstimator(GridPosterior):
 
     def absorb(self, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
         """Weigh the models by how well they predict the visits, then multiply the evidence by their likelihood."""
-        visit = self.binomial_likelihood(successes, totals - successes)
+        return self.absorb_likelihood(records, self.binomial_likelihood(successes, totals - successes))
+
+    def absorb_likelihood(self, records: Records, visit: FloatArray) -> FloatArray:
+        """Return :meth:`absorb` of visits given as (M, grid_points) likelihoods."""
         known = np.ones_like(visit)
         again = np.flatnonzero(records.visits)
         if again.size:
             returning = records if again.size == len(records) else records.take(again)
             posterior, ages = self._posterior_then(returning), _distinct(returning.age)
-            self._weigh(self._scores(posterior, ages, visit[again]), again.size)
+            self._weigh(self._scores(posterior, ages, visit[again], returning.prior), again.size)
             known[again] = self._likelihood_after(posterior, ages)
         evidence = known * visit
         return np.maximum(evidence / evidence.max(axis=1, keepdims=True), self.FLOOR)
@@ -316,26 +324,41 @@ class BayesFilterEstimator(GridPosterior):
         evidence[records.visits == 0] = 1.0
         return self.posterior_of(evidence)
 
-    def _scores(self, posterior: FloatArray, ages: _Ages, visit: FloatArray) -> FloatArray:
+    def _scores(
+        self, posterior: FloatArray, ages: _Ages, visit: FloatArray, prior: FloatArray | None = None
+    ) -> FloatArray:
         """Return the (variances, hazards, drifts) log probability of visits, up to a common constant.
 
+        A prompt with a prior of its own has the posterior of the population times the ratio of the two priors, over
+        their sum.
+
         Args:
-            posterior: (M, grid_points) posterior after the visits before.
+            posterior: (M, grid_points) posterior after the visits before, with the prior of the population.
             ages: time since then.
             visit: (M, grid_points) likelihood of each visit.
+            prior: (M, grid_points) of each prompt; by default that of the population.
         """
         distinct, which = ages
-        visit_waves = product(visit, self._cosines)
         damping = self._damping(distinct)
-        walked = np.empty((self.VARIANCES.size, self.DRIFTS.size, which.size))
-        for d, drift in enumerate(self.DRIFTS):
-            waves = product(self._drifted(posterior, ages, drift), self._cosines) * visit_waves
-            for v in range(self.VARIANCES.size):
-                walked[v, d] = np.einsum("mk,mk->m", waves, damping[v].take(which, axis=0))
-        np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
-        alike = product(visit, self.prior)
         stays = np.exp(-np.outer(self.HAZARDS, distinct))[:, which]
-        return np.log(walked[:, None] * stays[:, None] + alike * (1.0 - stays[:, None])).sum(axis=-1)
+        drifted = [product(self._drifted(posterior, ages, drift), self._cosines) for drift in self.DRIFTS]
+
+        def log_mean(weight: FloatArray) -> FloatArray:
+            """Of a (M, grid_points) weight over the prediction of every model: (variances, hazards, drifts, M)."""
+            weight_waves = product(weight, self._cosines)
+            walked = np.empty((self.VARIANCES.size, self.DRIFTS.size, which.size))
+            for d, prediction in enumerate(drifted):
+                waves = prediction * weight_waves
+                for v in range(self.VARIANCES.size):
+                    walked[v, d] = np.einsum("mk,mk->m", waves, damping[v].take(which, axis=0))
+            np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
+            alike = product(weight, self.prior)
+            return np.log(walked[:, None] * stays[:, None] + alike * (1.0 - stays[:, None]))
+
+        if prior is None:
+            return log_mean(visit).sum(axis=-1)
+        ratio = prior / self.prior
+        return (log_mean(visit * ratio) - log_mean(ratio)).sum(axis=-1)
 
     def _weigh(self, scores: FloatArray, visits: int) -> None:
         """Share a part of the weights, then multiply them by the probability of the visits."""
@@ -369,6 +392,11 @@ class BayesFilterEstimator(GridPosterior):
         likelihood *= (1.0 / population).take(which, axis=0)
         return likelihood
 
+    def spread(self, rows: FloatArray, deviation: float) -> FloatArray:
+        """Return (M, grid_points) functions of the logit, smoothed by a walk with this standard deviation in logits."""
+        waves = product(rows, self._cosines) * np.exp(-(deviation**2) * self._decay)
+        return np.maximum(product(waves, self._cosines.T), self.FLOOR)
+
     def _damping(self, ages: FloatArray) -> FloatArray:
         """Return (variances, ages, grid_points) factors of the cosines after a walk over each age."""
         return np.exp(-np.multiply.outer(np.outer(self.VARIANCES, ages), self._decay))
@@ -401,7 +429,7 @@ class BayesFilterEstimator(GridPosterior):
         moved[:, -1 if drift > 0.0 else 0] += np.maximum(1.0 - moved.sum(axis=1), 0.0)
         return moved
 
-    def _likelihood(self, records: Records) -> FloatArray:
+    def likelihood(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) likelihood of all visits given the current rate; ones for an unseen prompt."""
         now = self._likelihood_after(self._posterior_then(records), _distinct(records.age))
         now[records.visits == 0] = 1.0
@@ -412,9 +440,7 @@ class BayesFilterEstimator(GridPosterior):
         in_use = np.flatnonzero((population.visits > 0) & (population.age <= self.IN_USE))
         if not in_use.size:
             return
-        likelihood = self._likelihood(
-            _sample(population if in_use.size == len(population) else population.take(in_use))
-        )
+        likelihood = self.likelihood(_sample(population if in_use.size == len(population) else population.take(in_use)))
         start = self.WARM * self.prior + (1.0 - self.WARM) / self.grid.size
         self.fit_prior(likelihood / likelihood.max(axis=1, keepdims=True), start)
         waves = product_of_columns(self._cosines, self.prior) * np.exp(-self.SMOOTHING * self._decay)
@@ -423,7 +449,7 @@ class BayesFilterEstimator(GridPosterior):
 
     def posterior(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
-        return self.posterior_of(self._likelihood(records))
+        return self.posterior_of(self.likelihood(records), records.prior)
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
         """Return the posterior mean, expectations over the grid, and the value of information."""

@@ -56,6 +56,8 @@ class Records:
         evidence: (P, E) numbers that the estimator keeps about past visits beside the counts; E may be 0.
         age: time from the rollouts of the newest visit to those of the next batch, in epochs; derived, not stored. An
             epoch is the number of batches that usually pass between two visits of a prompt.
+        prior: (P, grid) distribution of each prompt's success rate by what prompts like it say, see
+            :mod:`knapsack_rl.estimation.shared`; derived, not stored. None where prompts share only the population.
     """
 
     successes: FloatArray
@@ -75,6 +77,7 @@ class Records:
     skips: IntArray
     evidence: NDArray[np.float32]
     age: FloatArray
+    prior: FloatArray | None = None
 
     @classmethod
     def empty(cls, size: int, evidence_size: int = 0) -> Records:
@@ -94,7 +97,7 @@ class Records:
         if unseen.any():
             for values in taken.values():
                 values[unseen] = 0
-        return Records(**taken)
+        return Records(**taken, prior=None if self.prior is None else self.prior[rows])
 
     def lengths_of(self, outcome: Outcome) -> LengthSums:
         """Return count, sum and sum of squares of the lengths of rollouts with this outcome."""
@@ -121,7 +124,9 @@ class Records:
 
 _TYPES = {"FloatArray": np.float64, "IntArray": np.int64, "NDArray[np.uint64]": np.uint64}
 COLUMNS: dict[str, Any] = {
-    column.name: _TYPES[str(column.type)] for column in fields(Records) if column.name not in ("evidence", "age")
+    column.name: _TYPES[str(column.type)]
+    for column in fields(Records)
+    if column.name not in ("evidence", "age", "prior")
 }
 """The stored columns of one number per prompt, with their types."""
 
@@ -178,6 +183,15 @@ class Tracker:
         """
         weight, logs = self._revisits.tolist()
         return exp(logs / weight) if weight else float(max(self._clock, 1))
+
+    def refit_due(self, batches: int, prompts: int) -> bool:
+        """Return whether a refit is due: after the first batch, when the known prompts have doubled, and once an epoch.
+
+        Args:
+            batches: that were recorded at the last refit.
+            prompts: that were known then.
+        """
+        return len(self) >= 2 * prompts or self.clock - batches >= self.epoch
 
     def _age(self, last_visit: IntArray) -> FloatArray:
         return (self._clock + 1 - last_visit) / self.epoch
