@@ -66,8 +66,8 @@ class Arm:
 
 
 OVER_MEAN = {"advantage": "group-mean"}
-MATCHED = {**OVER_MEAN, "value": "likelihood"}
-SHARED = {"feature_columns": ("grade",)}
+MATCHED = {**OVER_MEAN, "value": "likelihood-0.5"}
+BY_GRADE = {"feature_columns": ("grade",)}
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
@@ -99,12 +99,9 @@ ARMS: dict[str, Arm] = {
     ),
     "known": Arm("success rates known", {}, rule="known"),  # in the lab alone
     "uniform-mean": Arm("uniform N, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}),
-    "knapsack-mean": Arm("Bayes filter, advantage over the mean", OVER_MEAN),
     "matched": Arm("matched value and advantage", MATCHED),
-    "shared": Arm("knowledge shared by grade", SHARED),
-    "matched-shared": Arm("matched, knowledge shared by grade", {**MATCHED, **SHARED}),
-    "matched-useless": Arm("matched, column that says nothing", {**MATCHED, "feature_columns": ("useless",)}),
-    "matched-misleading": Arm("matched, column that misleads", {**MATCHED, "feature_columns": ("misleading",)}),
+    "recommended": Arm("matched, knowledge shared by grade", {**MATCHED, **BY_GRADE}),
+    "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
     "value-variance": Arm("Bayes filter, value: reward variance", {"value": "experiments.values:reward_variance"}),

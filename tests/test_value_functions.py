@@ -27,7 +27,8 @@ from strategies import Batch, batches, no_deadline
 
 VARIANCE, SIGNAL, FITTED = (f"experiments.values:{name}" for name in ("reward_variance", "signal_to_noise", "fitted"))
 POWERS = {"power-0.5-2": (0.5, 2.0), "power-2-0": (2.0, 0.0), "power-0-1.25": (0.0, 1.25)}
-NAMED = (*VALUES, *POWERS)
+HARD = {"likelihood-0.5": 0.5, "likelihood-0.75": 0.75}
+NAMED = (*VALUES, *POWERS, *HARD)
 NAMES = (*NAMED, VARIANCE, SIGNAL, FITTED)
 
 RATES = [Fraction(0), Fraction(1, 8), Fraction(1, 3), Fraction(1, 2), Fraction(9, 10), Fraction(1)]
@@ -51,6 +52,8 @@ def by_definition(name: str, n: int, p: Fraction) -> Fraction:
         return gain * x / (1 + x)
     if name == "likelihood":  # half the mean size of the advantages (r - mean) / mean of a group
         return sum((w * (1 - Fraction(k, n)) for w, k in groups(n, p) if k), Fraction(0)) if n else Fraction(0)
+    if name in HARD:
+        return by_definition("likelihood", n, p) * Fraction(math.pow(p, -HARD[name]) if p else 0)
     mixed = sum((w for w, k in groups(n, p) if 0 < k < n), Fraction(0))
     if name in POWERS:
         a, b = POWERS[name]
@@ -134,7 +137,7 @@ def test_the_power_family_has_the_paper_as_a_member() -> None:
 
 
 def test_named_values_are_kept_in_a_state(tmp_path: Path) -> None:
-    for value in ("likelihood", "power-0.5-2"):
+    for value in ("likelihood", "likelihood-0.5", "power-0.5-2"):
         with named_case(value=value):
             saved = kr.KnapsackAllocator(value=value)
             saved.observe(["a"] * 8 + ["b"] * 8, [1] + [0] * 7 + [1] * 6 + [0] * 2)
@@ -221,7 +224,7 @@ def test_a_posterior_on_a_grid_multiplies_the_table() -> None:
 
 def test_values_that_cannot_be_used_are_explained() -> None:
     for value, message in [
-        ("best", "value must be one of knapsack, nonzero-gradient, likelihood, power-A-B.*'best'"),
+        ("best", "value must be one of knapsack, nonzero-gradient, likelihood, likelihood-B, power-A-B.*'best'"),
         (3.0, "value must be one of"),
         (np.zeros((3, 9)), r"table of values must be finite, of shape \(2, K \+ 1\).*\(3, 9\)"),
         (np.full((2, 129), np.nan), "table of values must be finite"),

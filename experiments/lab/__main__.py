@@ -21,13 +21,13 @@ from experiments.training import Table, Training
 
 REGISTRATIONS = Path(__file__).parent / "registrations"
 EXAMPLES = """examples:
-  python -m experiments.lab baseline --rows docs/evidence/lab-baseline.jsonl
-      run what registrations/baseline.md states; started again, it goes on where it stopped
-  python -m experiments.lab baseline --rows docs/evidence/lab-baseline.jsonl --report
+  python -m experiments.lab headline --rows docs/evidence/lab-headline.jsonl
+      run what registrations/headline.md states; started again, it goes on where it stopped
+  python -m experiments.lab headline --rows docs/evidence/lab-headline.jsonl --report
       tables of the rows that are there
-  python -m experiments.lab baseline --rows smoke.jsonl --beds skills --seeds 2 --steps 20
+  python -m experiments.lab headline --rows smoke.jsonl --beds skills --seeds 2 --steps 20
       a first look; the registration need not be committed, and the figures mean nothing
-  python -m experiments.lab baseline --rows quick.jsonl --quick
+  python -m experiments.lab headline --rows quick.jsonl --quick
       the same code on next to nothing, in seconds
 """
 

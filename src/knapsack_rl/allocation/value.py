@@ -6,8 +6,9 @@ probability of a non-zero gradient times the information gain p (1 - p)^2.
 
 A value function maps rollouts N and a success rate p to V(N, p) with V(0, p) = 0. Its marginal values
 D(n, p) = V(n+1, p) - V(n, p) go to the solver, which is greedy where they never rise and a dynamic program elsewhere.
-:func:`make_value_function` accepts a name of ``VALUES``, ``"power-A-B"`` for the gain p^A (1-p)^B, an import path
-``"package.module:function"``, a function ``f(counts, success_rates)``, or an object with the methods of
+:func:`make_value_function` accepts a name of ``VALUES``, ``"power-A-B"`` for the gain p^A (1-p)^B, ``"likelihood-B"``
+for a likelihood with more weight on hard prompts, an import path ``"package.module:function"``, a function
+``f(counts, success_rates)``, or an object with the methods of
 :class:`ValueFunction`.
 
 Arrays here are per prompt and broadcast like numpy's; success rates are probabilities in [0, 1].
@@ -191,28 +192,37 @@ _BELOW_ONE = float(np.nextafter(1.0, 0.0))
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The value for the log likelihood of success: V(N, p) = 1 - (1-p)^N - p for N >= 1, and V(0, p) = 0.
+    """The value for the likelihood of success: V(N, p) = p^-B (1 - (1-p)^N - p) for N >= 1, and V(0, p) = 0.
 
-    The chance of at least one success, less that of a single rollout. With advantages (r - mean) / mean the expected
-    gradient of a group is (1 - (1-p)^(N-1)) grad log p, and V is (1-p) times that factor. The marginal value of
-    rollout n+1 is p (1-p)^n for n >= 1, which never rises; that of the first is 0, because a group of one has no
-    gradient.
+    With B = 0 it is the chance of at least one success, less that of a single rollout. With advantages
+    (r - mean) / mean the expected gradient of a group is (1 - (1-p)^(N-1)) grad log p, and V is (1-p) times that
+    factor. With B > 0 a step of log p is worth p^-B: what is maximised is U(p) = (1 - p^-B) / B in place of log p, to
+    which U tends as B falls to 0. The time until a prompt is solved is about proportional to 1 / p, so that B says how
+    much it counts that the hardest prompts are reached in the end, against how fast the others rise.
+
+    The marginal value of rollout n+1 is p^(1-B) (1-p)^n for n >= 1, which never rises; that of the first is 0, because
+    a group of one has no gradient.
+
+    Attributes:
+        power: B in [0, 1).
 
     Source: MaxRL, arXiv 2602.02710 (likelihood truncated at order N); derivation in ``docs/method.md``.
     """
 
+    power: float = 0.0
+
     def values(self, counts: ArrayLike, success_rates: ArrayLike) -> FloatArray:
-        """Return V(N, p) = (1-p) (1 - (1-p)^(N-1)), broadcasting, without cancellation at small p."""
+        """Return V(N, p) = p^-B (1-p) (1 - (1-p)^(N-1)), broadcasting, without cancellation at small p."""
         n, p = check_counts(counts), check_success_rates(success_rates)
         some_success = -np.expm1(np.maximum(n - 1, 0) * np.log1p(-np.minimum(p, _BELOW_ONE)))
-        return (1.0 - p) * some_success
+        return np.where(p > 0.0, (1.0 - p) * some_success * np.where(p > 0.0, p, 1.0) ** -self.power, 0.0)
 
     def marginals(self, success_rates: ArrayLike, max_rollouts: int) -> FloatArray:
         """Return the (M, max_rollouts) table; each column follows from the previous one by a multiplication."""
         p = check_success_rates(success_rates).ravel()
         table = np.zeros((p.size, max_rollouts))
         if max_rollouts > 1:
-            table[:, 1:] = _geometric(p * (1.0 - p), 1.0 - p, max_rollouts - 1)
+            table[:, 1:] = _geometric(p ** (1.0 - self.power) * (1.0 - p), 1.0 - p, max_rollouts - 1)
         return table
 
 
@@ -266,30 +276,46 @@ VALUES: dict[str, ValueFunction] = {
 POWER_VALUE = "power-A-B"
 """Form of a name that stands for the gain p^A (1-p)^B, such as ``"power-0.5-2"``."""
 
-VALUE_FORMS = (*VALUES, POWER_VALUE)
+LIKELIHOOD_VALUE = "likelihood-B"
+"""Form of a name that stands for :class:`Likelihood` with this power, such as ``"likelihood-0.5"``."""
+
+VALUE_FORMS = (*VALUES, LIKELIHOOD_VALUE, POWER_VALUE)
 """The names of values and their forms, for messages."""
 
 ValueLike = str | ValueFunction | Callable[..., ArrayLike]
 
 
+_NUMBER = r"(\d{1,3}(?:\.\d{1,9})?)"
+
+
 def named_value(value: Any) -> ValueFunction | None:
-    """Return the value function of a name of ``VALUES`` or of the form ``POWER_VALUE``, None for all else.
+    """Return the value function of a name of ``VALUES`` or of one of the forms with numbers, None for all else.
 
     The rows of its marginal values never rise from the second rollout on.
 
     Raises:
-        ValueError: a name ``"power-..."`` does not have two plain numbers >= 0.
+        ValueError: a name ``"power-..."`` does not have two plain numbers >= 0, or a name ``"likelihood-..."`` not one
+            below 1.
     """
-    if not isinstance(value, str) or not value.startswith("power-"):
-        return VALUES.get(value) if isinstance(value, str) else None
-    number = r"(\d{1,3}(?:\.\d{1,9})?)"
-    powers = re.fullmatch(f"power-{number}-{number}", value, flags=re.ASCII)
-    if powers is None:
-        raise ValueError(
-            f"value {value!r} must be {POWER_VALUE} with two plain numbers from 0 to 999, the powers of p and of 1-p: "
-            "'power-0.5-2' is p^0.5 (1-p)^2, 'power-1-2' the paper's gain"
-        )
-    return MixedOutcomes(PowerGain(float(powers[1]), float(powers[2])))
+    if not isinstance(value, str):
+        return None
+    if value.startswith("power-"):
+        powers = re.fullmatch(f"power-{_NUMBER}-{_NUMBER}", value, flags=re.ASCII)
+        if powers is None:
+            raise ValueError(
+                f"value {value!r} must be {POWER_VALUE} with two plain numbers from 0 to 999, the powers of p and of "
+                "1-p: 'power-0.5-2' is p^0.5 (1-p)^2, 'power-1-2' the paper's gain"
+            )
+        return MixedOutcomes(PowerGain(float(powers[1]), float(powers[2])))
+    if value.startswith("likelihood-"):
+        power = re.fullmatch(f"likelihood-{_NUMBER}", value, flags=re.ASCII)
+        if power is None or float(power[1]) >= 1.0:
+            raise ValueError(
+                f"value {value!r} must be {LIKELIHOOD_VALUE} with a plain number from 0 to below 1, such as "
+                "'likelihood-0.5': the larger, the more the hardest prompts get"
+            )
+        return Likelihood(float(power[1]))
+    return VALUES.get(value)
 
 
 def make_value_function(value: ValueLike) -> ValueFunction:

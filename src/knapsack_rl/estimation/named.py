@@ -100,7 +100,7 @@ class BetaEstimator(Estimator):
     With p ~ Beta(a, b) and B the Beta function, P(non-zero gradient | N) = 1 - [B(a+N, b) + B(a, b+N)] / B(a, b), and
 
         gain p^c (1-p)^d:     E[D(N)] = [B(a+c+N, b+d+1) + B(a+c+1, b+d+N)] / B(a, b)
-        ``"likelihood"``:     E[D(N)] = B(a+1, b+N) / B(a, b)
+        ``"likelihood-C"``:   E[D(N)] = B(a+1-C, b+N) / B(a, b)
 
     Args:
         prior_successes: pseudo-count a of the prior, > 0.
@@ -158,7 +158,8 @@ class BetaEstimator(Estimator):
             gain: Any = self.value.gain
             c, d = gain.success_power + 1.0, gain.failure_power + 1.0
         else:
-            c, d = 1.0, 1.0
+            assert isinstance(self.value, Likelihood)
+            c, d = 1.0 - self.value.power, 1.0
         # E[p^c (1-p)^d] starts the series of powers of p and that of powers of 1-p.
         start = _rising(a, c) * _rising(b, d) / _rising(a + b, c + d)
         more = np.arange(max_rollouts - 2)
