@@ -1,32 +1,21 @@
 """Generation in rounds: each round depends on the outcomes before it, and a step may train on a part of its rollouts.
 
-Rules that oversample, skip or stop early are written as a :class:`Rounds`; the trainer generates what it asks for,
-counts every rollout, and trains on the rows that the rule keeps. Advantages are those of whole groups, so a dropped
-row still contributes to its group's mean.
+Rules that oversample, skip or stop early are written as a :class:`Rounds`; a loop generates what it asks for, counts
+every rollout, and trains on the rows that the rule keeps. Advantages are those of whole groups, so a dropped row still
+contributes to its group's mean. The TRL trainer (:mod:`experiments.trl_rounds`) and the lab
+(:mod:`experiments.lab.rounds`) both go by :func:`play`. Nothing imports torch.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.groups import GroupOutcomes
-from knapsack_rl.ids import PromptId, numbered
-from knapsack_rl.session import Plan
-from knapsack_rl.trl.identity import Identity, prompt_key
-from knapsack_rl.trl.replay import pad_to
-from knapsack_rl.trl.step import Scored, Step
-from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
-
-ROUNDS_FILE = "rounds.json"
+from knapsack_rl.ids import PromptId
 
 
 class Rounds(Protocol):
@@ -63,124 +52,25 @@ class Rounds(Protocol):
         ...
 
 
-class RoundsGRPOTrainer(KnapsackGRPOTrainer):
-    """The trainer with a rule in place of the allocation; the allocator watches.
+def play(
+    rule: Rounds, drawn: Sequence[PromptId], generate: Callable[[list[PromptId], IntArray, int], GroupOutcomes]
+) -> list[PromptId]:
+    """Generate the rounds of a step.
 
     Args:
-        *args: as ``KnapsackGRPOTrainer``.
-        rounds: the rule.
-        **kwargs: as ``KnapsackGRPOTrainer``.
+        rule: asks for the rollouts.
+        drawn: prompts of the batch; one may be in it several times.
+        generate: makes a rollout for each prompt of a list; given the (R,) group of each row and the number of groups,
+            it returns their outcomes.
 
-    Raises:
-        ValueError: the run has several processes, or several updates share a generation: the number of rows varies. Or
-            prompts wait in a queue.
+    Returns:
+        The prompt of each row of all rounds.
     """
-
-    def __init__(self, *args: Any, rounds: Rounds, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        arguments: Any = self.args
-        if self.accelerator.num_processes > 1 or arguments.steps_per_generation > 1:
-            raise ValueError(
-                "generation in rounds needs one process and steps_per_generation=1, got "
-                f"{self.accelerator.num_processes} processes and {arguments.steps_per_generation}"
-            )
-        if self.queue is not None:
-            raise ValueError("generation in rounds chooses the prompts itself; prompts_per_step must be 'fixed'")
-        self.rounds = rounds
-        column = self._setting("prompt_id_column")
-        rows: Any = self.train_dataset
-        self._row_of = {prompt_key(row, column): row for row in rows}
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self._training:
-            return super()._generate_and_score_completions(inputs)
-        started, generating = time.perf_counter(), 0.0
-        column = self._setting("prompt_id_column")
-        blocks = Identity(column).blocks(inputs, self._mean)
-        drawn = [prompt_key(inputs[block.start], column) for block in blocks]
-        self.rounds.start(list(dict.fromkeys(drawn)))
-        ids: list[PromptId] = []
-        parts: list[dict[str, Any]] = []
-        scores: list[Scored] = []
-        while wanted := self.rounds.request():
-            mine = [prompt for prompt, count in wanted.items() for _ in range(count)]
-            before = time.perf_counter()
-            output, scored = self._one_round([dict(self._row_of[prompt]) for prompt in mine])
-            generating += time.perf_counter() - before
-            ids, parts, scores = ids + mine, [*parts, output], [*scores, scored]
-            group_R = np.repeat(np.arange(len(wanted)), list(wanted.values()))
-            outcomes = self.allocator.outcomes_of(group_R, self._outcome(scored), len(wanted))
-            self.rounds.observe(list(wanted), outcomes)
-        merged = concatenate(parts, self._tokenizer.pad_token_id)
-        self._scored = Scored.joined(scores)
-        prompts, group_R = numbered(ids)
-        allocation = self.session.adopt(prompts, np.bincount(group_R))
-        outcomes = self.allocator.outcomes_of(group_R, self._outcome(self._scored), len(prompts))
-        seconds = time.perf_counter() - started - generating
-        self._finish_step(Step(Plan(prompts, allocation, seconds), group_R, ragged=True), merged)
-        return select(merged, self.rounds.keep(prompts, group_R, outcomes.success_R.astype(np.int64)))
-
-    def _one_round(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Scored]:
-        """Generate and score one completion per row; TRL sees groups of one, its advantages are replaced later."""
-        size, self.num_generations = self.num_generations, 1
-        try:
-            output = GRPOTrainer._generate_and_score_completions(self, rows)
-        finally:
-            self.num_generations = size
-        scored, self._scored = self._scored, None
-        if scored is None or len(scored.lengths) != len(rows):
-            raise RuntimeError(f"expected rewards of {len(rows)} rows; a subclass may override _calculate_rewards")
-        return output, scored
-
-    def save_progress(self, checkpoint: Path) -> None:
-        """Write the rule's state beside the numbers of the trainer."""
-        (checkpoint / ROUNDS_FILE).write_text(json.dumps(self.rounds.state_dict()), encoding="utf-8")
-        super().save_progress(checkpoint)
-
-    def restore_progress(self, checkpoint: Path) -> None:
-        """Restore the rule too.
-
-        Raises:
-            FileNotFoundError: the checkpoint is not one of this trainer.
-        """
-        super().restore_progress(checkpoint)
-        self.rounds.load_state_dict(json.loads((checkpoint / ROUNDS_FILE).read_text(encoding="utf-8")))
-
-
-PADDING = {"prompt_ids": "left", "prompt_mask": "left"}
-"""Sides of the padding of TRL's tensors; those not named are padded on the right."""
-
-
-def concatenate(parts: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """One batch of several outputs of TRL: rows below each other, padded to the longest.
-
-    Args:
-        parts: outputs with 1-d tensors (a number per row), 2-d ones (per row and token) and ``num_items_in_batch``.
-        pad_id: token that pads ids; everything else is padded with zeros.
-
-    Raises:
-        ValueError: an output holds something else, such as images.
-    """
-    merged: dict[str, Any] = {}
-    for name, first in parts[0].items():
-        tensors = [part[name] for part in parts]
-        if name == "num_items_in_batch":
-            merged[name] = sum(tensors[1:], start=tensors[0])
-        elif isinstance(first, torch.Tensor) and first.dim() in (1, 2):
-            if first.dim() == 2:
-                fill = pad_id if name.endswith("_ids") else 0
-                width = max(tensor.shape[1] for tensor in tensors)
-                tensors = [pad_to(tensor, width, fill, PADDING.get(name, "right")) for tensor in tensors]
-            merged[name] = torch.cat(tensors)
-        else:
-            raise ValueError(f"generation in rounds cannot join {name!r}: only text is supported")
-    return merged
-
-
-def select(batch: dict[str, Any], rows: IntArray) -> dict[str, Any]:
-    """The given rows of a batch, with the number of tokens that the loss divides by."""
-    index = torch.as_tensor(rows, device=batch["completion_ids"].device)
-    kept = {name: value if name == "num_items_in_batch" else value[index] for name, value in batch.items()}
-    total = kept["completion_mask"].sum()
-    kept["num_items_in_batch"] = total.to(batch["num_items_in_batch"].dtype)
-    return kept
+    rule.start(list(dict.fromkeys(drawn)))
+    rows: list[PromptId] = []
+    while wanted := rule.request():
+        ids = [prompt for prompt, count in wanted.items() for _ in range(count)]
+        group_R = np.repeat(np.arange(len(wanted)), list(wanted.values()))
+        rule.observe(list(wanted), generate(ids, group_R, len(wanted)))
+        rows += ids
+    return rows

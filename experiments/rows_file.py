@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from knapsack_rl.runs.files import append_row
 
 MARGIN = 1.15
 """A run is started only if the slowest one so far, times this, fits into the time that is left."""
+
+
+def is_of(row: Row, piece: Any) -> bool:
+    """Whether a row is of a piece; settings that were added since it was written have their default in it.
+
+    Args:
+        row: with the settings of its piece.
+        piece: a dataclass of settings.
+    """
+    return {spec.name: spec.default for spec in fields(piece)} | row["settings"] == vars(piece)
 
 
 class RowsFile:
@@ -59,8 +70,8 @@ class RowsFile:
             work: makes the row of a piece; a function that another process can be given.
             alone: one piece at a time.
         """
-        known = [row["settings"] for row in self.rows(part)]
-        waiting = [one for one in wanted if vars(one) not in known]
+        known = self.rows(part)
+        waiting = [one for one in wanted if not any(is_of(row, one) for row in known)]
         finished = 0
         for settings, row in self._results(waiting, work, 1 if alone else self.workers):
             whole = row.get("finished", True)

@@ -1,4 +1,4 @@
-"""Rules of the field as :class:`~experiments.rounds.Rounds`: oversample and drop, skip, sample until balanced.
+"""Rules of the field as :class:`~experiments.rounds.Rounds`: oversample, skip, balance, pilot, conformal stop.
 
 Each follows its source in what is sampled when; the rest (loss, learning rate, size of the training batch) is that
 of all other policies here. Nothing imports torch.
@@ -76,13 +76,17 @@ class Oversample:
             if len(found) == size:
                 break
             if self._at == len(self._order):
-                self._order, self._at = self._rng.permutation(len(self.ids)).tolist(), 0
+                self._order, self._at = self._shuffled(), 0
             prompt = self.ids[self._order[self._at]]
             self._at += 1
             if prompt not in self._used and (passed >= len(self.ids) or self._takes(prompt)):
                 found.append(prompt)
                 self._used.add(prompt)
         return found
+
+    def _shuffled(self) -> list[int]:
+        """A new order of the data set, by position."""
+        return self._rng.permutation(len(self.ids)).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """The order and the position in it."""
@@ -224,9 +228,201 @@ class Sequential:
         """Nothing to restore."""
 
 
+class PilotCommit(Oversample):
+    """Draw prompts and give each a pilot, until enough pilots have a success rate within bounds; commit to those alone.
+
+    A step trains on the pilot and the committed rollouts of its prompts, N each. A prompt below the bounds comes again
+    in the next pass over the data set. One above them is skipped; it is left out of later passes once
+    ``EVIDENCE`` rollouts of its pilots in a row were right.
+
+    Scaled as in the source, where pilots are a quarter of the N of the GRPO runs beside it (16 of 64, 32 of 128): 2 of
+    8, 4 of 16. There one pilot of 16 without a failure leaves a prompt out. Two rollouts are no evidence for that, so
+    as many are collected over several pilots. A round of pilots has the prompts of a step and a step 30 rounds, in the
+    source three times the prompts and 10 rounds.
+
+    Different from the source: there, pilots run a round ahead, and what exceeds a step's prompts waits up to 4 steps in
+    a buffer, whose old rollouts are trained on as if they were new. Here all rollouts are of the step, so prompts that
+    wait come first in the next step, with a new pilot.
+
+    Args:
+        ids: as :class:`Oversample`.
+        prompts: as :class:`Oversample`.
+        rollouts: N, pilot and commit together, >= 3.
+        seed: as :class:`Oversample`.
+        max_rounds: rounds of pilots per step at most.
+
+    Raises:
+        ValueError: N is too small.
+
+    Source: Pilot-Commit (arXiv 2605.26606) and its code, ``recipe/pc`` of ``databricks/pilot-commit``, with the bounds
+    of its ``train_scripts``.
+    """
+
+    LOW, HIGH = 0.125, 0.75
+    EVIDENCE = 16
+
+    def __init__(
+        self, ids: Sequence[PromptId], prompts: int, rollouts: int, *, seed: int = 0, max_rounds: int = 30
+    ) -> None:
+        if rollouts < 3:
+            raise ValueError(f"a pilot and a commit need at least 3 rollouts per prompt, got {rollouts}")
+        pilot = max(rollouts // 4, 2)  # the rate of one rollout is never within the bounds
+        super().__init__(ids, prompts, pilot, seed=seed, max_rounds=max_rounds)
+        self.commit = rollouts - pilot
+        self._right: dict[PromptId, int] = {}
+        self._waiting: list[PromptId] = []
+
+    def start(self, prompts: list[PromptId]) -> None:
+        """Begin with pilots."""
+        super().start(prompts)
+        self._committed = False
+
+    def request(self) -> Mapping[PromptId, int]:
+        """Pilots of the next prompts, then the rest of the rollouts of those within the bounds."""
+        if self._committed:
+            return {}
+        if pilots := super().request():
+            return pilots
+        self._committed, self._waiting = True, self._effective[self.prompts :] + self._waiting
+        return dict.fromkeys(self._effective[: self.prompts], self.commit)
+
+    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
+        """Judge the pilots."""
+        if self._committed:
+            return
+        for prompt, good, total in zip(prompts, outcomes.successes.tolist(), outcomes.totals.tolist(), strict=True):
+            if self.LOW <= good / max(total, 1) <= self.HIGH:
+                self._effective.append(prompt)
+            self._right[prompt] = self._right.get(prompt, 0) + good if good == total else 0
+
+    def _draw(self, size: int) -> list[PromptId]:
+        """Prompts that wait, then the next ones in order."""
+        first, self._waiting = self._waiting[:size], self._waiting[size:]
+        self._used.update(first)
+        return first + super()._draw(size - len(first))
+
+    def _shuffled(self) -> list[int]:
+        """Without the prompts that are left out, unless that leaves too few for a step."""
+        order = super()._shuffled()
+        left = [place for place in order if self._right.get(self.ids[place], 0) < self.EVIDENCE]
+        return left if len(left) >= self.prompts else order
+
+    def state_dict(self) -> dict[str, Any]:
+        """The order, the prompts that wait, and successes in a row."""
+        right = [[prompt, good] for prompt, good in self._right.items() if good]
+        return super().state_dict() | {"right": right, "waiting": self._waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the order, the prompts that wait, and the successes."""
+        super().load_state_dict(state)
+        self._right, self._waiting = dict(state["right"]), list(state["waiting"])
+
+
+class Conformal(Oversample):
+    """Sample each prompt up to 2, 4, 8, ..., N rollouts; one with a success early enough stops.
+
+    Early enough is a first success at place j of k with j / k at most the threshold of k. Thresholds are the conformal
+    quantiles of that score (1 without a success) over prompts that are never trained on, sampled N times each in the
+    first and every 50th step; these rollouts count. The quantile is the share of those prompts that were solved, less
+    0.05.
+
+    Of the scores in the source this is the one for verified tasks: a rule here sees outcomes. The default there, for
+    answers that can be compared, also stops where wrong answers agree. The largest size is N, as there, where the sizes
+    2 to 32 take the place of 32 rollouts. As many prompts calibrate as a step has; there it is up to the user.
+
+    Args:
+        ids: prompts of the data set, distinct, more than ``prompts``.
+        prompts: groups that a step trains on, and prompts that calibrate.
+        rollouts: N, >= 2.
+        seed: of the choice and the order of prompts.
+
+    Raises:
+        ValueError: no prompts are left to train on.
+
+    Source: C-GRPO, package ``trl-cgrpo`` 0.2.0, score ``first_success``.
+    """
+
+    EVERY = 50
+    MARGIN, LEAST, MOST = 0.05, 0.05, 0.95
+
+    def __init__(self, ids: Sequence[PromptId], prompts: int, rollouts: int, *, seed: int = 0) -> None:
+        if len(ids) <= prompts:
+            raise ValueError(f"{prompts} prompts calibrate, so the data set must have more than that, got {len(ids)}")
+        order = np.random.default_rng(seed).permutation(len(ids)).tolist()
+        self.calibration = [ids[place] for place in order[:prompts]]
+        super().__init__([ids[place] for place in sorted(order[prompts:])], prompts, rollouts, seed=seed)
+        self.sizes = [2**power for power in range(1, rollouts.bit_length()) if 2**power < rollouts] + [rollouts]
+        self._thresholds: list[float] = []
+        self._age = 0
+
+    def start(self, prompts: list[PromptId]) -> None:
+        """Begin a step; the rule draws prompts from its own order, because some are never trained on."""
+        super().start(prompts)
+        self._passes: dict[PromptId, list[bool]] = {}
+        self._age += 1
+
+    @property
+    def _calibrates(self) -> bool:
+        return not self._thresholds or self._age > self.EVERY
+
+    def request(self) -> Mapping[PromptId, int]:
+        """All rollouts of the prompts that calibrate, if that is due; then those up to the next size."""
+        if self._calibrates:
+            return dict.fromkeys(self.calibration, self.rollouts)
+        if self._rounds == len(self.sizes):
+            return {}
+        if not self._passes:
+            self._passes = {prompt: [] for prompt in self._draw(self.prompts)}
+        size, before = self.sizes[self._rounds], self.sizes[self._rounds - 1] if self._rounds else 0
+        self._rounds += 1
+        goes_on = [p for p, passes in self._passes.items() if len(passes) == before and not self._stops(passes)]
+        return dict.fromkeys(goes_on, size - before)
+
+    def observe(self, prompts: list[PromptId], outcomes: GroupOutcomes) -> None:
+        """Add the outcomes up, or calibrate."""
+        found = [outcomes.success_R[outcomes.group_R == group].tolist() for group in range(len(prompts))]
+        if self._calibrates:
+            self._calibrate(found)
+        else:
+            for prompt, passes in zip(prompts, found, strict=True):
+                self._passes[prompt] += passes
+
+    def keep(self, prompts: list[PromptId], group_R: IntArray, success_R: IntArray) -> IntArray:
+        """All rows but those that calibrated."""
+        trained = np.array([prompt in self._passes for prompt in prompts])
+        return np.flatnonzero(trained[group_R]).astype(np.int64)
+
+    def _stops(self, passes: list[bool]) -> bool:
+        """Whether a prompt with the rollouts of a size has a success, early enough."""
+        return any(passes) and _first_success(passes) <= self._thresholds[self.sizes.index(len(passes))]
+
+    def _calibrate(self, found: list[list[bool]]) -> None:
+        scores = np.sort([[_first_success(passes[:size]) for size in self.sizes] for passes in found], axis=0)
+        solved = float(np.mean(scores[:, -1] < 1.0))
+        share = 1.0 - min(max(1.0 - solved + self.MARGIN, self.LEAST), self.MOST)
+        place = min(max(math.ceil((len(found) + 1) * share), 1), len(found)) - 1
+        self._thresholds, self._age = scores[place].tolist(), 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The order, the thresholds and their age."""
+        return super().state_dict() | {"thresholds": self._thresholds, "age": self._age}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the order, the thresholds and their age; the prompts that calibrate are those of the seed."""
+        super().load_state_dict(state)
+        self._thresholds, self._age = list(state["thresholds"]), int(state["age"])
+
+
+def _first_success(passes: Sequence[bool]) -> float:
+    """Place of the first success over the number of rollouts; 1 without a success."""
+    return (passes.index(True) + 1) / len(passes) if True in passes else 1.0
+
+
 RULES: dict[str, Callable[[Sequence[PromptId], int, int, int], Any]] = {
     "oversample": lambda ids, prompts, rollouts, seed: Oversample(ids, prompts, rollouts, seed=seed),
     "skip": lambda ids, prompts, rollouts, seed: Skip(ids, prompts, rollouts, seed=seed),
     "sequential": lambda ids, prompts, rollouts, seed: Sequential(rollouts),
+    "pilot-commit": lambda ids, prompts, rollouts, seed: PilotCommit(ids, prompts, rollouts, seed=seed),
+    "c-grpo": lambda ids, prompts, rollouts, seed: Conformal(ids, prompts, rollouts, seed=seed),
 }
 """Rules by name: made from the prompts of the data set, prompts and rollouts per prompt of a step, and a seed."""

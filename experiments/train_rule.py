@@ -32,7 +32,7 @@ def make_trainer(rule: str, **settings: Any) -> Any:
         rule: name of the rule.
         **settings: keyword arguments of the trainer.
     """
-    from experiments.rounds import RoundsGRPOTrainer
+    from experiments.trl_rounds import RoundsGRPOTrainer
 
     args, ids = settings["args"], [row["prompt_id"] for row in settings["train_dataset"]]
     prompts = args.generation_batch_size // args.num_generations

@@ -202,9 +202,8 @@ def test_the_arm_that_knows_the_rates_takes_the_optimum_for_them():
 
 
 def test_an_arm_that_needs_the_trl_trainer_is_refused():
-    for arm, message in (("skip", "follows the rule 'skip'"), ("knapsack-replay", "has replay, which needs the TRL")):
-        with pytest.raises(ValueError, match=message):
-            LabTrainer(replace(QUICK, arm=arm), base_model_path(), "cpu")
+    with pytest.raises(ValueError, match="has replay, which needs the TRL"):
+        LabTrainer(replace(QUICK, arm="knapsack-replay"), base_model_path(), "cpu")
 
 
 def test_weights_per_prompt_reach_the_loss():
@@ -324,6 +323,28 @@ def test_each_arm_gets_the_rate_that_was_best_for_it_on_the_bed(small):
     assert {run.steps for run in runs} == {400}
 
 
+def test_a_registration_may_ask_for_equal_rollouts(small):
+    assert not any(run.equal_rollouts for run in registration.read(small).tuning(QUICK))
+    small.write_text(SMALL.replace("steps: 400", "steps: 400\nequal_rollouts: true"))
+    plan = registration.read(small)
+    rows = [
+        {"arm": one.arm, "settings": vars(one), "evaluations": {"rollouts": [0, 1], "accuracy": [0, 1]}}
+        for one in plan.tuning(QUICK)
+    ]
+    assert all(run.equal_rollouts for run in [*plan.tuning(QUICK), *plan.training(QUICK, rows)])
+
+
+def test_rows_without_a_setting_that_was_added_since_are_still_those_of_their_runs(small, tmp_path):
+    file, plan = tmp_path / "rows.jsonl", registration.read(small)
+    (first, *_, last), old = plan.tuning(QUICK), {}
+    for one in (first, replace(last, equal_rollouts=True)):
+        old = {name: value for name, value in vars(one).items() if name != "equal_rollouts" or value}
+        with file.open("a") as out:
+            out.write(json.dumps({"part": "tuning", "quick": True, "settings": old}) + "\n")
+    found = command.Lab(file, {}, 0.0, 1, {"quick": True}).of("tuning", plan.tuning(QUICK))
+    assert [row["settings"]["arm"] for row in found] == [first.arm]
+
+
 def test_registrations_are_whole_and_their_seeds_are_not_tuned_on():
     files = sorted(command.REGISTRATIONS.glob("*.md"))
     assert files
@@ -345,6 +366,7 @@ def test_registrations_are_whole_and_their_seeds_are_not_tuned_on():
         ("0.0003", "3e-4", "such as 0.0006"),
         ("steps: 400", "step: 400", "exactly the keys beds, arms"),
         ("steps: 400", "steps: 0", "steps must be at least 1"),
+        ("steps: 400", "steps: 400\nequal_rollouts: 1", "equal_rollouts must be true or false, got 1"),
         ("```yaml", "```", "must hold a ```yaml block"),
     ],
 )

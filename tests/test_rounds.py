@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tiny
-from experiments.rounds import RoundsGRPOTrainer, concatenate, select
 from experiments.rules import Oversample, Sequential
+from experiments.trl_rounds import RoundsGRPOTrainer, concatenate, select
 
 # -- Batches -----------------------------------------------------------------------------------------------------------
 

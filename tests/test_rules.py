@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.rules import RULES, Oversample, Sequential, Skip
+from experiments.rules import RULES, Conformal, Oversample, PilotCommit, Sequential, Skip
 from knapsack_rl.groups import group_outcomes
 
 
@@ -101,13 +101,15 @@ def test_skipping_explores_less_while_too_much_is_flat_and_more_otherwise():
     assert rule.state_dict()["explore"] == pytest.approx({"easy": Skip.MOST, "hard": Skip.MOST})
 
 
-@pytest.mark.parametrize("kind", [Oversample, Skip])
+@pytest.mark.parametrize("kind", [Oversample, Skip, PilotCommit, Conformal])
 def test_a_rule_continues_where_it_was_saved(kind):
-    outcome = mixed_if(lambda p: p % 3 == 0)
-    straight, stopped = kind(IDS, 3, 2, seed=7), kind(IDS, 3, 2, seed=7)
-    for _ in range(5):
+    def outcome(prompt, k):
+        return int(prompt % 5 == 4 or (prompt % 5 > 1 and k % 2 == 1))
+
+    straight, stopped = kind(IDS, 3, 4, seed=7), kind(IDS, 3, 4, seed=7)
+    for _ in range(47):
         assert play(straight, outcome)[0] == play(stopped, outcome)[0]
-    resumed = kind(IDS, 3, 2, seed=99)
+    resumed = kind(IDS, 3, 4, seed=7 if kind is Conformal else 99)
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     for _ in range(10):
         assert play(resumed, outcome)[0] == play(straight, outcome)[0]
@@ -130,6 +132,127 @@ def test_sampling_until_balanced():
     }
 
 
+# -- Pilot-Commit ------------------------------------------------------------------------------------------------------
+
+
+def with_rate(rates):
+    """Outcomes of a prompt in turn: the fraction ``(good, of)`` of its rollouts, the good ones first."""
+    return lambda prompt, k: int(k % rates(prompt)[1] < rates(prompt)[0])
+
+
+@pytest.mark.parametrize(("rollouts", "pilot"), [(8, 2), (16, 4), (64, 16), (128, 32)])
+def test_a_quarter_is_the_pilot_and_the_rest_is_committed_to_rates_within_the_bounds(rollouts, pilot):
+    """A prompt's number is its successes in a pilot; the bounds are 1/8 and 3/4, both included."""
+    ids = [*range(pilot + 1)]
+    rule = PilotCommit(ids, len(ids), rollouts, seed=3)
+    rounds, prompts, group_R, success_R = play(rule, with_rate(lambda p: (p, pilot)))
+    within = {p for p in ids if pilot <= 8 * p and 4 * p <= 3 * pilot}
+    assert within
+    pilots, commits = rounds[:-1], rounds[-1]
+    assert [set(wanted.values()) for wanted in pilots] == [{pilot}]
+    assert commits == dict.fromkeys(commits, rollouts - pilot)
+    assert set(commits) == within
+    assert sum(sum(wanted.values()) for wanted in rounds) == pilot * len(ids) + len(within) * (rollouts - pilot)
+    rows = rule.keep(prompts, group_R, success_R)
+    assert Counter(prompts[group_R[row]] for row in rows) == dict.fromkeys(within, rollouts)
+
+
+def test_pilots_go_on_until_a_step_is_full_and_what_exceeds_it_comes_first_in_the_next():
+    rule = PilotCommit(IDS, 4, 8, seed=1)
+    good = with_rate(lambda p: (1, 2) if p % 2 else (0, 2))
+    rounds, prompts, group_R, success_R = play(rule, good)
+    pilots, commits = rounds[:-1], rounds[-1]
+    assert all(len(wanted) == 4 and set(wanted.values()) == {2} for wanted in pilots)
+    passed = [p for wanted in pilots for p in wanted if p % 2]
+    assert len(passed) >= 4 > sum(p % 2 for wanted in pilots[:-1] for p in wanted)
+    assert list(commits) == passed[:4]
+    assert {p for p, _ in kept(rule, prompts, group_R, success_R)} == set(passed[:4])
+    for _ in range(20):
+        surplus = passed[4:]
+        rounds, *_ = play(rule, good)
+        assert list(rounds[0])[: len(surplus)] == surplus
+        passed = [p for wanted in rounds[:-1] for p in wanted if p % 2]
+        assert len(passed) == len(set(passed))
+
+
+def test_a_prompt_is_left_out_once_sixteen_rollouts_of_its_pilots_were_right():
+    rule, pilots = PilotCommit(IDS, 4, 8, seed=2), Counter()
+    easy = [3, 7]
+    for _ in range(150):
+        rounds, *_ = play(rule, with_rate(lambda p: (2, 2) if p in easy else (1, 2)))
+        pilots.update(p for wanted in rounds for p in wanted if set(wanted.values()) == {2})
+    assert [pilots[p] for p in easy] == [8, 8]
+    assert min(pilots[p] for p in IDS if p not in easy) > 8
+
+
+def test_pilots_without_any_prompt_within_the_bounds_end():
+    rule = PilotCommit(IDS, 4, 8, max_rounds=5)
+    for _ in range(30):  # all are solved, none is left out for good
+        rounds, prompts, group_R, success_R = play(rule, lambda *_: 1)
+        assert 0 < len(rounds) <= 5
+        assert kept(rule, prompts, group_R, success_R) == {(p, 1): 2 for p in prompts[:4]}
+    with pytest.raises(ValueError, match="at least 3 rollouts per prompt, got 2"):
+        PilotCommit(IDS, 4, 2)
+
+
+# -- C-GRPO ------------------------------------------------------------------------------------------------------------
+
+
+def quantile(scores, delta):
+    """The ceil((n + 1)(1 - delta))-th smallest score."""
+    place = min(max(int(np.ceil((len(scores) + 1) * (1 - delta))), 1), len(scores))
+    return sorted(scores)[place - 1]
+
+
+def test_sampling_stops_by_conformal_thresholds_that_are_set_every_fifty_steps():
+    """First successes come at the place of the prompt's number modulo 10: 0 never, 9 beyond the last size."""
+    rule = Conformal(IDS, 10, 8, seed=4)
+    first = lambda p: p % 10 or 99  # noqa: E731
+    found = []
+    for _ in range(101):
+        rounds, prompts, group_R, success_R = play(rule, lambda p, k: int(k + 1 == first(p)))
+        rows = rule.keep(prompts, group_R, success_R)
+        found.append((rounds, Counter(prompts[group_R[row]] for row in rows)))
+    calibrates = [set(rounds[0].values()) == {8} for rounds, _ in found]
+    assert [step for step, does in enumerate(calibrates) if does] == [0, 50, 100]
+    own = found[0][0][0]
+    assert len(own) == 10
+    score = lambda p, size: first(p) / size if first(p) <= size else 1.0  # noqa: E731
+    missed = np.mean([score(p, 8) == 1.0 for p in own])
+    thresholds = {size: quantile([score(p, size) for p in own], min(max(missed + 0.05, 0.05), 0.95))
+                  for size in (2, 4, 8)}  # fmt: skip
+    stopped = Counter()
+    for (rounds, trained), does in zip(found, calibrates, strict=True):
+        training = rounds[does:]
+        assert len(training[0]) == 10
+        assert not set(own) & set(training[0])
+        total = Counter()
+        for wanted in training:
+            total.update(wanted)
+        for p, count in total.items():
+            stops = (size for size in (2, 4, 8) if first(p) <= size and score(p, size) <= thresholds[size])
+            assert count == next(stops, 8), (p, thresholds)
+            stopped[count] += 1
+        assert trained == total
+    assert set(stopped) == {2, 4, 8}
+    with pytest.raises(ValueError, match="must have more than that, got 10"):
+        Conformal(IDS[:10], 10, 8)
+
+
+@pytest.mark.parametrize(("rollouts", "sizes"), [(2, [2]), (4, [2, 4]), (8, [2, 4, 8]), (12, [2, 4, 8, 12])])
+def test_sizes_double_up_to_the_rollouts(rollouts, sizes):
+    rule = Conformal(IDS, 4, rollouts)
+    rounds, *_ = play(rule, lambda *_: 0)
+    assert np.cumsum([next(iter(wanted.values())) for wanted in rounds[1:]]).tolist() == sizes
+    assert set(rounds[0].values()) == {rollouts}
+
+
 def test_rules_are_made_by_name():
-    kinds = {"oversample": Oversample, "skip": Skip, "sequential": Sequential}
+    kinds = {
+        "oversample": Oversample,
+        "skip": Skip,
+        "sequential": Sequential,
+        "pilot-commit": PilotCommit,
+        "c-grpo": Conformal,
+    }
     assert {name: type(make(IDS, 4, 8, 0)) for name, make in RULES.items()} == kinds

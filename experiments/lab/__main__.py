@@ -16,7 +16,7 @@ from experiments.contract import Row
 from experiments.lab import beds
 from experiments.lab.registration import Registration, commit_of, read
 from experiments.lab.run import FULL, QUICK, run
-from experiments.rows_file import RowsFile
+from experiments.rows_file import RowsFile, is_of
 from experiments.training import Table, Training
 
 REGISTRATIONS = Path(__file__).parent / "registrations"
@@ -71,8 +71,7 @@ class Lab(RowsFile):
 
     def of(self, part: str, wanted: Sequence[Settings]) -> list[Row]:
         """Rows of a part that belong to these settings."""
-        known = [vars(one) for one in wanted]
-        return [row for row in self.rows(part) if row["settings"] in known]
+        return [row for row in self.rows(part) if any(is_of(row, one) for one in wanted)]
 
     def summary(self, row: Row) -> str:
         """What is printed of a row."""

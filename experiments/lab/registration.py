@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Registration:
         learning_rates: grid from which each arm gets its own on each bed, in ascending order.
         tuning_seed: on which it is chosen; none of ``seeds``.
         steps: of every run.
+        equal_rollouts: see :class:`~experiments.accelerator.train.Settings`; it may be left out.
 
     Raises:
         ValueError: a value is not allowed.
@@ -44,6 +45,7 @@ class Registration:
     learning_rates: tuple[float, ...]
     tuning_seed: int
     steps: int
+    equal_rollouts: bool = False
 
     def __post_init__(self) -> None:
         for name in self.beds:
@@ -63,6 +65,8 @@ class Registration:
             raise ValueError(f"learning_rates must ascend, got {list(self.learning_rates)}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not isinstance(self.equal_rollouts, bool):
+            raise ValueError(f"equal_rollouts must be true or false, got {self.equal_rollouts!r}")
 
     def tuning(self, shared: Settings) -> list[Settings]:
         """Runs that choose the learning rates.
@@ -71,7 +75,7 @@ class Registration:
             shared: settings of every run.
         """
         return [
-            replace(shared, dataset=name, arm=arm, seed=self.tuning_seed, learning_rate=rate, steps=self.steps)
+            replace(self._of(shared), dataset=name, arm=arm, seed=self.tuning_seed, learning_rate=rate)
             for name in self.beds
             for arm in self.arms
             for rate in self.learning_rates
@@ -97,11 +101,14 @@ class Registration:
         """
         rates = {(name, arm): self.chosen_rate(tuned, name, arm) for name in self.beds for arm in self.arms}
         return [
-            replace(shared, dataset=name, arm=arm, seed=seed, learning_rate=rates[name, arm], steps=self.steps)
+            replace(self._of(shared), dataset=name, arm=arm, seed=seed, learning_rate=rates[name, arm])
             for seed in self.seeds
             for name in self.beds
             for arm in self.arms
         ]
+
+    def _of(self, shared: Settings) -> Settings:
+        return replace(shared, steps=self.steps, equal_rollouts=self.equal_rollouts)
 
 
 def read(path: Path) -> Registration:
@@ -123,9 +130,10 @@ def read(path: Path) -> Registration:
 
 
 def _registration(stated: Any) -> Registration:
-    names = [spec.name for spec in fields(Registration)]
-    if not isinstance(stated, Mapping) or set(stated) != set(names):
-        raise ValueError(f"the block must have exactly the keys {', '.join(names)}, got {stated!r}")
+    names = [spec.name for spec in fields(Registration) if spec.default is MISSING]
+    if not isinstance(stated, Mapping) or set(stated) - {"equal_rollouts"} != set(names):
+        keys = f"{', '.join(names)}, and may have equal_rollouts"
+        raise ValueError(f"the block must have exactly the keys {keys}, got {stated!r}")
     values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in stated.items()}
     return Registration(**values)
 

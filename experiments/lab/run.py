@@ -14,7 +14,9 @@ from experiments.accelerator.train import Settings, Trainer, train
 from experiments.contract import Row
 from experiments.extract import before_and_after
 from experiments.lab.beds import bed
+from experiments.lab.rounds import rule_of, step_in_rounds
 from experiments.pool import ARMS
+from experiments.rules import RULES
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.allocation.policies import allocate
 from knapsack_rl.runs.log import RunLog
@@ -52,10 +54,11 @@ QUICK = replace(
 class LabTrainer(Trainer):
     """A tiny model on a bed; its success rates are exact, so that an evaluation has no noise of its own."""
 
-    rules = ("", "known")
+    rules = ("", "known", *RULES)
 
     def __init__(self, settings: Settings, model: Path | None, device: str, folder: Path | None = None) -> None:
         super().__init__(settings, model, device, folder)
+        self.rule = rule_of(settings, [row["prompt_id"] for row in self.data.train])
         self._base = _digest(self.policy.model)
         self._start = self.success_rates(self.data.train)
 
@@ -75,6 +78,13 @@ class LabTrainer(Trainer):
         rates, low, high = self.success_rates(batch), allocator.min_rollouts, allocator.max_rollouts
         found = allocate(rates, budget, low, high, value=allocator.value)
         return Plan(ids, self.session.adopt(ids, found.counts))
+
+    def step(self, batch: Sequence[dict[str, Any]], number: int) -> None:
+        """One step, in rounds if a rule asks for its rollouts."""
+        if self.rule is None:
+            super().step(batch, number)
+        else:
+            step_in_rounds(self, self.rule, batch, number)
 
     def success_rates(self, rows: Sequence[dict[str, Any]]) -> FloatArray:
         """Return the (P,) exact success rates of prompts at temperature 1: one sequence of tokens is right."""
