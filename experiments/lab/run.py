@@ -66,8 +66,8 @@ class LabTrainer(Trainer):
         """The prompts of the bed, with what they are alike by in the column ``grade``, and their reward."""
         one = bed(self.settings.dataset)
         task = one.data(self.settings.train_prompts, self.settings.held_out_prompts)
-        parts = ([{**row, "grade": row[one.grade]} for row in part] for part in (task.train, task.held_out))
-        return replace(task, **dict(zip(("train", "held_out"), parts, strict=True)))
+        train, held_out = ([{**row, "grade": row[one.grade]} for row in part] for part in (task.train, task.held_out))
+        return replace(task, train=train, held_out=held_out)
 
     def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
         """The rollouts of a step; of the arm that knows the success rates, the optimum for them."""
