@@ -11,6 +11,7 @@ from experiments import estimation, gradient_value, optimality, pool, robustness
 from experiments.accelerator.evidence import ACCELERATOR
 from experiments.claims import TRAINING
 from experiments.contract import Experiment, Options, Row
+from experiments.lab.evidence import HEADLINE
 
 if TYPE_CHECKING:
     from knapsack_rl.training.compare import Run
@@ -22,6 +23,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "gradient-value": cast(Experiment, gradient_value),
     "estimation": cast(Experiment, estimation),
     "accelerator": ACCELERATOR,
+    "lab-headline": cast(Experiment, HEADLINE),
 }
 """All experiments by name, in the order of the claims."""
 

@@ -47,6 +47,19 @@ def training(rows: Sequence[Row], arms: Sequence[str], names: Sequence[str]) -> 
     return figure
 
 
+def accuracy_by_bed(beds: Mapping[str, tuple[Sequence[Row], Sequence[str]]]) -> Figure:
+    """Held-out accuracy by rollouts, a panel for each bed.
+
+    Args:
+        beds: name to its rows and its arms, in the order of the legend.
+    """
+    figure = Figure(figsize=(5.2 * len(beds), 4.2), layout="constrained")
+    for ax, (name, (rows, arms)) in zip(np.atleast_1d(figure.subplots(1, len(beds))), beds.items(), strict=True):
+        _panel(rows, arms, "accuracy", ax)
+        _title(ax, name)
+    return figure
+
+
 def _panel(rows: Sequence[Row], arms: Sequence[str], name: str, ax: Axes) -> None:
     kind, _, arm = name.partition(" ")
     runs = select(rows, arm=arm)

@@ -154,6 +154,28 @@ def at_least(estimate: Estimate, threshold: float = 0.0, neutral: float = 0.0) -
     return "does not hold" if below and not estimate.bounds else "undecided"
 
 
+def at_most(estimate: Estimate, aim: float, proven: float) -> Verdict:
+    """Whether a ratio of costs is at most ``aim``, with an interval that surely lies below ``proven``.
+
+    It holds in part if the whole interval lies below 1, and does not if all of it lies above ``proven``. Seeds that never
+    reach the target bound the ratio from below: they can refute the claim and cannot confirm it.
+
+    Args:
+        estimate: the measured ratio.
+        aim: the claimed one.
+        proven: most that the interval may hold, between ``aim`` and 1.
+    """
+    if estimate.seeds < 2 or not math.isfinite(estimate.low):
+        return "undecided"
+    if estimate.low > proven:
+        return "does not hold"
+    if estimate.bounds:
+        return "undecided"
+    if estimate.mean <= aim and estimate.high < proven:
+        return "holds"
+    return "holds in part" if estimate.high < 1.0 else "undecided"
+
+
 def not_below(estimate: Estimate, floor: float) -> Verdict:
     """Whether a change surely stays above a floor."""
     if estimate.seeds < 2:

@@ -1,0 +1,174 @@
+"""What the rows of a registration say: claims, tables and the plot by bed, as for other training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from experiments.claims import accuracy_table, better, by_arm
+from experiments.contract import Finding, Options, Row, markdown_table, select
+from experiments.lab.__main__ import REGISTRATIONS, Lab
+from experiments.lab.beds import base_folder
+from experiments.lab.registration import Registration, read
+from experiments.lab.run import QUICK
+from experiments.pool import label
+from experiments.statistics import at_most
+from experiments.training import Claim, Table, Training
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AIM, PROVEN = 1 / 2, 1 / 1.5
+"""Rollouts over those of uniform allocation for the same accuracy: the aim, and the most that its interval may hold."""
+
+
+@dataclass(frozen=True)
+class LabEvidence:
+    """Runs that ``python -m experiments.lab`` has made: here they are read, never made.
+
+    Figures and tables are named by the bed and a name of the training experiments: ``skills: uniform, rollouts``.
+
+    Attributes:
+        name: of the registration; its rows are those of the experiment ``lab-NAME``.
+        claims: maps a bed to its claims.
+    """
+
+    name: str
+    claims: Callable[[str], tuple[Claim, ...]]
+
+    @property
+    def plan(self) -> Registration:
+        """What is stated."""
+        return read(REGISTRATIONS / f"{self.name}.md")
+
+    def pieces(self, options: Options) -> int:
+        """One: reading the rows, or the dry run."""
+        return 1
+
+    def measure(self, options: Options, done: Callable[[str], None]) -> list[Row]:
+        """Rows on record; with ``quick`` the dry run on one bed.
+
+        Raises:
+            FileNotFoundError: there are no rows on record.
+        """
+        from experiments import catalogue
+
+        file = f"lab-{self.name}"
+        if options.quick:
+            plan = replace(self.plan, beds=("addition",), seeds=(0, 1), learning_rates=(1e-3,), steps=QUICK.steps)
+            bases = {"addition": base_folder("addition", options.runs, quick=True)}
+            lab = Lab(options.runs / f"{file}.jsonl", bases, float("inf"), 1, {"quick": True})
+            lab.run(plan, QUICK)
+            rows = [row for part in ("tuning", "training") for row in lab.rows(part)]
+            done("dry run")
+            return rows
+        if options.record is None or not (options.record / f"{file}.jsonl").is_file():
+            raise FileNotFoundError(
+                f"no rows of {file} in {options.record}; they are made by python -m experiments.lab {self.name} "
+                f"--rows {options.record or 'FOLDER'}/{file}.jsonl"
+            )
+        done("rows on record")
+        return catalogue.read(file, options.record)
+
+    def _on(self, bed: str, rows: Sequence[Row]) -> tuple[Training, list[Row]]:
+        """The experiment on one bed, and its runs of whole seeds."""
+        own = [row for row in select(rows, part="training") if row["settings"]["dataset"] == bed]
+        arms = tuple(arm for arm in self.plan.arms if any(row["arm"] == arm for row in own))
+        made = [{row["seed"] for row in select(own, arm=arm)} for arm in arms]
+        whole = set.intersection(*made) if made else set()
+        return Training(arms, self.claims(bed), _layout(arms)), [row for row in own if row["seed"] in whole]
+
+    def _beds(self, rows: Sequence[Row]) -> list[str]:
+        there = {row["settings"]["dataset"] for row in select(rows, part="training")}
+        return [bed for bed in self.plan.beds if bed in there]
+
+    def findings(self, rows: Sequence[Row]) -> list[Finding]:
+        """Claims with their figures and verdicts, bed by bed."""
+        parts = (self._on(bed, rows) for bed in self._beds(rows))
+        return [found for training, own in parts for found in training.findings(own)]
+
+    def figures(self, rows: Sequence[Row]) -> Callable[[str], str]:
+        """Figures by bed and name, and ``BED: seeds``, ``BED: rate of ARM``."""
+        by_bed = {bed: self._on(bed, rows) for bed in self._beds(rows)}
+
+        def text(name: str) -> str:
+            bed, _, figure = name.partition(": ")
+            if bed not in by_bed:
+                raise ValueError(f"figure {name!r} must start with a bed, {', '.join(by_bed)}, and a colon")
+            training, own = by_bed[bed]
+            if figure == "seeds":
+                return str(len({row["seed"] for row in own}))
+            return training.figures(own)(figure)
+
+        return text
+
+    def tables(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Tables by name and bed, and that of the learning rates."""
+        found = {"rates": self._rates(rows)}
+        for bed in self._beds(rows):
+            training, own = self._on(bed, rows)
+            found |= {f"{name} on {bed}": table for name, table in training.tables(own).items()}
+        return found
+
+    def _rates(self, rows: Sequence[Row]) -> str:
+        """Accuracy over the run of the seed that chose the rates, the chosen rate of each arm in bold."""
+        from experiments.measures import mean_accuracy
+
+        plan, lines = self.plan, []
+        tuned = select(rows, part="tuning")
+        for bed in self._beds(rows):
+            for arm in plan.arms:
+                own = [row for row in select(tuned, arm=arm) if row["settings"]["dataset"] == bed]
+                found = {row["settings"]["learning_rate"]: 100 * mean_accuracy(row) for row in own}
+                best = plan.chosen_rate(tuned, bed, arm) if found else None
+                cells = [f"{found[rate]:.1f} %" if rate in found else "–" for rate in plan.learning_rates]
+                marked = [
+                    f"**{cell}**" if rate == best else cell
+                    for rate, cell in zip(plan.learning_rates, cells, strict=True)
+                ]
+                lines.append((bed, label(arm), *marked))
+        return markdown_table(("bed", "policy", *(f"{rate:g}" for rate in plan.learning_rates)), lines)
+
+    def plot(self, rows: Sequence[Row]) -> Figure:
+        """Held-out accuracy by rollouts, a panel for each bed."""
+        from experiments import plots
+
+        parts = {bed: self._on(bed, rows) for bed in self._beds(rows)}
+        return plots.accuracy_by_bed({bed: (own, training.arms) for bed, (training, own) in parts.items()})
+
+
+def _layout(arms: Sequence[str]) -> dict[str, Table]:
+    cost = {"tokens to it": "{row} / uniform, tokens", "seconds to it": "{row} / uniform, seconds"}
+    return {
+        "accuracy": accuracy_table(**cost),
+        "prompts": Table(by_arm("unsolved at the end", "still unsolved", "rollouts with a gradient",
+                                "prompts with a gradient", "tokens", "seconds")),
+    }  # fmt: skip
+
+
+def _cheaper(arm: str, bed: str, who: str) -> Claim:
+    return Claim(
+        f"{bed}: {who} needs at most half the rollouts of uniform N for its final accuracy",
+        f"{{{{{arm} / uniform, rollouts}}}}",
+        lambda found: at_most(found, AIM, PROVEN),
+    )
+
+
+def headline_claims(bed: str) -> tuple[Claim, ...]:
+    """What ``registrations/headline.md`` says would be refuted or not."""
+    return (
+        _cheaper("recommended", bed, "the recommended setting"),
+        _cheaper("matched", bed, "the matched setting without shared knowledge"),
+        _cheaper("knapsack", bed, "the paper's value with the Bayes filter and GRPO's advantage"),
+        _cheaper("paper", bed, "the paper's rule"),
+        better("recommended", "uniform", f"{bed}: the recommended setting ends above uniform N", on_the_way=True),
+        better("recommended", "uniform-mean",
+               f"{bed}: the recommended setting ends above uniform N with the same advantage", on_the_way=True),
+        better("recommended", "matched", f"{bed}: sharing knowledge by a column helps the matched setting",
+               on_the_way=True),
+        better("recommended", "uniform-2n", f"{bed}: the recommended setting ends above uniform 2N"),
+    )  # fmt: skip
+
+
+HEADLINE = LabEvidence("headline", headline_claims)
