@@ -31,7 +31,7 @@ from knapsack_rl.allocation.policies import (
 )
 from knapsack_rl.allocation.solver import total_value
 from knapsack_rl.allocation.value import ValueLike, named_value
-from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_mixed_outcomes
+from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_top_up
 from knapsack_rl.estimation.lengths import check_length_sums, check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
@@ -314,7 +314,7 @@ class KnapsackAllocator(Guarded):
     def top_up(
         self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
     ) -> Allocation:
-        """Allocate the rest of a step's budget given the outcomes of a first share, in your own training loop.
+        """Allocate the rest of a step's budget given the outcomes of a first share.
 
         Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
         rollouts of the step once. Group sizes then depend on outcomes, which biases group statistics but not the
@@ -330,13 +330,13 @@ class KnapsackAllocator(Guarded):
             Additional counts that sum to the budget; predictions are about both shares together.
 
         Raises:
-            ValueError: arguments do not match, the estimator has no posterior on a grid, or the value depends on more
-                than whether outcomes are mixed.
+            ValueError: arguments do not match, the estimator has no posterior on a grid, or the value cannot judge
+                further rollouts of a group.
         """
         started = time.perf_counter()
         ids, left = check_batch(prompt_ids), check_step_budget(budget)
         counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
-        grid, cap, order = check_mixed_outcomes(self.estimator), self.max_rollouts, stable_order(ids)
+        grid, cap, order = check_top_up(self.estimator), self.max_rollouts, stable_order(ids)
 
         def spend() -> Allocation:
             records, most = self._records(ids), max(int(room_left(counts, left, cap).max()), 1)
