@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections import Counter
@@ -344,7 +345,7 @@ class KnapsackAllocator(Guarded):
             while True:
                 found = top_up(grid.believe_after(records, counts, successes, columns), counts, left, cap, order)
                 if columns == most or found.counts.max() < columns:
-                    return self._step.predict(ids, self._note_degradation(found))
+                    return self._step.predict(ids, self._step.as_rewards(self._note_degradation(found), counts))
                 columns = min(4 * columns, most)
 
         found = self.survive("top-up", spend)
@@ -352,6 +353,11 @@ class KnapsackAllocator(Guarded):
             found = self._step.predict(ids, unpredicted(evenly(left, 1, order), EVENLY, degraded=True))
         self._step.details["top_up_seconds"] = time.perf_counter() - started
         return found
+
+    @one_at_a_time
+    def describe(self, allocation: Allocation) -> None:
+        """Let :meth:`metrics` describe an allocation, such as both shares of a step, in place of the newest one."""
+        self._step.allocation = allocation
 
     @one_at_a_time
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
@@ -400,13 +406,16 @@ class KnapsackAllocator(Guarded):
         self.record(distinct, self.outcomes_of(prompt_R, rewards, len(distinct)), checked)
 
     @one_at_a_time
-    def outcomes_of(self, prompt_R: IntArray, rewards: ArrayLike, prompts: int) -> GroupOutcomes:
+    def outcomes_of(
+        self, prompt_R: IntArray, rewards: ArrayLike, prompts: int, *, keep: bool = True
+    ) -> GroupOutcomes:
         """Group a generated batch by prompt and judge its rewards by the success rule, which learns from them.
 
         Args:
             prompt_R: (R,) position of each rollout's prompt.
             rewards: (R,) reward of each rollout, NaN for an unscored one; or (R, F) parts that add up to it.
             prompts: number of prompts.
+            keep: whether to keep what the rule learns; not for a first share, whose rewards come again with the rest.
 
         Raises:
             ValueError: the arguments differ in length, or a reward is infinite.
@@ -414,7 +423,7 @@ class KnapsackAllocator(Guarded):
         if self.success is not None:
             return outcomes_by_position(prompt_R, rewards, prompts, self.success)
         assert self.learned is not None
-        learned = self.learned
+        learned = self.learned if keep else copy.copy(self.learned)
 
         def learn_and_judge(whole: FloatArray) -> BoolArray:  # called once the rewards are known to be good
             parts = as_float64(rewards)[0]
@@ -423,7 +432,8 @@ class KnapsackAllocator(Guarded):
             return learned.successes(rows)
 
         groups = outcomes_by_position(prompt_R, rewards, prompts, learn_and_judge)
-        self._step.differ_anyway = learned.differ_anyway
+        if keep:
+            self._step.differ_anyway = learned.differ_anyway
         return groups
 
     @one_at_a_time
