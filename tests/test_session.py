@@ -164,9 +164,9 @@ def test_two_rounds_that_cannot_work_are_refused(settings, message) -> None:
 
 
 def test_two_rounds_need_three_rollouts_a_prompt_and_an_allocator_for_them() -> None:
-    with pytest.raises(ValueError, match="rounds=2 needs num_generations of at least 3, .* got 2"):
+    with pytest.raises(ValueError, match=r"rounds=2 needs num_generations of at least 3, .* got 2"):
         AllocationSettings(rounds=2).check_allocation(2, "num_generations")
-    with pytest.raises(ValueError, match="rounds=2: .* got WindowEstimator"):
+    with pytest.raises(ValueError, match=r"rounds=2: .* got WindowEstimator"):
         Session(AllocationSettings(rounds=2), KnapsackAllocator("window"))
 
 

@@ -406,9 +406,7 @@ class KnapsackAllocator(Guarded):
         self.record(distinct, self.outcomes_of(prompt_R, rewards, len(distinct)), checked)
 
     @one_at_a_time
-    def outcomes_of(
-        self, prompt_R: IntArray, rewards: ArrayLike, prompts: int, *, keep: bool = True
-    ) -> GroupOutcomes:
+    def outcomes_of(self, prompt_R: IntArray, rewards: ArrayLike, prompts: int, *, keep: bool = True) -> GroupOutcomes:
         """Group a generated batch by prompt and judge its rewards by the success rule, which learns from them.
 
         Args:

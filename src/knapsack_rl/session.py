@@ -213,8 +213,8 @@ class Session:
             outcome_R: see :meth:`observe`.
 
         Returns:
-            A plan whose counts, at least those of the first, sum to the budget. Its estimates are those before the step,
-            its predictions those after the first round.
+            A plan whose counts, at least those of the first, sum to the budget. Its estimates are from before the step,
+            its predictions from after the first round.
         """
         started = time.perf_counter()
         left = budget - int(first.counts.sum())

@@ -24,7 +24,7 @@ class Step:
         plan: its prompts and their rollouts.
         group_R: (R,) position of each row's prompt among the plan's.
         ragged: whether the rows differ from the stock trainer's.
-        generated_R: (R,) place of each row in the order of generation, in which TRL logs; None where it is the row's own.
+        generated_R: (R,) place of each row in the order of generation, in which TRL logs; None where it is its own.
     """
 
     plan: Plan

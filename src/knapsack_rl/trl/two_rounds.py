@@ -8,6 +8,7 @@ rewards, or averaged by rows.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -145,9 +146,9 @@ def _entries(metrics: Metrics) -> dict[str, int]:
 def merge_metrics(metrics: Metrics, entries: Sequence[Mapping[str, int]], rows: Sequence[int]) -> None:
     """Replace the entries of two rounds by one of the step.
 
-    Extremes are those of both rounds. Means are weighted by what they are means of: rows that ended by themselves, calls
-    of tools, or rows. Standard deviations are not exact; :func:`set_rewards` sets them. Metrics that TRL does not add to
-    but sets, such as ``num_tokens``, remain.
+    Extremes are those of both rounds. Means are weighted by what they are means of: rows that ended by themselves,
+    calls of tools, or rows. Standard deviations are not exact; :func:`set_rewards` sets them. Metrics that TRL sets and
+    does not add to, such as ``num_tokens``, remain.
 
     Args:
         metrics: of TRL; changed.
@@ -172,7 +173,8 @@ def _weights(name: str, pairs: Mapping[str, list[float]], rows: Sequence[int]) -
 
 
 def _combined(name: str, values: Sequence[float], weights: Sequence[float]) -> float:
-    counted = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight > 0 and value == value]
+    pairs = zip(values, weights, strict=True)
+    counted = [(value, weight) for value, weight in pairs if weight > 0 and not math.isnan(value)]
     if not counted:
         return values[0]
     kind = name.rpartition("/")[2].partition("_")[0]
@@ -192,13 +194,9 @@ def set_rewards(metrics: Metrics, matrix: FloatArray, weights: FloatArray, names
     """
     unscored = np.isnan(matrix).all(axis=1)
     total = np.where(unscored, np.nan, np.nansum(matrix * weights, axis=1))
-    columns = {f"rewards/{name}/": matrix[:, k] for k, name in enumerate(names)}
-    numbers = {"reward": (total, np.nanmean, {}), "reward_std": (total, np.nanstd, {"ddof": 1})}
-    for prefix, column in columns.items():
-        numbers[prefix + "mean"] = (column, np.nanmean, {})
-        numbers[prefix + "std"] = (column, np.nanstd, {"ddof": 1})
+    columns = {("reward", "reward_std"): total}
+    columns |= {(f"rewards/{name}/mean", f"rewards/{name}/std"): matrix[:, k] for k, name in enumerate(names)}
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # of a mean of nothing, which is NaN as in TRL
-        for name, (column, statistic, options) in numbers.items():
-            if metrics.get(name):
-                metrics[name][-1] = float(statistic(column, **options))
+        for (mean, deviation), column in columns.items():
+            metrics[mean][-1], metrics[deviation][-1] = float(np.nanmean(column)), float(np.nanstd(column, ddof=1))
