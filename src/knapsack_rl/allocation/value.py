@@ -250,11 +250,11 @@ class Likelihood:
         V(N, p) = P(a success among N) - p for N >= 1, so only the first success counts: k more rollouts are worth
         1 - (1-p)^k after failures alone, and nothing after a success.
 
-        In detail: with s >= 1 successes among N rollouts the expected gradient of the group is (1-p) - (s/N - p) in
-        units of grad log p / (1-p): the part of the successes, less the deviation of the baseline s/N from p. In a
-        group of fixed size this deviation has mean zero. More rollouts change it by -k (s/n - p) / (n+k), on average
-        over them: regression to the mean. It is not counted, because groups chosen by it would bias the gradient. In
-        this the value is an approximation.
+        In detail: with s >= 1 successes among N rollouts the expected gradient of the group is 1 - s/N times that of
+        the logit of p, which is (1-p) - (s/N - p): the part of the successes, less the deviation of the baseline s/N
+        from p. In a group of fixed size this deviation has mean zero. More rollouts change it by -k (s/n - p) / (n+k)
+        on average, which is regression to the mean. It is not counted, because groups chosen by it would bias the
+        gradient; in this the value is an approximation.
 
         This is the only value that depends on the first success alone and that agrees with V: averaged over the
         outcomes of n rollouts, (1-p)^n (1 - (1-p)^k) = V(n+k, p) - V(n, p).
