@@ -137,6 +137,22 @@ def test_where_the_second_round_cannot_be_allocated_it_is_divided_evenly(broken,
     assert observe(session, plan, lambda prompt_id, k: k % 2).metrics["failures/top-up"] == 1
 
 
+def test_features_reach_the_second_round() -> None:
+    """Prompts of a level that never succeeds are believed to fail, though they are new and have the same outcomes."""
+    session = session_of(rounds=2, value="nonzero-gradient")
+    level = {"hard": 0, "half": 1}
+    for step in range(12):
+        batch = [f"{name}{step}-{k}" for name in level for k in range(8)]
+        first = session.plan_first(batch, 8, features={"level": [name[:4] for name in batch]})
+        outcome = lambda prompt_id, k: level[prompt_id[:4]] * k % 2  # noqa: E731
+        group_R = first.expand()
+        failed = np.zeros(group_R.size)
+        rest = (session.plan_rest(first, 128, group_R, failed).counts - first.counts).reshape(2, 8).sum(axis=1)
+        observe(session, session.plan_rest(first, 128, group_R, failed), outcome, step)
+    assert rest.sum() == 64 and rest[1] > 2 * rest[0]
+    assert not session.allocator.failures
+
+
 def test_an_infinite_or_missing_reward_of_the_first_round_is_unscored() -> None:
     session = session_of(rounds=2)
     first = session.plan_first(["a", "b"], 8)

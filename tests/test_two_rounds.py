@@ -15,8 +15,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 import tiny
 from knapsack_rl import KnapsackAllocator
+from knapsack_rl.allocation.degradation import first_share
 from knapsack_rl.runs.files import ALLOCATION_LOG
-from knapsack_rl.session import first_share
 from knapsack_rl.trl import KnapsackGRPOTrainer
 from knapsack_rl.trl.replay import loss_mask
 from knapsack_rl.trl.two_rounds import by_process, join, merge_metrics, set_rewards

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.degradation import uniform_counts
+from knapsack_rl.allocation.degradation import first_share, uniform_counts
 from knapsack_rl.allocation.policies import Allocation, unpredicted
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
@@ -41,9 +41,6 @@ from knapsack_rl.success import describe_rule
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-FIRST_SHARE = 0.5
-"""Share of a step's rollouts that go to all prompts alike in the first of two rounds."""
 
 STEPS_JUDGED = 25
 """Steps with the same outcome everywhere after which a run is warned."""
@@ -185,7 +182,14 @@ class Session:
             found = self.adopt(distinct, np.bincount(place_B, rollouts_B).astype(np.int64))
         return self._expect(Plan(distinct, found, time.perf_counter() - started))
 
-    def plan_first(self, ids: Sequence[PromptId], mean: int, *, multiple: int = 1) -> Plan:
+    def plan_first(
+        self,
+        ids: Sequence[PromptId],
+        mean: int,
+        *,
+        multiple: int = 1,
+        features: Mapping[str, ArrayLike] | None = None,
+    ) -> Plan:
         """Return the first of two rounds: as many rollouts for each row of the batch, whatever is known of its prompt.
 
         Args:
@@ -193,9 +197,12 @@ class Session:
             mean: mean rollouts per row of both rounds.
             multiple: the number of rollouts is a multiple of this, which ``mean * B`` must be too; the first rows get
                 one more where it does not divide evenly.
+            features: see :meth:`plan`.
         """
         started = time.perf_counter()
         distinct, place_B = numbered(ids)
+        if features:
+            self.survive("features", lambda: self.allocator.note_features(ids, features))
         share = first_share(len(ids), mean, self.allocator.min_rollouts, multiple)
         counts = np.bincount(place_B, uniform_counts(len(ids), share)).astype(np.int64)
         return self._expect(Plan(distinct, self.adopt(distinct, counts), time.perf_counter() - started))
@@ -435,16 +442,3 @@ class Session:
 
     def _knows_lengths(self) -> bool:
         return bool(self.allocator.tracker.records().length_count.any())
-
-
-def first_share(rows: int, mean: int, min_rollouts: int, multiple: int) -> int:
-    """Return the rollouts of the first of two rounds: about half, as many for each row, and at least two.
-
-    Args:
-        rows: of the batch.
-        mean: rollouts per row in both rounds.
-        min_rollouts: fewest rollouts of a prompt.
-        multiple: of which the result is one, as is ``rows * mean``.
-    """
-    each = max(int(FIRST_SHARE * mean), min_rollouts, 2)
-    return min(-(-rows * each // multiple) * multiple, rows * mean)
