@@ -66,7 +66,7 @@ def test_the_rest_is_spent_where_it_gains_most_by_enumeration(value: str) -> Non
     assert found.expected_value == pytest.approx(best, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["knapsack", "nonzero-gradient", "power-0.5-2", "likelihood"])
+@pytest.mark.parametrize("name", ["knapsack", "nonzero-gradient", "power-0.5-2", "likelihood", "likelihood-0.5"])
 def test_gains_of_further_rollouts_average_to_the_value_of_all(name: str) -> None:
     """The law of total expectation, outcome by outcome: a second share planned beforehand is worth what V says."""
     value = make_value_function(name)

@@ -247,8 +247,8 @@ class Likelihood:
     def marginals_after(self, success_rates: ArrayLike, more_rollouts: int, *, successes: bool) -> FloatArray:
         """Return the (M, more_rollouts) marginal values of a group whose outcomes are all equal so far.
 
-        V(N, p) = P(a success among N) - p for N >= 1, so only the first success counts: k more rollouts are worth
-        1 - (1-p)^k after failures alone, and nothing after a success.
+        V(N, p) = p^-B (P(a success among N) - p) for N >= 1, so only the first success counts: k more rollouts are
+        worth p^-B (1 - (1-p)^k) after failures alone, and nothing after a success.
 
         In detail: with s >= 1 successes among N rollouts the expected gradient of the group is 1 - s/N times that of
         the logit of p, which is (1-p) - (s/N - p): the part of the successes, less the deviation of the baseline s/N
@@ -257,12 +257,12 @@ class Likelihood:
         gradient; in this the value is an approximation.
 
         This is the only value that depends on the first success alone and that agrees with V: averaged over the
-        outcomes of n rollouts, (1-p)^n (1 - (1-p)^k) = V(n+k, p) - V(n, p).
+        outcomes of n rollouts, (1-p)^n p^-B (1 - (1-p)^k) = V(n+k, p) - V(n, p).
         """
         p = check_success_rates(success_rates).ravel()
         if successes:
             return np.zeros((p.size, more_rollouts))
-        return _geometric(p, 1.0 - p, more_rollouts)
+        return _geometric(p ** (1.0 - self.power), 1.0 - p, more_rollouts)
 
 
 @dataclass(frozen=True)

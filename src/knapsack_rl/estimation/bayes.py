@@ -535,7 +535,7 @@ def check_top_up(estimator: Estimator) -> GridPosterior:
     if not isinstance(estimator, GridPosterior) or not isinstance(estimator.value, SequentialValue):
         raise ValueError(
             "allocating after a first share needs an estimator with a posterior on a grid ('bayes-filter', "
-            "'empirical-bayes') and the value 'knapsack', 'nonzero-gradient', 'likelihood' or 'power-A-B', got "
+            "'empirical-bayes') and a value 'knapsack', 'nonzero-gradient', 'power-A-B' or 'likelihood-B', got "
             f"{type(estimator).__name__}"
             + (f" with {type(estimator.value).__name__}" if isinstance(estimator, GridPosterior) else "")
         )
