@@ -17,9 +17,9 @@ from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.session import Plan
 from knapsack_rl.trl.identity import Identity, prompt_key
-from knapsack_rl.trl.replay import pad_to
 from knapsack_rl.trl.step import Scored, Step
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer
+from knapsack_rl.trl.two_rounds import join
 
 ROUNDS_FILE = "rounds.json"
 
@@ -72,7 +72,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
             return self.allocator.outcomes_of(group_R, self._outcome(scored), groups)
 
         ids = play(self.rounds, drawn, generate)
-        merged = concatenate(parts, self._tokenizer.pad_token_id)
+        merged = join(parts, self._tokenizer.pad_token_id)
         self._scored = Scored.joined(scores)
         prompts, group_R = numbered(ids)
         allocation = self.session.adopt(prompts, np.bincount(group_R))
@@ -88,10 +88,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
             output = GRPOTrainer._generate_and_score_completions(self, rows)
         finally:
             self.num_generations = size
-        scored, self._scored = self._scored, None
-        if scored is None or len(scored.lengths) != len(rows):
-            raise RuntimeError(f"expected rewards of {len(rows)} rows; a subclass may override _calculate_rewards")
-        return output, scored
+        return output, self._take_scored(len(rows))
 
     def save_progress(self, checkpoint: Path) -> None:
         """Write the rule's state beside the numbers of the trainer."""
@@ -106,36 +103,6 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         """
         super().restore_progress(checkpoint)
         self.rounds.load_state_dict(json.loads((checkpoint / ROUNDS_FILE).read_text(encoding="utf-8")))
-
-
-PADDING = {"prompt_ids": "left", "prompt_mask": "left"}
-"""Sides of the padding of TRL's tensors; those not named are padded on the right."""
-
-
-def concatenate(parts: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """One batch of several outputs of TRL: rows below each other, padded to the longest.
-
-    Args:
-        parts: outputs with 1-d tensors (a number per row), 2-d ones (per row and token) and ``num_items_in_batch``.
-        pad_id: token that pads ids; everything else is padded with zeros.
-
-    Raises:
-        ValueError: an output holds something else, such as images.
-    """
-    merged: dict[str, Any] = {}
-    for name, first in parts[0].items():
-        tensors = [part[name] for part in parts]
-        if name == "num_items_in_batch":
-            merged[name] = sum(tensors[1:], start=tensors[0])
-        elif isinstance(first, torch.Tensor) and first.dim() in (1, 2):
-            if first.dim() == 2:
-                fill = pad_id if name.endswith("_ids") else 0
-                width = max(tensor.shape[1] for tensor in tensors)
-                tensors = [pad_to(tensor, width, fill, PADDING.get(name, "right")) for tensor in tensors]
-            merged[name] = torch.cat(tensors)
-        else:
-            raise ValueError(f"generation in rounds cannot join {name!r}: only text is supported")
-    return merged
 
 
 def select(batch: dict[str, Any], rows: IntArray) -> dict[str, Any]:

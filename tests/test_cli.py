@@ -618,12 +618,14 @@ def as_flags(values):
 
 
 def test_every_setting_is_a_flag(cli):
-    assert set(OTHER) == {spec.name for spec in SETTINGS} - {"budget_unit"}  # goes with few of the others
+    few = {"budget_unit": "rollouts", "rounds": 1}  # other values of these go with few of the others
+    assert set(OTHER) == {spec.name for spec in SETTINGS} - few.keys()
     assert all(spec.default != OTHER[spec.name] for spec in SETTINGS if spec.name in OTHER)
     out, err = cli("train", "--print-config", *as_flags(OTHER))
-    assert yaml.safe_load(out) == OTHER | {"budget_unit": "rollouts"}
+    assert yaml.safe_load(out) == OTHER | few
     assert err == ""
     assert yaml.safe_load(cli("train", "--print-config", "--budget-unit", "tokens")[0])["budget_unit"] == "tokens"
+    assert yaml.safe_load(cli("train", "--print-config", "--rounds", "2")[0])["rounds"] == 2
     assert not list(Path().iterdir())
 
 

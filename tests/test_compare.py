@@ -71,6 +71,11 @@ def test_the_order_of_policies_is_that_given(tmp_path):
     assert [run.settings.allocation for run in runs] == ["knapsack", "uniform"]
 
 
+def test_only_the_knapsack_has_two_rounds(tmp_path):
+    runs = plan(dataclasses.replace(SMALL, rounds=2, rollouts_per_prompt=4), POLICIES, [0], tmp_path)
+    assert {run.settings.allocation: run.settings.rounds for run in runs} == {"uniform": 1, "paper": 1, "knapsack": 2}
+
+
 @pytest.mark.parametrize(
     ("policies", "seeds"),
     [

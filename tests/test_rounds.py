@@ -10,39 +10,22 @@ import torch
 
 import tiny
 from experiments.rules import Oversample, Sequential
-from experiments.trl_rounds import RoundsGRPOTrainer, concatenate, select
+from experiments.trl_rounds import RoundsGRPOTrainer, select
 
 # -- Batches -----------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_of_several_rounds_are_joined_and_cut_down():
-    first = {
-        "prompt_ids": torch.tensor([[5, 6]]),
-        "prompt_mask": torch.tensor([[1, 1]]),
-        "completion_ids": torch.tensor([[7, 8, 9]]),
-        "completion_mask": torch.tensor([[1, 1, 1]]),
-        "advantages": torch.tensor([0.5]),
-        "num_items_in_batch": torch.tensor(3),
+def test_a_batch_is_cut_down_to_rows_and_their_tokens():
+    batch = {
+        "completion_ids": torch.tensor([[7, 8, 9], [7, 1, 0], [8, 0, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]),
+        "advantages": torch.tensor([0.5, 0.1, 0.2]),
+        "num_items_in_batch": torch.tensor(6),
     }
-    second = {
-        "prompt_ids": torch.tensor([[4], [3]]),
-        "prompt_mask": torch.tensor([[1], [1]]),
-        "completion_ids": torch.tensor([[7, 1], [8, 0]]),
-        "completion_mask": torch.tensor([[1, 1], [1, 0]]),
-        "advantages": torch.tensor([0.1, 0.2]),
-        "num_items_in_batch": torch.tensor(3),
-    }
-    merged = concatenate([first, second], pad_id=0)
-    assert merged["prompt_ids"].tolist() == [[5, 6], [0, 4], [0, 3]]
-    assert merged["prompt_mask"].tolist() == [[1, 1], [0, 1], [0, 1]]
-    assert merged["completion_ids"].tolist() == [[7, 8, 9], [7, 1, 0], [8, 0, 0]]
-    assert merged["num_items_in_batch"] == 6
-    chosen = select(merged, np.array([2, 0]))
+    chosen = select(batch, np.array([2, 0]))
     assert chosen["completion_ids"].tolist() == [[8, 0, 0], [7, 8, 9]]
     assert chosen["advantages"].tolist() == pytest.approx([0.2, 0.5])
     assert chosen["num_items_in_batch"] == 4
-    with pytest.raises(ValueError, match="cannot join 'pixel_values'"):
-        concatenate([{"pixel_values": torch.zeros(1, 3, 2, 2)}], pad_id=0)
 
 
 # -- Rounds ------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,136 @@ def test_counts_sum_to_the_budget_whatever_the_batch_holds(batch, mean, allocati
     assert not session.allocator.failures
 
 
+# -- two rounds --------------------------------------------------------------------------------------------------------
+
+
+def in_two_rounds(session, batch, mean, outcome_of, step=1, multiple=1):
+    """A step in two rounds: the plans of the first round and of both, and what was observed."""
+    first = session.plan_first(batch, mean, multiple=multiple)
+    group_R = first.expand()
+    judged = np.array([outcome_of(first.ids[group], k) for k, group in enumerate(group_R)], dtype=float)
+    plan = session.plan_rest(first, mean * len(batch), group_R, judged)
+    return first, plan, observe(session, plan, outcome_of, step)
+
+
+@no_deadline
+@given(
+    batch=ids_of_a_batch,
+    mean=st.integers(3, 9),
+    parts=st.integers(1, 4),
+    value=st.sampled_from(["knapsack", "likelihood"]),
+    rate=st.integers(1, 6),
+)
+def test_two_rounds_sum_to_the_budget_and_the_first_is_even(batch, mean, parts, value, rate) -> None:
+    session, batch = session_of(rounds=2, value=value), batch * parts  # rows and budget are a multiple of the parts
+    for step in range(3):
+        outcome = lambda prompt_id, k: (len(str(prompt_id)) + k * k + step) % rate == 0  # noqa: B023, E731
+        first, plan, observation = in_two_rounds(session, batch, mean, outcome, step, parts)
+        share = int(first.counts.sum())
+        assert share % parts == 0 and 2 * len(batch) <= share <= mean * len(batch)
+        assert share < len(batch) * max(mean // 2, 2) + parts
+        each = {i: int(count) / batch.count(i) for i, count in zip(first.ids, first.counts, strict=True)}
+        assert max(each.values()) - min(each.values()) <= 1
+        assert plan.ids == first.ids and plan.counts.sum() == mean * len(batch)
+        assert (plan.counts >= first.counts).all()
+        assert observation.metrics["budget"] == mean * len(batch)
+        assert observation.metrics["budget_max"] == plan.counts.max()
+        np.testing.assert_array_equal(plan.allocation.success_rates, first.allocation.success_rates)
+    assert not session.allocator.failures
+
+
+def test_the_second_round_goes_to_groups_without_a_gradient() -> None:
+    solved_in_part = lambda prompt_id, k: prompt_id == "always" or (prompt_id == "mixed" and k % 2 == 0)  # noqa: E731
+    batch = ["never", "mixed", "always"]
+    first, plan, _ = in_two_rounds(session_of(rounds=2), batch, 8, solved_in_part)
+    assert first.counts.tolist() == [4, 4, 4]
+    assert plan.counts[1] == 4 and (plan.counts[[0, 2]] > 4).all()
+    first, plan, _ = in_two_rounds(session_of(rounds=2, value="likelihood"), batch, 8, solved_in_part)
+    assert plan.counts.tolist() == [16, 4, 4]
+
+
+def test_the_first_round_teaches_nothing_before_both_are_observed() -> None:
+    """The same step in one go, of the same rollouts, leaves the same allocator behind."""
+    rewards = lambda prompt_id, k: 0.2 * (k % 4) + (prompt_id == "a")  # noqa: E731 - graded: the cutoff is learned
+    two, one = session_of(rounds=2), session_of()
+    for step in range(3):
+        _, plan, _ = in_two_rounds(two, ["a", "b", "c"], 8, rewards, step)
+        one.adopt(plan.ids, plan.counts)
+        observe(one, plan, rewards, step)
+    states = [session.allocator.state_dict()["arrays"] for session in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize("broken", ["raises", "wrong sum", "no prediction either"])
+def test_where_the_second_round_cannot_be_allocated_it_is_divided_evenly(broken, monkeypatch) -> None:
+    session = session_of(rounds=2)
+    first = session.plan_first(["a", "b", "c"], 8)
+
+    def failing(ids, counts, successes, budget):
+        if broken == "wrong sum":
+            return session.adopt(ids, np.ones(3, np.int64))
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(session.allocator, "top_up", failing)
+    if broken == "no prediction either":
+        monkeypatch.setattr(session.allocator, "adopt", failing)
+    plan = session.plan_rest(first, 25, first.expand(), np.arange(12) % 5 == 0)
+    assert plan.counts.tolist() == [9, 8, 8]
+    assert session.allocator.failures["top-up"] == 1
+    assert observe(session, plan, lambda prompt_id, k: k % 2).metrics["failures/top-up"] == 1
+
+
+def test_features_reach_the_second_round() -> None:
+    """Prompts of a level that never succeeds are believed to fail, though they are new and have the same outcomes."""
+    session = session_of(rounds=2, value="nonzero-gradient")
+    level = {"hard": 0, "half": 1}
+    for step in range(12):
+        batch = [f"{name}{step}-{k}" for name in level for k in range(8)]
+        first = session.plan_first(batch, 8, features={"level": [name[:4] for name in batch]})
+        outcome = lambda prompt_id, k: level[prompt_id[:4]] * k % 2  # noqa: E731
+        group_R = first.expand()
+        failed = np.zeros(group_R.size)
+        rest = (session.plan_rest(first, 128, group_R, failed).counts - first.counts).reshape(2, 8).sum(axis=1)
+        observe(session, session.plan_rest(first, 128, group_R, failed), outcome, step)
+    assert rest.sum() == 64 and rest[1] > 2 * rest[0]
+    assert not session.allocator.failures
+
+
+def test_an_infinite_or_missing_reward_of_the_first_round_is_unscored() -> None:
+    session = session_of(rounds=2)
+    first = session.plan_first(["a", "b"], 8)
+    rewards = [np.inf, np.nan, 1.0, 0.0] + [0.0] * 4
+    assert session.plan_rest(first, 16, first.expand(), rewards).counts.tolist() == [4, 12]
+    assert not session.allocator.failures
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 3}, "rounds must be 1 or 2, got 3"),
+        ({"allocation": "paper"}, "rounds=2 needs allocation='knapsack', got 'paper'; set rounds=1"),
+        ({"allocation": "uniform"}, "rounds=2 needs allocation='knapsack', got 'uniform'; set rounds=1"),
+        ({"budget_unit": "tokens"}, "got 'tokens' and 2; set rounds=1"),
+        ({"min_rollouts": 0}, "got 'rollouts' and 0; set rounds=1"),
+        ({"estimator": "beta"}, "rounds=2: .* posterior on a grid .* got BetaEstimator; set rounds=1"),
+        ({"value": "experiments.values:reward_variance"}, "got BayesFilterEstimator with CustomFunction; set rounds=1"),
+    ],
+)
+def test_two_rounds_that_cannot_work_are_refused(settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        AllocationSettings(**{"rounds": 2} | settings)
+    AllocationSettings(**settings | {"rounds": 1})
+
+
+def test_two_rounds_need_three_rollouts_a_prompt_and_an_allocator_for_them() -> None:
+    with pytest.raises(ValueError, match=r"rounds=2 needs num_generations of at least 3, .* got 2"):
+        AllocationSettings(rounds=2).check_allocation(2, "num_generations")
+    with pytest.raises(ValueError, match=r"rounds=2: .* got WindowEstimator"):
+        Session(AllocationSettings(rounds=2), KnapsackAllocator("window"))
+
+
 def test_a_budget_in_tokens_is_what_the_mean_would_take() -> None:
     session, prompts = session_of(budget_unit="tokens"), ["short", "long", "solved"]
     lengths = {"short": 3, "long": 30, "solved": 10}

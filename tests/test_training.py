@@ -78,6 +78,7 @@ OUT_OF_RANGE = {
     "value": ["", "gain"],
     "min_rollouts": [-1, 9],
     "max_rollouts": [7, 0, -1],
+    "rounds": [0, 3, -1],
     "weighting": ["token"],
     "advantage": ["", "mean", "batch-std"],
     "budget_unit": ["", "seconds"],

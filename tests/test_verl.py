@@ -113,6 +113,68 @@ def test_counts_sum_to_the_budget_and_follow_what_was_learned(tmp_path, world):
         assert not any(name.startswith("knapsack/failures") for name in metrics), mode
 
 
+def test_a_second_round_goes_to_groups_without_a_gradient(tmp_path, world):
+    run = Run(tmp_path, world, rounds=2, log_allocations=True)
+    followed = 0
+    for step in range(1, 7):
+        sizes, metrics = run.train()
+        counts = [prompt["__rollout_n__"] for prompt in world.received]
+        uids = [prompt["uid"] for prompt in world.received]
+        assert counts[:12] == [2] * 12 and sum(counts) == 48 == sum(sizes.values())
+        assert sorted(uids[:12]) == sorted(f"u{step}-{k}" for k in range(12))
+        assert {uid.removesuffix(".2") for uid in uids[12:]} <= set(uids[:12])
+        assert metrics["knapsack/rollouts"] == metrics["knapsack/budget"] == 48
+        assert metrics["knapsack/allocation_failures"] == 0
+        assert not any(name.startswith("knapsack/failures") for name in metrics)
+        row = json.loads((tmp_path / "allocations.jsonl").read_text().splitlines()[-1])
+        assert row["counts"] == row["arrived"] == [sizes[int(name.removeprefix("math/"))] for name in row["prompt_ids"]]
+        mixed = [n for n, effective in zip(row["counts"], row["effective"], strict=True) if effective]
+        followed += 2 in mixed and max(row["counts"]) > 4
+    assert followed
+    assert run.manager.session.first_round is None
+
+
+def test_a_second_round_whose_outcomes_cannot_be_read_follows_the_estimates(tmp_path, world, monkeypatch, caplog):
+    run = Run(tmp_path, world, rounds=2, outcome="accuracy")
+    sizes, metrics = run.train()
+    assert sum(sizes.values()) == 48 and set(sizes.values()) == {4}
+    assert metrics == {"stock": 1.0}
+    assert "returned no 'accuracy' beside its score" in caplog.text
+
+
+def test_a_prompt_twice_in_a_batch_divides_its_second_round_over_its_rows(tmp_path, world):
+    small = {"data.train_batch_size": 4, "actor_rollout_ref.actor": {"ppo_mini_batch_size": 4}}
+    run = Run(tmp_path, world, prompts=4, rounds=2, changes=small)
+    twice = [{"index": k, "rate": 0.0 if k else 0.5} for k in (0, 1, 1, 0)]
+    run.train(extra_info=twice, raw_prompt=[[{"role": "user", "content": f"{row['index']}"}] for row in twice])
+    got = Counter()
+    for prompt in world.received:
+        got[prompt["uid"].removesuffix(".2")] += prompt["__rollout_n__"]
+    assert sum(got.values()) == 16 and abs(got["u1-1"] - got["u1-2"]) <= 1 and min(got.values()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"trainer.v1.trainer_mode": "colocate_async"},
+            r"rounds=2 needs trainer\.v1\.trainer_mode=sync .* got colocate_async",
+        ),
+        (
+            {"trainer.v1.sync": {"parameter_sync_step": 2}, "actor_rollout_ref.actor": {"ppo_mini_batch_size": 6}},
+            "got sync and 2",
+        ),
+        ({"skip": {"rollout_tq": {"enable": True}}}, r"which skip\.rollout_tq skips"),
+        ({"actor_rollout_ref.rollout.n": 2}, r"rounds=2 needs actor_rollout_ref\.rollout\.n of at least 3"),
+    ],
+)
+def test_two_rounds_that_cannot_work_on_verl_are_refused(tmp_path, changes, message):
+    config = verl_standins.config(tmp_path, **changes)
+    check_config(config, VerlSettings())
+    with pytest.raises(ValueError, match=message):
+        check_config(config, VerlSettings(rounds=2))
+
+
 OVER_MEAN = {"algorithm.adv_estimator": "knapsack_group_mean"}
 
 

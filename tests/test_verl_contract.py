@@ -66,6 +66,14 @@ class Queue:
             self.tags[partition_id][key] = tag
             self.rows[partition_id][key] = fields[row : row + 1]
 
+    def kv_batch_put(self, keys, partition_id, fields=None, tags=None):
+        for row, key in enumerate(keys):
+            if tags is not None:
+                self.tags[partition_id][key] = tags[row]
+            for name in () if fields is None else fields.keys():
+                value = tensordict_utils.index_select_tensor_dict(fields, [row])[name]
+                self.rows[partition_id][key][name] = value
+
     def kv_list(self, partition_id=None):
         return self.tags
 
@@ -122,7 +130,7 @@ class Run:
     def __init__(self, config, monkeypatch, seed=0):
         self.config, self.trainer_mode, self.step = config, config.trainer.v1.trainer_mode, 0
         self.queue, self.rng = Queue(), np.random.default_rng(seed)
-        for name in ("kv_list", "kv_clear", "kv_batch_get", "async_kv_put", "async_kv_batch_put"):
+        for name in ("kv_list", "kv_clear", "kv_batch_get", "kv_batch_put", "async_kv_put", "async_kv_batch_put"):
             monkeypatch.setattr(transfer_queue, name, getattr(self.queue, name))
         monkeypatch.setattr(agent_loop_tq.ray, "get", lambda references: references)
         self.callback = build_checkpoint_callback(config)
@@ -173,7 +181,7 @@ class Run:
         scores = torch.tensor(rewards)[:, None]
         rows = DataProto.from_dict(
             tensors={"token_level_rewards": scores.clone(), "response_mask": torch.ones_like(scores)},
-            non_tensors={"uid": np.array([key.split("_")[0] for key in batch.keys], dtype=object)},
+            non_tensors={"uid": np.array([getattr(uid, "data", uid) for uid in data["uid"]], dtype=object)},
         )
         done = compute_advantage_for_multi_trajectories(
             rows, batch_keys=batch.keys, adv_estimator=estimator, num_repeat=MEAN
@@ -212,6 +220,32 @@ def test_six_steps_of_verls_own_code(tmp_path, monkeypatch, mode):
         assert metrics["knapsack/allocation_failures"] == 0
         assert metrics["knapsack/rollouts"] == PROMPTS * MEAN
     assert ragged > 0
+    assert metrics["knapsack/prompts_seen"] == 2 * PROMPTS
+
+
+def test_two_rounds_of_verls_own_code(tmp_path, monkeypatch):
+    """Exact totals, sizes that follow the first outcomes, and groups of both rounds in verl's advantages."""
+    run = Run(configured(tmp_path, poll_interval=0.01, log_metrics="all", rounds=2), monkeypatch)
+    across = 0
+    for _ in range(STEPS):
+        batch, metrics = run.train()
+        prompts, rewards, advantages = run.outcome(batch)
+        first = Counter(prompts[: 2 * PROMPTS])
+        assert set(first.values()) == {2} and len(prompts) == PROMPTS * MEAN == len(set(batch.keys))
+        outcomes = defaultdict(set)
+        for prompt, reward in zip(prompts[: 2 * PROMPTS], rewards, strict=False):
+            outcomes[prompt].add(reward)
+        equal = {prompt for prompt, found in outcomes.items() if len(found) == 1}
+        assert set(prompts[2 * PROMPTS :]) <= (equal or set(prompts))
+        for row, (prompt, reward, advantage) in enumerate(zip(prompts, rewards, advantages, strict=True)):
+            mates = [other for other, mate in zip(rewards, prompts, strict=True) if mate == prompt]
+            mean = math.fsum(mates) / len(mates)
+            spread = math.sqrt(math.fsum((mate - mean) ** 2 for mate in mates) / (len(mates) - 1))
+            assert advantage == pytest.approx((reward - mean) / (spread + 1e-6), rel=1e-5, abs=1e-6)
+            across += row < 2 * PROMPTS and prompt in equal and spread > 0
+        assert metrics["knapsack/budget"] == metrics["knapsack/rollouts"] == PROMPTS * MEAN
+        assert metrics["knapsack/allocation_failures"] == 0
+    assert across, "no group got its gradient in the second round"
     assert metrics["knapsack/prompts_seen"] == 2 * PROMPTS
 
 

@@ -84,6 +84,7 @@ def runs(material, tmp_path_factory):
         "uniform": lambda folder: finished(folder, material, *plugged_in(allocation="uniform")),
         "asynchronous": lambda folder: finished(folder, material, *plugged_in(), *mode, steps=3),
         "tokens": lambda folder: finished(folder, material, *plugged_in(budget_unit="tokens"), *small, steps=4),
+        "two rounds": lambda folder: finished(folder, material, *plugged_in(rounds=2), steps=3),
         "misconfigured": lambda folder: launch.run(folder, *material, 1, *plugged_in(), wrong),
     }
     with ThreadPoolExecutor(max_workers=at_once) as executor:
@@ -113,6 +114,11 @@ def asynchronous(runs):
 @pytest.fixture(scope="session")
 def tokens(runs):
     return runs["tokens"].result()
+
+
+@pytest.fixture(scope="session")
+def two_rounds(runs):
+    return runs["two rounds"].result()
 
 
 def by_prompt(line):
@@ -153,9 +159,10 @@ def test_the_allocation_is_that_of_an_allocator_that_saw_the_same_rewards(knapsa
         reference.observe([row["prompt"] for row in line["rows"]], [row["reward"] for row in line["rows"]])
 
 
-def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynchronous, tokens):
+def test_every_advantage_equals_an_independent_reference(knapsack, stock, asynchronous, tokens, two_rounds):
     ragged = 0
-    for line in [*knapsack[0].recorded(), *stock.recorded(), *asynchronous.recorded(), *tokens.recorded()]:
+    runs = knapsack[0], stock, asynchronous, tokens, two_rounds
+    for line in [line for run in runs for line in run.recorded()]:
         for rows in by_prompt(line).values():
             rewards = [row["reward"] for row in rows]
             mean = math.fsum(rewards) / len(rewards)
@@ -178,6 +185,19 @@ def test_a_budget_in_tokens_varies_the_rollouts_and_pads_nothing(tokens):
     assert all(total % 16 == 0 for total in totals)
     assert tokens.metrics()[-1]["knapsack/allocation_failures"] == 0
     assert any("knapsack/expected_tokens" in metrics for metrics in tokens.metrics())
+
+
+def test_a_second_round_completes_the_groups_of_the_first(two_rounds):
+    for line, log in zip(two_rounds.recorded(), two_rounds.allocations(), strict=True):
+        sizes = Counter(row["prompt"] for row in line["rows"])
+        assert sizes == dict(zip(log["prompt_ids"], log["counts"], strict=True))
+        assert sum(sizes.values()) == PROMPTS * MEAN and line["padding"] == 0
+        rounds = Counter((row["prompt"], ".2_" in row["key"]) for row in line["rows"])
+        assert {rounds[prompt, False] for prompt in sizes} == {2}
+        equal = {p for p in sizes if len({r["reward"] for r in by_prompt(line)[p] if ".2_" not in r["key"]}) == 1}
+        assert {prompt for prompt, second in rounds if second} <= (equal or sizes.keys())
+    assert max(max(log["counts"]) for log in two_rounds.allocations()) > MEAN
+    assert two_rounds.metrics()[-1]["knapsack/allocation_failures"] == 0
 
 
 def test_uniform_allocation_equals_verl_without_the_plug_in(uniform, stock):

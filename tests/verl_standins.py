@@ -48,6 +48,12 @@ class TransferQueue:
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, dict[str, Any]]] = {"train": {}, "val": {}}
 
+    def kv_batch_put(
+        self, *, keys: list[str], partition_id: str, fields: Any = None, tags: list[dict[str, Any]] | None = None
+    ) -> None:
+        for row, key in enumerate(keys if fields is not None else ()):
+            self.rows[partition_id][key] |= fields.row(row)
+
     def kv_batch_get(self, *, keys: list[str], partition_id: str, select_fields: list[str]) -> dict[str, list[Any]]:
         return {name: [self.rows[partition_id][key][name] for key in keys] for name in select_fields}
 
@@ -115,9 +121,11 @@ def install(monkeypatch: Any, world: World) -> None:
             self.trainer_mode, self.sampler_kwargs, self.poll_interval = trainer_mode, sampler_kwargs, poll_interval
 
         def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict[str, Any]]:
-            rows = world.queue.rows[partition_id]
+            rows = {key: row for key, row in world.queue.rows[partition_id].items() if not row.get("_sampled")}
             uids = list(dict.fromkeys(key.split("_")[0] for key in rows))[:batch_size]
             keys = [key for key in rows if key.split("_")[0] in uids]
+            for key in keys:
+                rows[key]["_sampled"] = True
             return KVBatchMeta(keys, [rows[key]["_tag"] for key in keys], partition_id), {"stock": 1.0}
 
     class ReplayBufferAsync(ReplayBuffer):
@@ -144,9 +152,14 @@ def install(monkeypatch: Any, world: World) -> None:
     utils.index_select_tensor_dict = lambda batch, rows: Batch(
         {name: [values[row] for row in rows] for name, values in batch.columns.items()}, batch.shared
     )
+    utils.get_tensordict = Batch
     contents: dict[str, dict[str, Any]] = {
         "tensordict": {"TensorDict": Batch},
-        "transfer_queue": {"kv_batch_get": world.queue.kv_batch_get},
+        "transfer_queue": {
+            "kv_batch_get": world.queue.kv_batch_get,
+            "kv_batch_put": world.queue.kv_batch_put,
+            "KVBatchMeta": KVBatchMeta,
+        },
         "verl": {},
         "verl.trainer": {},
         "verl.trainer.ppo": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections import Counter
@@ -31,7 +32,7 @@ from knapsack_rl.allocation.policies import (
 )
 from knapsack_rl.allocation.solver import total_value
 from knapsack_rl.allocation.value import ValueLike, named_value
-from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_mixed_outcomes
+from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_top_up
 from knapsack_rl.estimation.lengths import check_length_sums, check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
@@ -314,7 +315,7 @@ class KnapsackAllocator(Guarded):
     def top_up(
         self, prompt_ids: Iterable[PromptId], counts_so_far: ArrayLike, successes_so_far: ArrayLike, budget: int
     ) -> Allocation:
-        """Allocate the rest of a step's budget given the outcomes of a first share, in your own training loop.
+        """Allocate the rest of a step's budget given the outcomes of a first share.
 
         Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
         rollouts of the step once. Group sizes then depend on outcomes, which biases group statistics but not the
@@ -330,13 +331,13 @@ class KnapsackAllocator(Guarded):
             Additional counts that sum to the budget; predictions are about both shares together.
 
         Raises:
-            ValueError: arguments do not match, the estimator has no posterior on a grid, or the value depends on more
-                than whether outcomes are mixed.
+            ValueError: arguments do not match, the estimator has no posterior on a grid, or the value cannot judge
+                further rollouts of a group.
         """
         started = time.perf_counter()
         ids, left = check_batch(prompt_ids), check_step_budget(budget)
         counts, successes = check_outcomes(counts_so_far, successes_so_far, len(ids))
-        grid, cap, order = check_mixed_outcomes(self.estimator), self.max_rollouts, stable_order(ids)
+        grid, cap, order = check_top_up(self.estimator), self.max_rollouts, stable_order(ids)
 
         def spend() -> Allocation:
             records, most = self._records(ids), max(int(room_left(counts, left, cap).max()), 1)
@@ -344,7 +345,7 @@ class KnapsackAllocator(Guarded):
             while True:
                 found = top_up(grid.believe_after(records, counts, successes, columns), counts, left, cap, order)
                 if columns == most or found.counts.max() < columns:
-                    return self._step.predict(ids, self._note_degradation(found))
+                    return self._step.predict(ids, self._step.as_rewards(self._note_degradation(found), counts))
                 columns = min(4 * columns, most)
 
         found = self.survive("top-up", spend)
@@ -352,6 +353,11 @@ class KnapsackAllocator(Guarded):
             found = self._step.predict(ids, unpredicted(evenly(left, 1, order), EVENLY, degraded=True))
         self._step.details["top_up_seconds"] = time.perf_counter() - started
         return found
+
+    @one_at_a_time
+    def describe(self, allocation: Allocation) -> None:
+        """Let :meth:`metrics` describe an allocation, such as both shares of a step, in place of the newest one."""
+        self._step.allocation = allocation
 
     @one_at_a_time
     def adopt(self, prompt_ids: Iterable[PromptId], counts: ArrayLike) -> Allocation:
@@ -400,13 +406,14 @@ class KnapsackAllocator(Guarded):
         self.record(distinct, self.outcomes_of(prompt_R, rewards, len(distinct)), checked)
 
     @one_at_a_time
-    def outcomes_of(self, prompt_R: IntArray, rewards: ArrayLike, prompts: int) -> GroupOutcomes:
+    def outcomes_of(self, prompt_R: IntArray, rewards: ArrayLike, prompts: int, *, keep: bool = True) -> GroupOutcomes:
         """Group a generated batch by prompt and judge its rewards by the success rule, which learns from them.
 
         Args:
             prompt_R: (R,) position of each rollout's prompt.
             rewards: (R,) reward of each rollout, NaN for an unscored one; or (R, F) parts that add up to it.
             prompts: number of prompts.
+            keep: whether to keep what the rule learns; not for a first share, whose rewards come again with the rest.
 
         Raises:
             ValueError: the arguments differ in length, or a reward is infinite.
@@ -414,7 +421,7 @@ class KnapsackAllocator(Guarded):
         if self.success is not None:
             return outcomes_by_position(prompt_R, rewards, prompts, self.success)
         assert self.learned is not None
-        learned = self.learned
+        learned = self.learned if keep else copy.copy(self.learned)
 
         def learn_and_judge(whole: FloatArray) -> BoolArray:  # called once the rewards are known to be good
             parts = as_float64(rewards)[0]
@@ -423,7 +430,8 @@ class KnapsackAllocator(Guarded):
             return learned.successes(rows)
 
         groups = outcomes_by_position(prompt_R, rewards, prompts, learn_and_judge)
-        self._step.differ_anyway = learned.differ_anyway
+        if keep:
+            self._step.differ_anyway = learned.differ_anyway
         return groups
 
     @one_at_a_time

@@ -64,10 +64,20 @@ class StepMetrics:
     def expect(self, ids: list[PromptId], allocation: Allocation, belief: Belief) -> Allocation:
         """Add the predictions of a belief to an allocation, and keep it."""
         mixed = belief.nonzero_gradient(allocation.counts)
-        chance = np.where(allocation.counts >= 2, mixed + (1.0 - mixed) * self.differ_anyway, mixed)
-        found = replace(allocation, success_rates=belief.mean, nonzero_gradient=chance)
+        found = self.as_rewards(replace(allocation, success_rates=belief.mean, nonzero_gradient=mixed))
         self.allocation, self.estimated, self.details = found, True, {}
         return self.predict(ids, found)
+
+    def as_rewards(self, allocation: Allocation, before: IntArray | int = 0) -> Allocation:
+        """Return an allocation whose predictions of mixed outcomes have become predictions of rewards that differ.
+
+        Args:
+            allocation: a number of rollouts and a prediction for each group.
+            before: (M,) rollouts that the groups already have.
+        """
+        mixed = np.asarray(allocation.nonzero_gradient)
+        chance = np.where(allocation.counts + before >= 2, mixed + (1.0 - mixed) * self.differ_anyway, mixed)
+        return replace(allocation, nonzero_gradient=chance)
 
     def expect_nothing(self, ids: list[PromptId], allocation: Allocation) -> Allocation:
         """Keep an allocation made without a belief."""

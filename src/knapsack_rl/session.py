@@ -5,6 +5,9 @@ The TRL and verl adapters, the simulator and the command line share this. An eng
     plan = session.plan(ids, mean)  # before generation: rollouts per prompt
     groups, metrics = session.observe(plan, prompt_R, outcome_R, lengths_R, step)  # after scoring
 
+With two rounds in a step, ``first = session.plan_first(ids, mean)`` and, once these rollouts are scored,
+``plan = session.plan_rest(first, mean * len(ids), prompt_R, outcome_R)`` take the place of the first call.
+
 A configuration that cannot work is refused when the settings are made. After that a run never ends because of
 allocation: where allocating fails, every prompt of the batch gets the mean, and the failure is logged once and counted
 by kind.
@@ -16,7 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.degradation import uniform_counts
+from knapsack_rl.allocation.degradation import first_share, uniform_counts
 from knapsack_rl.allocation.policies import Allocation, unpredicted
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
@@ -32,7 +35,7 @@ from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.runs.allocations import allocation_row
 from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row, finite_or_none
 from knapsack_rl.runs.watch import WarningLog
-from knapsack_rl.settings import AllocationSettings
+from knapsack_rl.settings import AllocationSettings, check_rounds
 from knapsack_rl.success import describe_rule
 
 logger = logging.getLogger(__name__)
@@ -129,6 +132,8 @@ class Session:
         self.says = says
         self.rewards = tuple(rewards)
         self.allocator = settings.make_allocator() if allocator is None else allocator
+        if settings.rounds == 2:
+            check_rounds(self.allocator)
         self.folder = folder
         self.log_allocations = log_allocations
         self.smallest_group = smallest_group
@@ -175,13 +180,78 @@ class Session:
         if found is None:
             rollouts_B = uniform_counts(len(ids), rollouts)
             found = self.adopt(distinct, np.bincount(place_B, rollouts_B).astype(np.int64))
-        plan = Plan(distinct, found, time.perf_counter() - started)
-        unknown = np.full(len(distinct), np.nan)
-        estimate = unknown if found.success_rates is None else found.success_rates
-        predicted = unknown if found.nonzero_gradient is None else found.nonzero_gradient
-        self._pending.update(
-            zip(distinct, zip(plan.counts.tolist(), estimate.tolist(), predicted.tolist(), strict=True), strict=True)
-        )
+        return self._expect(Plan(distinct, found, time.perf_counter() - started))
+
+    def plan_first(
+        self,
+        ids: Sequence[PromptId],
+        mean: int,
+        *,
+        multiple: int = 1,
+        features: Mapping[str, ArrayLike] | None = None,
+    ) -> Plan:
+        """Return the first of two rounds: as many rollouts for each row of the batch, whatever is known of its prompt.
+
+        Args:
+            ids: (B,) prompt of each row of the batch.
+            mean: mean rollouts per row of both rounds.
+            multiple: the number of rollouts is a multiple of this, which ``mean * B`` must be too; the first rows get
+                one more where it does not divide evenly.
+            features: see :meth:`plan`.
+        """
+        started = time.perf_counter()
+        distinct, place_B = numbered(ids)
+        if features:
+            self.survive("features", lambda: self.allocator.note_features(ids, features))
+        share = first_share(len(ids), mean, self.allocator.min_rollouts, multiple)
+        counts = np.bincount(place_B, uniform_counts(len(ids), share)).astype(np.int64)
+        return self._expect(Plan(distinct, self.adopt(distinct, counts), time.perf_counter() - started))
+
+    def plan_rest(self, first: Plan, budget: int, prompt_R: IntArray, outcome_R: ArrayLike) -> Plan:
+        """Return the rollouts of both rounds, by the outcomes of the first.
+
+        Nothing is learned from these outcomes before :meth:`observe` gets those of both rounds. Where allocating fails,
+        the rest is divided evenly. A rollout without an outcome does not count towards ``max_rollouts``.
+
+        Args:
+            first: from :meth:`plan_first`.
+            budget: rollouts of both rounds.
+            prompt_R: (R,) position of each rollout's prompt among the plan's.
+            outcome_R: see :meth:`observe`.
+
+        Returns:
+            A plan whose counts, at least those of the first, sum to the budget. Its estimates are from before the step,
+            its predictions from after the first round.
+        """
+        started = time.perf_counter()
+        left = budget - int(first.counts.sum())
+        more = self.survive("top-up", lambda: self._top_up(first.ids, left, prompt_R, outcome_R))
+        if more is None:
+            counts = first.counts + uniform_counts(len(first.ids), left)
+            whole = self.adopt(first.ids, counts)
+        else:
+            whole = replace(more, counts=first.counts + more.counts, success_rates=first.allocation.success_rates)
+            self.survive("prediction", lambda: self.allocator.describe(whole))
+        return self._expect(Plan(first.ids, whole, first.seconds + time.perf_counter() - started))
+
+    def _top_up(self, ids: list[PromptId], left: int, prompt_R: IntArray, outcome_R: ArrayLike) -> Allocation:
+        """Ask the allocator for the rest of a step, and check its answer."""
+        outcomes = np.asarray(outcome_R, dtype=np.float64)
+        scored = np.where(np.isinf(outcomes), np.nan, outcomes)
+        groups = self.allocator.outcomes_of(prompt_R, scored, len(ids), keep=False)
+        found = self.allocator.top_up(ids, groups.totals, groups.successes, left)
+        counts = np.asarray(found.counts)
+        if counts.shape != (len(ids),) or (counts < 0).any() or counts.sum() != left:
+            raise ArithmeticError(f"the allocator gave {counts}, expected {len(ids)} whole numbers that sum to {left}")
+        return found
+
+    def _expect(self, plan: Plan) -> Plan:
+        """Keep the predictions of a plan for :meth:`arrived`, and return it."""
+        unknown = np.full(len(plan.ids), np.nan)
+        rates, nonzero = plan.allocation.success_rates, plan.allocation.nonzero_gradient
+        columns = (plan.counts, unknown if rates is None else rates, unknown if nonzero is None else nonzero)
+        kept = zip(*(column.tolist() for column in columns), strict=True)
+        self._pending.update(zip(plan.ids, kept, strict=True))
         return plan
 
     def plan_unidentified(self, groups: int, mean: int) -> Plan:

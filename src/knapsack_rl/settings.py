@@ -16,9 +16,13 @@ from typing import Any
 from knapsack_rl.allocation.policies import BUDGET_UNITS
 from knapsack_rl.allocation.value import VALUE_FORMS
 from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.estimation.bayes import check_top_up
 from knapsack_rl.estimation.named import ESTIMATORS
 
 ALLOCATIONS = ("knapsack", "paper", "uniform")
+
+LEAST_OF_TWO_ROUNDS = 3
+"""Fewest mean rollouts of a prompt that can be divided into two rounds: the first group of two, and one more."""
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -48,6 +52,8 @@ class AllocationSettings:
         min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
             with 1 a prompt may get a single rollout, which is observed but has no gradient.
         max_rollouts: most rollouts of a prompt.
+        rounds: 1, or 2: half of a step's rollouts go to all prompts alike, and the rest where the outcomes of that half
+            say that they gain most, see :meth:`knapsack_rl.session.Session.plan_rest`.
         success_threshold: an outcome above it counts as a success; by default what counts is learned from the outcomes,
             see :mod:`knapsack_rl.success`.
 
@@ -62,6 +68,7 @@ class AllocationSettings:
     budget_unit: str = option("rollouts", "unit of a step's budget", BUDGET_UNITS)
     min_rollouts: int = option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
     max_rollouts: int = option(128, "most rollouts of a prompt")
+    rounds: int = option(1, "1, or 2: half of a step's rollouts for all prompts, the rest by the outcomes of that half")
     success_threshold: float | None = option(None, "an outcome above it is a success; learned by default")
 
     def __post_init__(self) -> None:
@@ -87,7 +94,7 @@ class AllocationSettings:
         if self.success_threshold is not None and not math.isfinite(self.success_threshold):
             raise ValueError(f"success_threshold must be a finite number, got {self.success_threshold!r}")
         try:
-            self.make_allocator()
+            allocator = self.make_allocator()
         except TypeError as error:
             raise ValueError(f"estimator_settings {self.estimator_settings!r}: {error}") from error
         except ValueError as error:
@@ -100,6 +107,17 @@ class AllocationSettings:
                 f"min_rollouts <= {name} <= max_rollouts must hold, got "
                 f"min_rollouts={self.min_rollouts}, {name}={mean}, max_rollouts={self.max_rollouts}"
             )
+        if self.rounds not in (1, 2):
+            raise ValueError(f"rounds must be 1 or 2, got {self.rounds}")
+        if self.rounds == 2:
+            if self.allocation != "knapsack":
+                raise ValueError(f"rounds=2 needs allocation='knapsack', got {self.allocation!r}; set rounds=1")
+            check_rounds(allocator)
+            if mean is not None and mean < LEAST_OF_TWO_ROUNDS:
+                raise ValueError(
+                    f"rounds=2 needs {name} of at least {LEAST_OF_TWO_ROUNDS}, of which a prompt gets two in the first "
+                    f"round, got {mean}; raise it or set rounds=1"
+                )
 
     @property
     def estimator_options(self) -> dict[str, Any]:
@@ -134,6 +152,23 @@ class AllocationSettings:
             value=self.value,
             **self.estimator_options,
         )
+
+
+def check_rounds(allocator: KnapsackAllocator) -> None:
+    """Refuse an allocator that cannot divide a step into two rounds.
+
+    Raises:
+        ValueError: it counts in tokens, may skip prompts, or cannot judge further rollouts of a group.
+    """
+    if allocator.budget_unit != "rollouts" or allocator.min_rollouts == 0:
+        raise ValueError(
+            "rounds=2 gives every prompt rollouts in the first round, so it needs budget_unit='rollouts' and "
+            f"min_rollouts of at least 1, got {allocator.budget_unit!r} and {allocator.min_rollouts}; set rounds=1"
+        )
+    try:
+        check_top_up(allocator.estimator)
+    except ValueError as error:
+        raise ValueError(f"rounds=2: {error}; set rounds=1") from error
 
 
 def check_fields(settings: Any, kind: type) -> None:

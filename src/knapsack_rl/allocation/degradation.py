@@ -1,4 +1,4 @@
-"""The order in which bounds are widened if the bounds and the budget of a batch contradict each other.
+"""Even counts, and the order in which bounds are widened if the bounds and the budget of a batch contradict each other.
 
 Allocation never ends a run: bounds are widened in the order given here, and the reason is reported.
 """
@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
+
+FIRST_SHARE = 0.5
+"""Share of a step's rollouts that go to all prompts alike in the first of two rounds."""
 
 
 def feasible_bounds(
@@ -89,6 +92,19 @@ def uniform_counts(prompts: int, budget: int) -> IntArray:
     """Return (M,) equal counts that sum to the budget; the remainder goes to the first prompts."""
     each, extra = divmod(budget, max(prompts, 1))
     return each + (np.arange(prompts) < extra)
+
+
+def first_share(rows: int, mean: int, min_rollouts: int, multiple: int) -> int:
+    """Return the rollouts of the first of two rounds: about half, as many for each row, and at least two.
+
+    Args:
+        rows: of the batch.
+        mean: rollouts per row in both rounds.
+        min_rollouts: fewest rollouts of a prompt.
+        multiple: of which the result is one, as is ``rows * mean``.
+    """
+    each = max(int(FIRST_SHARE * mean), min_rollouts, 2)
+    return min(-(-rows * each // multiple) * multiple, rows * mean)
 
 
 def evenly(budget: int, min_rollouts: int, priority: FloatArray) -> IntArray:

@@ -437,7 +437,7 @@ def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, pri
     maximum is raised.
 
     Args:
-        belief: belief after these outcomes; its marginals are those of further rollouts, of a value of mixed outcomes.
+        belief: belief after these outcomes; its marginals are those of further rollouts.
             The counts are those of a wider table if none of them reaches the last column.
         counts: (M,) rollouts so far.
         budget: rollouts to hand out.
@@ -453,7 +453,7 @@ def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, pri
     within = np.minimum(room, belief.marginals.shape[1])
     room = within if int(within.sum()) >= budget else room
     table = _padded(belief.marginals, room)
-    extra = _with_pairs(table, (counts == 0) & (table[:, :2].sum(axis=1) > 0.0), budget, room, priority)
+    extra = _with_new_groups(table, (counts == 0) & (table[:, :2].sum(axis=1) > 0.0), budget, room, priority)
     value = solver.total_value(table, extra)
     return Allocation(
         extra,
@@ -466,15 +466,16 @@ def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, pri
     )
 
 
-def _with_pairs(
+def _with_new_groups(
     table: FloatArray, empty: NDArray[np.bool_], budget: int, room: IntArray, priority: FloatArray
 ) -> IntArray:
     """Return the optimum of rows that fall, except that the first rollout of an empty group has no value.
 
-    The concave hull of such a row has a level start: a value of mixed outcomes is three times as large for three
-    rollouts as half of that for two. So the greedy on the hulls is optimal unless it leaves one rollout in an empty
-    group. Then this group gets none, or one more, and the better of the two is the optimum: to change any other group
-    by more than a rollout costs more.
+    The concave hull of such a row has a level start, up to the most value per rollout. The greedy on the hulls is
+    optimal unless it leaves groups within that start. Then fewer of these groups share what they had: every number of
+    them is tried, the most value per rollout first. For a value of mixed outcomes, whose third rollout gains half as
+    much as the first two, this is the optimum: to change any other group by more than a rollout costs more. For other
+    values it is within the value of one group.
 
     Args:
         table: (M, K) marginal values of further rollouts.
@@ -485,16 +486,19 @@ def _with_pairs(
     """
     if not empty.any() or table.shape[1] < 2:
         return solver.solve(table, budget, 0, room, priority=priority)
-    hull, half = table.copy(), table[empty, 1] / 2.0
-    hull[empty, :2] = half[:, None]
-    hull[empty, 2:] = np.minimum(hull[empty, 2:], half[:, None])  # rounding may make the third rise
+    rollouts = np.arange(1, table.shape[1] + 1)
+    each = np.where(rollouts <= room[empty, None], np.cumsum(table[empty], axis=1) / rollouts, 0.0)
+    start, slope = np.zeros_like(room), np.zeros(room.size)
+    start[empty], slope[empty] = each.argmax(axis=1) + 1, each.max(axis=1)
+    hull = np.where(rollouts <= start[:, None], slope[:, None], table)
+    hull[empty, 1:] = np.minimum(hull[empty, 1:], hull[empty, :1])  # rounding may make the rest rise
     level = solver.solve(hull, budget, 0, room, priority=priority)
-    alone = int((level[empty] == 1).sum())
-    if not alone:
+    within = (level > 0) & (level < start)
+    if not within.any():
         return level
-    by_value = np.flatnonzero(empty)[np.lexsort((priority[empty], -half))]
-    pairs, plans = int((level[empty] >= 2).sum()) + alone // 2, [level]
-    for served in range(pairs, pairs + alone % 2 + 1):
+    by_value = np.flatnonzero(empty)[np.lexsort((priority[empty], -slope[empty]))]
+    whole, shared, plans = int((empty & (level >= start)).sum()), int(level[within].sum()), [level]
+    for served in range(whole + shared // int(start[within].max()), whole + shared // 2 + 2):
         low, high = np.zeros_like(room), np.where(empty, 0, room)
         low[by_value[:served]], high[by_value[:served]] = 2, room[by_value[:served]]
         if int(low.sum()) <= budget <= int(high.sum()) and (low <= high).all():

@@ -138,6 +138,15 @@ class ValueFunction(Protocol):
         ...
 
 
+@runtime_checkable
+class SequentialValue(ValueFunction, Protocol):
+    """A value to which further rollouts of a group with both outcomes add nothing."""
+
+    def marginals_after(self, success_rates: ArrayLike, more_rollouts: int, *, successes: bool) -> FloatArray:
+        """Return the (M, more_rollouts) marginal values of a group with successes, or with failures, alone so far."""
+        ...
+
+
 @dataclass(frozen=True)
 class MixedOutcomes:
     """A gain per prompt if the group has both outcomes: V = (1 - p^N - (1-p)^N) gain(p).
@@ -168,6 +177,16 @@ class MixedOutcomes:
             table[:, 1:] = _geometric(start, p, max_rollouts - 1)
             table[:, 1:] += _geometric(start, 1.0 - p, max_rollouts - 1)
         return table
+
+    def marginals_after(self, success_rates: ArrayLike, more_rollouts: int, *, successes: bool) -> FloatArray:
+        """Return the (M, more_rollouts) marginal values of a group whose outcomes are all equal so far.
+
+        The first outcome of the other kind gains all, so k more rollouts are worth gain(p) (1 - (1-p)^k) after
+        failures alone, and gain(p) (1 - p^k) after successes alone.
+        """
+        p = check_success_rates(success_rates).ravel()
+        other = 1.0 - p if successes else p
+        return _geometric(self.gain(p) * other, 1.0 - other, more_rollouts)
 
 
 @dataclass(frozen=True)
@@ -224,6 +243,26 @@ class Likelihood:
         if max_rollouts > 1:
             table[:, 1:] = _geometric(p ** (1.0 - self.power) * (1.0 - p), 1.0 - p, max_rollouts - 1)
         return table
+
+    def marginals_after(self, success_rates: ArrayLike, more_rollouts: int, *, successes: bool) -> FloatArray:
+        """Return the (M, more_rollouts) marginal values of a group whose outcomes are all equal so far.
+
+        V(N, p) = p^-B (P(a success among N) - p) for N >= 1, so only the first success counts: k more rollouts are
+        worth p^-B (1 - (1-p)^k) after failures alone, and nothing after a success.
+
+        In detail: with s >= 1 successes among N rollouts the expected gradient of the group is 1 - s/N times that of
+        the logit of p, which is (1-p) - (s/N - p): the part of the successes, less the deviation of the baseline s/N
+        from p. In a group of fixed size this deviation has mean zero. More rollouts change it by -k (s/n - p) / (n+k)
+        on average, which is regression to the mean. It is not counted, because groups chosen by it would bias the
+        gradient; in this the value is an approximation.
+
+        This is the only value that depends on the first success alone and that agrees with V: averaged over the
+        outcomes of n rollouts, (1-p)^n p^-B (1 - (1-p)^k) = V(n+k, p) - V(n, p).
+        """
+        p = check_success_rates(success_rates).ravel()
+        if successes:
+            return np.zeros((p.size, more_rollouts))
+        return _geometric(p ** (1.0 - self.power), 1.0 - p, more_rollouts)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from knapsack_rl.allocation.belief import CHECK_ROLLOUTS, Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, check_whole
-from knapsack_rl.allocation.value import MixedOutcomes, ValueLike, make_value_function, nonzero_gradient_probability
+from knapsack_rl.allocation.value import SequentialValue, ValueLike, make_value_function, nonzero_gradient_probability
 from knapsack_rl.estimation.products import product, product_of_columns
 from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import Records
@@ -119,8 +119,9 @@ class GridPosterior(Estimator):
     def believe_after(self, records: Records, counts: IntArray, successes: IntArray, more_rollouts: int) -> Belief:
         """Return the belief after a first share of outcomes: gains of further rollouts, and predictions.
 
-        With a value of mixed outcomes, a group that has both outcomes gains nothing from more rollouts. For a group
-        with equal outcomes the updated posterior gives the value of k more:
+        A group that has both outcomes gains nothing from more rollouts. For a group with equal outcomes the updated
+        posterior gives the expected value of k more, here with a value of mixed outcomes; that of a success among k is
+        in :meth:`knapsack_rl.allocation.value.Likelihood.marginals_after`:
 
             all failures:   V(k) = E[gain(p) (1 - (1-p)^k)]     a success is missing
             all successes:  V(k) = E[gain(p) (1 - p^k)]         a failure is missing
@@ -140,22 +141,21 @@ class GridPosterior(Estimator):
             more_rollouts: number of columns of marginal values of further rollouts.
 
         Raises:
-            ValueError: the value does not depend on mixed outcomes alone.
+            ValueError: the value has no marginal values after a first share.
 
         Source: Haldane 1945 (inverse sampling and its bias); Berger & Wolpert 1988 (stopping rules and likelihood).
         """
-        check_mixed_outcomes(self)
+        value: Any = check_top_up(self).value
         posterior = self.posterior(records) * self.binomial_likelihood(successes, counts - successes)
         posterior /= posterior.sum(axis=1, keepdims=True)
-        p, q, k = self.grid, 1.0 - self.grid, np.arange(more_rollouts)
-        gain = self.value.gain(p)[:, None]  # type: ignore[attr-defined]
+        p, q = self.grid, 1.0 - self.grid
         empty = counts == 0
         all_failures, all_successes = ~empty & (successes == 0), ~empty & (successes == counts)
         marginals = np.zeros((counts.size, more_rollouts))
         for groups, on_grid in (
-            (all_failures, gain * p[:, None] * q[:, None] ** k),
-            (all_successes, gain * q[:, None] * p[:, None] ** k),
-            (empty, self.value.marginals(p, more_rollouts)),
+            (all_failures, value.marginals_after(p, more_rollouts, successes=False)),
+            (all_successes, value.marginals_after(p, more_rollouts, successes=True)),
+            (empty, value.marginals(p, more_rollouts)),
         ):
             marginals[groups] = product(posterior[groups], on_grid)
 
@@ -526,16 +526,17 @@ def _sample(population: Records) -> Records:
     return population.take(np.linspace(0, len(population) - 1, REFIT_SAMPLE).astype(np.int64))
 
 
-def check_mixed_outcomes(estimator: Estimator) -> GridPosterior:
-    """Return the estimator if it has a posterior on a grid and a value of mixed outcomes.
+def check_top_up(estimator: Estimator) -> GridPosterior:
+    """Return the estimator if it can allocate after a first share: a posterior on a grid, and a value that allows it.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it cannot.
     """
-    if not isinstance(estimator, GridPosterior) or not isinstance(estimator.value, MixedOutcomes):
+    if not isinstance(estimator, GridPosterior) or not isinstance(estimator.value, SequentialValue):
         raise ValueError(
-            "top_up needs an estimator with a posterior on a grid ('bayes-filter', 'empirical-bayes') and the value "
-            f"'knapsack', 'nonzero-gradient' or 'power-A-B', got {type(estimator).__name__}"
+            "allocating after a first share needs an estimator with a posterior on a grid ('bayes-filter', "
+            "'empirical-bayes') and a value 'knapsack', 'nonzero-gradient', 'power-A-B' or 'likelihood-B', got "
+            f"{type(estimator).__name__}"
             + (f" with {type(estimator.value).__name__}" if isinstance(estimator, GridPosterior) else "")
         )
     return estimator

@@ -48,7 +48,8 @@ class Settings(AllocationSettings):
         seeds: number of replays of each policy, from seed 0 on.
 
     Raises:
-        ValueError: a setting is out of range, or the budget is in tokens, of which a reward log knows nothing.
+        ValueError: a setting is out of range, the budget is in tokens, of which a reward log knows nothing, or a step
+            has two rounds, which are not simulated.
     """
 
     bandwidth: float = option(2.5, "bandwidth of the smoothing, in visits")
@@ -60,6 +61,8 @@ class Settings(AllocationSettings):
         check_whole("seeds", self.seeds, minimum=1)
         if self.budget_unit != "rollouts":
             raise ValueError(f"a dry run has no lengths, so budget_unit must be 'rollouts', got {self.budget_unit!r}")
+        if self.rounds != 1:
+            raise ValueError(f"a dry run simulates steps of one round, so rounds must be 1, got {self.rounds}")
 
     def policies(self) -> dict[str, PolicyMaker]:
         """Return the policies to replay, by label."""

@@ -86,7 +86,8 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
     """Return the runs of a comparison: every policy with every seed, seeds in the outer loop.
 
     Args:
-        settings: shared settings; allocation, rollouts per prompt (N, doubled for ``"uniform-2n"``) and seed vary.
+        settings: shared settings; allocation, rollouts per prompt (N, doubled for ``"uniform-2n"``) and seed vary, and
+            ``rounds`` are those of the knapsack alone.
         policies: from ``POLICIES``.
         seeds: distinct seeds.
         output: parent of the run folders.
@@ -106,6 +107,7 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
                 settings,
                 allocation=policy.removesuffix("-2n"),
                 rollouts_per_prompt=settings.rollouts_per_prompt * (2 if policy.endswith("-2n") else 1),
+                rounds=settings.rounds if policy == "knapsack" else 1,  # the others have one
                 seed=seed,
                 threads=1,
             )

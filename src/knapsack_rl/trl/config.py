@@ -100,6 +100,11 @@ def check_settings(args: Any) -> AllocationSettings:
             "prompts_per_step='varying' needs an allocation of rollouts, got "
             f"allocation={found.allocation!r} and budget_unit={found.budget_unit!r}"
         )
+    if found.rounds == 2 and setting(args, "prompts_per_step") == "varying":
+        raise ValueError(
+            "rounds=2 gives every prompt of a step rollouts in its first round, which prompts_per_step='varying' does "
+            "not plan for; set one of them to its default"
+        )
     for name in ("replay", "log_samples"):
         if setting(args, name) < 0:
             raise ValueError(f"{name} must be >= 0, got {setting(args, name)}")
@@ -145,11 +150,12 @@ def without_effect(args: Any, allocator: KnapsackAllocator, data: Any) -> list[s
             f"num_generations={mean} equals max_rollouts, so no prompt can get more and training is that of stock "
             "GRPO. Raise max_rollouts"
         )
-    if isinstance(data, Dataset) and not len(allocator.tracker) and visits(args, len(data)) <= len(data):
+    by_history = setting(args, "rounds") == 1 and isinstance(data, Dataset) and not len(allocator.tracker)
+    if by_history and visits(args, len(data)) <= len(data):
         found.append(
             f"training ends before any of the {len(data)} prompts comes a second time. Nothing is known of a prompt at "
-            "its first visit, so training is that of stock GRPO. Raise num_train_epochs or max_steps, or use fewer "
-            "prompts"
+            "its first visit, so training is that of stock GRPO. Set rounds=2, raise num_train_epochs or max_steps, or "
+            "use fewer prompts"
         )
     return found
 

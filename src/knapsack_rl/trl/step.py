@@ -24,11 +24,13 @@ class Step:
         plan: its prompts and their rollouts.
         group_R: (R,) position of each row's prompt among the plan's.
         ragged: whether the rows differ from the stock trainer's.
+        generated_R: (R,) place of each row in the order of generation, in which TRL logs; None where it is its own.
     """
 
     plan: Plan
     group_R: IntArray  # noqa: N815 - the suffix names the shape
     ragged: bool
+    generated_R: IntArray | None = None  # noqa: N815
 
 
 @dataclass

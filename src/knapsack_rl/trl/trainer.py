@@ -42,6 +42,7 @@ from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
 from knapsack_rl.trl.rewards import check_awaited, watched
 from knapsack_rl.trl.step import Scored, Step
+from knapsack_rl.trl.two_rounds import check_two_rounds, generate_in_two_rounds
 
 
 class KnapsackGRPOTrainer(GRPOTrainer):
@@ -123,6 +124,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             raise ValueError("reward_timeout needs signals: train in the main thread, and not on Windows")
         if self._setting("replay"):
             check_replay(self)
+        if self._setting("rounds") == 2:
+            check_two_rounds(self)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise ValueError(
@@ -158,8 +161,12 @@ class KnapsackGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._training:
             return super()._generate_and_score_completions(inputs)
-        rows, step = self._plan_step(inputs)
-        output = self._generate_rows(rows, step)
+        drawn = self._draw(inputs)
+        if drawn is not None and self.session.settings.rounds == 2:
+            step, self._scored, output = generate_in_two_rounds(self, drawn)
+        else:
+            rows, step = self._plan_step(inputs, drawn)
+            output = self._generate_rows(rows, step)
         self._finish_step(step, output)
         return output
 
@@ -214,9 +221,9 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     # -- before generation ------------------------------------------------------------------------------------------
 
-    def _plan_step(self, inputs: list[Row]) -> tuple[list[Row], Step]:
+    def _plan_step(self, inputs: list[Row], drawn: Drawn | None) -> tuple[list[Row], Step]:
         """Allocate over the prompts of all processes; return this process's rows and the step."""
-        drawn, mean = self._draw(inputs), self._mean
+        mean = self._mean
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         if drawn is None:
             plan = self.session.plan_unidentified(len(inputs) * processes // mean, mean)
@@ -296,14 +303,7 @@ class KnapsackGRPOTrainer(GRPOTrainer):
 
     def _finish_step(self, step: Step, output: dict[str, Any]) -> None:
         """Replace advantages where groups are ragged or another kind is asked for, record outcomes, log."""
-        scored, self._scored = self._scored, None
-        expected = (step.group_R.size, len(self.reward_func_names))
-        if scored is None or scored.matrix.shape != expected:
-            got = None if scored is None else scored.matrix.shape
-            raise RuntimeError(
-                f"expected rewards of shape {expected}, got {got}; "
-                "a subclass may override _calculate_rewards without calling super()"
-            )
+        scored = self._take_scored(step.group_R.size)
         infinite = bool(np.isinf(scored.matrix).any())
         if infinite:
             self.session.warn_once("infinite", "a reward function returned an infinite value; the rollout is unscored")
@@ -323,6 +323,18 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if (samples := self._samples) is not None and step.plan.identified:
             generation, ids = self._generation, step.plan.ids
             self.session.survive("sampling", lambda: scored.add_to(samples, ids, learned.groups, generation))
+
+    def _take_scored(self, rows: int) -> Scored:
+        """Return what was scored last, of this number of rows over all processes."""
+        scored, self._scored = self._scored, None
+        expected = (rows, len(self.reward_func_names))
+        if scored is None or scored.matrix.shape != expected:
+            got = None if scored is None else scored.matrix.shape
+            raise RuntimeError(
+                f"expected rewards of shape {expected}, got {got}; "
+                "a subclass may override _calculate_rewards without calling super()"
+            )
+        return scored
 
     @property
     def _weights(self) -> FloatArray:
@@ -355,7 +367,8 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         if logged is not None:
             for _ in range(min(len(logged), advantages.size)):
                 logged.pop()
-            logged.extend(advantages.tolist())
+            in_log = advantages if step.generated_R is None else advantages[np.argsort(step.generated_R)]
+            logged.extend(in_log.tolist())
         zero_std = self._metrics["train"].get("frac_reward_zero_std")
         if zero_std and self.scale_rewards != "batch" and self._aggregation == "sum_then_normalize":
             zero_std[-1] = float(1.0 - trained.effective[trained.group_R].mean())

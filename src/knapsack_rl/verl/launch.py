@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knapsack_rl.metrics import LOGGED
-from knapsack_rl.settings import AllocationSettings, check_fields, option
+from knapsack_rl.settings import LEAST_OF_TWO_ROUNDS, AllocationSettings, check_fields, option
 
 MANAGER_KEY = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 SAMPLER_PATH_KEY = "trainer.v1.sampler.custom_sampler.path"
@@ -165,6 +165,7 @@ def check_config(config: Any, settings: VerlSettings, *, switched_on: bool = Tru
         *_feature_problems(config),
         *_advantage_problems(config, settings),
         *_size_problems(config),
+        *_round_problems(config, settings),
     ]
     if switched_on:
         problems += _switch_problems(config)
@@ -201,9 +202,10 @@ def without_effect(config: Any, settings: VerlSettings) -> list[str]:
             f"actor_rollout_ref.rollout.n={mean} equals max_rollouts, so no prompt can get more; raise "
             f"++{SETTINGS_KEY}.max_rollouts"
         )
-    if pick(config, "trainer.total_epochs", 30) == 1:
+    if pick(config, "trainer.total_epochs", 30) == 1 and settings.rounds == 1:
         found.append(
-            "trainer.total_epochs=1: every prompt comes once, and nothing is known of it then; train for more epochs"
+            "trainer.total_epochs=1: every prompt comes once, and nothing is known of it then; train for more "
+            f"epochs, or set ++{SETTINGS_KEY}.rounds=2"
         )
     return [f"training will be that of stock verl. {reason}" for reason in found]
 
@@ -261,6 +263,26 @@ def _advantage_problems(config: Any, settings: VerlSettings) -> list[str]:
         found.append(
             f"algorithm.use_kl_in_reward=True changes the reward that algorithm.adv_estimator={GROUP_MEAN} judges; "
             "set it to False and use actor_rollout_ref.actor.use_kl_loss"
+        )
+    return found
+
+
+def _round_problems(config: Any, settings: VerlSettings) -> list[str]:
+    if settings.rounds == 1:
+        return []
+    found, mean = [], pick(config, "actor_rollout_ref.rollout.n", 1)
+    mode, syncs = pick(config, "trainer.v1.trainer_mode", "sync"), _syncs(config)
+    if mode != "sync" or syncs != 1:
+        found.append(
+            "rounds=2 needs trainer.v1.trainer_mode=sync and parameter_sync_step=1, where a step samples its whole "
+            f"batch while the policy rests, got {mode} and {syncs}; set ++{SETTINGS_KEY}.rounds=1"
+        )
+    if pick(config, "skip.rollout_tq.enable", False):
+        found.append(f"rounds=2 generates while it samples, which skip.rollout_tq skips; set ++{SETTINGS_KEY}.rounds=1")
+    if isinstance(mean, int) and mean < LEAST_OF_TWO_ROUNDS:
+        found.append(
+            f"rounds=2 needs actor_rollout_ref.rollout.n of at least {LEAST_OF_TWO_ROUNDS}, of which a prompt gets two "
+            f"in the first round, got {mean}; raise it or set ++{SETTINGS_KEY}.rounds=1"
         )
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,12 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.ids import PromptId
 from knapsack_rl.verl import session
 from knapsack_rl.verl.checkpoint import state_to_resume
+from knapsack_rl.verl.fields import COUNT_FIELD, ID_FIELD, plain
 from knapsack_rl.verl.identity import SEEN, apart, prompt_ids
 from knapsack_rl.verl.launch import pick, varying_rows_multiple
+from knapsack_rl.verl.two_rounds import FirstRound
 
 logger = logging.getLogger(__name__)
-
-COUNT_FIELD = "__rollout_n__"
-"""Field from which verl's agent-loop workers read the number of rollouts of a prompt."""
-
-ID_FIELD = "knapsack_prompt_id"
-"""Field that travels with a prompt through verl and identifies it when its rewards are read."""
 
 
 class KnapsackAgentLoopManager(AgentLoopManagerTQ):
@@ -53,14 +48,14 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
             self.session.restore(state)
             logger.info("allocator restored from %s", state)
         self.session.folder = Path(str(pick(self.config, "trainer.default_local_dir", "checkpoints")))
-        self.session.manager_attached = True
+        self.session.manager = self
         self._identified_a_batch = False
 
     def generate_sequences(self, prompts: TensorDict) -> Any:
         """As the parent, after adding the counts to a training batch.
 
         Args:
-            prompts: verl's batch, a row for each prompt.
+            prompts: verl's batch, a row for each prompt. One that has counts already is a second round.
 
         Raises:
             ValueError: the prompts of the first training batch cannot be identified.
@@ -70,11 +65,16 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         return super().generate_sequences(self._allocated(prompts))
 
     def _allocated(self, prompts: TensorDict) -> TensorDict:
+        if COUNT_FIELD in prompts:
+            return self._ordered(prompts, plain(prompts, ID_FIELD))
         mean = int(pick(self.config, "actor_rollout_ref.rollout.n", 1))
         ids = self._identify(prompts)
         if ids is None:
             return prompts  # stock verl
-        plan = self.session.plan(ids, mean, multiple=varying_rows_multiple(self.config))
+        if self.session.settings.rounds == 2:
+            plan = self.session.plan_first(ids, mean)
+        else:
+            plan = self.session.plan(ids, mean, multiple=varying_rows_multiple(self.config))
         if len(plan.ids) < len(ids):
             self.session.warn_once(
                 "repeats", "a batch holds a prompt more than once; its rows divide one number of rollouts"
@@ -83,6 +83,12 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         if self.session.settings.allocation == "uniform":
             return prompts  # stock verl, except for the id
         tensordict_utils.assign_non_tensor_stack(prompts, COUNT_FIELD, plan.rows_of(ids).tolist())
+        if self.session.settings.rounds == 2:
+            self.session.first_round = FirstRound(plan, ids, prompts, mean)
+        return self._ordered(prompts, ids)
+
+    def _ordered(self, prompts: TensorDict, ids: list[PromptId]) -> TensorDict:
+        """Return the rows in an order in which long rollouts start early."""
         lengths = self.session.predicted_lengths(ids)
         if lengths is None:
             return prompts
@@ -99,7 +105,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
 
         Uniform allocation needs no ids.
         """
-        rows = {name: _plain(prompts, name) for name in SEEN if name in prompts}
+        rows = {name: plain(prompts, name) for name in SEEN if name in prompts}
         try:
             ids = prompt_ids(rows, self.session.settings.prompt_id)
             if not self._identified_a_batch and len(ids) > 1 and len(set(ids)) == 1:
@@ -138,8 +144,3 @@ def longest_first(lengths: FloatArray, workers: int) -> IntArray:
     order = np.empty(lengths.size, np.int64)
     order[served] = np.argsort(-lengths, kind="stable")
     return order
-
-
-def _plain(prompts: TensorDict, name: str) -> Sequence[Any]:
-    """Return a column of verl's batch as a plain list."""
-    return [getattr(value, "data", value) if not isinstance(value, dict) else value for value in list(prompts[name])]

@@ -13,8 +13,9 @@ from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.verl import advantages as _registers_the_estimator  # noqa: F401
 from knapsack_rl.verl import session
+from knapsack_rl.verl.fields import ID_FIELD
 from knapsack_rl.verl.launch import GROUP_MEAN, VerlSettings
-from knapsack_rl.verl.manager import ID_FIELD
+from knapsack_rl.verl.two_rounds import FirstRound, announce, joined, second_request
 
 MODEL_TOKENS = "response_mask"
 """verl's field with 1 for each token of a response that the model generated, 0 for those of tools."""
@@ -36,7 +37,7 @@ class _Observes:
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict[str, Any]]:
         """As the parent; the outcomes of a training batch are observed and the metrics added."""
-        if partition_id != "val" and not self.session.manager_attached:
+        if partition_id != "val" and self.session.manager is None:
             raise ValueError(
                 "the agent-loop manager of Knapsack RL is not in this process, so no prompt has an allocation; add "
                 "++actor_rollout_ref.rollout.agent.agent_loop_manager_class=knapsack_rl.verl.KnapsackAgentLoopManager"
@@ -45,13 +46,32 @@ class _Observes:
             global_steps=global_steps, partition_id=partition_id, batch_size=batch_size
         )
         if partition_id != "val":
+            first, self.session.first_round = self.session.first_round, None
+            if first is not None:
+                batch, more = self._second_round(first, batch, global_steps)
+                metrics = {**metrics, **more}
             metrics = {**metrics, **self._observe(batch, global_steps)}
         return batch, metrics
+
+    def _second_round(self, first: FirstRound, batch: Any, step: int) -> tuple[Any, dict[str, Any]]:
+        """Generate the second round of a step; return the batch of both rounds, and the parent's metrics."""
+        prompts = second_request(first, self.session, batch, self._read)
+        if prompts is None:
+            return batch, {}
+        announce(prompts, step)
+        self.session.manager.generate_sequences(prompts)
+        rest, metrics = super().sample(  # type: ignore[misc]
+            global_steps=step, partition_id=batch.partition_id, batch_size=len(prompts)
+        )
+        return joined(batch, rest), metrics
+
+    def _read(self, batch: Any) -> tuple[list[str], FloatArray, FloatArray]:
+        return read_outcomes(batch, self.session.settings.outcome)
 
     def _observe(self, batch: Any, step: int) -> dict[str, float]:
         if not self.session.observes:
             return {}
-        read = self.session.survive("reading", lambda: read_outcomes(batch, self.session.settings.outcome))
+        read = self.session.survive("reading", lambda: self._read(batch))
         if read is None:  # training continues with the sampled batch; nothing is learned
             return {}
         ids, outcomes, lengths = read

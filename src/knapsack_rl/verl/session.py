@@ -23,7 +23,8 @@ class VerlSession(Session):
         settings: of the plug-in.
 
     Attributes:
-        manager_attached: whether the agent-loop manager shares the session.
+        manager: the agent-loop manager, once it shares the session.
+        first_round: the first of two rounds, between its start and that of the second.
         observes: whether prompts have ids by which their rewards are recorded.
         over_mean: whether advantages are those of :mod:`knapsack_rl.verl.advantages`.
     """
@@ -38,7 +39,8 @@ class VerlSession(Session):
             smallest_group=2,
             rewards=[settings.outcome],
         )
-        self.manager_attached = False
+        self.manager: Any = None
+        self.first_round: Any = None
         self.observes = True
         self.over_mean = False
         self._checked = False
