@@ -157,8 +157,8 @@ def at_least(estimate: Estimate, threshold: float = 0.0, neutral: float = 0.0) -
 def at_most(estimate: Estimate, aim: float, proven: float) -> Verdict:
     """Whether a ratio of costs is at most ``aim``, with an interval that surely lies below ``proven``.
 
-    It holds in part if the whole interval lies below 1, and does not if all of it lies above ``proven``. Seeds that never
-    reach the target bound the ratio from below: they can refute the claim and cannot confirm it.
+    It holds in part if the whole interval lies below 1, and does not if all of it lies above ``proven``. Seeds that
+    never reach the target bound the ratio from below: they can refute the claim and cannot confirm it.
 
     Args:
         estimate: the measured ratio.
