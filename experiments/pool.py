@@ -18,9 +18,10 @@ from experiments.extract import extract
 from knapsack_rl.training.compare import Run, execute
 from knapsack_rl.training.settings import TrainSettings, settings_from
 
-FULL = TrainSettings(threads=1)
+FULL = TrainSettings(threads=1, advantage="group-std")
 QUICK = TrainSettings(
     threads=1,
+    advantage="group-std",
     steps=3,
     prompts_per_step=8,
     rollouts_per_prompt=4,
@@ -31,6 +32,10 @@ QUICK = TrainSettings(
     eval_samples=1,
     save_every=0,
 )
+
+
+BEFORE = {"advantage": "group-std"}
+"""Settings of rows that do not name them, where the default has changed since."""
 
 
 class UnfinishedRunsError(RuntimeError):
@@ -201,7 +206,7 @@ def _settings_of(row: Row) -> TrainSettings | None:
     if not {"arm", "settings"} <= set(row) or row.get("quick") or not set(row["settings"]) <= known:
         return None
     try:
-        return settings_from(row["settings"], "a row")
+        return settings_from(BEFORE | row["settings"], "a row")
     except ValueError:
         return None
 

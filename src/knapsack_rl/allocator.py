@@ -152,6 +152,17 @@ class KnapsackAllocator(Guarded):
         self._step = StepMetrics()
 
     @one_at_a_time
+    def use_value(self, value: ValueLike) -> None:
+        """Maximise another value from now on, and keep all that was learned.
+
+        Raises:
+            ValueError: the value is unknown, or does not suit the estimator.
+        """
+        check_choices(self.estimator, self.budget_unit, value, self.min_rollouts, self.max_rollouts)
+        self.estimator.use_value(value)
+        self.value = value
+
+    @one_at_a_time
     def allocate(
         self,
         prompt_ids: Iterable[PromptId],

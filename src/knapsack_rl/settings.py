@@ -21,6 +21,12 @@ from knapsack_rl.estimation.named import ESTIMATORS
 
 ALLOCATIONS = ("knapsack", "paper", "uniform")
 
+AUTO = "auto"
+"""The value that fits the advantage."""
+
+MATCHED_VALUE = "likelihood-0.5"
+"""The value that fits advantages over the mean of a group."""
+
 LEAST_OF_TWO_ROUNDS = 3
 """Fewest mean rollouts of a prompt that can be divided into two rounds: the first group of two, and one more."""
 
@@ -44,9 +50,10 @@ class AllocationSettings:
             or ``"uniform"`` for stock GRPO with the same metrics.
         estimator: name of the estimator of success rates.
         estimator_settings: settings of the estimator, such as ``"window=8,minimum=4"``.
-        value: the value that is maximised: a name, ``"power-A-B"`` for the gain p^A (1-p)^B, or the import path
-            ``"package.module:function"`` of a function ``f(counts, success_rates)``. Estimators on a grid take any,
-            ``"beta"`` names alone, the window only without its fallback.
+        value: the value that is maximised: a name, ``"power-A-B"`` for the gain p^A (1-p)^B, ``"likelihood-B"``, or the
+            import path ``"package.module:function"`` of a function ``f(counts, success_rates)``. Estimators on a grid
+            take any, ``"beta"`` names alone, the window only without its fallback. ``"auto"`` fits the advantage of the
+            engine: :data:`MATCHED_VALUE` with ``"group-mean"``, the paper's value with all else and for its rule.
         budget_unit: ``"rollouts"``: a step has prompts x mean rollouts. ``"tokens"``: a step has as many expected
             tokens as that would take, and its number of rollouts varies; until lengths are observed it is uniform.
         min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
@@ -64,7 +71,10 @@ class AllocationSettings:
     allocation: str = option("knapsack", "how a step's rollouts are divided over its prompts", ALLOCATIONS)
     estimator: str = option("bayes-filter", "estimator of success rates", tuple(ESTIMATORS))
     estimator_settings: str = option("", "settings of the estimator, such as 'window=8,minimum=4'")
-    value: str = option("knapsack", f"value that is maximised: {', '.join(VALUE_FORMS)}, or package.module:function")
+    value: str = option(
+        AUTO,
+        f"value that is maximised: {', '.join(VALUE_FORMS)}, or package.module:function; auto fits the advantage",
+    )
     budget_unit: str = option("rollouts", "unit of a step's budget", BUDGET_UNITS)
     min_rollouts: int = option(2, "fewest rollouts of a prompt; 0 lets prompts be skipped")
     max_rollouts: int = option(128, "most rollouts of a prompt")
@@ -76,9 +86,26 @@ class AllocationSettings:
 
     @classmethod
     def of(cls, source: Any) -> AllocationSettings:
-        """Return these settings alone, read from an object that may have some of them as attributes."""
+        """Return these settings alone, read from an object that may have some of them as attributes.
+
+        The value is that of :meth:`chosen_value` for the object's ``advantage``, if it has one.
+        """
         names = [spec.name for spec in dataclasses.fields(AllocationSettings)]
-        return AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
+        found = AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
+        found.value = found.chosen_value(getattr(source, "advantage", None))
+        return found
+
+    def chosen_value(self, advantage: str | None = None) -> str:
+        """Return the value that is maximised.
+
+        Args:
+            advantage: of the engine, to which ``"auto"`` fits the value; by default that of these settings, if any.
+        """
+        if self.value != AUTO:
+            return self.value
+        by_paper = self.allocation == "paper" or self.estimator == "window"
+        over_mean = (advantage or getattr(self, "advantage", None)) == "group-mean"
+        return MATCHED_VALUE if over_mean and not by_paper else "knapsack"
 
     def check_allocation(self, mean: int | None = None, name: str = "rollouts_per_prompt") -> None:
         """Check these settings by making the allocator once.
@@ -149,7 +176,7 @@ class AllocationSettings:
             self.max_rollouts,
             success=self.success_threshold,
             budget_unit=self.budget_unit,  # type: ignore[arg-type] # checked above
-            value=self.value,
+            value=self.chosen_value(),
             **self.estimator_options,
         )
 

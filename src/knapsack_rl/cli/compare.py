@@ -12,7 +12,7 @@ from knapsack_rl.cli.settings_flags import SETTINGS_USAGE, add_flags, settings_o
 from knapsack_rl.training.compare import POLICIES, Run, execute, plan
 
 EXAMPLES = """examples:
-  knapsack-rl compare                                     four policies x three seeds, two at a time
+  knapsack-rl compare                                     five policies x three seeds, two at a time
   knapsack-rl compare --policies uniform knapsack --seeds 0 1 2 3 4 --steps 200
   knapsack-rl compare --output runs/mine                  repeated after an interruption: resumes where it stopped
 """
@@ -26,8 +26,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         run,
         usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs N] [--output FOLDER] " + SETTINGS_USAGE,
         summary="train several policies over several seeds and report them side by side",
-        description="Train uniform N, uniform 2N, the paper's rule and the knapsack from the same start over several "
-        "seeds, one torch thread each, and write one report. Finished runs in the output folder are kept.",
+        description="Train uniform N (GRPO, and with the advantage of the knapsack), uniform 2N, the paper's rule and "
+        "the knapsack from the same start over several seeds, one torch thread each, and write one report. Finished "
+        "runs in the output folder are kept.",
         examples=EXAMPLES,
         extras="trl,plots",
     )

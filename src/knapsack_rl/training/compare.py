@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from knapsack_rl.runs.files import (
     ALLOCATION_LOG,
@@ -27,7 +27,10 @@ from knapsack_rl.runs.files import (
 from knapsack_rl.training.lock import refuse_if_owned
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
-POLICIES = ("uniform", "uniform-2n", "paper", "knapsack")
+POLICIES = ("uniform", "uniform-mean", "uniform-2n", "paper", "knapsack")
+
+GRPO = {"advantage": "group-std", "value": "auto", "rounds": 1}
+"""Settings of the policies that are GRPO's or the paper's, whatever the shared ones are."""
 
 POLL_SECONDS = 1.0
 
@@ -87,7 +90,7 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
 
     Args:
         settings: shared settings; allocation, rollouts per prompt (N, doubled for ``"uniform-2n"``) and seed vary, and
-            ``rounds`` are those of the knapsack alone.
+            advantage, value and ``rounds`` are those of the knapsack alone, the advantage also of ``"uniform-mean"``.
         policies: from ``POLICIES``.
         seeds: distinct seeds.
         output: parent of the run folders.
@@ -103,13 +106,16 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
     runs = []
     for seed in seeds:
         for policy in policies:
+            own: dict[str, Any] = {} if policy == "knapsack" else GRPO
+            if policy == "uniform-mean":
+                own = GRPO | {"advantage": "group-mean"}
             chosen = dataclasses.replace(
                 settings,
-                allocation=policy.removesuffix("-2n"),
+                allocation=policy.removesuffix("-2n").removesuffix("-mean"),
                 rollouts_per_prompt=settings.rollouts_per_prompt * (2 if policy.endswith("-2n") else 1),
-                rounds=settings.rounds if policy == "knapsack" else 1,  # the others have one
                 seed=seed,
                 threads=1,
+                **own,
             )
             runs.append(Run(chosen, output / chosen.label))
     return runs

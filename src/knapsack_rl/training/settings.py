@@ -63,7 +63,7 @@ class TrainSettings(AllocationSettings):
     train_prompts: int = option(2048, "prompts trained on (the first ones of a file)")
     held_out_prompts: int = option(512, "prompts only evaluated on")
     replay: int = option(0, "most uses of a stored rare success of an unsolved prompt; 0 stores none")
-    advantage: str = option("group-std", "divide by the group's deviation (GRPO) or its mean (MaxRL)", ADVANTAGES)
+    advantage: str = option("group-mean", "divide by the group's mean (MaxRL) or its deviation (GRPO)", ADVANTAGES)
     weighting: str = option(
         "auto", "loss weight per rollout (the paper) or prompt; auto fits the advantage", WEIGHTINGS
     )
@@ -122,15 +122,16 @@ class TrainSettings(AllocationSettings):
     @property
     def label(self) -> str:
         """Short name of the policy and seed, suitable for a folder."""
-        return f"{self.allocation}-n{self.rollouts_per_prompt}-seed{self.seed}"
+        over_mean = self.allocation == "uniform" and self.advantage == "group-mean"
+        return f"{self.allocation}{'-mean' if over_mean else ''}-n{self.rollouts_per_prompt}-seed{self.seed}"
 
     def trains_like(self, other: TrainSettings) -> bool:
-        """Return whether these are the same settings, whether or not the weighting is named."""
+        """Return whether these are the same settings, whether or not weighting and value are named."""
         return self._named() == other._named()
 
     def _named(self) -> TrainSettings:
         weighting = "prompt" if per_prompt(self.weighting, self.advantage) else "rollout"
-        return dataclasses.replace(self, weighting=weighting)
+        return dataclasses.replace(self, weighting=weighting, value=self.chosen_value())
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, in the order of the fields."""

@@ -58,6 +58,8 @@ class VerlSession(Session):
             return
         check_config(config, self.settings)
         self.over_mean = pick(config, "algorithm.adv_estimator") == GROUP_MEAN
+        if self.over_mean and (value := self.settings.chosen_value("group-mean")) != self.allocator.value:
+            self.allocator.use_value(value)
         for reason in without_effect(config, self.settings):
             self.warn_once(reason, reason)
         files = pick(config, "data.train_files")
