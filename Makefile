@@ -99,7 +99,7 @@ bench: $(INSTALLED)  ## measure solver, balancer, state file and training step
 	$(BIN)/python benchmarks/bench_solver.py || status=1; \
 	$(BIN)/python benchmarks/bench_balance.py || status=1; \
 	$(BIN)/python benchmarks/bench_state.py || status=1; \
-	$(BIN)/python benchmarks/bench_step.py || status=1; \
+	$(BIN)/python benchmarks/step_time.py || status=1; \
 	exit $$status
 
 fuzz: $(INSTALLED)  ## a million random cases against the public functions and the readers of files
