@@ -481,7 +481,7 @@ def test_a_failing_evaluation_leaves_no_trace():
 
 # -- Runs --------------------------------------------------------------------------------------------------------------
 
-TIMES = {"seconds", "step_time", *(f"knapsack/{part}_seconds" for part in PARTS)}
+TIMES = {"seconds", "training_seconds", "step_time", *(f"knapsack/{part}_seconds" for part in PARTS)}
 
 
 def settings_of(**changes):

@@ -90,7 +90,6 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         self._model_tokens: list[int] = []
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
-        self.generated = Generated()
         self.replay = SuccessBuffer(self._setting("replay")) if self._setting("replay") else None
         # Without a data set TRL makes one of equal rows, and the environment chooses the tasks.
         given = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)

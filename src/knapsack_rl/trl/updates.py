@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.skipping import Batch, Skipping, unknown_tensors
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,14 @@ class UpdateTrainer(GRPOTrainer):
 
     Attributes:
         skipping: how rows are left out, see :mod:`knapsack_rl.trl.skipping`; None trains on all rows, as TRL does.
+        generated: what the run has cost so far; this class adds the seconds.
     """
 
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.skipping: Skipping | None = None
+        self.generated = Generated()
         self._regrouped: list[Batch] = []
         self._clock = Clock()
         super().__init__(*args, **kwargs)
@@ -74,6 +77,7 @@ class UpdateTrainer(GRPOTrainer):
             loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # the update is complete
             seconds = self._clock.take()
+            self.generated.seconds += seconds["step"]
             seconds["update"] = seconds.pop("step") - seconds.pop("batch")
             for name, number in seconds.items():
                 self._metrics["train"][f"knapsack/{name}_seconds"].append(number)
