@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from knapsack_rl.allocation.checks import IntArray
@@ -22,7 +22,7 @@ class Generated:
 
     rollouts: int = 0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     def add(self, lengths: IntArray) -> None:
         """Count completions of these lengths (R,)."""
