@@ -46,6 +46,7 @@ CASES = {
     "padded to a multiple": {"pad_to_multiple_of": 4} | ACCUMULATED,
     "replay": {"replay": 2, "max_steps": 6},
     "tokens": {"budget_unit": "tokens"} | ACCUMULATED,
+    "two rounds": {"rounds": 2} | ACCUMULATED,
     **{f"{loss}": ACCUMULATED | {"loss_type": loss} for loss in LOSSES},
     **{f"{loss}, off-policy": OFF_POLICY | {"loss_type": loss} for loss in LOSSES},
     **{f"{loss}, sequence": OFF_POLICY | SEQUENCE | {"loss_type": loss} for loss in LOSSES},
@@ -95,7 +96,8 @@ class Compared(KnapsackGRPOTrainer):
 def train(folder, *, prompts=24, extra=None, **settings):
     """Train in double precision; the learning rate is high, so that ratios of later updates leave 1."""
     unit = settings.get("budget_unit", "rollouts")
-    made = {"model": tiny.model().double(), "allocator": tiny.informed_allocator(prompts, budget_unit=unit)}
+    informed = None if settings.get("rounds") == 2 else tiny.informed_allocator(prompts, budget_unit=unit)
+    made = {"model": tiny.model().double(), "allocator": informed}
     settings = {"learning_rate": 3e-2, "temperature": 1.3} | settings
     trainer = tiny.trainer(Compared, folder, data=tiny.dataset(prompts), extra=made | (extra or {}), **settings)
     trainer.train()
