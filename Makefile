@@ -71,7 +71,7 @@ test-python: $(PYTHON_VENV)/.made-with-$(subst /,_,$(PYTHON))  ## test all that 
 
 # Not every Python has a build of torch for every machine; the rest of the suite runs without one.
 TORCH_TESTS = $(addprefix tests/test_,$(addsuffix .py,accelerator compare data_sets display faults kill lab lab_rounds models queue rounds tasks training \
-	trl trl_distributed trl_watching verl_contract verl_real workers))
+	trl trl_distributed trl_skip trl_watching verl_contract verl_real workers))
 
 # Another PYTHON clears the environment, and with it the mark of the one before. rich is what commands that need no
 # torch use of the extra trl.
@@ -99,7 +99,7 @@ bench: $(INSTALLED)  ## measure solver, balancer, state file and training step
 	$(BIN)/python benchmarks/bench_solver.py || status=1; \
 	$(BIN)/python benchmarks/bench_balance.py || status=1; \
 	$(BIN)/python benchmarks/bench_state.py || status=1; \
-	$(BIN)/python benchmarks/bench_step.py || status=1; \
+	$(BIN)/python benchmarks/step_time.py || status=1; \
 	exit $$status
 
 fuzz: $(INSTALLED)  ## a million random cases against the public functions and the readers of files

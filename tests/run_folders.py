@@ -33,7 +33,15 @@ def write_run(
     total = 0
     rows, metrics = (
         [],
-        [{"step": 0, "rollouts": 0, "held_out/accuracy": float(rate.mean()), "held_out/greedy_accuracy": 0.3}],
+        [
+            {
+                "step": 0,
+                "rollouts": 0,
+                "training_seconds": 0.0,
+                "held_out/accuracy": float(rate.mean()),
+                "held_out/greedy_accuracy": 0.3,
+            }
+        ],
     )
     for step in range(1, steps + 1):
         chosen = rng.permutation(len(ids))[:prompts_per_step]
@@ -63,15 +71,16 @@ def write_run(
         )
         seen[chosen] = np.stack([successes, counts], axis=1)
         rate = np.minimum(rate + gain * (rate > 0) * (0.5 if allocation == "uniform" else 1), 1)
-        metrics.append(
-            {"step": step, "rollouts": total, "loss": 0.1 / step, "reward": float(successes.sum() / counts.sum())}
-        )
+        took = 2.0 if allocation == "uniform" else 1.0
+        spent = {"step": step, "rollouts": total, "training_seconds": took * step}
+        parts = {"step_time": took, "knapsack/generation_seconds": 0.25, "knapsack/update_seconds": took - 0.5}
+        reward = float(successes.sum() / counts.sum())
+        metrics.append(spent | parts | {"loss": 0.1 / step, "reward": reward, "knapsack/rows_skipped": 0.625})
         if step % evaluate_every == 0:
             noise = rng.normal(0, 0.01)
             metrics.append(
-                {
-                    "step": step,
-                    "rollouts": total,
+                spent
+                | {
                     "held_out/accuracy": float(np.clip(rate.mean() + noise, 0, 1)),
                     "held_out/greedy_accuracy": float(np.clip(rate.mean() + 0.05 + noise, 0, 1)),
                 }

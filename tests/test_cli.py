@@ -610,6 +610,7 @@ OTHER = {
     **{"vllm": "server", "vllm_server": "http://localhost:8001", "vllm_memory": 0.5, "dataset_path": "copy"},
     **{"dataset_config": "main", "dataset_split": "test", "verifier": "number", "prompt_template": "Q: {prompt}"},
     **{"chat": "off", "estimator_settings": "discount=0.9", "value": "nonzero-gradient", "replay": 2},
+    **{"skip_zero_advantages": "off"},
 }
 
 

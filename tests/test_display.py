@@ -12,6 +12,7 @@ from knapsack_rl.training.settings import TrainSettings
 
 STEP = {
     **{"step": 3, "reward": 0.25, "knapsack/effective_gradient_ratio": 0.5, "knapsack/effective_prompt_ratio": 0.75},
+    **{"knapsack/generation_seconds": 0.5, "knapsack/update_seconds": 0.75, "knapsack/rows_skipped": 0.625},
     **{"knapsack/budget_max": 17.0, "step_time": 1.5, "knapsack/budget_to/hard": 0.5, "knapsack/budget_to/easy": None},
 }
 EVALUATION = {"step": 4, "held_out/accuracy": 0.125, "held_out/greedy_accuracy": 0.375}
@@ -39,10 +40,12 @@ def test_the_quiet_display_prints_nothing(capsys):
 
 def test_plain_lines_show_every_evaluation_and_a_step_now_and_then(capsys):
     lines = shown_by(PlainLines(), [EVALUATION | {"step": 0}, STEP, STEP | {"step": 4}, EVALUATION], capsys)
-    first, start, step, evaluation = lines.splitlines()
+    first, threads, start, step, evaluation = lines.splitlines()
     assert first == "knapsack-n8-seed7: 20 steps of 512 rollouts"
+    assert "torch thread" in threads
     assert start == "step 0/20  held-out accuracy 0.125  greedy 0.375"
     assert step.startswith("step 3/20  reward 0.250  effective gradient ratio 0.50 (prompts 0.75)  largest budget 17")
+    assert step.endswith("1.50 s/step (generation 0.50, update 0.75)")
     assert evaluation == "step 4/20  held-out accuracy 0.125  greedy 0.375"
 
 
@@ -52,6 +55,8 @@ def test_the_panel_shows_the_newest_numbers(capsys):
     assert "knapsack-n8-seed7: 64 prompts x 8 rollouts" in lines
     assert any(line.startswith("step") and "3/20" in line for line in lines)
     assert {"reward 0.250 ▃", "held-out accuracy 0.125", "effective prompts 0.75 ▆", "largest budget 17"} <= set(lines)
+    assert {"seconds per step 1.50 generation 0.50, update 0.75", "rows left out of updates 62%"} <= set(lines)
+    assert any("torch thread" in line for line in lines)
     assert "rollouts per second -" in lines  # the first step is a warm-up
     assert f"hard {'█' * 12} 50%" in lines
     assert "easy 0%" in lines

@@ -16,7 +16,7 @@ import pytest
 import knapsack_rl as kr
 from knapsack_rl.allocator import ALLOCATION_FAILURES
 from knapsack_rl.cli import build_parser, main
-from knapsack_rl.metrics import CORE, OCCASIONAL
+from knapsack_rl.metrics import CORE, OCCASIONAL, PARTS
 from knapsack_rl.runs.allocations import PER_PROMPT
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.verl.launch import VerlSettings
@@ -261,9 +261,12 @@ def test_metrics_are_documented():
     allocator.observe(["a"] * 4 + ["b"] * 4, [0, 1] * 4)
     text = prose(ROOT / "docs" / "metrics.md")
     documented = set(re.findall(r"^\| `knapsack/([^`]+)`", text, re.MULTILINE))
-    assert documented == set(allocator.metrics()) | {"reward_per_prompt", "process_imbalance", "failures/KIND"}
-    always, occasional = (set(re.findall(r"`([^`]+)`", part)) for part in text.split("\n\n")[2].split("\n- "))
+    of_trainer = {"rows_skipped", *(f"{part}_seconds" for part in PARTS)}
+    assert documented == {*allocator.metrics(), "reward_per_prompt", "process_imbalance", "failures/KIND"} | of_trainer
+    listed = text.split("\n\n")[2].split("\n- ")
+    always, updates, occasional = (set(re.findall(r"`([^`]+)`", part)) for part in listed)
     assert always == set(CORE)
+    assert updates == of_trainer - {"allocation_seconds"}
     assert occasional == set(OCCASIONAL) | {"failures/KIND"}
     (failures,) = re.findall(r"^\| `knapsack/allocation_failures` \| ([^|]+) \|", text, re.MULTILINE)
     assert tuple(re.findall(r"`([^`]+)`", failures)) == ALLOCATION_FAILURES

@@ -59,6 +59,7 @@ def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes):
         max_steps=1,
         max_grad_norm=0.0,
         loss_type="dapo",
+        skip_zero_advantages=False,
     )
     plain = trainer._compute_loss
     trainer._compute_loss = lambda model, inputs: (batches.append(inputs), plain(model, inputs))[1]

@@ -442,3 +442,17 @@ def test_two_processes_write_one_run(tmp_path, launcher):
     allocations = [json.loads(line) for line in (folder / "allocations.jsonl").read_text().splitlines()]
     assert [sum(row["counts"]) for row in allocations] == [16, 16]
     assert AutoModelForCausalLM.from_pretrained(folder / "model").num_parameters() > 0
+
+
+def test_the_shipped_model_trains_on_one_thread_unless_another_number_is_given(monkeypatch):
+    monkeypatch.setattr(models, "accelerated", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shipped, mine = TrainSettings(), TrainSettings(model="my-model")
+    assert models.chosen_threads(shipped)[0] == 1
+    assert models.chosen_threads(mine)[0] == 0
+    assert models.chosen_threads(TrainSettings(threads=3)) == (3, "as set")
+    monkeypatch.setattr(models, "accelerated", lambda: True)
+    assert models.chosen_threads(shipped)[0] == 0
+    monkeypatch.setattr(models, "accelerated", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert models.chosen_threads(shipped) == (0, "OMP_NUM_THREADS=2")

@@ -248,6 +248,18 @@ def test_comparison_table_against_direct_computation(folders):
     part = (uniform["target_accuracy"] - smooth[at - 1]) / (smooth[at] - smooth[at - 1])
     assert knapsack["rollouts_to_target"] == pytest.approx(640 * (at - 1 + part))
     assert knapsack["rollouts_ratio"] == pytest.approx(knapsack["rollouts_to_target"] / uniform["rollouts_to_target"])
+    # 128 rollouts a step, in 2 seconds where they are uniform and 1 second elsewhere.
+    for row, seconds in ((uniform, 2), (knapsack, 1)):
+        assert row["seconds"] == seconds * 20
+        assert row["seconds_to_target"] == pytest.approx(row["rollouts_to_target"] / 128 * seconds)
+    assert knapsack["seconds_ratio"] == pytest.approx(knapsack["rollouts_ratio"] / 2)
+
+
+def test_the_page_of_a_run_shows_where_the_time_of_a_step_goes(tmp_path):
+    write_run(tmp_path)
+    text = " ".join("".join(read(write_report(tmp_path)).texts).split())
+    assert "median; generation 0.25 s, update 0.5 s" in text
+    assert "Rows left out of updates" in text and "62.5 %" in text
 
 
 def test_unfinished_runs_are_not_compared_with_finished_ones(tmp_path):

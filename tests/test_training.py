@@ -33,6 +33,7 @@ import tiny
 from cases import message_of
 from knapsack_rl.cli import main
 from knapsack_rl.cli.display import Quiet
+from knapsack_rl.metrics import PARTS
 from knapsack_rl.report import RunLog
 from knapsack_rl.runs.samples import read_samples
 from knapsack_rl.runs.watch import WarningLog
@@ -83,6 +84,7 @@ OUT_OF_RANGE = {
     "advantage": ["", "mean", "batch-std"],
     "budget_unit": ["", "seconds"],
     "replay": [-1],
+    "skip_zero_advantages": ["", "yes"],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
     "updates_per_step": [0, -1, 3, 1024],
     "loss_type": ["", "best"],
@@ -479,7 +481,7 @@ def test_a_failing_evaluation_leaves_no_trace():
 
 # -- Runs --------------------------------------------------------------------------------------------------------------
 
-TIMES = {"seconds", "step_time", "knapsack/allocation_seconds"}
+TIMES = {"seconds", "training_seconds", "step_time", *(f"knapsack/{part}_seconds" for part in PARTS)}
 
 
 def settings_of(**changes):

@@ -30,6 +30,8 @@ OCCASIONAL = {
     **{"solved_before": "solved_before", "lost": "solved_before"},
 }
 """Further ones that it logs where a number, by default their own, is above 0; so are the failures of each kind."""
+PARTS = ("allocation", "generation", "scoring", "update")
+"""Parts of a step of which the trainer logs the seconds, as ``PART_seconds``."""
 LOGGED = ("core", "all")
 """Selections of metrics that an engine may log."""
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -18,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from knapsack_rl.cli.progress import PLAIN_EVERY_SECONDS
+from knapsack_rl.metrics import PARTS
 from knapsack_rl.runs.watch import Finding
+from knapsack_rl.training.models import chosen_threads
 from knapsack_rl.training.recorder import Display, Quiet
 from knapsack_rl.training.settings import TrainSettings
 
@@ -86,6 +89,7 @@ class PlainLines:
         self._steps, self._pace = settings.steps, Pace(settings)
         self._shown = float("-inf")
         print(f"{settings.label}: {settings.steps} steps of {settings.budget} rollouts", flush=True)
+        print(_threads(settings), flush=True)
 
     def row(self, row: dict[str, Any]) -> None:
         """Print an evaluation, or a step if the last line is at least some seconds old."""
@@ -102,6 +106,7 @@ class PlainLines:
                 f"step {row['step']}/{self._steps}  reward {row['reward']:.3f}  effective gradient ratio "
                 f"{row['knapsack/effective_gradient_ratio']:.2f} (prompts {row['knapsack/effective_prompt_ratio']:.2f})"
                 f"  largest budget {row['knapsack/budget_max']:.0f}  {row['step_time']:.2f} s/step"
+                + (f" ({parts})" if (parts := _parts(row)) else "")
                 + (f"  about {self._pace.left} left" if self._pace.left else ""),
                 flush=True,
             )
@@ -121,6 +126,7 @@ class Panel:
         """Open the panel."""
         shape = f"{settings.prompts_per_step} prompts x {settings.rollouts_per_prompt} rollouts"
         self._title = f"{settings.label}: {shape}"
+        self._threads = _threads(settings)
         self._pace = Pace(settings)
         self._progress = Progress(
             *(TextColumn("[bold]step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
@@ -167,7 +173,7 @@ class Panel:
         table = Table.grid(padding=(0, 2))
         table.add_row("rollouts per second", _form(self._pace.rollouts_per_second, "{:,.0f}"), self._tokens_text())
         for name, key, form in NUMBERS:
-            table.add_row(name, _form(self._newest.get(key), form), "")
+            table.add_row(name, _form(self._newest.get(key), form), _parts(self._newest) if key == "step_time" else "")
         for name, key, form in TRENDS:
             table.add_row(name, _form(self._newest.get(key), form), _trend(self._past[key]))
         budget = Table.grid(padding=(0, 2))
@@ -176,7 +182,7 @@ class Panel:
             share = self._newest.get(f"knapsack/budget_to/{name}") or 0.0
             budget.add_row(f"  {name}", f"{'█' * round(share * BAR):<{BAR}} {share:4.0%}")
         warnings = [Text(f"! {finding}", style="yellow") for finding in self._warnings]
-        return Group(f"[bold]{escape(self._title)}", self._progress, table, budget, *warnings)
+        return Group(f"[bold]{escape(self._title)}", escape(self._threads), self._progress, table, budget, *warnings)
 
     def _tokens_text(self) -> str:
         before, now = self._tokens
@@ -184,8 +190,21 @@ class Panel:
         return f"{rate:,.0f} tokens per second" if math.isfinite(rate) else ""
 
 
+def _parts(row: Mapping[str, Any]) -> str:
+    """Return the seconds of a step by part, in words."""
+    seconds = {part: row.get(f"knapsack/{part}_seconds") for part in PARTS if part != "allocation"}
+    return ", ".join(f"{part} {spent:.2f}" for part, spent in seconds.items() if spent is not None)
+
+
+def _threads(settings: TrainSettings) -> str:
+    """Return how many torch threads the run uses and why, in words."""
+    count, reason = torch.get_num_threads(), chosen_threads(settings)[1]
+    return f"{count} torch thread{'s' if count > 1 else ''} ({reason})"
+
+
 NUMBERS = (
     ("seconds per step", "step_time", "{:.2f}"),
+    ("rows left out of updates", "knapsack/rows_skipped", "{:.0%}"),
     ("held-out accuracy", "held_out/accuracy", "{:.3f}"),
     ("largest budget", "knapsack/budget_max", "{:.0f}"),
 )

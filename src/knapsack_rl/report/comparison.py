@@ -123,15 +123,35 @@ def mean_accuracy(run: RunLog) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
-def accuracy_curve(policy: Policy, smoothing: int = 1) -> Curve:
-    """Return held-out accuracy against rollouts generated, averaged over the compared seeds of a policy.
+def accuracy_curve(policy: Policy, smoothing: int = 1, *, cost: str = "rollouts") -> Curve:
+    """Return held-out accuracy against a cost, averaged over the compared seeds of a policy.
 
     Args:
         policy: The runs.
         smoothing: Evaluations in the centred moving average of each run, 1 for none.
+        cost: "rollouts" generated, or "seconds" of training.
     """
-    held_out = [run.held_out for run in policy.compared.values()]
-    return mean_curve((rollouts, moving_average(accuracy, smoothing)) for rollouts, accuracy in held_out)
+    runs = policy.compared.values()
+    held_out = [run.held_out if cost == "rollouts" else run.against_seconds("held_out/accuracy") for run in runs]
+    return mean_curve((spent, moving_average(accuracy, smoothing)) for spent, accuracy in held_out)
+
+
+def _costs_to_target(
+    groups: Sequence[Policy], baseline: Policy | None, cost: str
+) -> tuple[float, dict[str, tuple[float, float]]]:
+    """Return the baseline's accuracy at its end, and what each policy pays to reach it, absolutely and relatively.
+
+    Args:
+        groups: The policies.
+        baseline: One of them, None if there is none.
+        cost: As of :func:`accuracy_curve`.
+    """
+    curves = {policy.label: accuracy_curve(policy, SMOOTHING, cost=cost) for policy in groups}
+    base = None if baseline is None else curves[baseline.label]
+    target = math.nan if base is None or not base.mean.size else float(base.mean[-1])
+    paid = {label: rollouts_to_reach(curve.x, curve.mean, target) for label, curve in curves.items()}
+    by_baseline = math.nan if baseline is None else paid[baseline.label]
+    return target, {label: (spent, spent / by_baseline if by_baseline else math.nan) for label, spent in paid.items()}
 
 
 def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
@@ -160,18 +180,16 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
             number over the baseline's. Each run's curve is smoothed (centred moving average of three
             evaluations), curves are averaged over seeds, and the mean is interpolated linearly; the target is
             the end of the baseline's curve computed the same way. None if it is never reached.
+        seconds, seconds_to_target, seconds_ratio: The same with seconds of training instead of rollouts; None if they
+            are not logged. They include whatever else the machine did.
 
     Args:
         runs: Loaded runs, in any order.
     """
     groups = policies(runs)
     baseline = baseline_of(groups)
-    target, baseline_rollouts = math.nan, math.nan
-    if baseline is not None:
-        curve = accuracy_curve(baseline, SMOOTHING)
-        if curve.mean.size:
-            target = float(curve.mean[-1])
-            baseline_rollouts = rollouts_to_reach(curve.x, curve.mean, target)
+    target, rollouts = _costs_to_target(groups, baseline, "rollouts")
+    _, seconds = _costs_to_target(groups, baseline, "seconds")
     rows: list[dict[str, Any]] = []
     for policy in groups:
         accuracy = policy.per_seed(final_accuracy)
@@ -179,8 +197,6 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
         compared = baseline is not None and policy is not baseline
         pairs = _gaps(policy, baseline, final_accuracy) if compared and baseline else []
         mean_pairs = _gaps(policy, baseline, mean_accuracy) if compared and baseline else []
-        smooth = accuracy_curve(policy, SMOOTHING)
-        reached = rollouts_to_reach(smooth.x, smooth.mean, target)
         members = list(policy.compared.values())
         started = [run for run in members if run.steps.size]
         rows.append(
@@ -208,8 +224,11 @@ def comparison_table(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
                 "unsolved_share": _mean(policy.per_seed(lambda run: run.unsolved_share).values()),
                 "largest_allocation": max((int(run.max_budget.max()) for run in started), default=None),
                 "target_accuracy": finite_or_none(target),
-                "rollouts_to_target": finite_or_none(reached),
-                "rollouts_ratio": finite_or_none(reached / baseline_rollouts) if baseline_rollouts else None,
+                "rollouts_to_target": finite_or_none(rollouts[policy.label][0]),
+                "rollouts_ratio": finite_or_none(rollouts[policy.label][1]),
+                "seconds": _mean(policy.per_seed(lambda run: run.training_seconds).values()),
+                "seconds_to_target": finite_or_none(seconds[policy.label][0]),
+                "seconds_ratio": finite_or_none(seconds[policy.label][1]),
             }
         )
     return rows

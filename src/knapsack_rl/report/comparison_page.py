@@ -43,6 +43,9 @@ HEADER = (
     "largest allocation",
     "rollouts to baseline's accuracy",
     "relative to baseline",
+    "seconds of training",
+    "seconds to baseline's accuracy",
+    "relative to baseline, in seconds",
 )
 
 
@@ -184,6 +187,9 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
         None if row["largest_allocation"] is None else f"{row['largest_allocation']:,}",
         missed if reached is None else f"{reached:,.0f}",
         None if row["rollouts_ratio"] is None else f"{row['rollouts_ratio']:.2f} ×",
+        None if row["seconds"] is None else f"{row['seconds']:,.0f}",
+        None if row["seconds_to_target"] is None else f"{row['seconds_to_target']:,.0f}",
+        None if row["seconds_ratio"] is None else f"{row['seconds_ratio']:.2f} ×",
     )
 
 
@@ -193,7 +199,8 @@ def _table_caption(rows: Sequence[dict[str, Any]]) -> str:
         "Means over seeds; ± is the half-width of a 95 % t-interval of the mean. Differences are taken between runs "
         "of the same seed. Accuracy at the end is the mean of the last three evaluations. Success on training prompts "
         "(equally weighted) is the mean over the last 20 % of the steps, gradient shares are over all "
-        "steps. Unsolved: no success at the last visit."
+        "steps. Unsolved: no success at the last visit. Seconds are those of training steps, without evaluation, and "
+        "depend on what else the machine did."
     )
     if target is not None:
         caption += (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from knapsack_rl.groups import DIFFICULTY_CLASSES
+from knapsack_rl.metrics import PARTS
 from knapsack_rl.offline.recorded import read_run
 from knapsack_rl.report import page, plots
 from knapsack_rl.report.prompt_section import prompt_section
@@ -123,7 +124,19 @@ def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
             f"{1000 * np.median(seconds):.1f} ms" if seconds.size else page.MISSING,
             "median per step",
         ),
+        *_step_time(run),
     ]
+
+
+def _step_time(run: RunLog) -> list[tuple[str, str, str]]:
+    """Return the median seconds of a step with its parts, and the rows that updates left out, where they are logged."""
+    seconds = {part: run.metric(f"knapsack/{part}_seconds")[1] for part in PARTS}
+    parts = [f"{part} {np.median(spent):.2g} s" for part, spent in seconds.items() if spent.size]
+    total, skipped = run.metric("step_time")[1], run.metric("knapsack/rows_skipped")[1]
+    found = [("Step", f"{np.median(total):.2g} s", f"median; {', '.join(parts)}")] if total.size and parts else []
+    if skipped.size:
+        found.append(("Rows left out of updates", page.percent(float(skipped.mean())), "they have no gradient"))
+    return found
 
 
 def run_plots(run: RunLog) -> list[page.Plot]:
@@ -270,7 +283,8 @@ METRIC_GROUPS = (
                     "knapsack/allocation", "knapsack/largest", "knapsack/smallest")),
     ("Predictions", ("knapsack/predicted", "knapsack/realised", "knapsack/brier")),
     ("Completions", ("completions/", "num_tokens", "entropy")),
-    ("Optimizer", ("loss", "grad_norm", "learning_rate", "clip_ratio", "kl", "epoch", "step_time")),
+    ("Optimizer", ("loss", "grad_norm", "learning_rate", "clip_ratio", "kl", "epoch", "step_time",
+                   "knapsack/rows", "knapsack/generation", "knapsack/scoring", "knapsack/update")),
 )  # fmt: skip
 """Groups of metrics: title, and prefixes of the metrics' names."""
 

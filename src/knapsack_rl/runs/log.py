@@ -278,7 +278,14 @@ class RunLog:
 
     def metric(self, name: str) -> tuple[IntArray, FloatArray]:
         """Steps and values of a logged metric where it is a finite number."""
-        return self._logged("step", name)
+        steps, values = self._logged("step", name)
+        return steps.astype(np.int64), values
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of all training steps, NaN if they are not logged."""
+        seconds = self.metric("training_seconds")[1]
+        return float(seconds[-1]) if seconds.size else math.nan
 
     @cached_property
     def held_out(self) -> tuple[IntArray, FloatArray]:
@@ -287,12 +294,17 @@ class RunLog:
 
     def against_rollouts(self, name: str) -> tuple[IntArray, FloatArray]:
         """Rollouts generated so far and values of a logged metric where both are finite numbers."""
-        return self._logged("rollouts", name)
+        rollouts, values = self._logged("rollouts", name)
+        return rollouts.astype(np.int64), values
 
-    def _logged(self, position: str, name: str) -> tuple[IntArray, FloatArray]:
+    def against_seconds(self, name: str) -> tuple[FloatArray, FloatArray]:
+        """Seconds of training so far and values of a logged metric where both are finite numbers."""
+        return self._logged("training_seconds", name)
+
+    def _logged(self, position: str, name: str) -> tuple[FloatArray, FloatArray]:
         pairs = [(finite_number(row.get(position)), finite_number(row.get(name))) for row in self.metrics]
         known = [(at, value) for at, value in pairs if at is not None and value is not None]
-        return np.array([at for at, _ in known], dtype=np.int64), np.array([value for _, value in known])
+        return np.array([at for at, _ in known], dtype=np.float64), np.array([value for _, value in known])
 
     # Over the whole run
 

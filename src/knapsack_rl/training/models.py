@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def load_model(settings: TrainSettings, task: TaskData, tokenizer: Any, trained:
 def accelerated() -> bool:
     """Return whether an accelerator is available."""
     return torch.cuda.is_available()
+
+
+def chosen_threads(settings: TrainSettings) -> tuple[int, str]:
+    """Return the number of torch threads, 0 for torch's own choice, and the reason in words."""
+    if settings.threads:
+        return settings.threads, "as set"
+    if (given := os.environ.get("OMP_NUM_THREADS")) is not None:
+        return 0, f"OMP_NUM_THREADS={given}"
+    if settings.model == "arithmetic-base" and not accelerated():
+        return 1, "more would wait for one another on a model this small; change with --threads"
+    return 0, "torch's choice; change with --threads"
 
 
 def in_bfloat16(settings: TrainSettings) -> bool:

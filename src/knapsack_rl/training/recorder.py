@@ -144,6 +144,7 @@ class Recorder(TrainerCallback):
             "step": step,
             "rollouts": self.trainer.generated.rollouts,
             "tokens": self.trainer.generated.tokens,
+            "training_seconds": round(self.trainer.generated.seconds, 3),
             "seconds": round(time.perf_counter() - self._started, 3),
         }
         row |= {name: number if math.isfinite(number) else None for name, number in numbers.items() if name != "step"}

@@ -30,6 +30,7 @@ from knapsack_rl.training.models import (
     accelerated,
     adapter,
     batch_arguments,
+    chosen_threads,
     in_bfloat16,
     load_model,
     load_tokenizer,
@@ -125,8 +126,9 @@ def _train(
     *,
     report: bool,
 ) -> Outcome:
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    threads, _ = chosen_threads(settings)
+    if threads:
+        torch.set_num_threads(threads)
     task = load_task(settings)
     # A run may have been stopped after its last checkpoint and before its end.
     trained = checkpoint is not None and all_done(
@@ -184,6 +186,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         advantage=settings.advantage,
         weighting=settings.weighting,
         replay=settings.replay,
+        skip_zero_advantages={"auto": None, "on": True, "off": False}[settings.skip_zero_advantages],
         log_metrics="all",
         log_allocations=True,
         log_samples=SAMPLED_PROMPTS,

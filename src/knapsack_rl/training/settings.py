@@ -67,6 +67,11 @@ class TrainSettings(AllocationSettings):
     weighting: str = option(
         "auto", "loss weight per rollout (the paper) or prompt; auto fits the advantage", WEIGHTINGS
     )
+    skip_zero_advantages: str = option(
+        "auto",
+        "train on rows with a gradient only; auto does so wherever it is exact, and not with uniform",
+        ("auto", "on", "off"),
+    )
     learning_rate: float = option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = option(1, "optimizer updates on each step's rollouts")
     loss_type: str = option("dapo", "TRL's loss_type; dapo is the token mean", ("dapo", "grpo", "dr_grpo", "bnpo"))
@@ -78,7 +83,7 @@ class TrainSettings(AllocationSettings):
     eval_every: int = option(20, "steps between evaluations on held-out prompts; 0 evaluates at start and end only")
     eval_samples: int = option(4, "sampled answers per held-out prompt")
     save_every: int = option(50, "steps between checkpoints; 0 saves only on interruption and at the end")
-    threads: int = option(0, "torch threads; 0 leaves torch's choice")
+    threads: int = option(0, "torch threads; 0 takes one for the shipped model on a CPU, else torch's choice")
     report_to: str = option("none", "a logger of the trainer: none, tensorboard, wandb, trackio")
 
     def __post_init__(self) -> None:

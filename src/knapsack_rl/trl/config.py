@@ -37,6 +37,9 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
             stops the run with an error that names the prompt.
         replay: most times that a rare success of an unsolved prompt is trained on again, see
             :mod:`knapsack_rl.trl.replay`; 0 for never.
+        skip_zero_advantages: leave rows without a gradient out of the updates, see :mod:`knapsack_rl.trl.skipping`;
+            ``None`` for wherever the gradient stays that of all rows, except with ``allocation="uniform"``, whose
+            updates stay the stock trainer's bit for bit.
         log_metrics: metrics in each line of the log: ``"core"`` (a dozen, and failures if there are any) or ``"all"``.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
         log_samples: prompts of which sample completions are kept in ``samples.jsonl`` in ``output_dir``, 0 for none:
@@ -54,6 +57,7 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that decides on success."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
     replay: int = field(default=0, metadata={"help": "Most uses of a stored rare success; 0 for none."})
+    skip_zero_advantages: bool | None = field(default=None, metadata={"help": "Train on rows with a gradient only."})
     log_metrics: str = field(default="core", metadata={"help": "Metrics in the log: 'core' or 'all'."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
     log_samples: int = field(default=0, metadata={"help": "Prompts of which completions are kept in samples.jsonl."})

@@ -1,9 +1,9 @@
-"""The rollouts and tokens that a run has generated: the cost by which policies are compared."""
+"""The rollouts, tokens and seconds that a run has spent so far: the costs by which policies are compared."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from knapsack_rl.allocation.checks import IntArray
@@ -12,15 +12,17 @@ from knapsack_rl.runs.files import GENERATED_FILE
 
 @dataclass
 class Generated:
-    """Totals of what a run has generated for training so far, over all processes.
+    """Totals of what a run has spent on training so far; rollouts and tokens over all processes.
 
     Attributes:
         rollouts: completions, including those that were not trained on.
         tokens: their tokens, without those of prompts, tools and environments.
+        seconds: wall-clock time of the training steps, without the optimizer, evaluation and checkpoints.
     """
 
     rollouts: int = 0
     tokens: int = 0
+    seconds: float = field(default=0.0, compare=False)
 
     def add(self, lengths: IntArray) -> None:
         """Count completions of these lengths (R,)."""

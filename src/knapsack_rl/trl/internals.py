@@ -18,6 +18,7 @@ def check_internals() -> None:
     """
     expected = {
         "_generate_and_score_completions": ["self", "inputs"],
+        "_prepare_inputs": ["self", "generation_batch"],
         "_generate": ["self", "prompts"],
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     }

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
@@ -41,11 +40,13 @@ from knapsack_rl.trl.internals import check_internals, model_tokens, one_complet
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
 from knapsack_rl.trl.rewards import check_awaited, watched
+from knapsack_rl.trl.skipping import Skipping, why_inexact
 from knapsack_rl.trl.step import Scored, Step
 from knapsack_rl.trl.two_rounds import check_two_rounds, generate_in_two_rounds
+from knapsack_rl.trl.updates import ALL_ROWS, UpdateTrainer
 
 
-class KnapsackGRPOTrainer(GRPOTrainer):
+class KnapsackGRPOTrainer(UpdateTrainer):
     """``GRPOTrainer`` with rollouts per prompt allocated by the knapsack.
 
     Takes the arguments of ``GRPOTrainer``; ``args`` may be a plain ``GRPOConfig`` (the defaults of
@@ -89,13 +90,13 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         self._model_tokens: list[int] = []
         self._epochs_finished = 0
         self._samples: SampleStore | None = None
-        self.generated = Generated()
         self.replay = SuccessBuffer(self._setting("replay")) if self._setting("replay") else None
         # Without a data set TRL makes one of equal rows, and the environment chooses the tasks.
         given = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
         no_data = given is None and getattr(self, "environment_factories", None) is not None
         self.identity = None if no_data else self._make_identity()
         self._identified = False
+        self.skipping = self._make_skipping()
         if self.accelerator.is_main_process:
             for reason in without_effect(self.args, self.allocator, None if no_data else self.train_dataset):
                 self.session.warn_once(reason, reason)
@@ -148,6 +149,17 @@ class KnapsackGRPOTrainer(GRPOTrainer):
             )
         several = self.accelerator.num_processes > 1
         return Identity(column, proven=check_dataset(data, column, gather_object if several else None))
+
+    def _make_skipping(self) -> Skipping | None:
+        """Return how rows without a gradient are left out, None if all rows are trained on."""
+        wanted = self._setting("skip_zero_advantages")
+        if wanted is False or (wanted is None and self.session.settings.allocation == "uniform"):
+            return None
+        reason = why_inexact(self)
+        if reason is None:
+            return Skipping.of(self)
+        self.session.warn_once("skipping", ALL_ROWS % reason)
+        return None
 
     @property
     def _visible_data(self) -> Any:
@@ -206,10 +218,6 @@ class KnapsackGRPOTrainer(GRPOTrainer):
         """Mean rollouts per prompt."""
         size: Any = self.num_generations
         return size
-
-    @property
-    def _training(self) -> bool:
-        return bool(self.model is not None and self.model.training)
 
     @property
     def _generation(self) -> int:
