@@ -601,7 +601,7 @@ OTHER = {
         "min_rollouts": 3,
         "max_rollouts": 9,
         "weighting": "prompt",
-        "advantage": "group-mean",
+        "advantage": "group-std",
     },
     **{"learning_rate": 1e-5, "updates_per_step": 2, "loss_type": "grpo", "clip_low": 0.1, "clip_high": 0.3},
     **{"kl_coefficient": 0.01, "temperature": 0.7, "max_completion_tokens": 5, "eval_every": 2, "eval_samples": 1},

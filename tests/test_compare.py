@@ -46,15 +46,15 @@ class Noted:
 def test_the_plan_has_every_policy_with_every_seed(tmp_path):
     runs = plan(SMALL, POLICIES, [3, 1], tmp_path)
     assert [run.settings.label for run in runs] == [
-        *("uniform-n2-seed3", "uniform-n4-seed3", "paper-n2-seed3", "knapsack-n2-seed3"),
-        *("uniform-n2-seed1", "uniform-n4-seed1", "paper-n2-seed1", "knapsack-n2-seed1"),
+        *("uniform-n2-seed3", "uniform-mean-n2-seed3", "uniform-n4-seed3", "paper-n2-seed3", "knapsack-n2-seed3"),
+        *("uniform-n2-seed1", "uniform-mean-n2-seed1", "uniform-n4-seed1", "paper-n2-seed1", "knapsack-n2-seed1"),
     ]
     assert [run.folder for run in runs] == [tmp_path / run.settings.label for run in runs]
     assert not list(tmp_path.iterdir())
 
 
 def test_runs_differ_in_policy_and_seed_only(tmp_path):
-    varied = ("allocation", "rollouts_per_prompt", "seed")
+    varied = ("allocation", "rollouts_per_prompt", "seed", "advantage")
     for run in plan(dataclasses.replace(SMALL, threads=4), POLICIES, [0, 1], tmp_path):
         shared = dataclasses.replace(run.settings, **{name: getattr(SMALL, name) for name in varied})
         assert shared == dataclasses.replace(SMALL, threads=1)
@@ -62,8 +62,17 @@ def test_runs_differ_in_policy_and_seed_only(tmp_path):
 
 def test_twice_the_rollouts_are_uniform_with_a_doubled_budget(tmp_path):
     (run,) = plan(SMALL, ["uniform-2n"], [0], tmp_path)
-    assert run.settings == dataclasses.replace(SMALL, allocation="uniform", rollouts_per_prompt=4, threads=1)
+    grpo = dataclasses.replace(SMALL, allocation="uniform", rollouts_per_prompt=4, threads=1, advantage="group-std")
+    assert run.settings == grpo
     assert run.settings.budget == 2 * SMALL.budget
+
+
+def test_only_the_knapsack_and_uniform_mean_have_the_shared_advantage(tmp_path):
+    shared = dataclasses.replace(SMALL, value="power-1-1")
+    found = {run.settings.label: run.settings for run in plan(shared, POLICIES, [0], tmp_path)}
+    over_mean = {label for label, settings in found.items() if settings.advantage == "group-mean"}
+    assert over_mean == {"uniform-mean-n2-seed0", "knapsack-n2-seed0"}
+    assert [label for label, settings in found.items() if settings.value == "power-1-1"] == ["knapsack-n2-seed0"]
 
 
 def test_the_order_of_policies_is_that_given(tmp_path):
@@ -88,7 +97,7 @@ def test_only_the_knapsack_has_two_rounds(tmp_path):
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(tmp_path, policies, seeds):
-    with pytest.raises(ValueError, match="distinct policies from uniform, uniform-2n, paper, knapsack and distinct"):
+    with pytest.raises(ValueError, match="distinct policies from uniform, uniform-mean, uniform-2n, paper, knapsack and distinct"):
         plan(SMALL, policies, seeds, tmp_path)
 
 
@@ -215,9 +224,9 @@ def test_what_was_left_without_a_whole_checkpoint_is_begun_again(tmp_path, proce
 def test_a_failed_run_does_not_stop_the_others(tmp_path, processes, monkeypatch):
     runs, noted = plan(SMALL, POLICIES, [0], tmp_path), Noted()
     monkeypatch.setattr(Training, "failing", ("uniform-n4-seed0",))
-    assert execute(runs, jobs=2, progress=noted) == [runs[1]]
+    assert execute(runs, jobs=2, progress=noted) == [runs[2]]
     assert ("ended", "uniform-n4-seed0", 2) in noted.events
-    assert [run.finished for run in runs] == [True, False, True, True]
+    assert [run.finished for run in runs] == [True, True, False, True, True]
 
 
 def test_an_interruption_waits_for_the_processes(tmp_path, processes):
