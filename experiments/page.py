@@ -15,7 +15,7 @@ from experiments.contract import Finding, markdown_table, seeds_of
 from experiments.names import fill
 
 TEMPLATES = Path(__file__).parent / "pages"
-PAGES = ("evidence.md", "estimation.md", "accelerator.md")
+PAGES = ("evidence.md", "estimation.md", "lab.md", "accelerator.md")
 HEADER = ("claim", "paper", "here", "command", "seeds", "verdict")
 TABLE = "table "
 
