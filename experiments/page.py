@@ -101,7 +101,7 @@ def build(page: str, folder: Path) -> str:
 
 def readme_table(folder: Path) -> str:
     """The table of results in the README."""
-    return Evidence(folder)("compute: table readme")
+    return Evidence(folder)("lab-headline: table readme on skills")
 
 
 def write(folder: Path) -> list[Path]:

@@ -140,11 +140,31 @@ class LabEvidence:
 
 def _layout(arms: Sequence[str]) -> dict[str, Table]:
     cost = {"tokens to it": "{row} / uniform, tokens", "seconds to it": "{row} / uniform, seconds"}
+    end = "accuracy at the end"
+    shown = ("uniform", "uniform-2n", "paper", "uniform-mean", "recommended")
     return {
         "accuracy": accuracy_table(**cost),
+        "readme": Table(
+            {
+                "rollouts": "{row}, rollouts",
+                end: f"{{row}}, {end}",
+                "difference to uniform, points": f"{{row}} - uniform, {end}",
+                "rollouts to its final accuracy": "{row} / uniform, rollouts",
+            },
+            {README_LABELS[arm]: arm for arm in shown if arm in arms},
+        ),
         "prompts": Table(by_arm("unsolved at the end", "still unsolved", "rollouts with a gradient",
                                 "prompts with a gradient", "tokens", "seconds")),
     }  # fmt: skip
+
+
+README_LABELS = {
+    "uniform": "uniform N=8 (GRPO)",
+    "uniform-2n": "uniform N=16 (GRPO)",
+    "paper": "the paper's rule, N=8 on average",
+    "uniform-mean": "uniform N=8, advantage over the mean",
+    "recommended": "recommended, N=8 on average",
+}
 
 
 def _cheaper(arm: str, bed: str, who: str) -> Claim:

@@ -121,7 +121,13 @@ def run(settings: Settings, bases: dict[str, Path], until: float = float("inf"),
     import torch
 
     torch.set_num_threads(1)
-    return train(settings, bases[settings.dataset], "cpu", until, LabTrainer) | (mark or {})
+    return compact(train(settings, bases[settings.dataset], "cpu", until, LabTrainer)) | (mark or {})
+
+
+def compact(row: Row) -> Row:
+    """Return a row without what no table of the lab reads: rows of many runs are kept in the repository."""
+    kept = {name: value for name, value in row.items() if name not in ("budget", "classes", "peak_memory_gb")}
+    return kept | {"series": {name: row["series"][name] for name in ("step", "rollout_ratio", "prompt_ratio")}}
 
 
 def _digest(model: Any) -> str:
