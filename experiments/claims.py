@@ -142,13 +142,6 @@ TRAINING: dict[str, Training] = {
         ),
         layout={
             "accuracy": accuracy_table(**{"tokens to it": "{row} / uniform, tokens"}),
-            "readme": Table(
-                by_arm("rollouts", "accuracy at the end")
-                | {"difference to uniform, points": "{row} - uniform, accuracy at the end"}
-                | by_arm("rollouts with a gradient"),
-                {"uniform N=8": "uniform", "uniform N=16": "uniform-2n", "paper N=8": "paper",
-                 "knapsack N=8": "knapsack"},
-            ),
         },
     ),
     "budgets": Training(

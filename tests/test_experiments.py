@@ -372,7 +372,7 @@ def test_an_unknown_name_on_a_page_is_refused(tmp_path, monkeypatch):
     for name, message in (
         ("magic: a", "experiment must be one of"),
         ("compute: paper, magic", "measure must be one of"),
-        ("compute: table magic", "no table 'magic'; there are accuracy, readme"),
+        ("compute: table magic", "no table 'magic'; there are accuracy"),
         ("estimation: recorded run: Beta, gain", "closest names are .*'recorded run: Beta, gain captured'"),
     ):
         (tmp_path / "evidence.md").write_text(f"{{{{{name}}}}}")
