@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class GivenRates:
         """Learn nothing."""
 
 
-def late(name: str, settings: Mapping[str, object], epochs: int) -> PolicyMaker:
+def late(name: str, settings: Mapping[str, Any], epochs: int) -> PolicyMaker:
     """Makes an allocator of a named estimator that sees outcomes late."""
     make = allocated(name, MIN_ROLLOUTS, MAX_ROLLOUTS, **settings)
     return lambda episode: Late(make(episode), episode, epochs)

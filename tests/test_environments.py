@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
 from cases import message_of
 from experiments.trace import SPLITS, load_trace
@@ -208,6 +208,54 @@ def test_impossible_changes_are_refused():
         assert "share in (0, 1]" in message_of(ValueError, Synthetic(changes=(change,)).start, 0)
     assert "gaussian" in message_of(ValueError, Synthetic(changes=(Sudden(1.0, mixture="gaussian"),)).start, 0)
     assert "retired" in message_of(ValueError, Synthetic(retired=-1).start, 0)
+
+
+def test_prompts_of_a_skill_share_a_rate_and_change_together():
+    environment = Synthetic(
+        "uniform", prompts=60, epochs=2, batch_size=20, skills=6, spread=0.1, changes=(Sudden(1.0, 0.5, shift=3.0),)
+    )
+    episode, everyone = environment.start(3), np.arange(60)
+    skill = np.array(episode.features(everyone)["skill"])
+    names, place, sizes = np.unique(skill, return_inverse=True, return_counts=True)
+    assert sizes.tolist() == [10] * 6
+    before = special.logit(episode.rates(everyone))
+    assert all(before[place == k].std() < 0.2 for k in range(names.size))
+    assert before.std() > 0.5
+    for batch in episode.batches[:3]:
+        episode.train(batch, np.zeros(batch.size, bool))
+    moved = special.logit(episode.rates(everyone)) - before
+    by_skill = [moved[place == k] for k in range(names.size)]
+    assert {round(float(part[0]), 6) for part in by_skill} == {0.0, 3.0}
+    assert all(np.ptp(part) < 1e-9 for part in by_skill)
+
+
+def test_a_practised_skill_moves_as_a_whole():
+    environment = Synthetic("uniform", prompts=12, epochs=1, batch_size=12, skills=3, skill_gain=0.25)
+    episode, everyone = environment.start(0), np.arange(12)
+    before = special.logit(episode.rates(everyone))
+    skill = np.array(episode.features(everyone)["skill"])
+    batch = episode.batches[0]
+    episode.train(batch, (skill[batch] == skill[0]) & (batch < 6))  # two of its four prompts
+    moved = special.logit(episode.rates(everyone)) - before
+    np.testing.assert_allclose(moved, np.where(skill == skill[0], 0.5, 0.0), atol=1e-9)
+
+
+def test_misleading_features_pair_the_hardest_skill_with_the_easiest():
+    episode, everyone = Synthetic("uniform", prompts=80, skills=8, spread=0.0).start(1), np.arange(80)
+    columns = {name: np.array(values) for name, values in episode.features(everyone).items()}
+    rates = episode.rates(everyone)
+    order = list(dict.fromkeys(columns["skill"][np.argsort(rates)].tolist()))
+    for low, high in zip(order[:4], order[:3:-1], strict=True):
+        pair = {columns["misleading"][columns["skill"] == name][0] for name in (low, high)}
+        assert len(pair) == 1
+        assert np.isin(columns["skill"][np.isin(columns["misleading"], list(pair))], [low, high]).all()
+    assert Synthetic("uniform", prompts=80).start(1).features(everyone) == {}
+
+
+@pytest.mark.parametrize("wrong", [{"skills": -1}, {"skills": 41}, {"spread": -0.1}, {"skill_gain": math.nan}])
+def test_impossible_skills_are_refused(wrong):
+    (name,) = wrong
+    assert name in message_of(ValueError, Synthetic(prompts=40, **wrong).start, 0)
 
 
 # -- traces -----------------------------------------------------------------------------------------------------------

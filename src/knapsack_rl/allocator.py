@@ -231,7 +231,7 @@ class KnapsackAllocator(Guarded):
         if not isinstance(self.estimator, BayesFilterEstimator):
             raise ValueError(f"features need the estimator 'bayes-filter', got {type(self.estimator).__name__}")
         if self.shared is None:
-            self.shared = SharedKnowledge(self.estimator.grid.size, self.estimator.iterations)
+            self.shared = SharedKnowledge(self.estimator)
         self.shared.note(ids, features)
 
     def _allocate_rollouts(self, ids: list[PromptId], order: FloatArray, budget: int) -> Allocation:
@@ -469,7 +469,7 @@ class KnapsackAllocator(Guarded):
         lost = lost_metrics(known, successes, totals)
         if visitors:
             visitor_R, success_R = (np.cumsum(visited) - 1)[groups.group_R[scored]], groups.success_R[scored]
-            self.survive("learning", lambda: self._share(visitors, known, successes, totals, visitor_R, success_R))
+            self.survive("learning", lambda: self._share(visitors, known, successes, totals))
             self.tracker.record(
                 visitors,
                 visitor_R,
@@ -481,22 +481,14 @@ class KnapsackAllocator(Guarded):
             self._refit_when_due()
         self._step.compare(prompt_ids, groups, lost)
 
-    def _share(
-        self,
-        ids: list[PromptId],
-        known: Records,
-        successes: IntArray,
-        totals: IntArray,
-        prompt_R: IntArray,
-        success_R: BoolArray,
-    ) -> None:
+    def _share(self, ids: list[PromptId], known: Records, successes: IntArray, totals: IntArray) -> None:
         """Let prompts that are alike learn from these outcomes, before the prompts themselves do."""
         if self.shared is None or known.prior is None:
             return
         assert isinstance(self.estimator, BayesFilterEstimator)
         before = self.estimator.likelihood(known)
         visit = self.estimator.binomial_likelihood(successes, totals - successes)
-        self.shared.learn(ids, self.estimator.prior, before, visit, prompt_R, success_R)
+        self.shared.learn(ids, self.estimator.prior, before, visit)
 
     @one_at_a_time
     def note_unidentified(self, allocation: Allocation, groups: GroupOutcomes) -> None:
@@ -590,7 +582,7 @@ class KnapsackAllocator(Guarded):
             learned.load_state_dict(rule)
         shared = None
         if (alike := section(arrays, "shared.")) and isinstance(self.estimator, BayesFilterEstimator):
-            shared = SharedKnowledge(self.estimator.grid.size, self.estimator.iterations)
+            shared = SharedKnowledge(self.estimator)
             shared.load_state_dict(alike)
         tracker = Tracker(self.estimator.evidence_size)
         tracker.load_state_dict(section(arrays, "tracker."), copy=copy)

@@ -304,10 +304,7 @@ class BayesFilterEstimator(GridPosterior):
 
     def absorb(self, records: Records, successes: IntArray, totals: IntArray) -> FloatArray:
         """Weigh the models by how well they predict the visits, then multiply the evidence by their likelihood."""
-        return self.absorb_likelihood(records, self.binomial_likelihood(successes, totals - successes))
-
-    def absorb_likelihood(self, records: Records, visit: FloatArray) -> FloatArray:
-        """Return :meth:`absorb` of visits given as (M, grid_points) likelihoods."""
+        visit = self.binomial_likelihood(successes, totals - successes)
         known = np.ones_like(visit)
         again = np.flatnonzero(records.visits)
         if again.size:
@@ -392,10 +389,12 @@ class BayesFilterEstimator(GridPosterior):
         likelihood *= (1.0 / population).take(which, axis=0)
         return likelihood
 
-    def spread(self, rows: FloatArray, deviation: float) -> FloatArray:
-        """Return (M, grid_points) functions of the logit, smoothed by a walk with this standard deviation in logits."""
-        waves = product(rows, self._cosines) * np.exp(-(deviation**2) * self._decay)
-        return np.maximum(product(waves, self._cosines.T), self.FLOOR)
+    def walked(self, rows: NDArray[Any], variance: FloatArray) -> FloatArray:
+        """Return (..., grid_points) functions of the logit, smoothed by a walk of (...) variances in squared logits."""
+        distinct, which = np.unique(variance, return_inverse=True)
+        waves = product(rows.reshape(-1, self.grid.size), self._cosines)
+        waves *= np.exp(-np.outer(distinct, self._decay)).take(which.ravel(), axis=0)
+        return np.maximum(product(waves, self._cosines.T), self.FLOOR).reshape(rows.shape)
 
     def _damping(self, ages: FloatArray) -> FloatArray:
         """Return (variances, ages, grid_points) factors of the cosines after a walk over each age."""

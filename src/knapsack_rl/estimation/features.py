@@ -7,9 +7,9 @@ their number is bounded, so memory and files stay small whatever the columns hol
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ MOST_VALUES = 4096
 """Codes of a column; values that appear later share one."""
 
 MOST_BINS = 16
-"""Bins of a column of numbers, divided at quantiles of the first batch."""
+"""Bins of a column of numbers, divided at quantiles of the first batch that has any."""
 
 LONGEST_TEXT = 200
 """Characters of a text that are looked at."""
@@ -41,6 +41,8 @@ JOINT = "all columns together"
 class Column:
     """Codes of the values of one column.
 
+    The first values that are not missing decide whether it is one of numbers.
+
     Attributes:
         name: of the column.
         edges: (E,) ascending borders of the bins of a column of numbers; None for texts.
@@ -51,22 +53,35 @@ class Column:
     edges: FloatArray | None = None
     code_of: dict[str | int, int] = field(default_factory=dict)
 
+    @property
+    def size(self) -> int:
+        """Number of codes, those without a value included."""
+        return len(self.code_of) + 2
+
     def codes(self, values: Sequence[Any]) -> list[int]:
         """Return the code of each value.
 
         Raises:
             ValueError: a column of numbers holds something else.
         """
-        if self.edges is None:
-            return [MISSING if value is None else self._code(str(value)[:LONGEST_TEXT]) for value in values]
-        numbers = _numbers(self.name, values)
-        bins = np.searchsorted(self.edges, numbers, side="right").tolist()
-        return [MISSING if math.isnan(number) else self._code(k) for number, k in zip(numbers, bins, strict=True)]
+        missing = [_missing(value) for value in values]
+        given = [value for value, absent in zip(values, missing, strict=True) if not absent]
+        if (
+            not self.code_of
+            and given
+            and all(isinstance(value, Real) and not isinstance(value, bool) for value in given)
+        ):
+            self.edges = _edges(_numbers(self.name, given))
+        known: list[Any] = [str(value)[:LONGEST_TEXT] for value in given]
+        if self.edges is not None:
+            known = np.searchsorted(self.edges, _numbers(self.name, given), side="right").tolist()
+        found = map(self._code, known)
+        return [MISSING if absent else next(found) for absent in missing]
 
     def _code(self, value: str | int) -> int:
-        if value not in self.code_of and len(self.code_of) + 2 >= MOST_VALUES:
+        if value not in self.code_of and self.size >= MOST_VALUES:
             return OTHER
-        return self.code_of.setdefault(value, len(self.code_of) + 2)
+        return self.code_of.setdefault(value, self.size)
 
 
 class Features:
@@ -93,15 +108,17 @@ class Features:
 
         Args:
             ids: M prompts.
-            features: M values by name of the column; the first batch decides on the columns, and which hold numbers.
+            features: M values by name of the column; the first batch decides on the columns.
 
         Raises:
             ValueError: there is no column or too many, names or lengths differ from what they should be, or a column
                 of numbers holds something else.
         """
+        if not isinstance(features, Mapping):
+            raise ValueError(f"features must map names to columns of {len(ids)} values, got {type(features).__name__}")
         values = {str(name): _listed(name, column, len(ids)) for name, column in features.items()}
         if not self.columns:
-            self.columns = _columns(values)
+            self.columns = _columns(list(values))
         names = self.names
         if sorted(values) != names:
             raise ValueError(f"features must have the columns of the first batch, {names}, got {sorted(values)}")
@@ -140,10 +157,10 @@ class Features:
             columns = [_column(**one) for one in found["columns"]]
             ids = check_prompt_ids(found["prompt_ids"])
             codes = np.asarray(state["codes"])
-            largest = np.array([len(column.code_of) + 2 for column in columns], dtype=np.int64)
+            sizes = np.array([column.size for column in columns], dtype=np.int64)
             if codes.dtype != np.int64 or codes.shape != (len(ids), len(columns)) or len(set(ids)) < len(ids):
                 raise ValueError("ids and codes do not match")
-            if (codes < 0).any() or (codes >= largest).any():
+            if (codes < 0).any() or (codes >= sizes).any():
                 raise ValueError("a code does not belong to a value")
         except (KeyError, TypeError, AttributeError, RecursionError, ValueError, OverflowError) as error:
             raise ValueError(f"the saved features of prompts are damaged: {error!r}") from error
@@ -160,38 +177,40 @@ def _column(name: str, edges: list[float] | None, values: list[str | int]) -> Co
     return Column(str(name), borders, dict(zip(values, range(2, len(values) + 2), strict=True)))
 
 
+def _missing(value: object) -> bool:
+    return value is None or (isinstance(value, (float, np.floating)) and bool(np.isnan(value)))
+
+
 def _listed(name: object, column: ArrayLike, size: int) -> list[Any]:
-    values = column.tolist() if isinstance(column, np.ndarray) else list(column)  # type: ignore[arg-type]
+    values: Any = column
+    if hasattr(values, "tolist"):  # arrays, tensors, series
+        values = values.tolist()
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"feature {name!r} must be a list of {size} values, one per prompt, got {values!r}")
+    values = list(values)
     if len(values) != size:
         raise ValueError(f"feature {name!r} must hold one value per prompt ({size}), got {len(values)}")
     return values
 
 
-def _columns(values: Mapping[str, list[Any]]) -> list[Column]:
-    if not 0 < len(values) <= MOST_COLUMNS or JOINT in values:
-        raise ValueError(f"features must be 1 to {MOST_COLUMNS} named columns, got {list(values)}")
-    columns = [Column(name, _edges(values[name])) for name in sorted(values)]
+def _columns(names: list[str]) -> list[Column]:
+    if not 0 < len(names) <= MOST_COLUMNS or JOINT in names:
+        raise ValueError(f"features must be 1 to {MOST_COLUMNS} named columns, none of them {JOINT!r}, got {names}")
+    columns = [Column(name) for name in sorted(names)]
     return columns if len(columns) == 1 else [*columns, Column(JOINT)]
 
 
-def _edges(values: Sequence[Any]) -> FloatArray | None:
-    """Return borders between the values of a column of numbers, None for one of texts."""
-    given = [value for value in values if value is not None]
-    if not given or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in given):
-        return None
-    numbers = np.array(given, dtype=np.float64)
-    numbers = numbers[np.isfinite(numbers)]
-    if not numbers.size:
-        return np.empty(0)
-    distinct = np.unique(numbers)
+def _edges(numbers: FloatArray) -> FloatArray:
+    """Return borders between the values of a column of numbers."""
+    finite = numbers[np.isfinite(numbers)]
+    distinct = np.unique(finite)
     if distinct.size > MOST_BINS:
-        return np.unique(np.quantile(numbers, np.arange(1, MOST_BINS) / MOST_BINS))
-    return (distinct[1:] + distinct[:-1]) / 2
+        return np.unique(np.quantile(finite, np.arange(1, MOST_BINS) / MOST_BINS, method="higher"))
+    return np.unique(distinct[1:] / 2 + distinct[:-1] / 2)
 
 
 def _numbers(name: str, values: Sequence[Any]) -> FloatArray:
     try:
-        numbers = np.array([math.nan if value is None else float(value) for value in values])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"feature {name!r} held numbers in the first batch; {error}; give numbers or None") from error
-    return np.nan_to_num(numbers, nan=math.nan, posinf=math.inf, neginf=-math.inf)
+        return np.array([float(value) for value in values], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"feature {name!r} holds numbers; {error}; give numbers or None") from error

@@ -45,6 +45,10 @@ class Episode(Protocol):
         """Advance by one step in which these prompts were visited and these groups held both outcomes."""
         ...
 
+    def features(self, prompts: IntArray) -> dict[str, list[str]]:
+        """Return (M,) values of these prompts by name of the column; none where nothing is known of them."""
+        ...
+
 
 class Environment(Protocol):
     """Starts episodes."""
@@ -119,7 +123,7 @@ class Sudden:
 
     Attributes:
         epoch: time of the change in epochs since the start, > 0.
-        share: share of the prompts that change, in (0, 1].
+        share: share of the prompts that change, in (0, 1]; where prompts have skills, of the skills.
         mixture: the changed prompts draw new rates from it, see :func:`draw_rates`; None keeps their rates.
         shift: logits by which the changed prompts move, after a draw.
     """
@@ -138,6 +142,10 @@ class Synthetic:
     step of standard deviation ``walk``; all prompts move by ``drift`` over an epoch. Rates of exactly 0 and 1 stay.
     With all three at 0 and no sudden changes the rates are static.
 
+    With ``skills`` the mixture is that of the skills, and the logits of the prompts of one skill are normal around it.
+    Three columns of features then say of a prompt its ``skill``, a ``useless`` random label, and a ``misleading`` pair
+    of skills, the hardest with the easiest.
+
     Attributes:
         mixture: see :func:`draw_rates`.
         prompts: number of prompts.
@@ -149,6 +157,9 @@ class Synthetic:
         changes: sudden changes.
         retired: other prompts, which are visited once before all others and never again.
         reshuffled: whether an epoch has every prompt once; otherwise each batch is drawn anew from all prompts.
+        skills: number of skills, 0 for none.
+        spread: standard deviation, in logits, of the prompts of a skill, >= 0.
+        skill_gain: logits by which all prompts of a skill move with each of its effective groups.
     """
 
     mixture: str = "late-training"
@@ -161,9 +172,15 @@ class Synthetic:
     changes: tuple[Sudden, ...] = ()
     retired: int = 0
     reshuffled: bool = True
+    skills: int = 0
+    spread: float = 0.5
+    skill_gain: float = 0.0
 
     def start(self, seed: int) -> SyntheticEpisode:
         """Return the episode of a seed."""
+        check_whole("skills", self.skills, minimum=0, maximum=self.prompts)
+        if not (0 <= self.spread < np.inf and np.isfinite(self.skill_gain)):
+            raise ValueError(f"spread must be finite and >= 0, skill_gain finite, got {self.spread, self.skill_gain}")
         if not (np.isfinite([self.gain, self.drift]).all() and 0 <= self.walk < np.inf):
             raise ValueError(f"gain, drift and walk must be finite, walk >= 0, got {self.gain, self.drift, self.walk}")
         for change in self.changes:
@@ -186,8 +203,12 @@ class SyntheticEpisode:
             batches = [order.choice(in_use, batch.size, replace=False) for batch in batches]
         before = shuffled_batches(retired, 1, environment.batch_size, order) if retired else []
         self.batches: Sequence[IntArray] = [in_use + batch for batch in before] + batches
-        self._logits = _logits(draw_rates(environment.mixture, in_use + retired, start))
+        # Every prompt is a skill of its own where there are none.
+        self._skill = np.arange(in_use + retired) % (environment.skills or in_use + retired)
+        self._skills = int(self._skill.max()) + 1
         self._drift = 0.0
+        self._logits = self._drawn(environment.mixture, np.arange(self._skills), start)
+        self._columns = self._labels(np.random.default_rng([seed, 2, 0])) if environment.skills else {}
         self._epochs = -retired / in_use
         self._changes = [
             (change, np.random.default_rng([seed, 2, 1 + k]))
@@ -199,6 +220,10 @@ class SyntheticEpisode:
         with np.errstate(over="ignore"):
             return 1.0 / (1.0 + np.exp(-(self._logits[prompts] + self._drift)))
 
+    def features(self, prompts: IntArray) -> dict[str, list[str]]:
+        """Return (M,) values by name, see :class:`Synthetic`; none without skills."""
+        return {name: [f"{name} {k}" for k in column[prompts].tolist()] for name, column in self._columns.items()}
+
     def train(self, prompts: IntArray, effective: BoolArray) -> None:
         """Move the prompts that learn."""
         environment = self._environment
@@ -207,15 +232,38 @@ class SyntheticEpisode:
         # Drawn regardless of the policy, so that the walk is the same for all policies.
         step = environment.walk * self._steps.standard_normal(prompts.size)
         self._logits[prompts] += environment.gain * effective + step
+        if environment.skill_gain:
+            practised = np.bincount(self._skill[prompts[effective]], minlength=self._skills)
+            self._logits += environment.skill_gain * practised[self._skill]
         self._epochs += passed
         while self._changes and self._changes[0][0].epoch <= self._epochs + 1e-9:
             self._change(*self._changes.pop(0))
 
     def _change(self, change: Sudden, rng: np.random.Generator) -> None:
-        changed = np.flatnonzero(rng.random(self._logits.size) < change.share)
-        if change.mixture is not None and changed.size:
-            self._logits[changed] = _logits(draw_rates(change.mixture, changed.size, rng)) - self._drift
+        skills = np.flatnonzero(rng.random(self._skills) < change.share)
+        changed = np.isin(self._skill, skills)
+        if change.mixture is not None and skills.size:
+            self._logits[changed] = self._drawn(change.mixture, skills, rng) - self._drift
         self._logits[changed] += change.shift
+
+    def _drawn(self, mixture: str, skills: IntArray, rng: np.random.Generator) -> FloatArray:
+        """Return new logits of the prompts of these skills, in order of the prompts."""
+        center = np.zeros(self._skills)
+        center[skills] = _logits(draw_rates(mixture, skills.size, rng))
+        prompts = self._skill[np.isin(self._skill, skills)]
+        if not self._environment.skills:
+            return center[prompts]
+        return center[prompts] + self._environment.spread * rng.standard_normal(prompts.size)
+
+    def _labels(self, rng: np.random.Generator) -> dict[str, IntArray]:
+        """Return the (P,) number of each prompt's value in every column of features."""
+        rates = np.bincount(self._skill, self.rates(np.arange(self._skill.size))) / np.bincount(self._skill)
+        rank = np.argsort(np.argsort(rates))
+        return {
+            "skill": self._skill,
+            "useless": rng.integers(self._skills, size=self._skill.size),
+            "misleading": np.minimum(rank, self._skills - 1 - rank)[self._skill],
+        }
 
 
 def _logits(rates: FloatArray) -> FloatArray:
@@ -352,3 +400,7 @@ class ReplayEpisode:
     def train(self, prompts: IntArray, effective: BoolArray) -> None:
         """Advance these prompts to their next visit; nothing else moves."""
         self._visited[prompts] += 1
+
+    def features(self, prompts: IntArray) -> dict[str, list[str]]:
+        """Return no features: the recorded run has none."""
+        return {}

@@ -93,14 +93,17 @@ class Allocated:
 
     Args:
         session: of the run.
+        features: returns the features of prompts; None for none.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, features: Callable[[IntArray], dict[str, list[str]]] | None = None) -> None:
+        self.session, self._features = session, features
 
     def allocate(self, prompts: IntArray, budget: int) -> tuple[IntArray, FloatArray]:
         """Return the session's counts and predictions."""
-        return self._planned(self.session.plan(prompts.tolist(), budget // prompts.size, budget=budget))
+        features = self._features and self._features(prompts)
+        plan = self.session.plan(prompts.tolist(), budget // prompts.size, budget=budget, features=features)
+        return self._planned(plan)
 
     def _planned(self, plan: Plan) -> tuple[IntArray, FloatArray]:
         predicted = plan.allocation.nonzero_gradient
@@ -135,6 +138,7 @@ def allocated(
     estimator: str | Callable[[], Estimator] = "bayes-filter",
     min_rollouts: int = 2,
     max_rollouts: int = 128,
+    features: Sequence[str] = (),
     **settings: Any,
 ) -> PolicyMaker:
     """Return a maker of policies with a fresh allocator for every episode.
@@ -143,14 +147,19 @@ def allocated(
         estimator: a name of ``ESTIMATORS``, or a function that makes an estimator.
         min_rollouts: N_low.
         max_rollouts: N_up.
+        features: columns of the environment that the policy sees.
         **settings: keyword arguments of the named estimator.
     """
 
-    def make(_: Episode) -> Policy:
+    def make(episode: Episode) -> Policy:
         chosen = estimator if isinstance(estimator, str) else estimator()
-        return Allocated(
-            Session(AllocationSettings(), KnapsackAllocator(chosen, min_rollouts, max_rollouts, **settings))
-        )
+        session = Session(AllocationSettings(), KnapsackAllocator(chosen, min_rollouts, max_rollouts, **settings))
+
+        def seen(prompts: IntArray) -> dict[str, list[str]]:
+            columns = episode.features(prompts)
+            return {name: columns[name] for name in features}
+
+        return Allocated(session, seen if features else None)
 
     return make
 
