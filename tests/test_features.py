@@ -29,7 +29,14 @@ def test_texts_are_categories_in_order_of_appearance():
 
 
 def test_few_numbers_are_told_apart_and_later_ones_go_to_the_nearest():
-    assert coded({"level": [1, 5, 3, 1]}, {"level": [1.9, 2.1, 100, -7]}) == [[2, 3, 4, 2], [2, 4, 3, 2]]
+    assert coded({"x": [1.5, 5, 3, 1.5]}, {"x": [1.9, 2.3, 100, -7]}) == [[2, 3, 4, 2], [2, 4, 3, 2]]
+
+
+def test_levels_that_the_first_batch_lacks_have_a_code_too():
+    assert coded({"level": [1, 5, 3.0]}, {"level": [4, 2, 1, 6, -3, 1000, 2000]}) == [[2, 3, 4], [5, 6, 2, 7, 8, 9, 9]]
+    assert coded({"level": [1, 5, 18]}, {"level": [4, 2]}) == [[2, 3, 4], [3, 2]]  # not levels: the range is too large
+    (huge,) = coded({"x": [2.0**60, 2.0**60]})
+    assert huge == [2, 2]
 
 
 def test_many_numbers_are_divided_into_bins_of_equal_share():
@@ -66,7 +73,7 @@ def test_missing_values_share_a_code_and_do_not_decide_what_a_column_holds(missi
 
 
 def test_infinite_numbers_are_the_ends():
-    assert coded({"x": [1.0, 2.0, math.inf, -math.inf]}) == [[2, 3, 3, 2]]
+    assert coded({"x": [1.0, 2.5, math.inf, -math.inf]}) == [[2, 3, 3, 2]]
     assert coded({"x": [math.inf, -math.inf]}, {"x": [3]}) == [[2, 2], [2]]
 
 

@@ -110,7 +110,7 @@ OUT_OF_RANGE = {
 }
 ANY_VALUE = {
     *{"model", "dataset", "prompt_column", "answer_column", "report_to"},
-    *{"vllm_server", "dataset_path", "dataset_config", "dataset_split"},
+    *{"vllm_server", "dataset_path", "dataset_config", "dataset_split", "feature_columns", "prior"},
 }
 
 
@@ -304,6 +304,12 @@ def test_a_file_gives_its_first_rows_for_training_and_the_next_for_evaluation(qu
     assert list(task.train) == rows[:4]
     assert list(task.held_out) == rows[4:]
     assert task.max_completion_tokens == 256
+
+
+def test_columns_of_features_are_kept_from_a_file(question_file):
+    task = load_task(question_settings(question_file, feature_columns=["source", "lacking"]))
+    assert {row["source"] for row in (*task.train, *task.held_out)} == {"school"}
+    assert "lacking" not in task.train[0]
 
 
 def test_ids_of_a_file_are_kept(tmp_path):
@@ -595,6 +601,27 @@ def test_a_run_leaves_a_whole_folder(done):
     assert done.display.rows == metrics
     assert done.display.begun == [(done.settings, 0)]
     assert done.display.stopped == 1
+
+
+def test_the_grade_of_the_shipped_task_is_a_feature(done):
+    shared = kr.KnapsackAllocator.load(done.folder / "allocator.npz").shared
+    if done.settings.allocation != "knapsack":
+        assert shared is None
+        return
+    assert shared.features.names == ["digits"]
+    grade = {problem.prompt_id: problem.digits for problem in make_splits(train=8, held_out=8).train}
+    rows = lines(done.folder / "allocations.jsonl")
+    ids = list(dict.fromkeys(prompt_id for row in rows for prompt_id in row["prompt_ids"]))
+    codes = shared.features.codes(ids)[:, 0].tolist()
+    by_code = {}
+    for prompt_id, code in zip(ids, codes, strict=True):
+        assert by_code.setdefault(code, grade[prompt_id]) == grade[prompt_id]
+    assert len(by_code) == len(set(by_code.values())) > 1
+
+
+def test_a_feature_that_the_data_lack_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"columns of the data set, .*'digits'.*got \['topic'\]"):
+        train(settings_of(feature_columns="topic"), tmp_path / "run", Watching())
 
 
 def test_metrics_and_allocations_agree(done):

@@ -1410,3 +1410,95 @@ def test_rows_of_a_prompt_are_adjacent(tmp_path):
     for batch in batches:
         changes = sum(one != two for one, two in pairwise(batch["prompts"]))
         assert changes == len(set(batch["prompts"])) - 1
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+
+def graded(prompts=24, **more):
+    """Prompts with a grade of two values and a length."""
+    data = tiny.dataset(prompts, **more)
+    rows = [row | {"grade": f"g{k % 2}", "length": k % 5} for k, row in enumerate(data)]
+    return Dataset.from_list(rows)
+
+
+def with_features(folder, data=None, **settings):
+    settings = {"feature_columns": ["grade", "length"]} | settings
+    return trainer_of(KnapsackGRPOTrainer, folder, data=graded() if data is None else data, **settings)
+
+
+@pytest.mark.parametrize("prompts", ["fixed", "varying"])
+@pytest.mark.parametrize("removed", [False, True])
+def test_columns_of_the_data_are_the_features_of_their_prompts(tmp_path, prompts, removed):
+    """Also where the trainer removes unused columns: the features of a plan are those of the rows of its prompts."""
+    trainer = with_features(tmp_path, prompts_per_step=prompts, remove_unused_columns=removed, max_steps=8)
+    trainer.train()
+    shared = trainer.allocator.shared
+    assert shared.features.names == ["grade", "length"]
+    ids = trainer.allocator.tracker.prompt_ids
+    assert len(ids) > 12
+    codes = {name: shared.features.codes(ids)[:, k] for k, name in enumerate(shared.features.names)}
+    rows = {row["prompt_id"]: row for row in graded()}
+    if not removed:  # else prompts are known by a hash
+        for name, code_of in codes.items():
+            pairs = {(rows[prompt_id][name], code) for prompt_id, code in zip(ids, code_of.tolist(), strict=True)}
+            assert len(pairs) == len(dict(pairs)) == len({code for _, code in pairs}), name  # one to one
+            assert len(pairs) == {"grade": 2, "length": 5}[name]
+    assert trainer.allocator.metrics()["allocation_failures"] == 0
+    assert shared.clock > 4
+    assert 0 < trainer.allocator.metrics()["features/grade"] < 1
+
+
+def test_features_and_what_they_taught_resume(tmp_path):
+    def make(**more):
+        return with_features(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, **more)
+
+    whole = make()
+    whole.train()
+    rest = make()
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_state(whole.allocator.state_dict(), rest.allocator.state_dict())
+    assert tiny.fingerprint(whole.model) == tiny.fingerprint(rest.model)
+
+
+def test_other_features_after_a_resume_are_learned_anew(tmp_path, caplog):
+    first = with_features(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    rest = with_features(tmp_path, feature_columns="grade", max_steps=4)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "what prompts share is learned anew" in caplog.text
+    assert rest.allocator.shared.features.names == ["grade"]
+    assert rest.allocator.metrics()["allocation_failures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feature_columns": ["topic"]}, r"columns of the data set, .*'grade'.*got \['topic'\]"),
+        ({"estimator": "beta"}, "need the estimator 'bayes-filter', got 'beta'"),
+        ({"allocation": "paper"}, "need the estimator 'bayes-filter', got 'window'"),
+        ({"prior": "nowhere"}, "nowhere"),
+    ],
+)
+def test_features_that_cannot_work_are_refused_at_construction(tmp_path, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with_features(tmp_path, **settings)
+
+
+def test_rates_of_an_earlier_run_are_a_feature(tmp_path):
+    first = with_features(tmp_path / "first", feature_columns=[], max_steps=4, log_allocations=True)
+    first.train()
+    first.allocator.save(tmp_path / "state.npz")
+    known = set(first.allocator.tracker.prompt_ids)
+    for earlier in (tmp_path / "first", tmp_path / "first" / ALLOCATION_LOG, tmp_path / "state.npz"):
+        second = with_features(tmp_path / "second", prior=str(earlier), max_steps=6)
+        second.train()
+        features = second.allocator.shared.features
+        assert features.names == ["earlier rate", "grade", "length"]
+        ids = second.allocator.tracker.prompt_ids
+        missing = {
+            prompt_id for prompt_id, code in zip(ids, features.codes(ids)[:, 0].tolist(), strict=True) if code == 0
+        }
+        assert missing == set(ids) - known
+        assert known & set(ids)
+        assert second.allocator.metrics()["allocation_failures"] == 0

@@ -434,14 +434,14 @@ def on_ranks(processes, work):
     return results, [sent[rank] for rank in range(processes)]
 
 
-def drawn_on(rows, size, processes, proven=True):
+def drawn_on(rows, size, processes, **options):
     share = len(rows) // processes
 
     def work(rank, gather):
         return draw(
             rows[rank * share : (rank + 1) * share],
             size,
-            Identity("prompt_id", proven=proven),
+            Identity("prompt_id", **options),
             rank=rank,
             processes=processes,
             gather=gather,
@@ -476,6 +476,15 @@ def test_keys_are_gathered_once_per_prompt_and_rows_only_where_they_move():
             total = sum(sum(calls) for calls in sent)
             assert len(moved) * 1e6 <= total <= len(moved) * 1.001e6 + 1e3, (processes, counts, total)
             assert bool(moved) == any(sent) or processes == 1
+
+
+def test_every_process_knows_the_features_of_all_prompts():
+    rows = [{"prompt": f"{k}", "prompt_id": k, "grade": f"g{k % 2}"} for k in range(6) for _ in range(4)]
+    for processes in (1, 2, 4):
+        drawn, _ = drawn_on(rows, 4, processes, features=["grade", "lacking"])
+        shared, _ = on_ranks(processes, lambda rank, gather, drawn=drawn: drawn[rank].shared(rank, gather))
+        for found in (*drawn, *shared):
+            assert found.features == {"grade": ["g0", "g1"] * 3, "lacking": [None] * 6}
 
 
 def test_where_prompts_wait_every_process_gets_each_row_once():

@@ -267,6 +267,34 @@ def test_advantages_over_the_mean_are_found_in_verls_registry(tmp_path, monkeypa
     assert ragged > 0
 
 
+@pytest.mark.parametrize("columns", [["level"], "level, data_source"])
+def test_columns_of_the_data_are_the_features_of_their_prompts(tmp_path, monkeypatch, columns):
+    rows = Run.rows
+
+    def graded(self):
+        found = rows(self)
+        for row in found:
+            row["extra_info"]["level"] = RATES[row["index"] % 4]
+        return found
+
+    monkeypatch.setattr(Run, "rows", graded)
+    run = Run(configured(tmp_path, poll_interval=0.01, log_metrics="all", feature_columns=columns), monkeypatch)
+    for _ in range(STEPS):
+        _, metrics = run.train()
+    features = run.manager.session.allocator.shared.features
+    ids = run.manager.session.allocator.tracker.prompt_ids
+    assert features.names == sorted(["level", *(["data_source"] if "data_source" in columns else [])])
+    place = features.names.index("level")
+    levels = [RATES[int(name.split("/")[1]) % 4] for name in ids]
+    assert dict(zip(levels, features.codes(ids)[:, place].tolist(), strict=True)) == {0.0: 2, 0.1: 3, 0.5: 4, 1.0: 5}
+    assert len(set(zip(levels, features.codes(ids)[:, place].tolist(), strict=True))) == 4
+    assert metrics["knapsack/allocation_failures"] == 0
+    assert 0 < metrics["knapsack/features/level"] < 1
+    wrong = Run(configured(tmp_path, poll_interval=0.01, feature_columns=["topic"]), monkeypatch)
+    with pytest.raises(ValueError, match=r"no prompt of the first batch has 'topic'.*which are \['index', 'level'\]"):
+        wrong.train()
+
+
 def test_validation_and_uniform_allocation_are_stock(tmp_path, monkeypatch):
     run = Run(configured(tmp_path, allocation="uniform", poll_interval=0.01), monkeypatch)
     batch, _ = run.train()

@@ -305,7 +305,7 @@ class KnapsackAllocator(Guarded):
             self.warn_once("degraded", f"allocation degraded: {allocation.reason}; counted as degraded_batches")
         return allocation
 
-    def _records(self, ids: list[PromptId]) -> Records:
+    def records_of(self, ids: list[PromptId]) -> Records:
         """Return the records of prompts, with their priors by features if there are any."""
         records = self.tracker.lookup(ids)
         if self.shared is not None:
@@ -315,7 +315,7 @@ class KnapsackAllocator(Guarded):
 
     def _lookup(self, ids: list[PromptId]) -> Records:
         """Return the records of a batch; warn once of a new id known under the other type: 7 and "7" differ."""
-        records = self._records(ids)
+        records = self.records_of(ids)
         if "twins" not in self._warned:
             unseen = np.flatnonzero(records.visits == 0)
             if twins := self.tracker.twin([ids[k] for k in unseen.tolist()]):
@@ -351,7 +351,7 @@ class KnapsackAllocator(Guarded):
         grid, cap, order = check_top_up(self.estimator), self.max_rollouts, stable_order(ids)
 
         def spend() -> Allocation:
-            records, most = self._records(ids), max(int(room_left(counts, left, cap).max()), 1)
+            records, most = self.records_of(ids), max(int(room_left(counts, left, cap).max()), 1)
             columns = min(most, FIRST_COLUMNS)
             while True:
                 found = top_up(grid.believe_after(records, counts, successes, columns), counts, left, cap, order)
@@ -465,7 +465,7 @@ class KnapsackAllocator(Guarded):
         visited = groups.totals > 0
         visitors = [prompt_id for prompt_id, seen in zip(prompt_ids, visited.tolist(), strict=True) if seen]
         successes, totals = groups.successes[visited], groups.totals[visited]
-        known = self._records(visitors)
+        known = self.records_of(visitors)
         lost = lost_metrics(known, successes, totals)
         if visitors:
             visitor_R, success_R = (np.cumsum(visited) - 1)[groups.group_R[scored]], groups.success_R[scored]
@@ -525,7 +525,7 @@ class KnapsackAllocator(Guarded):
             max_rollouts: columns of marginal values; the allocator's maximum by default.
         """
         columns = self.max_rollouts if max_rollouts is None else check_whole("max_rollouts", max_rollouts, minimum=1)
-        return self.estimator.believe(self._records(check_prompt_ids(prompt_ids)), columns)
+        return self.estimator.believe(self.records_of(check_prompt_ids(prompt_ids)), columns)
 
     @one_at_a_time
     def predicted_lengths(self, prompt_ids: Iterable[PromptId]) -> FloatArray:

@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+EARLIER = "earlier rate"
+"""Name of the feature that is a prompt's success rate in an earlier run."""
+
 STEPS_JUDGED = 25
 """Steps with the same outcome everywhere after which a run is warned."""
 
@@ -114,6 +117,7 @@ class Session:
         smallest_group: fewest rollouts that a served prompt may have; verl cannot take groups of one.
         rewards: names of the parts of the outcome, for what is said about success.
         says: whether this process says what counts as a success.
+        earlier: success rates of prompts in an earlier run, a feature of each of them.
     """
 
     def __init__(
@@ -127,8 +131,10 @@ class Session:
         smallest_group: int = 1,
         rewards: Sequence[str] = ("reward",),
         says: bool = True,
+        earlier: Mapping[PromptId, float] | None = None,
     ) -> None:
         self.settings = settings
+        self._earlier = earlier
         self.says = says
         self.rewards = tuple(rewards)
         self.allocator = settings.make_allocator() if allocator is None else allocator
@@ -171,8 +177,7 @@ class Session:
         """
         started = time.perf_counter()
         distinct, place_B = numbered(ids)
-        if features:
-            self.survive("features", lambda: self.allocator.note_features(ids, features))
+        self.note_features(ids, features or {})
         rollouts = mean * len(ids) if budget is None else budget
         found = None
         if self.settings.allocation != "uniform" and (self.allocator.budget_unit == "rollouts" or self._lengths_known):
@@ -253,6 +258,23 @@ class Session:
         kept = zip(*(column.tolist() for column in columns), strict=True)
         self._pending.update(zip(plan.ids, kept, strict=True))
         return plan
+
+    def note_features(self, ids: Sequence[PromptId], features: Mapping[str, ArrayLike]) -> None:
+        """Keep the features of prompts, and their success rates in an earlier run; :meth:`plan` does this too.
+
+        Args:
+            ids: (B,) prompts.
+            features: (B,) values by name, see :meth:`knapsack_rl.KnapsackAllocator.note_features`.
+        """
+        given: dict[str, Any] = dict(features)
+        if self._earlier is not None and (given or not self.settings.columns):
+            given[EARLIER] = [self._earlier.get(prompt_id) for prompt_id in ids]
+            if not any(prompt_id in self._earlier for prompt_id in ids):
+                self.warn_once(
+                    "earlier", "no prompt of a batch is in the earlier run named by prior; ids must be the same"
+                )
+        if given:
+            self.survive("features", lambda: self.allocator.note_features(ids, given))
 
     def plan_unidentified(self, groups: int, mean: int) -> Plan:
         """Return the plan of groups whose prompts cannot be told apart: the mean for each.
@@ -439,6 +461,18 @@ class Session:
         """
         self.allocator.restore(state)
         self._lengths_known = self._knows_lengths()
+        self._forget_other_features()
+
+    def _forget_other_features(self) -> None:
+        """Start the knowledge that prompts share anew where a restored one is of other columns than the settings'."""
+        wanted, shared = [*self.settings.columns, *([] if self._earlier is None else [EARLIER])], self.allocator.shared
+        if wanted and shared is not None and shared.features.names != sorted(wanted):
+            self.warn_once(
+                "columns",
+                f"the restored state has the features {shared.features.names}, the settings name {sorted(wanted)}: "
+                "what prompts share is learned anew",
+            )
+            self.allocator.shared = None
 
     def _knows_lengths(self) -> bool:
         return bool(self.allocator.tracker.records().length_count.any())

@@ -31,9 +31,9 @@ LEAST_OF_TWO_ROUNDS = 3
 """Fewest mean rollouts of a prompt that can be divided into two rounds: the first group of two, and one more."""
 
 
-def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """Return a field of a settings class, with the help and the choices of its flag."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(default: Any, text: str, choices: Sequence[str] | None = None, *, listed: bool = False) -> Any:
+    """Return a field of a settings class, with the help and the choices of its flag; one of names takes a list too."""
+    return field(default=default, metadata={"help": text, "choices": choices, "listed": listed})
 
 
 def kind_of(setting: dataclasses.Field[Any]) -> type:
@@ -63,6 +63,11 @@ class AllocationSettings:
             say that they gain most, see :meth:`knapsack_rl.session.Session.plan_rest`.
         success_threshold: an outcome above it counts as a success; by default what counts is learned from the outcomes,
             see :mod:`knapsack_rl.success`.
+        feature_columns: columns of the data by which prompts are alike, a list or ``"level,topic"``: texts are
+            categories, numbers are numbers. Prompts that are alike inform each other's estimates, see
+            :mod:`knapsack_rl.estimation.shared`; needs the Bayes filter.
+        prior: run folder, log or saved state of an earlier run, see :mod:`knapsack_rl.offline.earlier`: the success
+            rate that a prompt had there is one more such column.
 
     Raises:
         ValueError: a setting has the wrong type or is out of range, or the settings contradict each other.
@@ -80,6 +85,8 @@ class AllocationSettings:
     max_rollouts: int = option(128, "most rollouts of a prompt")
     rounds: int = option(1, "1, or 2: half of a step's rollouts for all prompts, the rest by the outcomes of that half")
     success_threshold: float | None = option(None, "an outcome above it is a success; learned by default")
+    feature_columns: str = option("", "columns by which prompts are alike, such as 'level,topic'", listed=True)
+    prior: str = option("", "run folder, log or state of an earlier run, whose success rates are one more such column")
 
     def __post_init__(self) -> None:
         self.check_allocation()
@@ -127,6 +134,9 @@ class AllocationSettings:
         except ValueError as error:
             hint = f"estimator_settings {self.estimator_settings!r}: " if self.estimator_settings else ""
             raise ValueError(f"{hint}{error}") from error
+        estimator = "window" if self.allocation == "paper" else self.estimator
+        if (self.columns or self.prior) and estimator != "bayes-filter":
+            raise ValueError(f"feature_columns and prior need the estimator 'bayes-filter', got {estimator!r}")
         if self.budget_unit == "tokens" and self.allocation != "knapsack":
             raise ValueError(f"budget_unit='tokens' needs allocation='knapsack', got {self.allocation!r}")
         if mean is not None and not self.min_rollouts <= mean <= self.max_rollouts:
@@ -145,6 +155,11 @@ class AllocationSettings:
                     f"rounds=2 needs {name} of at least {LEAST_OF_TWO_ROUNDS}, of which a prompt gets two in the first "
                     f"round, got {mean}; raise it or set rounds=1"
                 )
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns by which prompts are alike."""
+        return [name for part in self.feature_columns.strip("[]").split(",") if (name := part.strip(" '\""))]
 
     @property
     def estimator_options(self) -> dict[str, Any]:
@@ -206,6 +221,9 @@ def check_fields(settings: Any, kind: type) -> None:
     """
     for spec in dataclasses.fields(kind):
         given, wanted = getattr(settings, spec.name), kind_of(spec)
+        if spec.metadata.get("listed") and isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+            given = ",".join(map(str, given))
+            object.__setattr__(settings, spec.name, given)
         if given is None and spec.default is None:
             continue
         if wanted is float and isinstance(given, int) and not isinstance(given, bool):

@@ -25,7 +25,8 @@ MOST_VALUES = 4096
 """Codes of a column; values that appear later share one."""
 
 MOST_BINS = 16
-"""Bins of a column of numbers, divided at quantiles of the first batch that has any."""
+"""Bins of a column of numbers, divided at quantiles of the first batch that has any; whole numbers of a range no larger
+than this are levels, with one bin each."""
 
 LONGEST_TEXT = 200
 """Characters of a text that are looked at."""
@@ -204,6 +205,9 @@ def _edges(numbers: FloatArray) -> FloatArray:
     """Return borders between the values of a column of numbers."""
     finite = numbers[np.isfinite(numbers)]
     distinct = np.unique(finite)
+    if distinct.size and (finite == np.round(finite)).all() and distinct[-1] - distinct[0] <= MOST_BINS:
+        # Levels, of which the first batch may lack some: one bin each, and room for more.
+        return np.unique(np.arange(distinct[0] - MOST_BINS, distinct[-1] + MOST_BINS) + 0.5)
     if distinct.size > MOST_BINS:
         return np.unique(np.quantile(finite, np.arange(1, MOST_BINS) / MOST_BINS, method="higher"))
     return np.unique(distinct[1:] / 2 + distinct[:-1] / 2)

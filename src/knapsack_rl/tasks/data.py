@@ -62,6 +62,7 @@ class DataRequest:
         template: text with ``{prompt}`` in it, put around each prompt; empty for the task's own.
         train_prompts: rows to train on.
         held_out_prompts: rows to hold out.
+        features: columns of the rows to keep beside prompt, answer and id.
     """
 
     dataset: str
@@ -74,6 +75,11 @@ class DataRequest:
     answer_column: str = "answer"
     verifier: str = "auto"
     template: str = ""
+    features: tuple[str, ...] = ()
+
+    def features_of(self, row: Row) -> Row:
+        """Return the columns to keep of a row."""
+        return {name: row[name] for name in self.features if name in row}
 
     @property
     def wanted(self) -> int:

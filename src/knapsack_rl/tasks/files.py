@@ -73,7 +73,7 @@ def _as_row(row: Row, where: str, position: int, request: DataRequest, verifier:
         refuse(request, "template")
     else:
         prompt = request.framed(str(prompt))
-    return {
+    return request.features_of(row) | {
         "prompt": prompt,
         "answer": checked_answer(answer, verifier, where),
         "prompt_id": row.get("prompt_id", f"{Path(request.dataset).name}:{position}"),

@@ -118,7 +118,8 @@ def _published(
     def as_row(row: Row, where: str) -> Row:
         problem, answer = problem_and_answer(row, where)
         prompt = request.framed(problem, template)
-        return {"prompt": prompt, "answer": answer, "prompt_id": text_id(request.dataset, problem)}
+        found = {"prompt": prompt, "answer": answer, "prompt_id": text_id(request.dataset, problem)}
+        return request.features_of(row) | found
 
     train, held_out = read_splits(request, source, as_row)
     return TaskData(

@@ -30,6 +30,7 @@ def load_task(settings: TrainSettings) -> TaskData:
             answer_column=settings.answer_column,
             verifier=settings.verifier,
             template=settings.prompt_template,
+            features=tuple(settings.columns),
         )
     )
     longest = settings.max_completion_tokens or task.max_completion_tokens

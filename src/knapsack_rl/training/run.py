@@ -39,7 +39,7 @@ from knapsack_rl.training.models import (
 from knapsack_rl.training.noise import quiet_about_tied_weights
 from knapsack_rl.training.processes import is_main_process
 from knapsack_rl.training.recorder import Display, Recorder, all_done
-from knapsack_rl.training.settings import TrainSettings
+from knapsack_rl.training.settings import AUTO, GRADE, TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 from knapsack_rl.trl.generated import Generated
 
@@ -179,6 +179,7 @@ def _run(trainer: KnapsackGRPOTrainer, recorder: Recorder, display: Display, che
 
 
 def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, stop: int | None) -> KnapsackGRPOConfig:
+    settings = dataclasses.replace(settings, feature_columns=_feature_columns(settings, task))
     checkpointing: dict[str, Any] = {_CHECKPOINTING: settings.gradient_checkpointing == "on"}
     return KnapsackGRPOConfig(
         output_dir=str(folder),
@@ -214,6 +215,21 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         **checkpointing,
         **vllm_arguments(settings, stop),
     )
+
+
+def _feature_columns(settings: TrainSettings, task: TaskData) -> str:
+    """Return the columns by which prompts are alike.
+
+    Raises:
+        ValueError: the data set lacks one of them.
+    """
+    present = list(task.train[0])
+    if settings.feature_columns == AUTO:
+        useful = settings.allocation == "knapsack" and settings.estimator == "bayes-filter"
+        return GRADE if useful and GRADE in present else ""
+    if absent := [name for name in settings.columns if name not in present]:
+        raise ValueError(f"feature_columns must be columns of the data set, {present}, got {absent}")
+    return settings.feature_columns
 
 
 @contextmanager

@@ -16,15 +16,27 @@ from knapsack_rl.settings import AllocationSettings, check_fields, option
 MODEL_PRESETS = ("arithmetic-base", "smollm2-135m")
 """Models that need no hub; any other name is a Hugging Face folder or name."""
 
+AUTO = "auto"
+
+GRADE = "digits"
+"""Column of the grade of the shipped tasks."""
+
 
 @dataclass(kw_only=True)
 class TrainSettings(AllocationSettings):
     """Settings of ``knapsack-rl train``. Every field, inherited ones included, is a flag and a key of the YAML file.
 
+    Attributes:
+        feature_columns: ``"auto"`` takes the grade of the shipped tasks, the column ``digits``, where the estimator
+            has a use for it.
+
     Raises:
         ValueError: a value is out of range, or values contradict each other.
     """
 
+    feature_columns: str = option(
+        AUTO, "columns by which prompts are alike, such as 'level,topic'; auto: the shipped tasks' grade", listed=True
+    )
     rollouts_per_prompt: int = option(8, "mean rollouts per prompt; the budget of a step is this x prompts per step")
     prompts_per_step: int = option(64, "prompts in a step")
     steps: int = option(400, "training steps")
@@ -85,6 +97,11 @@ class TrainSettings(AllocationSettings):
     save_every: int = option(50, "steps between checkpoints; 0 saves only on interruption and at the end")
     threads: int = option(0, "torch threads; 0 takes one for the shipped model on a CPU, else torch's choice")
     report_to: str = option("none", "a logger of the trainer: none, tensorboard, wandb, trackio")
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns by which prompts are alike; none while the task is to decide."""
+        return [] if self.feature_columns == AUTO else super().columns
 
     def __post_init__(self) -> None:
         check_fields(self, type(self))

@@ -27,11 +27,13 @@ class Drawn:
         keys: (B,) prompt of each group.
         rows: a row of each prompt that this process holds.
         holders: processes that hold a row of each prompt.
+        features: (B,) values of each group's prompt by name of the column.
     """
 
     keys: list[PromptId]
     rows: dict[PromptId, Row]
     holders: dict[PromptId, list[int]]
+    features: dict[str, list[Any]]
 
     def bring(
         self, prompts: Sequence[PromptId], group_R: IntArray, rank: int, processes: int, gather: Gather
@@ -63,7 +65,8 @@ class Drawn:
         mine = [(prompt, row) for prompt, row in self.rows.items() if self.holders[prompt][0] == rank]
         rows = dict(gather(mine))
         everywhere = sorted({holder for holders in self.holders.values() for holder in holders})
-        return Drawn(self.keys, {prompt: rows[prompt] for prompt in self.holders}, dict.fromkeys(rows, everywhere))
+        rows = {prompt: rows[prompt] for prompt in self.holders}
+        return Drawn(self.keys, rows, dict.fromkeys(rows, everywhere), self.features)
 
 
 def draw(
@@ -107,7 +110,9 @@ def draw(
     keys = identity.settle(blocks, size, warn)
     if any(key is None for key in keys):
         raise ValueError(f"rows have no id in column {identity.id_column!r}")
-    found = Drawn([key for key in keys if key is not None], {}, {})
+    features_of = {block.number: block.features for block in blocks}
+    columns = {name: [features_of[k][at] for k in range(len(keys))] for at, name in enumerate(identity.features)}
+    found = Drawn([key for key in keys if key is not None], {}, {}, columns)
     for holder, theirs, _, _ in parts:
         for block in theirs:
             key = found.keys[block.number]

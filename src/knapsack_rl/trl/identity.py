@@ -94,12 +94,14 @@ class Block:
         key: the prompt; None if it has no id and is not to be hashed.
         content: hash of the row, where an id alone does not prove that rows are the same.
         start: first of its rows, among those of the process.
+        features: value of each feature column.
     """
 
     number: int
     key: PromptId | None
     content: str | None
     start: int
+    features: tuple[Any, ...] = ()
 
 
 class Identity:
@@ -109,10 +111,13 @@ class Identity:
         id_column: column of ids.
         hashed: identify a row without an id by a hash; otherwise it has no identity.
         proven: the data set was compared, so that an id is one prompt; otherwise rows are compared as they come.
+        features: columns by which prompts are alike.
     """
 
-    def __init__(self, id_column: str, *, hashed: bool = True, proven: bool = True) -> None:
-        self.id_column, self.hashed, self.proven = id_column, hashed, proven
+    def __init__(
+        self, id_column: str, *, hashed: bool = True, proven: bool = True, features: Sequence[str] = ()
+    ) -> None:
+        self.id_column, self.hashed, self.proven, self.features = id_column, hashed, proven, tuple(features)
         self._content: dict[PromptId, str] = {}
 
     def blocks(self, rows: Sequence[Row], size: int, first: int = 0) -> list[Block]:
@@ -131,7 +136,8 @@ class Identity:
         for position, row in enumerate(rows):
             number = (first + position) // size
             if not found or found[-1].number != number:
-                found.append(Block(number, *self._identified(row), position))
+                features = tuple(row.get(name) for name in self.features)
+                found.append(Block(number, *self._identified(row), position, features))
             elif not self._alike(rows[found[-1].start], row):
                 raise BrokenGroupError(broken_group(size, found[-1].key))
         return found

@@ -97,7 +97,7 @@ class PromptQueue:
         least, most = max(allocator.min_rollouts, 2), allocator.max_rollouts
         budget = min(max(round(mean * len(sample)), least * len(sample) + 1), most * len(sample))
         found, belief = allocator.believe_and_decide(
-            allocator.tracker.lookup(sample),
+            allocator.records_of(sample),
             lambda belief, high: allocate_expected(belief.marginals, budget, least, high),
             lambda: reachable_maximum(budget, len(sample), least, most),
         )

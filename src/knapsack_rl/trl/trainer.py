@@ -17,9 +17,11 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.metrics import select_metrics
+from knapsack_rl.offline.earlier import earlier_rates
 from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan, Session
+from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (
     SaveSamples,
@@ -77,6 +79,7 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             log_allocations=self._setting("log_allocations") and self.accelerator.is_main_process,
             rewards=[self._setting("outcome_reward")] if self._setting("outcome_reward") else self.reward_func_names,
             says=self.accelerator.is_main_process,
+            earlier=earlier_rates(settings.prior) if settings.prior else None,
         )
         self.reward_funcs = [
             function
@@ -137,9 +140,13 @@ class KnapsackGRPOTrainer(UpdateTrainer):
     def _make_identity(self) -> Identity | None:
         """Check the data set; return what tells its prompts apart, None where nothing has to."""
         column, data = self._setting("prompt_id_column"), self._visible_data
+        features = self.session.settings.columns
+        present: Any = data.column_names
+        if present is not None and (absent := [name for name in features if name not in present]):
+            raise ValueError(f"feature_columns must be columns of the data set, {present}, got {absent}")
         if self.session.settings.allocation == "uniform":
             if self._setting("log_allocations") or self._setting("log_samples"):
-                return Identity(column)
+                return Identity(column, features=features)
             columns: Any = data.column_names
             return Identity(column, hashed=False) if columns is None or column in columns else None
         if self.queue is not None and (media := media_columns(data)):
@@ -148,7 +155,14 @@ class KnapsackGRPOTrainer(UpdateTrainer):
                 "cannot be: use prompts_per_step='fixed', or drop the column"
             )
         several = self.accelerator.num_processes > 1
-        return Identity(column, proven=check_dataset(data, column, gather_object if several else None))
+        proven = check_dataset(data, column, gather_object if several else None)
+        return Identity(column, proven=proven, features=features)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of features where unused columns are removed."""
+        super()._set_signature_columns_if_needed()
+        kept: Any = self._signature_columns
+        kept += [name for name in AllocationSettings.of(self.args).columns if name not in kept]
 
     def _make_skipping(self) -> Skipping | None:
         """Return how rows without a gradient are left out, None if all rows are trained on."""
@@ -236,6 +250,7 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         if drawn is None:
             plan = self.session.plan_unidentified(len(inputs) * processes // mean, mean)
             return inputs, Step(plan, plan.expand(), ragged=False)
+        self.session.note_features(drawn.keys, drawn.features)
         distinct, block_prompt = numbered(drawn.keys)
         stock_R = np.repeat(block_prompt, mean)
         plan = self._agree_on(self._plan(drawn.keys, stock_R.size))

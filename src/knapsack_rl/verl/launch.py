@@ -49,6 +49,7 @@ class VerlSettings(AllocationSettings):
     Attributes:
         prompt_id: identifies a prompt: ``"index"`` (data_source and extra_info.index), ``"hash"`` (the prompt itself),
             or another key of extra_info, used together with data_source.
+        feature_columns: here columns of verl's batch, or keys of extra_info.
         outcome: ``"reward"``, or the name of a value that the reward function returns beside its score (``acc``).
         log_metrics: metrics of each step: ``"core"`` (a dozen, and failures if there are any) or ``"all"``.
         log_allocations: append each batch's allocation and outcome to allocations.jsonl in trainer.default_local_dir.
@@ -100,6 +101,8 @@ def overrides(settings: VerlSettings) -> list[str]:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != field.default:
+            if field.metadata["listed"]:  # a list for Hydra, which would take commas for a sweep
+                value = f"[{','.join(settings.columns)}]"
             lines.append(f"++{SETTINGS_KEY}.{field.name}={value}")
     return lines
 

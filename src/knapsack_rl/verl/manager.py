@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         self.session.folder = Path(str(pick(self.config, "trainer.default_local_dir", "checkpoints")))
         self.session.manager = self
         self._identified_a_batch = False
+        self._found_features = False
 
     def generate_sequences(self, prompts: TensorDict) -> Any:
         """As the parent, after adding the counts to a training batch.
@@ -58,7 +60,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
             prompts: verl's batch, a row for each prompt. One that has counts already is a second round.
 
         Raises:
-            ValueError: the prompts of the first training batch cannot be identified.
+            ValueError: the prompts of the first training batch cannot be identified, or have none of the features.
         """
         if tensordict_utils.get(prompts, "validate", False):
             return super().generate_sequences(prompts)
@@ -71,6 +73,7 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         ids = self._identify(prompts)
         if ids is None:
             return prompts  # stock verl
+        self.session.note_features(ids, self._features(prompts))
         if self.session.settings.rounds == 2:
             plan = self.session.plan_first(ids, mean)
         else:
@@ -99,6 +102,30 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
             tensordict_utils.assign_non_tensor_stack(prompts, "priority", rank.tolist())
         order = longest_first(lengths, len(self.agent_loop_workers))
         return tensordict_utils.index_select_tensor_dict(prompts, order.tolist())
+
+    def _features(self, prompts: TensorDict) -> dict[str, list[Any]]:
+        """Return the columns by which prompts are alike: those of the batch, or keys of extra_info.
+
+        Raises:
+            ValueError: the first batch has no value of one of them.
+        """
+        extras = plain(prompts, "extra_info") if "extra_info" in prompts else [None] * len(prompts)
+        found = {
+            name: [*plain(prompts, name)]
+            if name in prompts
+            else [extra.get(name) if isinstance(extra, Mapping) else None for extra in extras]
+            for name in self.session.settings.columns
+        }
+        if not self._found_features:
+            for name, values in found.items():
+                if all(value is None for value in values):
+                    keys = sorted({key for extra in extras if isinstance(extra, Mapping) for key in extra})
+                    raise ValueError(
+                        f"feature_columns: no prompt of the first batch has {name!r}; give names of columns of the "
+                        f"data or of keys of extra_info, which are {keys}"
+                    )
+        self._found_features = True
+        return found
 
     def _identify(self, prompts: TensorDict) -> list[PromptId] | None:
         """Return the ids of the batch; without ids the first batch is refused, a later one gets None and a warning.

@@ -8,6 +8,7 @@ from typing import Any
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
+from knapsack_rl.offline.earlier import earlier_rates
 from knapsack_rl.session import Session
 from knapsack_rl.verl.identity import check_files
 from knapsack_rl.verl.launch import GROUP_MEAN, VerlSettings, check_config, pick, without_effect
@@ -38,6 +39,7 @@ class VerlSession(Session):
             watch=settings.watch,
             smallest_group=2,
             rewards=[settings.outcome],
+            earlier=earlier_rates(settings.prior) if settings.prior else None,
         )
         self.manager: Any = None
         self.first_round: Any = None
