@@ -390,11 +390,16 @@ class BayesFilterEstimator(GridPosterior):
         return likelihood
 
     def walked(self, rows: NDArray[Any], variance: FloatArray) -> FloatArray:
-        """Return (..., grid_points) functions of the logit, smoothed by a walk of (...) variances in squared logits."""
+        """Return (..., grid_points) functions of the logit, smoothed by a walk of (...) variances in squared logits.
+
+        A dimension of rows that is 1 is taken for each variance.
+        """
         distinct, which = np.unique(variance, return_inverse=True)
-        waves = product(rows.reshape(-1, self.grid.size), self._cosines)
-        waves *= np.exp(-np.outer(distinct, self._decay)).take(which.ravel(), axis=0)
-        return np.maximum(product(waves, self._cosines.T), self.FLOOR).reshape(rows.shape)
+        waves = product(rows.reshape(-1, self.grid.size), self._cosines).reshape(rows.shape)
+        damping = np.exp(-np.outer(distinct, self._decay)).take(which.reshape(variance.shape), axis=0)
+        damped = waves * damping
+        smooth = product(damped.reshape(-1, self.grid.size), self._cosines.T).reshape(damped.shape)
+        return np.maximum(smooth, self.FLOOR, out=smooth)
 
     def _damping(self, ages: FloatArray) -> FloatArray:
         """Return (variances, ages, grid_points) factors of the cosines after a walk over each age."""

@@ -185,8 +185,8 @@ class SharedKnowledge:
             which: (M, columns) position of each prompt's values.
             values: their number.
         """
-        rows = np.stack([after, before])[:, :, None].repeat(SPREADS.size, axis=2)
-        logs = np.log(self._grid.walked(rows, np.broadcast_to(SPREADS**2, rows.shape[:3])))
+        rows = np.stack([after, before])[:, :, None]
+        logs = np.log(self._grid.walked(rows, np.broadcast_to(SPREADS**2, (1, 1, SPREADS.size))))
         order = np.argsort(which, axis=None, kind="stable")
         starts = np.searchsorted(which.ravel()[order], np.arange(values))
         together = np.add.reduceat((logs[0] - logs[1])[order // which.shape[1]], starts, axis=0)
