@@ -391,3 +391,37 @@ def test_what_counts_as_a_success_is_said_when_it_changes_only(caplog):
     )
     assert len(said) <= 2
     assert session.success_rule()["reward"] == "answer"
+
+
+# -- features ---------------------------------------------------------------------------------------------------------
+
+
+def test_features_that_cannot_be_read_do_not_end_the_run(caplog):
+    one = session_of()
+    one.plan(["a", "b"], 4, features={"x": [1, 2]})
+    for wrong in ({"x": ["text", 2]}, {"y": [1, 2]}, {"x": [1]}):
+        plan = one.plan(["a", "b"], 4, features=wrong)
+        assert plan.counts.sum() == 8
+    assert one.allocator.failures == {"features": 3}
+    assert one.allocator.metrics()["allocation_failures"] == 3
+    assert one.allocator.shared.features.codes(["a", "b"]).tolist() == [[2], [3]]
+
+
+def test_features_reach_the_first_of_two_rounds_too():
+    one = session_of(rounds=2)
+    one.plan_first(["a", "b"], 4, features={"x": [1, 2]})
+    assert len(one.allocator.shared.features) == 2
+
+
+@pytest.mark.parametrize("columns", [["level", "topic"], ("level", "topic"), "level, topic", "[level,topic]"])
+def test_columns_are_a_list_or_a_text(columns):
+    found = AllocationSettings(feature_columns=columns)
+    assert found.columns == ["level", "topic"]
+    assert AllocationSettings.of(found) == found
+
+
+@pytest.mark.parametrize("settings", [{"feature_columns": ["x"]}, {"prior": "run"}])
+@pytest.mark.parametrize("other", [{"estimator": "window"}, {"allocation": "paper"}])
+def test_features_need_the_filter(settings, other):
+    with pytest.raises(ValueError, match="need the estimator 'bayes-filter', got 'window'"):
+        AllocationSettings(**settings, **other)

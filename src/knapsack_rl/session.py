@@ -206,8 +206,7 @@ class Session:
         """
         started = time.perf_counter()
         distinct, place_B = numbered(ids)
-        if features:
-            self.survive("features", lambda: self.allocator.note_features(ids, features))
+        self.note_features(ids, features or {})
         share = first_share(len(ids), mean, self.allocator.min_rollouts, multiple)
         counts = np.bincount(place_B, uniform_counts(len(ids), share)).astype(np.int64)
         return self._expect(Plan(distinct, self.adopt(distinct, counts), time.perf_counter() - started))
