@@ -95,6 +95,12 @@ def session(dice: random.Random, folder: Path) -> None:
         if dice.random() < 0.2:
             plan, rows = one.arrived([plan.ids[row] for row in rows])
         one.observe(plan, rows, outcomes, lengths, step)
+        if unit == "rollouts" and settings.allocation == "knapsack" and settings.estimator == "bayes-filter":
+            one.note_features(plan.ids, {"x": [dice.choice((1, 2, None)) for _ in plan.ids]})
+            first = one.plan_first(batch, 4)
+            rows = first.expand()
+            whole = one.plan_rest(first, 4 * len(batch), rows, [dice.choice((0.0, 1.0, math.nan)) for _ in rows])
+            check_counts(whole.counts, len(whole.ids), 4 * len(batch))
         nameless = one.plan_unidentified(step + 1, mean)
         known = len(one.allocator.tracker)
         one.observe(nameless, nameless.expand(), [dice.choice((0.0, 1.0, math.nan)) for _ in nameless.expand()])
@@ -110,8 +116,18 @@ def session(dice: random.Random, folder: Path) -> None:
     assert twin.plan(["sane", "b"], 2).counts.tolist() == one.plan(["sane", "b"], 2).counts.tolist()
 
 
+def features(dice: random.Random, size: int) -> dict[str, list[Any]]:
+    """Columns of anything, now and then of another length or name."""
+    values = (None, math.nan, math.inf, 1, 2.5, True, "a", "b", 10**400, [1])
+    columns = {dice.choice("xyz"): [dice.choice(values) for _ in range(size + (dice.random() < 0.1))] for _ in range(2)}
+    return columns if dice.random() < 0.9 else {}
+
+
 def _one_step(one: kr.KnapsackAllocator, dice: random.Random) -> None:
     batch, budget = ids(dice, dice.randrange(5)), number(dice)
+    if one.estimator_name == "bayes-filter" and dice.random() < 0.3:
+        with contextlib.suppress(ValueError):
+            one.note_features(batch, features(dice, len(batch)))
     if dice.random() < 0.2:
         found = one.adopt(batch, [dice.randrange(9) for _ in batch] if dice.random() < 0.8 else numbers(dice, 3))
     else:

@@ -130,6 +130,15 @@ def test_other_columns_later_are_refused():
             features.note(["p"], other)
 
 
+def test_a_refused_first_batch_decides_nothing():
+    features = Features()
+    with pytest.raises(ValueError, match="holds numbers"):
+        features.note(["p"], {"x": [10**400]})
+    assert not features.columns
+    features.note(["p"], {"y": ["a"]})
+    assert features.codes(["p"]).tolist() == [[2]]
+
+
 VALUES = st.one_of(st.none(), st.text(max_size=3), st.integers(-3, 3), st.floats(), st.booleans())
 
 

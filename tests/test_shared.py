@@ -215,6 +215,17 @@ def test_other_estimators_refuse_features(estimator):
         kr.KnapsackAllocator(estimator).allocate(["a"], 8, features={"x": [1]})
 
 
+def test_refused_features_leave_no_trace():
+    allocator = kr.KnapsackAllocator()
+    for wrong in ({"x": [10**400]}, {"x": [1, 2]}, {}):
+        with pytest.raises(ValueError, match="feature"):
+            allocator.note_features(["a"], wrong)
+    assert allocator.shared is None
+    allocator.note_features(["a"], {"x": ["text"]})
+    allocator.observe(["a", "b"], [1, 0])
+    assert allocator.metrics()["allocation_failures"] == 0
+
+
 BATCHES = st.lists(
     st.lists(
         st.tuples(st.integers(0, 11), st.integers(0, 4), st.booleans()),

@@ -230,9 +230,9 @@ class KnapsackAllocator(Guarded):
         ids = check_prompt_ids(prompt_ids)
         if not isinstance(self.estimator, BayesFilterEstimator):
             raise ValueError(f"features need the estimator 'bayes-filter', got {type(self.estimator).__name__}")
-        if self.shared is None:
-            self.shared = SharedKnowledge(self.estimator)
-        self.shared.note(ids, features)
+        shared = SharedKnowledge(self.estimator) if self.shared is None else self.shared
+        shared.note(ids, features)
+        self.shared = shared
 
     def _allocate_rollouts(self, ids: list[PromptId], order: FloatArray, budget: int) -> Allocation:
         low, high, records = self.min_rollouts, self.max_rollouts, self._lookup(ids)

@@ -118,14 +118,14 @@ class Features:
         if not isinstance(features, Mapping):
             raise ValueError(f"features must map names to columns of {len(ids)} values, got {type(features).__name__}")
         values = {str(name): _listed(name, column, len(ids)) for name, column in features.items()}
-        if not self.columns:
-            self.columns = _columns(list(values))
-        names = self.names
+        columns = self.columns or _columns(list(values))
+        names = [column.name for column in columns if column.name != JOINT]
         if sorted(values) != names:
             raise ValueError(f"features must have the columns of the first batch, {names}, got {sorted(values)}")
-        codes = [column.codes(values[column.name]) for column in self.columns[: len(names)]]
+        codes = [column.codes(values[column.name]) for column in columns[: len(names)]]
         if len(names) > 1:
-            codes.append(self.columns[-1].codes([",".join(map(str, row)) for row in zip(*codes, strict=True)]))
+            codes.append(columns[-1].codes([",".join(map(str, row)) for row in zip(*codes, strict=True)]))
+        self.columns = columns
         self._codes_of.update(zip(ids, zip(*codes, strict=True), strict=True))
 
     def codes(self, ids: Sequence[PromptId]) -> IntArray:
