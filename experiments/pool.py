@@ -18,10 +18,11 @@ from experiments.extract import extract
 from knapsack_rl.training.compare import Run, execute
 from knapsack_rl.training.settings import TrainSettings, settings_from
 
-FULL = TrainSettings(threads=1, advantage="group-std")
+FULL = TrainSettings(threads=1, advantage="group-std", feature_columns="")
 QUICK = TrainSettings(
     threads=1,
     advantage="group-std",
+    feature_columns="",
     steps=3,
     prompts_per_step=8,
     rollouts_per_prompt=4,
@@ -34,7 +35,7 @@ QUICK = TrainSettings(
 )
 
 
-BEFORE = {"advantage": "group-std"}
+BEFORE = {"advantage": "group-std", "feature_columns": ""}
 """Settings of rows that do not name them, where the default has changed since."""
 
 
@@ -72,7 +73,7 @@ class Arm:
 
 OVER_MEAN = {"advantage": "group-mean"}
 MATCHED = {**OVER_MEAN, "value": "likelihood-0.5"}
-BY_GRADE = {"feature_columns": ("grade",)}
+BY_GRADE = {"feature_columns": "grade"}
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),

@@ -97,7 +97,9 @@ def test_only_the_knapsack_has_two_rounds(tmp_path):
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(tmp_path, policies, seeds):
-    with pytest.raises(ValueError, match="distinct policies from uniform, uniform-mean, uniform-2n, paper, knapsack and distinct"):
+    with pytest.raises(
+        ValueError, match="distinct policies from uniform, uniform-mean, uniform-2n, paper, knapsack and distinct"
+    ):
         plan(SMALL, policies, seeds, tmp_path)
 
 

@@ -103,7 +103,7 @@ class Settings:
     @property
     def feature_columns(self) -> tuple[str, ...]:
         """Columns of the data by which prompts share knowledge under this arm."""
-        return ARMS[self.arm].settings.get("feature_columns", ())
+        return tuple(filter(None, ARMS[self.arm].settings.get("feature_columns", "").split(",")))
 
     def session(self, folder: Path | None) -> Session:
         """The allocation of this arm; its log is written into the folder, if there is one.
