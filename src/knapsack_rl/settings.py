@@ -24,8 +24,8 @@ ALLOCATIONS = ("knapsack", "paper", "uniform")
 AUTO = "auto"
 """The value that fits the advantage."""
 
-MATCHED_VALUE = "likelihood-0.5"
-"""The value that fits advantages over the mean of a group."""
+OVER_MEAN, MATCHED_VALUE = "group-mean", "likelihood-0.5"
+"""Advantages over the mean of a group, and the value that fits them."""
 
 LEAST_OF_TWO_ROUNDS = 3
 """Fewest mean rollouts of a prompt that can be divided into two rounds: the first group of two, and one more."""
@@ -95,11 +95,12 @@ class AllocationSettings:
     def of(cls, source: Any) -> AllocationSettings:
         """Return these settings alone, read from an object that may have some of them as attributes.
 
-        The value is that of :meth:`chosen_value` for the object's ``advantage``, if it has one.
+        An ``advantage`` over the mean among them decides on the value, if that is ``"auto"``.
         """
         names = [spec.name for spec in dataclasses.fields(AllocationSettings)]
         found = AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
-        found.value = found.chosen_value(getattr(source, "advantage", None))
+        if getattr(source, "advantage", None) == OVER_MEAN:
+            found.value = found.chosen_value(OVER_MEAN)
         return found
 
     def chosen_value(self, advantage: str | None = None) -> str:
@@ -111,7 +112,7 @@ class AllocationSettings:
         if self.value != AUTO:
             return self.value
         by_paper = self.allocation == "paper" or self.estimator == "window"
-        over_mean = (advantage or getattr(self, "advantage", None)) == "group-mean"
+        over_mean = (advantage or getattr(self, "advantage", None)) == OVER_MEAN
         return MATCHED_VALUE if over_mean and not by_paper else "knapsack"
 
     def check_allocation(self, mean: int | None = None, name: str = "rollouts_per_prompt") -> None:

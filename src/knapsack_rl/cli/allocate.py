@@ -102,7 +102,7 @@ def _from_rates(parsed: argparse.Namespace) -> tuple[list[PromptId], Allocation]
         _budget(parsed, len(rates)),
         parsed.min_rollouts,
         parsed.max_rollouts,
-        value=parsed.value,
+        value=AllocationSettings(value=parsed.value).chosen_value(),
         fallback=parsed.fallback,
     )
     return list(ids), found
