@@ -15,6 +15,7 @@ from experiments.claims import TRAINING
 from experiments.contract import Row, select
 from experiments.extract import CLASS_SERIES
 from experiments.gradient_fit import CLASSES, FORMULAS, GROUP_SIZES, TARGETS, Measured
+from experiments.lab.evidence import HEADLINE
 from experiments.measures import MEASURES
 from experiments.optimality_cases import HIGHS, MIXTURES, OURS, PAPER, RULES
 from experiments.pool import ARMS
@@ -295,5 +296,6 @@ PLOTS: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "gradient-value": gradient_value,
     "estimation": estimators,
     "accelerator": ACCELERATOR.plot,
+    "lab-headline": HEADLINE.plot,
 }
 """The plot of each experiment, from its rows."""
