@@ -33,7 +33,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(base_model_path())
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     problems = make_splits(train=256, held_out=1).train
-    session = Session(AllocationSettings(max_rollouts=64))
+    session = Session(AllocationSettings(value="likelihood-0.5", max_rollouts=64))
 
     for step in range(1, options.steps + 1):
         batch = random.sample(problems, options.prompts)
@@ -60,7 +60,7 @@ def main() -> None:
         rewards = accuracy_reward(texts, [row.answer for row in rows])
 
         # 3. Advantages inside groups of any size.
-        advantages = torch.as_tensor(group_advantages(group, rewards), dtype=torch.float32)
+        advantages = torch.as_tensor(group_advantages(group, rewards, advantage="group-mean"), dtype=torch.float32)
 
         # 4. One policy-gradient update over all tokens, those after the end of an answer left out.
         model.train()
