@@ -52,6 +52,7 @@ $(VERL_VENV)/.installed: pyproject.toml
 	touch $@
 
 test-engines: $(ENGINES_VENV)/.installed .wheels/.fetched  ## run the recipes of docs/engines.md against the released engines (own environment)
+	$(ENGINES_VENV)/bin/python -m pip list --disable-pip-version-check | grep -E "^(openpipe-art|tinker.cookbook) "; ls .wheels
 	$(ENGINES_VENV)/bin/python -m pytest tests/test_engines.py -v -rs -W ignore -p no:cacheprovider
 
 # tinker-cookbook without its dependencies: on Python 3.11 not all of them have a release, and these are all it imports.
@@ -59,13 +60,13 @@ $(ENGINES_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(ENGINES_VENV)
 	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(ENGINES_VENV)/bin/python -m pip install --quiet "$(TORCH)" transformers datasets
-	$(ENGINES_VENV)/bin/python -m pip install --quiet --editable . --group test openpipe-art==0.5.18 \
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --editable . --group test openpipe-art \
 		tinker chz blobfile cloudpickle termcolor tiktoken pillow rich
-	$(ENGINES_VENV)/bin/python -m pip install --quiet --no-deps tinker-cookbook==0.6.1
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --no-deps tinker-cookbook
 	touch $@
 
 .wheels/.fetched:
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest .wheels skyrl==0.3.0
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --ignore-requires-python --dest .wheels skyrl
 	touch $@
 
 test-minimal: $(MINIMAL_VENV)/.installed  ## test the library with the oldest versions it declares (own environment)

@@ -209,7 +209,7 @@ def test_arguments_out_of_range_are_refused():
             kr.check_engine(kr.group_advantages, **wrong)
 
 
-# -- the table of released engines --------------------------------------------------------------------------------------
+# -- the table of released engines -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
+import inspect
 import pickle
 import sys
 from collections import Counter
@@ -65,7 +66,7 @@ def test_art_trains_on_groups_of_planned_sizes_and_observes_those_it_drops(tmp_p
             return len(trained)
 
         async def train(self, model, groups, **options):
-            trained.append([(group.metadata["scenario_scenario_kind"], len(group.trajectories)) for group in groups])
+            trained.append([(group.metadata["scenario_kind"], len(group.trajectories)) for group in groups])
             return SimpleNamespace(step=len(trained), metrics={})
 
     class Trainer(PipelineTrainer):
@@ -74,16 +75,19 @@ def test_art_trains_on_groups_of_planned_sizes_and_observes_those_it_drops(tmp_p
 
     async def rollout(model, scenario, config):
         await asyncio.sleep(0)
-        made[scenario["metadata"]["scenario_kind"]] += 1
-        reward = float(rng.random() < RATES[scenario["metadata"]["scenario_kind"]])
-        return art.Trajectory(messages_and_choices=[{"role": "user", "content": "?"}], reward=reward)
+        made[scenario["metadata"]["kind"]] += 1
+        reward = float(rng.random() < RATES[scenario["metadata"]["kind"]])
+        messages = [{"role": "user", "content": "?"}]
+        return art.Trajectory(messages_and_choices=messages, reward=reward, metrics={"completion_tokens": 1})
 
-    scenarios = [{"metadata": {"scenario_kind": kind}} for kind in RATES] * 20
+    scenarios = [{"metadata": {"kind": kind}} for kind in RATES] * 20
     page = recipe("art")
     planner = planner_of(vars(page), tmp_path)
-    model = art.TrainableModel(name="m", project="p", base_model="none", base_path=str(tmp_path / "art"))
+    named = {"name", "run_name"} & {*inspect.signature(art.TrainableModel).parameters}
+    folder = str(tmp_path / "art")
+    model = art.TrainableModel(project="p", base_model="none", base_path=folder, **dict.fromkeys(named, "m"))
     model._backend = backend = Backend()
-    arguments = page.knapsack_rollout_fn(rollout, scenarios, planner, lambda s: s["metadata"]["scenario_kind"], window=3)
+    arguments = page.knapsack_rollout_fn(rollout, scenarios, planner, lambda s: s["metadata"]["kind"], window=3)
     trainer = Trainer(model=model, backend=backend, config=None, num_rollout_workers=3, min_batch_size=2, **arguments)
     asyncio.run(trainer.train(handle_signals=False))
     planner.plan([*RATES])  # observes the last window

@@ -87,8 +87,9 @@ def check_engine(
     """Test an engine's advantage function on ragged groups; return silently if it passes.
 
     Most batches have as many rollouts as uniform groups of ``mean_rollouts`` would have, so that reshaping alone does
-    not raise an error; in one a rollout is missing, as after a failure. The tests check properties (see ``PROPERTIES``) rather than values, so any constant in the
-    denominator, either kind of standard deviation and baselines such as RLOO's pass.
+    not raise an error; in one a rollout is missing, as after a failure. The tests check properties (see
+    ``PROPERTIES``) rather than values, so any constant in the denominator, either kind of standard deviation and
+    baselines such as RLOO's pass.
 
     Args:
         advantage_function: takes (R,) whole-number group ids and (R,) float64 rewards, returns (R,) advantages. Wrap
