@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VERL_VENV ?= .venv-verl
+ENGINES_VENV ?= .venv-engines
 MINIMAL_VENV ?= .venv-minimal
 PYTHON_VENV ?= .venv-python
 # The CPU build where your package index offers one; set TORCH to what your accelerator wants.
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare evidence test test-slow test-verl test-minimal test-python package check format bench fuzz kill docs base-model clean
+.PHONY: help train compare evidence test test-slow test-verl test-engines test-minimal test-python package check format bench conformance fuzz kill docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +49,24 @@ $(VERL_VENV)/.installed: pyproject.toml
 	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(VERL_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(VERL_VENV)/bin/python -m pip install --quiet --editable ".[verl]" --group test
+	touch $@
+
+test-engines: $(ENGINES_VENV)/.installed .wheels/.fetched  ## run the recipes of docs/engines.md against the released engines (own environment)
+	$(ENGINES_VENV)/bin/python -m pip list --disable-pip-version-check | grep -E "^(openpipe-art|tinker.cookbook) "; ls .wheels
+	$(ENGINES_VENV)/bin/python -m pytest tests/test_engines.py -v -rs -W ignore -p no:cacheprovider
+
+# tinker-cookbook without its dependencies: on Python 3.11 not all of them have a release, and these are all it imports.
+$(ENGINES_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(ENGINES_VENV)
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(ENGINES_VENV)/bin/python -m pip install --quiet "$(TORCH)" transformers datasets
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --editable . --group test openpipe-art \
+		tinker chz blobfile cloudpickle termcolor tiktoken pillow rich
+	$(ENGINES_VENV)/bin/python -m pip install --quiet --no-deps tinker-cookbook
+	touch $@
+
+.wheels/.fetched:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --ignore-requires-python --dest .wheels skyrl
 	touch $@
 
 test-minimal: $(MINIMAL_VENV)/.installed  ## test the library with the oldest versions it declares (own environment)
@@ -102,6 +121,9 @@ bench: $(INSTALLED)  ## measure solver, balancer, state file and training step
 	$(BIN)/python benchmarks/step_time.py || status=1; \
 	exit $$status
 
+conformance: $(INSTALLED)  ## run check_engine on the newest release of every engine and write the table of docs/engines.md
+	$(BIN)/python benchmarks/conformance.py --write
+
 fuzz: $(INSTALLED)  ## a million random cases against the public functions and the readers of files
 	$(BIN)/python -W ignore tests/fuzz.py --cases 1100000
 	$(BIN)/python -m pip install --quiet --group fuzz
@@ -120,4 +142,4 @@ base-model: $(INSTALLED)  ## pre-train the shipped base model again
 	$(BIN)/python scripts/pretrain_base.py
 
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) $(VERL_VENV) $(MINIMAL_VENV) $(PYTHON_VENV) build dist site *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VERL_VENV) $(ENGINES_VENV) .wheels $(MINIMAL_VENV) $(PYTHON_VENV) build dist site *.egg-info src/*.egg-info

@@ -1,4 +1,9 @@
+import importlib.util
+import pickle
+import re
+import zipfile
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +141,31 @@ def test_an_engine_that_divides_by_the_mean_is_tested_on_rewards_above_zero():
         kr.check_engine(reshaped(4), advantage="group-mean")
 
 
+def test_a_missing_rollout_is_tested_too():
+    def stops(groups, rewards):
+        if rewards.size % 4:
+            raise IndexError("a whole number of groups, please")
+        return kr.group_advantages(groups, rewards)
+
+    with pytest.raises(ConformanceError, match="raised IndexError"):
+        kr.check_engine(stops, mean_rollouts=4)
+
+
+def test_sizes_ask_about_these_groups_only():
+    sizes_seen = set()
+
+    def raw_when_alone_by_id(groups, rewards):
+        sizes_seen.add(tuple(sorted(np.unique(groups, return_counts=True)[1].tolist())))
+        return by_id(raw_when_alone)(groups, rewards)
+
+    kr.check_engine(raw_when_alone_by_id, sizes=[(2, 6, 4, 4), [3, 2]])
+    assert sizes_seen == {(2, 4, 4, 6), (2, 3)}
+    with pytest.raises(ConformanceError) as caught:
+        kr.check_engine(raw_when_alone_by_id, sizes=[(1, 7)])
+    assert [*caught.value.failures] == ["group of one"]
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
 def test_labels_that_are_taken_for_positions_are_caught():
     with np.errstate(all="ignore"), pytest.raises(ConformanceError):
         kr.check_engine(first_of_each_label)
@@ -172,6 +202,82 @@ def test_arguments_out_of_range_are_refused():
         {"weighting": "token"},
         {"advantage": "mean"},
         {"allow": ("group of two",)},
+        {"sizes": [(4, 0)]},
+        {"sizes": [()]},
     ]:
         with named_case(wrong=wrong), pytest.raises(ValueError, match=r"must|known are"):
             kr.check_engine(kr.group_advantages, **wrong)
+
+
+# -- the table of released engines -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    pytest.importorskip("torch")
+    path = Path(__file__).parents[1] / "benchmarks" / "conformance.py"
+    spec = importlib.util.spec_from_file_location("conformance_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cut(function, size):  # AReaL: slices of the configured size, the rest of the batch as it is
+    def advantages(_, rewards):
+        whole = rewards[: rewards.size // size * size]
+        return np.concatenate([reshaped(size, function)(None, whole), rewards[whole.size :]])
+
+    return advantages
+
+
+def test_verdicts_of_the_table(script):
+    one = "group of one"
+    right = ["right"] * 4
+    for engine, cells, violated in [
+        (kr.group_advantages, right, []),
+        (contiguous, right, []),  # engines deliver the rows of a group together
+        (by_id(raw_when_alone), [*right[:3], "**wrong**"], [one]),
+        (by_id(lambda r: configured_deviation(r, 4)), ["right", "**wrong**", "right", "right"], ["group size"]),
+        (reshaped(4), ["right", "**wrong**", "error", "**wrong**"], None),
+        (cut(normalised, 4), ["right", *["**wrong**"] * 3], None),
+    ]:
+        found, names = script.verdicts(engine)
+        assert found == cells
+        assert {"centre", "own group"} <= set(names) if violated is None else names == violated
+
+
+def test_released_functions_are_cut_from_a_wheel(script, tmp_path):
+    path = tmp_path / "engine-1.2.3-py3-none-any.whl"
+    source = """
+import not_installed
+
+@not_installed.register
+def half(x: not_installed.Type) -> float:
+    return x / KNOWN
+
+class Trainer(not_installed.Base):
+    def step(self, x):
+        reward = half(x)
+        advantages = reward + 1
+        advantages = advantages * 10
+        self.log()
+        advantages = None
+
+    def double(self, x):
+        return 4 * half(x)
+"""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("engine/core/algos.py", source)
+    wheel = script.Wheel(path)
+    assert wheel.version == "1.2.3"
+    half = wheel.define("core/algos.py", "half", KNOWN=2)
+    assert half(3) == 1.5
+    assert wheel.define("core/algos.py", "half", "Trainer.double", KNOWN=2)(None, 3) == 6
+    step = wheel.statements("core/algos.py", "Trainer.step", after="reward =", until="self.log", half=half)
+    assert step(reward=2) == 30
+
+
+def test_the_page_has_a_line_for_each_engine_of_the_script(script):
+    text = script.PAGE.read_text(encoding="utf-8")
+    lines = re.findall(r"^\| ([^|]+) \| `([\w-]+)` [\d.]+ \| ([^|]+) \|", script.MARKED.search(text)[0], re.MULTILINE)
+    assert lines == [(engine.name, engine.package, engine.function) for engine in script.ENGINES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -44,7 +44,24 @@ SAME_SIZE = 0.1
 
 
 class ConformanceError(AssertionError):
-    """An engine's advantages are wrong for ragged groups."""
+    """An engine's advantages are wrong for ragged groups.
+
+    Attributes:
+        failures: an example by name of each violated property.
+    """
+
+    def __init__(self, failures: dict[str, str]) -> None:
+        super().__init__(failures)
+        self.failures = failures
+
+    def __str__(self) -> str:
+        count = f"{len(self.failures)} of {len(PROPERTIES)} checks"
+        lines = [f"the engine's advantages are wrong for ragged groups ({count}):"]
+        for name, wanted in PROPERTIES.items():
+            if name in self.failures:
+                hint = f"; {LIKELY[name]}" if name in LIKELY else ""
+                lines.append(f"  - {name}: {wanted}, but {self.failures[name]}{hint}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -65,12 +82,14 @@ def check_engine(
     allow: Collection[str] = (),
     tolerance: float = 1e-4,
     seed: int = 0,
+    sizes: Sequence[Sequence[int]] = (),
 ) -> None:
     """Test an engine's advantage function on ragged groups; return silently if it passes.
 
-    The batches have as many rollouts as uniform groups of ``mean_rollouts`` would have, so that reshaping alone does
-    not raise an error. The tests check properties (see ``PROPERTIES``) rather than values, so any constant in the
-    denominator, either kind of standard deviation and baselines such as RLOO's pass.
+    Most batches have as many rollouts as uniform groups of ``mean_rollouts`` would have, so that reshaping alone does
+    not raise an error; in one a rollout is missing, as after a failure. The tests check properties (see
+    ``PROPERTIES``) rather than values, so any constant in the denominator, either kind of standard deviation and
+    baselines such as RLOO's pass.
 
     Args:
         advantage_function: takes (R,) whole-number group ids and (R,) float64 rewards, returns (R,) advantages. Wrap
@@ -83,6 +102,8 @@ def check_engine(
         allow: names of properties that may fail, for example ``("group of one",)``.
         tolerance: largest difference to ignore; an engine in float32 has errors of about 1e-6.
         seed: seed of the test batches.
+        sizes: group sizes of each batch to test, in place of the usual batches: ``sizes=[(4, 4, 3, 4)]`` asks only
+            about a missing rollout. The property "group size" needs the usual batches.
 
     Raises:
         ConformanceError: a property does not hold; the message names each such property with an example.
@@ -102,10 +123,13 @@ def check_engine(
     unknown = set(allow) - set(PROPERTIES)
     if unknown:
         raise ValueError(f"allow names unknown properties {sorted(unknown)}; known are {', '.join(PROPERTIES)}")
+    if any(size < 1 for batch in sizes for size in batch) or not all(map(len, sizes)):
+        raise ValueError(f"sizes must be batches of at least one group, of at least one rollout each, got {sizes}")
     rng = np.random.default_rng(seed)
     failures: dict[str, str] = {}
     lowest = 0.0 if advantage == "group-mean" else -1.0
-    for made in [*_cases(mean_rollouts, rng), _two_sizes(mean_rollouts)]:
+    cases = _cases(sizes, rng) if sizes else [*_cases(_ragged(mean_rollouts), rng), _two_sizes(mean_rollouts)]
+    for made in cases:
         case = replace(made, rewards=np.abs(made.rewards)) if advantage == "group-mean" else made
         try:
             found = _violations(advantage_function, case, scale, tolerance, rng, lowest)
@@ -118,25 +142,25 @@ def check_engine(
             failures.setdefault(name, detail)
     failures = {name: detail for name, detail in failures.items() if name not in allow}
     if failures:
-        lines = [f"the engine's advantages are wrong for ragged groups ({len(failures)} of {len(PROPERTIES)} checks):"]
-        for name, wanted in PROPERTIES.items():
-            if name in failures:
-                hint = f"; {LIKELY[name]}" if name in LIKELY else ""
-                lines.append(f"  - {name}: {wanted}, but {failures[name]}{hint}")
-        raise ConformanceError("\n".join(lines))
+        raise ConformanceError(failures)
 
 
-def _cases(mean: int, rng: np.random.Generator) -> list[_Case]:
-    """Make ragged batches whose totals are multiples of the mean: binary and graded rewards, groups of one."""
-    shapes = [
+def _ragged(mean: int) -> list[tuple[int, ...]]:
+    """Return ragged batches whose totals are multiples of the mean, and one in which a rollout is missing."""
+    return [
         (mean,) * 4,
         (2, 2 * mean - 2, mean, mean),
         (2 * mean - 2, 2, mean + 1, mean - 1) if mean > 2 else (2, 2, 2, 2),
         (1, 2 * mean - 1, mean, mean),
         (2, 2, 5 * mean - 4),
+        (mean, mean - 1, mean, mean) if mean > 2 else (3, 2, 2),
     ]
+
+
+def _cases(batches: Sequence[Sequence[int]], rng: np.random.Generator) -> list[_Case]:
+    """Make batches of these group sizes with binary and with graded rewards; the last group's rewards are equal."""
     cases = []
-    for sizes in shapes:
+    for sizes in map(tuple, batches):
         group_R = np.repeat(np.arange(len(sizes)), sizes)
         for graded in (False, True):
             rewards = (
