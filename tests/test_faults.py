@@ -385,7 +385,7 @@ def test_a_failing_allocation_of_tokens_and_of_a_top_up(monkeypatch) -> None:
     assert sorted(found.counts) == [2, 2, 3]
     assert np.isnan(found.nonzero_gradient).all()
     assert allocator.metrics()["allocation_failures"] == 1
-    with pytest.raises(ValueError, match="top_up needs an estimator with a posterior on a grid"):
+    with pytest.raises(ValueError, match="needs an estimator with a posterior on a grid"):
         kr.KnapsackAllocator("beta").top_up(["a"], [2], [1], 3)
 
 
