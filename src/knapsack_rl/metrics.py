@@ -5,13 +5,15 @@ Source: paper, section 4, and this project's documentation of metrics.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.belief import Belief
-from knapsack_rl.allocation.checks import IntArray
+from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.policies import Allocation
 from knapsack_rl.estimation.tracker import Records
 from knapsack_rl.groups import GroupOutcomes, summarise
@@ -24,6 +26,13 @@ CORE = (
     *("budget_min", "budget_max", "allocation_seconds"),
 )
 """Metrics that an engine logs at each step that generates."""
+LOST_CAUSES = ("stale", "failed", "resumed")
+"""Why a group is not trained on: its policy was too old, its rollouts failed, or a resumed run generates it again."""
+LOST_GROUPS = (
+    *("lost_groups", "lost_groups_share", *(f"lost_groups/{cause}" for cause in LOST_CAUSES)),
+    *("lost_groups_success_rate", "lost_groups_length", "arrived_groups_success_rate", "arrived_groups_length"),
+)
+"""Metrics of :class:`LostGroups`, logged at each step of a run that has lost a group."""
 OCCASIONAL = {
     **{name: name for name in ("allocation_failures", "degraded_batches", "unscored_rollouts")},
     **{name: name for name in ("prompts_waiting", "process_imbalance")},
@@ -118,6 +127,59 @@ class StepMetrics:
         return allocation | self.details | self.outcomes
 
 
+class LostGroups:
+    """Groups that arrive and groups that do not, with their estimated difficulty and their length.
+
+    An asynchronous engine drops groups whose policy is too old, and those that fail. Long rollouts are dropped more often
+    than short ones, and hard prompts have long rollouts.
+    """
+
+    def __init__(self) -> None:
+        self._any = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._causes = Counter[str]()
+        self._groups: dict[str, list[FloatArray]] = {"lost": [], "arrived": []}
+
+    def arrive(self, success_rate_G: ArrayLike, length_G: ArrayLike) -> None:
+        """Count groups that arrived.
+
+        Args:
+            success_rate_G: (G,) success rates estimated before they were generated, NaN where unknown.
+            length_G: (G,) mean tokens of their rollouts, NaN where unknown.
+        """
+        self._groups["arrived"].append(np.column_stack([success_rate_G, length_G]))
+
+    def lose(self, cause: str, success_rate_G: ArrayLike, length_G: ArrayLike) -> None:
+        """Count groups that are lost; arguments as for :meth:`arrive`.
+
+        Raises:
+            ValueError: the cause is not one of :data:`LOST_CAUSES`.
+        """
+        if cause not in LOST_CAUSES:
+            raise ValueError(f"cause must be one of {', '.join(LOST_CAUSES)}, got {cause!r}")
+        groups = np.column_stack([success_rate_G, length_G])
+        self._groups["lost"].append(groups)
+        self._causes[cause] += len(groups)
+        self._any |= len(groups) > 0
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers since the last call; nothing in a run that has lost no group."""
+        counts = {f"lost_groups/{cause}": float(number) for cause, number in self._causes.items()}
+        lost, arrived = (np.concatenate([np.zeros((0, 2)), *self._groups[name]]) for name in ("lost", "arrived"))
+        self._forget()
+        if not self._any:
+            return {}
+        groups = len(lost) + len(arrived)
+        found = {"lost_groups": float(len(lost)), "lost_groups_share": len(lost) / groups if groups else float("nan")}
+        for name, rows in (("lost_groups", lost), ("arrived_groups", arrived)):
+            for column, values in zip(("success_rate", "length"), rows.T, strict=True):
+                known = values[~np.isnan(values)]
+                found[f"{name}_{column}"] = float(known.mean()) if known.size else float("nan")
+        return found | counts
+
+
 def allocation_metrics(allocation: Allocation, *, estimated: bool) -> dict[str, float]:
     """Return how a budget was spread and, where it was based on estimates, over which prompts."""
     counts = allocation.counts
@@ -166,6 +228,6 @@ def select_metrics(metrics: dict[str, float], which: str) -> dict[str, float]:
         return metrics
 
     def shown(name: str) -> bool:
-        return name in CORE or name.startswith("failures/") or metrics.get(OCCASIONAL.get(name, ""), 0.0) > 0
+        return name in (*CORE, *LOST_GROUPS) or name.startswith("failures/") or metrics.get(OCCASIONAL.get(name, ""), 0.0) > 0
 
     return {name: number for name, number in metrics.items() if shown(name)}

@@ -32,6 +32,7 @@ from knapsack_rl.allocation.policies import Allocation, unpredicted
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
+from knapsack_rl.metrics import LostGroups
 from knapsack_rl.runs.allocations import allocation_row
 from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row, finite_or_none
 from knapsack_rl.runs.watch import WarningLog
@@ -148,6 +149,7 @@ class Session:
         self._lengths_known = self._knows_lengths()
         self._pending: dict[PromptId, tuple[int, float, float]] = {}
         self._rule: tuple[str, float] | None = None
+        self.lost = LostGroups()
         self._same_outcome = [0, 0]  # steps in a row without a failure, and without a success
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -368,11 +370,35 @@ class Session:
             self._pending.pop(prompt_id, None)
         if plan.identified and self.log_allocations and self.folder is not None:
             self.survive("logging", lambda: self._log(plan, groups, step))
+        self.survive("reporting", lambda: self.lost.arrive(*_groups_of(plan, prompt_R, lengths_R)))
         metrics = self.survive("reporting", allocator.metrics) or {}
+        metrics |= self.survive("reporting", self.lost.metrics) or {}
         metrics["allocation_seconds"] = plan.seconds
         if self._watches:
             self.survive("watching", lambda: self._watch(step, metrics))
         return Observation(groups, metrics)
+
+    def lose(self, cause: str, plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None) -> None:
+        """Count groups that the engine drops; the metrics of the next :meth:`observe` have them.
+
+        Nothing is learned from them. Groups without lengths count with those that are expected of their prompts.
+
+        Args:
+            cause: one of :data:`knapsack_rl.metrics.LOST_CAUSES`.
+            plan: of the lost groups, see :meth:`arrived`.
+            prompt_R: (R,) position among the plan's prompts of each of their rollouts that was generated, if known.
+            lengths_R: (R,) tokens of each, if known.
+        """
+
+        def count() -> None:
+            if prompt_R is not None and lengths_R is not None:
+                self.lost.lose(cause, *_groups_of(plan, prompt_R, lengths_R))
+            else:
+                expected = self.allocator.predicted_lengths(plan.ids) if self._lengths_known else None
+                rates, unknown = _groups_of(plan)
+                self.lost.lose(cause, rates, unknown if expected is None else expected)
+
+        self.survive("reporting", count)
 
     def success_rule(self) -> dict[str, Any]:
         """Return what counts as a success, as JSON values: the reward, its cutoff and, if learned, its range."""
@@ -475,3 +501,17 @@ class Session:
 
     def _knows_lengths(self) -> bool:
         return bool(self.allocator.tracker.records().length_count.any())
+
+
+def _groups_of(
+    plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Return (G,) estimated success rates and mean lengths of the groups of a plan, those that have rollouts if given."""
+    unknown = np.full(len(plan.ids), np.nan)
+    rates = unknown if plan.allocation.success_rates is None else plan.allocation.success_rates
+    if prompt_R is None:
+        return rates, unknown
+    sizes = np.bincount(prompt_R, minlength=len(plan.ids))
+    there = sizes > 0
+    tokens = unknown if lengths_R is None else np.bincount(prompt_R, np.asarray(lengths_R, np.float64), len(plan.ids))
+    return rates[there], tokens[there] / sizes[there]

@@ -43,6 +43,12 @@ MISCALIBRATED = 0.15
 """Difference between predicted and realised share of groups with a gradient that counts as miscalibrated."""
 TRUNCATED = 0.3
 """Share of completions ending at the length limit that counts as truncation."""
+GROUPS_LOST = 0.05
+"""Share of groups lost above which it matters which ones."""
+HARDER = 0.15
+"""Estimated success rate by which lost groups may lie below those that arrive."""
+LONGER = 1.3
+"""Ratio of the length of lost groups to that of those that arrive above which the loss is by length."""
 
 ROLLOUTS = "knapsack/effective_gradient_ratio"
 PROMPTS = "knapsack/effective_prompt_ratio"
@@ -51,10 +57,14 @@ SOLVED_BEFORE, LOST_AGAIN = "knapsack/solved_before", "knapsack/lost"
 PREDICTED, REALISED = "knapsack/predicted_nonzero_gradient", "knapsack/realised_nonzero_gradient"
 MEAN_LENGTH, MAX_LENGTH, CLIPPED = "completions/mean_length", "completions/max_length", "completions/clipped_ratio"
 BALANCE = "knapsack/process_imbalance"
+LOST_SHARE = "knapsack/lost_groups_share"
+LOST_RATE, ARRIVED_RATE = "knapsack/lost_groups_success_rate", "knapsack/arrived_groups_success_rate"
+LOST_LENGTH, ARRIVED_LENGTH = "knapsack/lost_groups_length", "knapsack/arrived_groups_length"
 HELD_OUT = "held_out/accuracy"
 WATCHED = (
     *(ROLLOUTS, PROMPTS, SOLVED, UNSOLVED, SOLVED_BEFORE, LOST_AGAIN, PREDICTED, REALISED),
     *(MEAN_LENGTH, MAX_LENGTH, CLIPPED, BALANCE),
+    *(LOST_SHARE, LOST_RATE, ARRIVED_RATE, LOST_LENGTH, ARRIVED_LENGTH),
 )
 
 
@@ -63,8 +73,8 @@ class Finding:
     """A sign of trouble.
 
     Attributes:
-        kind: ``"collapse"``, ``"bought"``, ``"stragglers"``, ``"oscillation"``, ``"miscalibration"`` or
-            ``"truncation"``.
+        kind: ``"collapse"``, ``"bought"``, ``"stragglers"``, ``"oscillation"``, ``"miscalibration"``,
+            ``"truncation"`` or ``"starvation"``.
         step: the step at which it was found.
         seen: the measurement.
         cause: the most likely cause.
@@ -287,6 +297,26 @@ def _truncation(watch: Watch) -> _Texts:
     )
 
 
+def _starvation(watch: Watch) -> _Texts:
+    share = watch.mean(LOST_SHARE)
+    rate, arrived_rate = watch.mean(LOST_RATE), watch.mean(ARRIVED_RATE)
+    length, arrived_length = watch.mean(LOST_LENGTH), watch.mean(ARRIVED_LENGTH)
+    harder, longer = arrived_rate - rate > HARDER, length > LONGER * arrived_length
+    if not share > GROUPS_LOST or not (harder or longer):
+        return None
+    seen = []
+    if harder:
+        seen.append(f"harder (estimated success rate {rate:.2f} against {arrived_rate:.2f})")
+    if longer:
+        seen.append(f"longer ({length:,.0f} tokens against {arrived_length:,.0f})")
+    return (
+        f"{share:.0%} of the groups are lost, and they are {' and '.join(seen)} than those that arrive.",
+        "Long rollouts outlive the policies that the trainer accepts, so hard prompts are generated but hardly trained on.",
+        "Raise max_staleness (verl: max_off_policy_threshold), lower max_inflight_tasks or max_completion_length, or "
+        "add generation servers.",
+    )
+
+
 _RULES: dict[str, Callable[[Watch], _Texts]] = {
     "collapse": _collapse,
     "bought": _bought,
@@ -294,4 +324,5 @@ _RULES: dict[str, Callable[[Watch], _Texts]] = {
     "oscillation": _oscillation,
     "miscalibration": _miscalibration,
     "truncation": _truncation,
+    "starvation": _starvation,
 }
