@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
-import tiny
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
+
+import tiny
 
 RATES = (0.0, 0.5, 1.0)
 """Success rate of prompt k: entry k modulo 3."""
@@ -35,7 +36,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def dataset(prompts: int) -> Dataset:
     return Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": f"{k}"}], "prompt_id": f"p{k}", "rate": RATES[k % 3]} for k in range(prompts)]
+        [
+            {"prompt": [{"role": "user", "content": f"{k}"}], "prompt_id": f"p{k}", "rate": RATES[k % 3]}
+            for k in range(prompts)
+        ]
     )
 
 

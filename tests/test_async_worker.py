@@ -253,6 +253,18 @@ def drain(worker: KnapsackRolloutWorker, groups: int) -> list[Any]:
     return found
 
 
+def logged(worker: KnapsackRolloutWorker) -> dict[str, float]:
+    """The newest number of each metric, read as the trainer does, while the process runs."""
+    found: dict[str, float] = {}
+    deadline = time.monotonic() + 60
+    while "knapsack/lost_groups" not in found and time.monotonic() < deadline:
+        try:
+            found |= worker.metrics_queue.get(timeout=1.0)
+        except queue.Empty:
+            worker.check_health(60)
+    return found
+
+
 def test_the_process_of_the_worker_against_a_server(tmp_path, with_vllm):
     with rollout_server() as (address, served):
         made = arguments(6, vllm_server_url=address, max_inflight_tasks=6, queue_maxsize=16)
@@ -265,6 +277,7 @@ def test_the_process_of_the_worker_against_a_server(tmp_path, with_vllm):
             worker.update_model_version(3)  # more than max_staleness beyond the rows in the queue
             drain(worker, 4)
             worker.update_model_version(4)
+            numbers = logged(worker)
         finally:
             worker.stop()
         sizes = Counter(sample.group_id for sample in samples)
@@ -277,32 +290,30 @@ def test_the_process_of_the_worker_against_a_server(tmp_path, with_vllm):
             assert group[0].prompt[0]["content"] == f"{number % 6}"
             assert {sample.metrics["reward"] for sample in group} <= ({0.0}, {0.0, 1.0}, {1.0})[number % 3]
         assert set(served.requests) == set(range(6))
-        numbers: dict[str, float] = {}
-        while not worker.metrics_queue.empty():
-            numbers |= worker.metrics_queue.get()
         assert numbers["knapsack/budget"] == 6 * MEAN
         assert numbers["knapsack/lost_groups/stale"] == numbers["knapsack/lost_groups"] > 0
 
         # A checkpoint, and a resumed run that takes its state along.
         step = tmp_path / "checkpoint-3"
         step.mkdir()
-        worker.callback.on_save(trainer_args(tmp_path), SimpleNamespace(global_step=3, is_world_process_zero=True), None)
+        worker.callback.on_save(
+            trainer_args(tmp_path), SimpleNamespace(global_step=3, is_world_process_zero=True), None
+        )
         known = {k: served.requests[k] for k in served.requests}
         again = KnapsackRolloutWorker(settings=AsyncSettings(window=6, log_metrics="all"), **made)
         begin(again, tmp_path, 3)
         again._loop_kwargs["dataset_start_index"] = 18  # as TRL sets it from rollout_state.json
         try:
             again.start()
-            resumed = drain(again, 5)
+            resumed = drain(again, 12)
             again.update_model_version(1)
+            numbers = logged(again)
         finally:
             again.stop()
         sizes = Counter(sample.group_id for sample in resumed)
         assert sum(sizes[k] for k in range(6)) == 6 * MEAN
         assert len({sizes[k] for k in range(6)}) > 1  # its first window knows the prompts
         assert sum(served.requests.values()) > sum(known.values())
-        while not again.metrics_queue.empty():
-            numbers |= again.metrics_queue.get()
         written = async_loop.read_groups(step / STATE_FILE)[1]
         assert numbers["knapsack/lost_groups/resumed"] == sum(number >= 18 for number, *_ in written) > 0
 
@@ -363,7 +374,7 @@ def test_what_cannot_work_is_refused_before_anything_is_generated(tmp_path, with
     worker = KnapsackRolloutWorker(**arguments(6))
     with pytest.raises(RuntimeError, match="callbacks="):
         worker.start()
-    with pytest.raises(ValueError, match="num_generations is 5 .* and 4"):
+    with pytest.raises(ValueError, match=r"num_generations is 5 .* and 4"):
         begin(worker, tmp_path, num_generations=5)
     with pytest.raises(ValueError, match="outcome_reward 'other'"):
         make_loop(tmp_path, 4, chosen={"outcome_reward": "other"})

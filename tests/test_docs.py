@@ -16,7 +16,7 @@ import pytest
 import knapsack_rl as kr
 from knapsack_rl.allocator import ALLOCATION_FAILURES
 from knapsack_rl.cli import build_parser, main
-from knapsack_rl.metrics import CORE, OCCASIONAL, PARTS
+from knapsack_rl.metrics import CORE, LOST_GROUPS, OCCASIONAL, PARTS
 from knapsack_rl.runs.allocations import PER_PROMPT
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.verl.launch import VerlSettings
@@ -262,7 +262,10 @@ def test_metrics_are_documented():
     text = prose(ROOT / "docs" / "metrics.md")
     documented = set(re.findall(r"^\| `knapsack/([^`]+)`", text, re.MULTILINE))
     of_trainer = {"rows_skipped", *(f"{part}_seconds" for part in PARTS)}
-    assert documented == {*allocator.metrics(), "reward_per_prompt", "process_imbalance", "failures/KIND"} | of_trainer
+    of_trainer |= {"group_success_rate"}
+    lost = {name for name in LOST_GROUPS if "/" not in name} | {"lost_groups/CAUSE"}
+    totals = {"reward_per_prompt", "process_imbalance", "failures/KIND"}
+    assert documented == {*allocator.metrics()} | totals | of_trainer | lost
     listed = text.split("\n\n")[2].split("\n- ")
     always, updates, occasional = (set(re.findall(r"`([^`]+)`", part)) for part in listed)
     assert always == set(CORE)

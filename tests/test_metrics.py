@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from knapsack_rl.metrics import CORE, OCCASIONAL, select_metrics
+from knapsack_rl.metrics import CORE, LOST_GROUPS, OCCASIONAL, select_metrics
 from knapsack_rl.runs.watch import WATCHED, watch_rows
 from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings
@@ -27,7 +28,9 @@ def steps_of(forgetful: bool, steps: int = 120) -> list[dict[str, float]]:
 
 
 def test_the_signs_of_trouble_are_found_in_the_core_alone():
-    assert {name for name in WATCHED if name.startswith("knapsack/")} <= {f"knapsack/{n}" for n in (*CORE, *OCCASIONAL)}
+    assert {name for name in WATCHED if name.startswith("knapsack/")} <= {
+        f"knapsack/{n}" for n in (*CORE, *OCCASIONAL, *LOST_GROUPS)
+    }
     for forgetful, kinds in ((True, {"collapse", "oscillation"}), (False, set())):
         steps = steps_of(forgetful)
         findings = {}
@@ -54,3 +57,38 @@ def test_numbers_of_trouble_are_logged_where_there_is_some():
     }
     trouble |= {"solved_before": 4.0, "lost": 0.0, "process_imbalance": 1.0, "prompts_waiting": 7.0}
     assert select_metrics(trouble | {"prompts_seen": 9.0}, "core") == trouble
+
+
+def test_lost_groups_are_counted_with_their_difficulty_and_length():
+    session = Session(AllocationSettings())
+    ids = ["easy", "hard", "lost", "failed"]
+
+    def step(rewards, lengths, lost=()):
+        session.plan(ids, MEAN)
+        rows = [(name, k) for name in ids[:2] for k in range(MEAN)]
+        plan, prompt_R = session.arrived([name for name, _ in rows])
+        for cause, names, tokens in lost:
+            away, position = session.arrived(names)
+            session.lose(cause, away, None if tokens is None else position, tokens)
+        return session.observe(plan, prompt_R, [rewards[name] for name, _ in rows], [lengths[name] for name, _ in rows])
+
+    outcomes, lengths = {"easy": 1.0, "hard": 0.0}, {"easy": 10.0, "hard": 30.0}
+    assert not {name for name in step(outcomes, lengths).metrics if "lost_" in name or "arrived_" in name}
+    before = session.allocator.belief(ids).mean
+    lost = [("stale", ["lost", "lost"], [50.0, 70.0]), ("failed", ["failed"], None)]
+    expected = session.allocator.predicted_lengths(["failed"])[0]
+    found = step(outcomes, lengths, lost).metrics
+    assert found["lost_groups"] == 2
+    assert found["lost_groups_share"] == 0.5
+    assert found["lost_groups/stale"] == found["lost_groups/failed"] == 1
+    assert found["lost_groups_success_rate"] == pytest.approx(before[2:].mean())
+    assert found["arrived_groups_success_rate"] == pytest.approx(before[:2].mean())
+    assert found["lost_groups_length"] == pytest.approx((60 + expected) / 2)
+    assert found["arrived_groups_length"] == 20
+    assert set(found) & set(LOST_GROUPS) <= set(select_metrics(found, "core"))
+    later = step(outcomes, lengths).metrics
+    assert later["lost_groups"] == later["lost_groups_share"] == 0
+    assert "lost_groups/stale" not in later
+    assert len(session.allocator.tracker) == 2  # nothing is learned from what was lost
+    session.lose("elsewhere", session.arrived([])[0])
+    assert session.allocator.failures["reporting"] == 1

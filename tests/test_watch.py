@@ -11,7 +11,7 @@ import pytest
 from knapsack_rl.runs.files import read_rows
 from knapsack_rl.runs.watch import WINDOW, WarningLog, Watch, watch_rows
 
-KINDS = {"collapse", "bought", "stragglers", "oscillation", "miscalibration", "truncation"}
+KINDS = {"collapse", "bought", "stragglers", "oscillation", "miscalibration", "truncation", "starvation"}
 
 
 def series(steps: int = 60, *, seed: int = 0, **means: float) -> list[dict[str, float]]:
@@ -22,6 +22,9 @@ def series(steps: int = 60, *, seed: int = 0, **means: float) -> list[dict[str, 
         **{"knapsack/all_correct": 0.3, "knapsack/all_wrong": 0.25, "knapsack/solved_before": 20.0},
         **{"knapsack/lost": 0.05, "knapsack/predicted_nonzero_gradient": 0.5},
         **{"knapsack/realised_nonzero_gradient": 0.47, "knapsack/process_imbalance": 1.05},
+        **{"knapsack/lost_groups_share": 0.1, "knapsack/lost_groups_success_rate": 0.45},
+        **{"knapsack/arrived_groups_success_rate": 0.5, "knapsack/lost_groups_length": 330.0},
+        **{"knapsack/arrived_groups_length": 300.0},
         **{"completions/mean_length": 300.0, "completions/max_length": 700.0, "completions/clipped_ratio": 0.05},
     } | {name.replace("__", "/"): mean for name, mean in means.items()}
     return [
@@ -45,6 +48,7 @@ SIGNS = {
     "oscillation": {"knapsack__lost": 0.3},
     "miscalibration": {"knapsack__realised_nonzero_gradient": 0.2},
     "truncation": {"completions__clipped_ratio": 0.5},
+    "starvation": {"knapsack__lost_groups_success_rate": 0.2},
 }
 
 
@@ -61,6 +65,11 @@ def test_every_kind_is_tested():
 
 
 def test_other_ways_to_the_same_signs():
+    (longer,) = watch_rows(series(knapsack__lost_groups_length=600.0))
+    assert longer.kind == "starvation"
+    assert "longer (595 tokens" in longer.seen
+    assert "harder" not in longer.seen
+    assert kinds(series(knapsack__lost_groups_success_rate=0.2, knapsack__lost_groups_share=0.01)) == []
     assert kinds(series(knapsack__process_imbalance=1.6)) == ["stragglers"]
     (uneven,) = watch_rows(series(knapsack__process_imbalance=1.6))
     assert "busiest process generates 1.5" in uneven.seen

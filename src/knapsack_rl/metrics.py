@@ -130,8 +130,8 @@ class StepMetrics:
 class LostGroups:
     """Groups that arrive and groups that do not, with their estimated difficulty and their length.
 
-    An asynchronous engine drops groups whose policy is too old, and those that fail. Long rollouts are dropped more often
-    than short ones, and hard prompts have long rollouts.
+    An asynchronous engine drops groups whose policy is too old, and those that fail. Long rollouts are dropped more
+    often than short ones, and hard prompts have long rollouts.
     """
 
     def __init__(self) -> None:
@@ -228,6 +228,10 @@ def select_metrics(metrics: dict[str, float], which: str) -> dict[str, float]:
         return metrics
 
     def shown(name: str) -> bool:
-        return name in (*CORE, *LOST_GROUPS) or name.startswith("failures/") or metrics.get(OCCASIONAL.get(name, ""), 0.0) > 0
+        return (
+            name in (*CORE, *LOST_GROUPS)
+            or name.startswith("failures/")
+            or metrics.get(OCCASIONAL.get(name, ""), 0.0) > 0
+        )
 
     return {name: number for name, number in metrics.items() if shown(name)}

@@ -378,7 +378,9 @@ class Session:
             self.survive("watching", lambda: self._watch(step, metrics))
         return Observation(groups, metrics)
 
-    def lose(self, cause: str, plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None) -> None:
+    def lose(
+        self, cause: str, plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None
+    ) -> None:
         """Count groups that the engine drops; the metrics of the next :meth:`observe` have them.
 
         Nothing is learned from them. Groups without lengths count with those that are expected of their prompts.
@@ -506,7 +508,7 @@ class Session:
 def _groups_of(
     plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None
 ) -> tuple[FloatArray, FloatArray]:
-    """Return (G,) estimated success rates and mean lengths of the groups of a plan, those that have rollouts if given."""
+    """Return (G,) estimated success rates and mean lengths of a plan's groups; of those with rollouts, if given."""
     unknown = np.full(len(plan.ids), np.nan)
     rates = unknown if plan.allocation.success_rates is None else plan.allocation.success_rates
     if prompt_R is None:

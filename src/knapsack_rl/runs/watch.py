@@ -311,7 +311,8 @@ def _starvation(watch: Watch) -> _Texts:
         seen.append(f"longer ({length:,.0f} tokens against {arrived_length:,.0f})")
     return (
         f"{share:.0%} of the groups are lost, and they are {' and '.join(seen)} than those that arrive.",
-        "Long rollouts outlive the policies that the trainer accepts, so hard prompts are generated but hardly trained on.",
+        "Long rollouts outlive the policies that the trainer accepts: hard prompts are generated but rarely trained "
+        "on.",
         "Raise max_staleness (verl: max_off_policy_threshold), lower max_inflight_tasks or max_completion_length, or "
         "add generation servers.",
     )

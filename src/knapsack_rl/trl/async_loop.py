@@ -1,7 +1,7 @@
 """The rollout loop of TRL's asynchronous trainer with groups of allocated sizes; it lives in the spawned process.
 
-TRL's loop calls a group complete when it has ``num_generations`` rollouts. Here TRL generates groups of one, and the loop
-joins them when all rollouts of a prompt are in, before TRL scores them and computes their advantages.
+TRL's loop calls a group complete when it has ``num_generations`` rollouts. Here TRL generates groups of one, and the
+loop joins them when all rollouts of a prompt are in, before TRL scores them and computes their advantages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from trl.experimental.async_grpo.async_rollout_worker import (
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.ids import PromptId
 from knapsack_rl.metrics import LOGGED, select_metrics
-from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings, check_fields, option
 from knapsack_rl.trl.identity import Identity
@@ -78,11 +76,13 @@ class AsyncSettings(AllocationSettings):
             raise ValueError(f"window must be at least 2 prompts, got {self.window}")
         if self.min_rollouts < 1:
             raise ValueError(
-                "min_rollouts must be at least 1, got 0: TRL resumes at the first prompt that was not trained on, which "
-                "a skipped prompt would always be"
+                "min_rollouts must be at least 1, got 0: TRL resumes at the first prompt that was not trained on, and "
+                "a skipped prompt never is"
             )
         if self.rounds != 1:
-            raise ValueError(f"rounds must be 1, got {self.rounds}: asynchronous generation has no end of a first round")
+            raise ValueError(
+                f"rounds must be 1, got {self.rounds}: asynchronous generation has no end of a first round"
+            )
 
 
 def check_async_internals() -> None:
@@ -181,6 +181,7 @@ class KnapsackRolloutLoop(_AsyncRolloutLoop):
         )
         names = self.reward_func_names
         if settings.outcome_reward and settings.outcome_reward not in names:
+            self._loop.close()
             raise ValueError(f"outcome_reward {settings.outcome_reward!r} is not one of {', '.join(names)}")
         self.outcomes = [settings.outcome_reward] if settings.outcome_reward else names
         self.settings, self.folder = settings, folder / STATE_FOLDER
@@ -287,7 +288,7 @@ class KnapsackRolloutLoop(_AsyncRolloutLoop):
         self.folder.mkdir(parents=True, exist_ok=True)
         whole, part = self.folder / GROUPS_FILE, self.folder / f"{GROUPS_FILE}.part"
         part.write_text(json.dumps({"window": self.window, "groups": groups}), encoding="utf-8")
-        os.replace(part, whole)
+        part.replace(whole)
         self.knapsack.save(self.folder)
 
 

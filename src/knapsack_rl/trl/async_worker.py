@@ -1,8 +1,8 @@
 """The rollout worker of TRL's asynchronous trainer with an allocated number of rollouts for each prompt.
 
-``AsyncGRPOTrainer`` generates in a process of its own (:mod:`knapsack_rl.trl.async_loop`) and trains on what arrives. The
-process allocates and observes; the trainer's side, here, counts the groups that are lost and keeps the allocator's state
-with the checkpoints::
+``AsyncGRPOTrainer`` generates in another process (:mod:`knapsack_rl.trl.async_loop`) and trains on what arrives. That
+process allocates and observes; the trainer's side, here, counts the groups that are lost and keeps the allocator's
+state with the checkpoints::
 
     worker = KnapsackRolloutWorker(settings=AsyncSettings(), model_name=..., dataset=..., ...)
     trainer = AsyncGRPOTrainer(..., rollout_worker=worker, callbacks=[worker.callback])
@@ -133,7 +133,7 @@ class KnapsackRolloutWorker(AsyncRolloutWorker):
             self.lost.arrive(*numbers)
 
 
-class _Buffer(multiprocessing.queues.Queue):  # type: ignore[type-arg] # TRL's rows, of its own type
+class _Buffer(multiprocessing.queues.Queue):
     """The queue of rows, which shows the worker each row that the trainer takes."""
 
     worker: KnapsackRolloutWorker
