@@ -94,6 +94,9 @@ def session(dice: random.Random, folder: Path) -> None:
         lengths = [dice.randrange(9) for _ in rows] if dice.random() < 0.8 else None
         if dice.random() < 0.2:
             plan, rows = one.arrived([plan.ids[row] for row in rows])
+        if dice.random() < 0.3:
+            one.lose(dice.choice(LOST_CAUSES), plan, rows if dice.random() < 0.5 else None, lengths)
+            assert not one.allocator.failures["reporting"]
         one.observe(plan, rows, outcomes, lengths, step)
         if unit == "rollouts" and settings.allocation == "knapsack" and settings.estimator == "bayes-filter":
             one.note_features(plan.ids, {"x": [dice.choice((1, 2, None)) for _ in plan.ids]})
@@ -136,6 +139,7 @@ def _one_step(one: kr.KnapsackAllocator, dice: random.Random) -> None:
     rollouts = [batch[i] for i in found.expand()]
     if dice.random() < 0.3:
         so_far = found.counts if dice.random() < 0.8 else numbers(dice, len(batch))
+        one.use_value(dice.choice(("knapsack", "likelihood-0.5", "odd")))
         check_counts(one.top_up(batch, so_far, [dice.randrange(3) for _ in batch], 5).counts, len(batch), 5)
     lengths = None if dice.random() < 0.5 else numbers(dice, len(rollouts))
     one.observe(rollouts, numbers(dice, len(rollouts)), lengths)

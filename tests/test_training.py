@@ -37,6 +37,7 @@ from knapsack_rl.metrics import PARTS
 from knapsack_rl.report import RunLog
 from knapsack_rl.runs.samples import read_samples
 from knapsack_rl.runs.watch import WarningLog
+from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, base_model_path, make_splits
 from knapsack_rl.training import evaluate
 from knapsack_rl.training.data import load_task
@@ -219,13 +220,24 @@ def test_settings_survive_yaml(settings, tmp_path_factory):
     assert list(read_yaml(path)) == [spec.name for spec in FIELDS]
 
 
-def test_settings_are_the_same_whether_or_not_the_weighting_is_named():
-    plain, over_mean = TrainSettings(), TrainSettings(advantage="group-mean")
-    assert plain.trains_like(TrainSettings(weighting="rollout"))
-    assert over_mean.trains_like(TrainSettings(advantage="group-mean", weighting="prompt"))
-    assert not plain.trains_like(TrainSettings(weighting="prompt"))
-    assert not over_mean.trains_like(TrainSettings(advantage="group-mean", weighting="rollout"))
-    assert not plain.trains_like(TrainSettings(seed=1))
+def test_settings_are_the_same_whether_or_not_weighting_and_value_are_named():
+    grpo, over_mean = TrainSettings(advantage="group-std"), TrainSettings()
+    assert grpo.trains_like(TrainSettings(advantage="group-std", weighting="rollout", value="knapsack"))
+    assert over_mean.trains_like(TrainSettings(weighting="prompt", value="likelihood-0.5"))
+    assert not grpo.trains_like(TrainSettings(advantage="group-std", weighting="prompt"))
+    assert not over_mean.trains_like(TrainSettings(weighting="rollout"))
+    assert not over_mean.trains_like(TrainSettings(value="knapsack"))
+    assert not grpo.trains_like(over_mean)
+    assert not over_mean.trains_like(TrainSettings(seed=1))
+
+
+def test_the_value_fits_the_advantage_where_none_is_named():
+    assert TrainSettings().chosen_value() == "likelihood-0.5"
+    assert TrainSettings(advantage="group-std").chosen_value() == "knapsack"
+    assert TrainSettings(allocation="paper", feature_columns="").chosen_value() == "knapsack"
+    assert TrainSettings(value="power-1-1").chosen_value() == "power-1-1"
+    assert AllocationSettings.of(TrainSettings()).make_allocator().value == "likelihood-0.5"
+    assert AllocationSettings.of(object()).make_allocator().value == "knapsack"
 
 
 def test_unknown_settings_are_named_with_their_source():

@@ -78,7 +78,7 @@ class Compared(KnapsackGRPOTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, *args, **kwargs):
-        self._losses = [*getattr(self, "_losses", []), float(super().training_step(model, *args, **kwargs))]
+        self._losses = [*getattr(self, "_losses", []), float(super().training_step(model, *args, **kwargs).detach())]
         if self.accelerator.sync_gradients:
             parameters = list(self.model.parameters())
             inner = self.accelerator.unwrap_model(model)
@@ -88,7 +88,7 @@ class Compared(KnapsackGRPOTrainer):
             got = torch.cat([p.grad.flatten() for p in parameters])
             self.norms.append(float(wanted.norm()))
             self.differences.append(float((got - wanted).norm()) / max(self.norms[-1], 1e-9))
-            self.losses.append((sum(self._losses), float(sum(losses))))
+            self.losses.append((sum(self._losses), sum(float(loss.detach()) for loss in losses)))
             self._window, self._losses = [], []
         return torch.zeros(())
 
