@@ -17,6 +17,7 @@ from knapsack_rl import groups
 from knapsack_rl import ids as prompt_ids
 from knapsack_rl.allocation.value import VALUES, marginal_values
 from knapsack_rl.estimation.lengths import predict_work
+from knapsack_rl.metrics import LOST_CAUSES
 from knapsack_rl.report import page
 from knapsack_rl.tasks.verifier import gold_answer, judge, last_boxed, literal, text_of
 
