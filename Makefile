@@ -89,7 +89,7 @@ test-python: $(PYTHON_VENV)/.made-with-$(subst /,_,$(PYTHON))  ## test all that 
 	$(PYTHON_VENV)/bin/python -m pytest -p no:cacheprovider -m "not slow" $(filter-out $(TORCH_TESTS),$(wildcard tests/test_*.py))
 
 # Not every Python has a build of torch for every machine; the rest of the suite runs without one.
-TORCH_TESTS = $(addprefix tests/test_,$(addsuffix .py,accelerator async_worker compare data_sets display faults kill lab lab_rounds models queue rounds tasks training \
+TORCH_TESTS = $(addprefix tests/test_,$(addsuffix .py,accelerator async_worker compare data_sets display faults kill lab lab_evidence lab_rounds models queue rounds tasks training \
 	trl trl_distributed trl_skip trl_watching verl_contract verl_real workers))
 
 # Another PYTHON clears the environment, and with it the mark of the one before. rich is what commands that need no

@@ -73,15 +73,14 @@ class LabEvidence:
 
     def _on(self, bed: str, rows: Sequence[Row]) -> tuple[Training, list[Row]]:
         """The experiment on one bed, and its runs of whole seeds."""
+        arms = self.plan.arms
         own = [row for row in select(rows, part="training") if row["settings"]["dataset"] == bed]
-        arms = tuple(arm for arm in self.plan.arms if any(row["arm"] == arm for row in own))
-        made = [{row["seed"] for row in select(own, arm=arm)} for arm in arms]
-        whole = set.intersection(*made) if made else set()
+        whole = set.intersection(*({row["seed"] for row in select(own, arm=arm)} for arm in arms))
         return Training(arms, self.claims(bed), _layout(arms)), [row for row in own if row["seed"] in whole]
 
     def _beds(self, rows: Sequence[Row]) -> list[str]:
-        there = {row["settings"]["dataset"] for row in select(rows, part="training")}
-        return [bed for bed in self.plan.beds if bed in there]
+        """Beds with at least two whole seeds; on the others the runs are not finished."""
+        return [bed for bed in self.plan.beds if len({row["seed"] for row in self._on(bed, rows)[1]}) > 1]
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         """Claims with their figures and verdicts, bed by bed."""
@@ -117,8 +116,8 @@ class LabEvidence:
 
         plan, lines = self.plan, []
         tuned = select(rows, part="tuning")
-        for bed in self._beds(rows):
-            for arm in plan.arms:
+        for bed in plan.beds:
+            for arm in plan.arms if any(row["settings"]["dataset"] == bed for row in tuned) else ():
                 own = [row for row in select(tuned, arm=arm) if row["settings"]["dataset"] == bed]
                 found = {row["settings"]["learning_rate"]: 100 * mean_accuracy(row) for row in own}
                 best = plan.chosen_rate(tuned, bed, arm) if found else None
