@@ -151,9 +151,9 @@ class TrainSettings(AllocationSettings):
         """Return whether these are the same settings, whether or not weighting and value are named."""
         return self._named() == other._named()
 
-    def _named(self) -> TrainSettings:
+    def _named(self) -> dict[str, Any]:
         weighting = "prompt" if per_prompt(self.weighting, self.advantage) else "rollout"
-        return dataclasses.replace(self, weighting=weighting, value=self.chosen_value())
+        return dataclasses.asdict(self) | {"weighting": weighting, "value": self.chosen_value()}
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, in the order of the fields."""
