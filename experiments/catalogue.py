@@ -104,3 +104,20 @@ def read(name: str, folder: Path) -> list[Row]:
     if any(row.get("quick") for row in rows):
         raise ValueError(f"{path} holds a quick run, whose figures mean nothing; run `python -m experiments {name}`")
     return rows
+
+
+def on_record(name: str, folder: Path | None, made_by: str) -> list[Row]:
+    """Read the rows of an experiment that another command makes.
+
+    Args:
+        name: of the experiment.
+        folder: of the rows; None for no such folder.
+        made_by: how they are made, with ``{rows}`` for the file.
+
+    Raises:
+        FileNotFoundError: there are no rows on record.
+    """
+    if folder is None or not (folder / f"{name}.jsonl").is_file():
+        file = f"{folder or 'FOLDER'}/{name}.jsonl"
+        raise FileNotFoundError(f"no rows of {name} in {folder}; they are made {made_by.format(rows=file)}")
+    return read(name, folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.cluster.vq import kmeans2
 
 from experiments.lab.beds import BEDS, base_folder, bed
 from knapsack_rl.allocation.checks import FloatArray, IntArray
@@ -29,19 +30,10 @@ RESTARTS, ITERATIONS = 10, 50
 
 
 def clusters(points: FloatArray, count: int, rng: np.random.Generator) -> IntArray:
-    """Return the (P,) cluster of each point: k-means from the best of several starts (Lloyd 1982)."""
-    best: tuple[float, IntArray] = (np.inf, np.zeros(len(points), np.int64))
-    for _ in range(RESTARTS):
-        centers = points[rng.choice(len(points), count, replace=False)]
-        for _ in range(ITERATIONS):
-            distance = (points**2).sum(1)[:, None] - 2 * points @ centers.T + (centers**2).sum(1)
-            nearest = distance.argmin(1)
-            sums = np.zeros_like(centers)
-            np.add.at(sums, nearest, points)
-            size = np.bincount(nearest, minlength=count)[:, None]
-            centers = np.where(size > 0, sums / np.maximum(size, 1), centers)
-        best = min(best, (float(distance.min(1).sum()), nearest), key=lambda found: found[0])
-    return best[1]
+    """Return the (P,) cluster of each point: k-means from the best of several starts."""
+    found = [kmeans2(points, count, iter=ITERATIONS, minit="++", rng=rng) for _ in range(RESTARTS)]
+    spread = [((points - centers[nearest]) ** 2).sum() for centers, nearest in found]
+    return found[int(np.argmin(spread))][1]
 
 
 def explained(logits: FloatArray, group: IntArray, known: np.ndarray) -> float:

@@ -6,12 +6,9 @@ Started by torchrun from ``test_trl_skip.py``: ``skip_worker.py FOLDER STEPS [CA
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import tiny
 from knapsack_rl.trl import KnapsackGRPOTrainer
@@ -65,10 +62,7 @@ def main() -> None:
             ),
             "fingerprint": tiny.fingerprint(models[0]),
         }
-    rank = torch.distributed.get_rank()
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    tiny.leave(folder, found)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,29 @@ def reference_log_probs(model, prompt_ids, prompt_mask, completion):
     return torch.log_softmax(logits, dim=-1).gather(2, completion[:, :, None])[:, :, 0]
 
 
+class Keeping(KnapsackGRPOTrainer):
+    """Keeps each batch as it is trained on."""
+
+    def __init__(self, *args, **kwargs):
+        self.kept = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.kept.append({name: value.clone() for name, value in output.items()})
+        return output
+
+
+REPLAYING = {
+    "allocation": "uniform",
+    "estimator": "window",
+    "replay": 2,
+    "num_generations": 8,
+    "per_device_train_batch_size": 32,
+}
+"""Settings of runs that see all of four prompts at each step, and replay their successes twice."""
+
+
 def paid_at_the_first_visit(low, high):
     """A reward that only ever pays at a prompt's first visit, for the first of its completions."""
     seen = set()
@@ -171,14 +194,10 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
         tmp_path,
         paid_at_the_first_visit(0.0, 1.0),
         data=tiny.dataset(4),
-        allocation="uniform",
-        estimator="window",
-        replay=2,
         max_steps=4,
-        num_generations=8,
-        per_device_train_batch_size=32,
         save_strategy="steps",
         save_steps=2,
+        **REPLAYING,
     )
     trainer.train()
     mixed = [row["replay/mixed_in"] for row in trainer.state.log_history if "replay/mixed_in" in row]
@@ -191,28 +210,17 @@ def test_training_with_replay_mixes_in_and_resumes(tmp_path):
 
 def test_a_replayed_success_is_an_outcome_among_outcomes_with_advantages_over_the_mean(tmp_path):
     """Rewards of -3 and 5: one stored success beside seven failures has the advantage (1 - 1/8) / (1/8)."""
-    advantages = []
-
-    class Watched(KnapsackGRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            advantages.append(sorted(output["advantages"].tolist()))
-            return output
-
     trainer = tiny.trainer(
-        Watched,
+        Keeping,
         tmp_path,
         paid_at_the_first_visit(-3.0, 5.0),
         data=tiny.dataset(4),
         advantage="group-mean",
-        allocation="uniform",
-        estimator="window",
-        replay=2,
         max_steps=4,
-        num_generations=8,
-        per_device_train_batch_size=32,
+        **REPLAYING,
     )
     trainer.train()
+    advantages = [sorted(batch["advantages"].tolist()) for batch in trainer.kept]
     one_in_eight = [-1.0] * 28 + [7.0] * 4
     assert advantages[:3] == [pytest.approx(one_in_eight)] * 3  # sampled, then replayed twice
     assert advantages[3] == [0.0] * 32  # nothing is left to replay
@@ -348,41 +356,17 @@ def test_the_gradient_with_kl_tools_and_a_correction_for_vllm(tmp_path, level):
         assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest), name
 
 
-class Keeping(KnapsackGRPOTrainer):
-    """Keeps each batch as it is trained on."""
-
-    def __init__(self, *args, **kwargs):
-        self.kept = []
-        super().__init__(*args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        self.kept.append({name: value.clone() for name, value in output.items()})
-        return output
-
-
 def test_the_kl_term_of_a_replayed_success_is_its_own(tmp_path):
     tiny.model().save_pretrained(tmp_path / "model")
-    seen = set()
-
-    def first_visit(completions, prompts, **_):
-        marked = {prompt: k for k, prompt in reversed(list(enumerate(prompts))) if prompt not in seen}
-        seen.update(prompts)
-        return [float(marked.get(prompt) == k) for k, prompt in enumerate(prompts)]
-
     trainer = tiny.trainer(
         Keeping,
         tmp_path / "run",
-        first_visit,
+        paid_at_the_first_visit(0.0, 1.0),
         data=tiny.dataset(4),
         extra={"model": str(tmp_path / "model")},
         model_init_kwargs={"dtype": "float32"},
-        allocation="uniform",
-        estimator="window",
-        replay=2,
         beta=0.1,
-        num_generations=8,
-        per_device_train_batch_size=32,
+        **REPLAYING,
     )
     trainer.train()
     assert [row["replay/mixed_in"] for row in trainer.state.log_history if "replay/mixed_in" in row] == [0, 4, 4]

@@ -233,6 +233,14 @@ def trainer(
     return found
 
 
+def leave(folder: Path, found: Any) -> None:
+    """Write what a process saw for :func:`on_two_processes`, and end together with the others."""
+    rank = torch.distributed.get_rank()
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def on_two_processes(worker: str, folder: Path, *flags: str) -> list[dict[str, Any]]:
     """Run a script of this folder under torchrun; return what each of the processes wrote to ``rank<n>.json``."""
     environment = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}

@@ -106,10 +106,7 @@ def main() -> None:
         log = place / "ragged" / ALLOCATION_LOG
         torch.distributed.barrier()
         found[case]["log"] = [json.loads(line) for line in log.read_text().splitlines()]
-    rank = torch.distributed.get_rank()
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    tiny.leave(folder, found)
 
 
 if __name__ == "__main__":

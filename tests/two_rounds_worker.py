@@ -41,7 +41,6 @@ def main() -> None:
     trainer.train()
     torch.distributed.barrier()
     log = (folder / "run" / ALLOCATION_LOG).read_text().splitlines()
-    rank = torch.distributed.get_rank()
     found = {
         "world": trainer.accelerator.num_processes,
         "end": tiny.fingerprint(trainer.accelerator.unwrap_model(trainer.model)),
@@ -50,9 +49,7 @@ def main() -> None:
         "log": [json.loads(line) for line in log],
         "history": trainer.state.log_history,
     }
-    (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    tiny.leave(folder, found)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,10 @@ class Accelerator(Training):
             return rows
         from experiments import catalogue
 
-        if options.record is None or not (options.record / f"{NAME}.jsonl").is_file():
-            raise FileNotFoundError(
-                f"no rows of {NAME} in {options.record}; they are made on a machine with an accelerator: "
-                f"python -m experiments.{NAME} --model FOLDER --rows {options.record or 'FOLDER'}/{NAME}.jsonl"
-            )
+        made_by = f"on a machine with an accelerator: python -m experiments.{NAME} --model FOLDER --rows {{rows}}"
+        rows = catalogue.on_record(NAME, options.record, made_by)
         done("rows on record")
-        return catalogue.read(NAME, options.record)
+        return rows
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         """Claims with their figures and verdicts."""

@@ -93,12 +93,17 @@ class Lab(RowsFile):
             own = [row for row in rows if row["settings"]["dataset"] == name]
             there = tuple(arm for arm in plan.arms if any(row["arm"] == arm for row in own))
             if plan.arms[0] in there:
-                tables = Training(there, (), _layout(plan.arms[0])).tables(own)
+                tables = Training(there, (), layout(plan.arms[0])).tables(own)
                 text += [f"## {name}", *(f"{title}:\n\n{table}" for title, table in tables.items())]
         return "\n\n".join(text) or "no runs are there"
 
 
-def _layout(baseline: str) -> dict[str, Table]:
+def layout(baseline: str) -> dict[str, Table]:
+    """Tables of the runs on a bed.
+
+    Args:
+        baseline: arm that the others are compared with.
+    """
     cost = {f"{unit} to it": f"{{row}} / {baseline}, {unit}" for unit in ("tokens", "seconds")}
     return {
         "accuracy": accuracy_table(baseline, **cost),

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from experiments.claims import accuracy_table, better, by_arm
+from experiments.claims import better
 from experiments.contract import Finding, Options, Row, markdown_table, select
-from experiments.lab.__main__ import REGISTRATIONS, Lab
+from experiments.lab.__main__ import REGISTRATIONS, Lab, layout
 from experiments.lab.beds import base_folder
 from experiments.lab.registration import Registration, read
 from experiments.lab.run import QUICK
@@ -54,22 +54,18 @@ class LabEvidence:
         """
         from experiments import catalogue
 
-        file = f"lab-{self.name}"
+        name = f"lab-{self.name}"
         if options.quick:
             plan = replace(self.plan, beds=("addition",), seeds=(0, 1), learning_rates=(1e-3,), steps=QUICK.steps)
             bases = {"addition": base_folder("addition", options.runs, quick=True)}
-            lab = Lab(options.runs / f"{file}.jsonl", bases, float("inf"), 1, {"quick": True})
+            lab = Lab(options.runs / f"{name}.jsonl", bases, float("inf"), 1, {"quick": True})
             lab.run(plan, QUICK)
             rows = [row for part in ("tuning", "training") for row in lab.rows(part)]
             done("dry run")
             return rows
-        if options.record is None or not (options.record / f"{file}.jsonl").is_file():
-            raise FileNotFoundError(
-                f"no rows of {file} in {options.record}; they are made by python -m experiments.lab {self.name} "
-                f"--rows {options.record or 'FOLDER'}/{file}.jsonl"
-            )
+        rows = catalogue.on_record(name, options.record, f"by python -m experiments.lab {self.name} --rows {{rows}}")
         done("rows on record")
-        return catalogue.read(file, options.record)
+        return rows
 
     def _on(self, bed: str, rows: Sequence[Row]) -> tuple[Training, list[Row]]:
         """The experiment on one bed, and its runs of whole seeds."""
@@ -138,23 +134,15 @@ class LabEvidence:
 
 
 def _layout(arms: Sequence[str]) -> dict[str, Table]:
-    cost = {"tokens to it": "{row} / uniform, tokens", "seconds to it": "{row} / uniform, seconds"}
     end = "accuracy at the end"
-    shown = ("uniform", "uniform-2n", "paper", "uniform-mean", "recommended")
-    return {
-        "accuracy": accuracy_table(**cost),
-        "readme": Table(
-            {
-                "rollouts": "{row}, rollouts",
-                end: f"{{row}}, {end}",
-                "difference to uniform, points": f"{{row}} - uniform, {end}",
-                "rollouts to its final accuracy": "{row} / uniform, rollouts",
-            },
-            {README_LABELS[arm]: arm for arm in shown if arm in arms},
-        ),
-        "prompts": Table(by_arm("unsolved at the end", "still unsolved", "rollouts with a gradient",
-                                "prompts with a gradient", "tokens", "seconds")),
-    }  # fmt: skip
+    columns = {
+        "rollouts": "{row}, rollouts",
+        end: f"{{row}}, {end}",
+        "difference to uniform, points": f"{{row}} - uniform, {end}",
+        "rollouts to its final accuracy": "{row} / uniform, rollouts",
+    }
+    shown = {label: arm for arm, label in README_LABELS.items() if arm in arms}
+    return layout("uniform") | {"readme": Table(columns, shown)}
 
 
 README_LABELS = {
