@@ -30,7 +30,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from knapsack_rl.training.data import for_tokenizer, load_task
-from knapsack_rl.training.models import load_model, load_tokenizer
+from knapsack_rl.training.models import batch_arguments, load_model, load_tokenizer
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 
@@ -87,8 +87,7 @@ def run(settings: TrainSettings, kind: type[GRPOTrainer], **own: Any) -> Times:
         arguments: dict[str, Any] = {
             "output_dir": folder,
             "max_steps": settings.steps,
-            "per_device_train_batch_size": settings.rollouts_per_pass or settings.budget,
-            "gradient_accumulation_steps": settings.budget // (settings.rollouts_per_pass or settings.budget),
+            **batch_arguments(settings),
             "num_generations": settings.rollouts_per_prompt,
             "max_completion_length": task.max_completion_tokens,
             "learning_rate": settings.learning_rate,

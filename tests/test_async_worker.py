@@ -171,6 +171,24 @@ def test_budgets_are_exact_and_outcomes_observed_however_they_arrive(
     assert logged == expected
 
 
+def test_columns_of_the_data_and_an_earlier_run_are_features(tmp_path):
+    earlier = tmp_path / "earlier.jsonl"
+    earlier.write_text("".join(f'{{"step": 1, "prompt_id": "p{k}", "reward": {k % 2}}}\n' for k in range(3)))
+    loop = make_loop(tmp_path, 6, chosen={"feature_columns": "rate", "prior": str(earlier)})
+    counts_of(Hand(loop), 2, 6)
+    loop._observe()
+    shared = loop.knapsack.allocator.shared
+    assert shared.features.names == ["earlier rate", "rate"]
+    rates = [row["rate"] for row in dataset(6)]
+    found = dict(
+        zip(shared.features.names, shared.features.codes([f"p{k}" for k in range(6)]).T.tolist(), strict=False)
+    )
+    assert len({*zip(rates, found["rate"], strict=True)}) == len(set(rates)) == len(set(found["rate"]))
+    assert found["earlier rate"][0] == found["earlier rate"][2] != found["earlier rate"][1]
+    assert found["earlier rate"][3:] == [0] * 3  # not in the earlier run
+    assert loop.knapsack.allocator.metrics()["allocation_failures"] == 0
+
+
 def test_groups_are_whole_and_advantages_are_those_of_their_rewards(tmp_path):
     loop = make_loop(tmp_path, 6, reward_funcs=[is_right, is_short], chosen={"outcome_reward": "is_right"})
     hand, dice = Hand(loop), np.random.default_rng(1)
@@ -368,6 +386,8 @@ def test_what_cannot_work_is_refused_before_anything_is_generated(tmp_path, with
             AsyncSettings(**changes)
     with pytest.raises(ValueError, match="num_generations"):
         KnapsackRolloutWorker(settings=AsyncSettings(max_rollouts=3), **arguments(6))
+    with pytest.raises(ValueError, match=r"feature_columns must be columns of the data set, .*'rate'.*got \['level'\]"):
+        KnapsackRolloutWorker(settings=AsyncSettings(feature_columns="level"), **arguments(6))
     with pytest.raises(ValueError, match="names different prompts"):
         twins = dataset(4).map(lambda row: {"prompt_id": "same"})
         KnapsackRolloutWorker(**arguments(4, dataset=twins))

@@ -75,6 +75,15 @@ def test_only_the_knapsack_and_uniform_mean_have_the_shared_advantage(tmp_path):
     assert [label for label, settings in found.items() if settings.value == "power-1-1"] == ["knapsack-n2-seed0"]
 
 
+def test_only_the_knapsack_shares_knowledge(tmp_path):
+    """The paper's window cannot, and would refuse the settings."""
+    shared = dataclasses.replace(SMALL, feature_columns="digits", prior="earlier.jsonl")
+    for run in plan(shared, POLICIES, [0], tmp_path):
+        knapsack = run.settings.allocation == "knapsack"
+        assert run.settings.columns == (["digits"] if knapsack else [])
+        assert run.settings.prior == ("earlier.jsonl" if knapsack else "")
+
+
 def test_the_order_of_policies_is_that_given(tmp_path):
     runs = plan(SMALL, ["knapsack", "uniform"], [0], tmp_path)
     assert [run.settings.allocation for run in runs] == ["knapsack", "uniform"]

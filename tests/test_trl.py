@@ -1449,6 +1449,16 @@ def test_columns_of_the_data_are_the_features_of_their_prompts(tmp_path, prompts
     assert 0 < trainer.allocator.metrics()["features/grade"] < 1
 
 
+def test_columns_are_features_in_two_rounds_too(tmp_path):
+    trainer = with_features(tmp_path, rounds=2, max_steps=4)
+    trainer.train()
+    ids = trainer.allocator.tracker.prompt_ids
+    assert ids
+    assert (trainer.allocator.shared.features.codes(ids) > 1).all()  # each has a value in every column
+    assert trainer.allocator.shared.clock == 4
+    assert trainer.allocator.metrics()["allocation_failures"] == 0
+
+
 def test_features_and_what_they_taught_resume(tmp_path):
     def make(**more):
         return with_features(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, **more)

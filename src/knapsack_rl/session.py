@@ -242,14 +242,18 @@ class Session:
 
     def _top_up(self, ids: list[PromptId], left: int, prompt_R: IntArray, outcome_R: ArrayLike) -> Allocation:
         """Ask the allocator for the rest of a step, and check its answer."""
-        outcomes = np.asarray(outcome_R, dtype=np.float64)
-        scored = np.where(np.isinf(outcomes), np.nan, outcomes)
-        groups = self.allocator.outcomes_of(prompt_R, scored, len(ids), keep=False)
+        groups = self.allocator.outcomes_of(prompt_R, self._scored(outcome_R), len(ids), keep=False)
         found = self.allocator.top_up(ids, groups.totals, groups.successes, left)
-        counts = np.asarray(found.counts)
-        if counts.shape != (len(ids),) or (counts < 0).any() or counts.sum() != left:
-            raise ArithmeticError(f"the allocator gave {counts}, expected {len(ids)} whole numbers that sum to {left}")
+        _checked_counts(found, len(ids), left)
         return found
+
+    def _scored(self, outcome_R: ArrayLike) -> FloatArray:
+        """Return outcomes, NaN for an infinite one."""
+        outcomes = np.asarray(outcome_R, dtype=np.float64)
+        if not np.isinf(outcomes).any():
+            return outcomes
+        self.warn_once("infinite", "a reward is infinite; the rollout counts as unscored")
+        return np.where(np.isinf(outcomes), np.nan, outcomes)
 
     def _expect(self, plan: Plan) -> Plan:
         """Keep the predictions of a plan for :meth:`arrived`, and return it."""
@@ -269,8 +273,8 @@ class Session:
         """
         given: dict[str, Any] = dict(features)
         if self._earlier is not None and (given or not self.settings.columns):
-            given[EARLIER] = [self._earlier.get(prompt_id) for prompt_id in ids]
-            if not any(prompt_id in self._earlier for prompt_id in ids):
+            given[EARLIER] = rates = [self._earlier.get(prompt_id) for prompt_id in ids]
+            if all(rate is None for rate in rates):
                 self.warn_once(
                     "earlier", "no prompt of a batch is in the earlier run named by prior; ids must be the same"
                 )
@@ -296,11 +300,8 @@ class Session:
         else:
             budget = mean * float(self.allocator.predicted_lengths(ids).sum())
             found = self.allocator.allocate(distinct, budget, multiple=multiple)
-        counts = np.asarray(found.counts)
-        if counts.shape != (len(distinct),) or counts.dtype.kind not in "iu" or (counts < 0).any():
-            raise ArithmeticError(f"the allocator gave {counts}, expected {len(distinct)} whole numbers >= 0")
-        if self.allocator.budget_unit == "rollouts" and counts.sum() != rollouts:
-            raise ArithmeticError(f"the allocator gave {counts}, which sum to {counts.sum()} and not to {rollouts}")
+        in_rollouts = self.allocator.budget_unit == "rollouts"
+        counts = _checked_counts(found, len(distinct), rollouts if in_rollouts else None)
         if self.allocator.budget_unit == "tokens" and counts.sum() % multiple:
             raise ArithmeticError(f"the allocator gave {counts.sum()} rollouts, which is not a multiple of {multiple}")
         if ((counts > 0) & (counts < self.smallest_group)).any():
@@ -350,10 +351,7 @@ class Session:
             lengths_R: (R,) tokens of each rollout, if known.
             step: number of the step, for the log.
         """
-        outcomes = np.asarray(outcome_R, dtype=np.float64)
-        if np.isinf(outcomes).any():
-            self.warn_once("infinite", "a reward is infinite; the rollout counts as unscored")
-            outcomes = np.where(np.isinf(outcomes), np.nan, outcomes)
+        outcomes = self._scored(outcome_R)
         allocator, prompts = self.allocator, len(plan.ids)
         groups = self.survive("success rule", lambda: allocator.outcomes_of(prompt_R, outcomes, prompts))
         if groups is None:  # the successes of the step are unknown
@@ -503,6 +501,25 @@ class Session:
 
     def _knows_lengths(self) -> bool:
         return bool(self.allocator.tracker.records().length_count.any())
+
+
+def _checked_counts(found: Allocation, prompts: int, rollouts: int | None) -> IntArray:
+    """Return the counts of an allocator, which may be one of the user's.
+
+    Args:
+        found: its answer.
+        prompts: that it was asked about.
+        rollouts: to which the counts must sum; None for a budget in tokens.
+
+    Raises:
+        ArithmeticError: the counts are not what was asked for.
+    """
+    counts = np.asarray(found.counts)
+    if counts.shape != (prompts,) or counts.dtype.kind not in "iu" or (counts < 0).any():
+        raise ArithmeticError(f"the allocator gave {counts}, expected {prompts} whole numbers >= 0")
+    if rollouts is not None and counts.sum() != rollouts:
+        raise ArithmeticError(f"the allocator gave {counts}, which sum to {counts.sum()} and not to {rollouts}")
+    return counts
 
 
 def _groups_of(

@@ -22,7 +22,7 @@ from knapsack_rl.estimation.named import ESTIMATORS
 ALLOCATIONS = ("knapsack", "paper", "uniform")
 
 AUTO = "auto"
-"""The value that fits the advantage."""
+"""A setting that fits the others: the value goes by the advantage."""
 
 OVER_MEAN, MATCHED_VALUE = "group-mean", "likelihood-0.5"
 """Advantages over the mean of a group, and the value that fits them."""
@@ -111,9 +111,13 @@ class AllocationSettings:
         """
         if self.value != AUTO:
             return self.value
-        by_paper = self.allocation == "paper" or self.estimator == "window"
         over_mean = (advantage or getattr(self, "advantage", None)) == OVER_MEAN
-        return MATCHED_VALUE if over_mean and not by_paper else "knapsack"
+        return MATCHED_VALUE if over_mean and self.estimator_in_use != "window" else "knapsack"
+
+    @property
+    def estimator_in_use(self) -> str:
+        """Name of the estimator; the paper's rule has its own."""
+        return "window" if self.allocation == "paper" else self.estimator
 
     def check_allocation(self, mean: int | None = None, name: str = "rollouts_per_prompt") -> None:
         """Check these settings by making the allocator once.
@@ -135,9 +139,10 @@ class AllocationSettings:
         except ValueError as error:
             hint = f"estimator_settings {self.estimator_settings!r}: " if self.estimator_settings else ""
             raise ValueError(f"{hint}{error}") from error
-        estimator = "window" if self.allocation == "paper" else self.estimator
-        if (self.columns or self.prior) and estimator != "bayes-filter":
-            raise ValueError(f"feature_columns and prior need the estimator 'bayes-filter', got {estimator!r}")
+        if (self.columns or self.prior) and self.estimator_in_use != "bayes-filter":
+            raise ValueError(
+                f"feature_columns and prior need the estimator 'bayes-filter', got {self.estimator_in_use!r}"
+            )
         if self.budget_unit == "tokens" and self.allocation != "knapsack":
             raise ValueError(f"budget_unit='tokens' needs allocation='knapsack', got {self.allocation!r}")
         if mean is not None and not self.min_rollouts <= mean <= self.max_rollouts:
@@ -161,6 +166,18 @@ class AllocationSettings:
     def columns(self) -> list[str]:
         """Names of the columns by which prompts are alike."""
         return [name for part in self.feature_columns.strip("[]").split(",") if (name := part.strip(" '\""))]
+
+    def check_columns(self, present: Sequence[str]) -> None:
+        """Check that the columns by which prompts are alike are there.
+
+        Args:
+            present: columns of the data set.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if absent := [name for name in self.columns if name not in present]:
+            raise ValueError(f"feature_columns must be columns of the data set, {list(present)}, got {absent}")
 
     @property
     def estimator_options(self) -> dict[str, Any]:
@@ -187,7 +204,7 @@ class AllocationSettings:
             ValueError: a setting is out of range.
         """
         return KnapsackAllocator(
-            "window" if self.allocation == "paper" else self.estimator,
+            self.estimator_in_use,
             self.min_rollouts,
             self.max_rollouts,
             success=self.success_threshold,

@@ -29,7 +29,7 @@ from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_fro
 
 POLICIES = ("uniform", "uniform-mean", "uniform-2n", "paper", "knapsack")
 
-GRPO = {"advantage": "group-std", "value": "auto", "rounds": 1}
+GRPO = {"advantage": "group-std", "value": "auto", "rounds": 1, "feature_columns": "auto", "prior": ""}
 """Settings of the policies that are GRPO's or the paper's, whatever the shared ones are."""
 
 POLL_SECONDS = 1.0
@@ -90,7 +90,8 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
 
     Args:
         settings: shared settings; allocation, rollouts per prompt (N, doubled for ``"uniform-2n"``) and seed vary, and
-            advantage, value and ``rounds`` are those of the knapsack alone, the advantage also of ``"uniform-mean"``.
+            advantage, value, rounds, feature columns and prior are those of the knapsack alone, the advantage also of
+            ``"uniform-mean"``.
         policies: from ``POLICIES``.
         seeds: distinct seeds.
         output: parent of the run folders.

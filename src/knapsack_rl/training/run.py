@@ -22,7 +22,7 @@ from knapsack_rl.runs.files import (
     find_start,
     steps_of,
 )
-from knapsack_rl.settings import AllocationSettings
+from knapsack_rl.settings import AUTO, AllocationSettings
 from knapsack_rl.training.card import write_card
 from knapsack_rl.training.data import TaskData, for_tokenizer, load_task, stop_token
 from knapsack_rl.training.lock import own_folder, refuse_if_owned
@@ -39,7 +39,7 @@ from knapsack_rl.training.models import (
 from knapsack_rl.training.noise import quiet_about_tied_weights
 from knapsack_rl.training.processes import is_main_process
 from knapsack_rl.training.recorder import Display, Recorder, all_done
-from knapsack_rl.training.settings import AUTO, GRADE, TrainSettings
+from knapsack_rl.training.settings import GRADE, TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 from knapsack_rl.trl.generated import Generated
 
@@ -227,8 +227,7 @@ def _feature_columns(settings: TrainSettings, task: TaskData) -> str:
     if settings.feature_columns == AUTO:
         useful = settings.allocation == "knapsack" and settings.estimator == "bayes-filter"
         return GRADE if useful and GRADE in present else ""
-    if absent := [name for name in settings.columns if name not in present]:
-        raise ValueError(f"feature_columns must be columns of the data set, {present}, got {absent}")
+    settings.check_columns(present)
     return settings.feature_columns
 
 

@@ -11,12 +11,10 @@ from typing import Any
 
 from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS, per_prompt
 from knapsack_rl.runs import files
-from knapsack_rl.settings import AllocationSettings, check_fields, option
+from knapsack_rl.settings import AUTO, AllocationSettings, check_fields, option
 
 MODEL_PRESETS = ("arithmetic-base", "smollm2-135m")
 """Models that need no hub; any other name is a Hugging Face folder or name."""
-
-AUTO = "auto"
 
 GRADE = "digits"
 """Column of the grade of the shipped tasks."""

@@ -27,8 +27,11 @@ from trl.experimental.async_grpo.async_rollout_worker import (
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.ids import PromptId
 from knapsack_rl.metrics import LOGGED, select_metrics
+from knapsack_rl.offline.earlier import earlier_rates
+from knapsack_rl.runs.files import finite_or_none
 from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings, check_fields, option
+from knapsack_rl.state import atomic_file
 from knapsack_rl.trl.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -187,7 +190,11 @@ class KnapsackRolloutLoop(_AsyncRolloutLoop):
         self.settings, self.folder = settings, folder / STATE_FOLDER
         self.mean, self.first = num_generations, dataset_start_index
         self.knapsack = Session(  # TRL's own attribute session is its connection to the server
-            settings, folder=folder, log_allocations=settings.log_allocations, rewards=self.outcomes
+            settings,
+            folder=folder,
+            log_allocations=settings.log_allocations,
+            rewards=self.outcomes,
+            earlier=earlier_rates(settings.prior) if settings.prior else None,
         )
         self.identity = Identity(settings.prompt_id_column, proven=proven)
         self.window = 0
@@ -229,7 +236,10 @@ class KnapsackRolloutLoop(_AsyncRolloutLoop):
         self._observe()
         self.knapsack.survive("saving", self._save)
         self.window += 1
-        plan = self.knapsack.plan([*window], self.mean)
+        features: dict[str, Any] = {
+            name: [row.get(name) for _, row in window.values()] for name in self.settings.columns
+        }
+        plan = self.knapsack.plan([*window], self.mean, features=features)
         rates = plan.allocation.success_rates
         found = [
             _Group(number, key, row, int(plan.counts[k]), float("nan" if rates is None else rates[k]))
@@ -282,13 +292,12 @@ class KnapsackRolloutLoop(_AsyncRolloutLoop):
     def _save(self) -> None:
         """Write the state as it is between two windows."""
         groups = [
-            [self.first + group.number, *(None if np.isnan(x) else x for x in (group.rate, group.length))]
+            [self.first + group.number, finite_or_none(group.rate), finite_or_none(group.length)]
             for group in self._newest
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
-        whole, part = self.folder / GROUPS_FILE, self.folder / f"{GROUPS_FILE}.part"
-        part.write_text(json.dumps({"window": self.window, "groups": groups}), encoding="utf-8")
-        part.replace(whole)
+        with atomic_file(self.folder / GROUPS_FILE) as file:
+            file.write(json.dumps({"window": self.window, "groups": groups}).encode())
         self.knapsack.save(self.folder)
 
 

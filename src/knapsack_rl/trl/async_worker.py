@@ -55,7 +55,8 @@ class KnapsackRolloutWorker(AsyncRolloutWorker):
 
     Raises:
         RuntimeError: this TRL release differs.
-        ValueError: the bounds exclude ``num_generations``, or prompts cannot be told apart.
+        ValueError: the bounds exclude ``num_generations``, prompts cannot be told apart, or the data set lacks a
+            feature column.
     """
 
     _loop_cls = KnapsackRolloutLoop
@@ -65,6 +66,8 @@ class KnapsackRolloutWorker(AsyncRolloutWorker):
         settings = settings or AsyncSettings()
         self.mean = kwargs.setdefault("num_generations", 8)
         settings.check_allocation(self.mean, "num_generations")
+        if (present := kwargs["dataset"].column_names) is not None:
+            settings.check_columns(present)
         proven = check_dataset(kwargs["dataset"], settings.prompt_id_column)
         super().__init__(settings=settings, proven=proven, **kwargs)
         self.callback = RolloutState(self)

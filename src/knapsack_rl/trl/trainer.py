@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
-from knapsack_rl.ids import PromptId, numbered
+from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.offline.earlier import earlier_rates
 from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
@@ -142,8 +142,8 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         column, data = self._setting("prompt_id_column"), self._visible_data
         features = self.session.settings.columns
         present: Any = data.column_names
-        if present is not None and (absent := [name for name in features if name not in present]):
-            raise ValueError(f"feature_columns must be columns of the data set, {present}, got {absent}")
+        if present is not None:
+            self.session.settings.check_columns(present)
         if self.session.settings.allocation == "uniform":
             if self._setting("log_allocations") or self._setting("log_samples"):
                 return Identity(column, features=features)
@@ -250,10 +250,9 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         if drawn is None:
             plan = self.session.plan_unidentified(len(inputs) * processes // mean, mean)
             return inputs, Step(plan, plan.expand(), ragged=False)
-        self.session.note_features(drawn.keys, drawn.features)
         distinct, block_prompt = numbered(drawn.keys)
         stock_R = np.repeat(block_prompt, mean)
-        plan = self._agree_on(self._plan(drawn.keys, stock_R.size))
+        plan = self._agree_on(self._plan(drawn, stock_R.size))
         if self.queue is not None:
             drawn.rows = self.queue.serve(plan.ids)
         group_R = plan.expand()
@@ -305,14 +304,15 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             raise ValueError(text)
         self.session.warn_once("clash", f"{text}. They are kept apart, the later ones with a hash behind the id")
 
-    def _plan(self, drawn: list[PromptId], budget: int) -> Plan:
+    def _plan(self, drawn: Drawn, budget: int) -> Plan:
         """Return the plan for the prompts of the batch, or for those that the queue serves."""
         args: Any = self.args
         queue = self.queue
         if queue is None:
             multiple = self.accelerator.num_processes * args.steps_per_generation
-            return self.session.plan(drawn, self._mean, multiple=multiple)
-        chosen = self.session.survive("queue", lambda: queue.choose(self.allocator, budget, len(set(drawn))))
+            return self.session.plan(drawn.keys, self._mean, multiple=multiple, features=drawn.features)
+        self.session.note_features(drawn.keys, drawn.features)  # those that are drawn now may be served later
+        chosen = self.session.survive("queue", lambda: queue.choose(self.allocator, budget, len(set(drawn.keys))))
         served = chosen or list(queue.rows)[: budget // self._mean]
         return self.session.plan(served, budget // len(served), budget=budget)
 

@@ -65,7 +65,7 @@ def generate_in_two_rounds(trainer: Any, drawn: Drawn) -> tuple[Step, Scored, di
     session, mean, processes = trainer.session, trainer._mean, trainer.accelerator.num_processes
     metrics: Metrics = trainer._metrics["train"]
     entries = [_entries(metrics)]
-    first = trainer._agree_on(session.plan_first(drawn.keys, mean, multiple=processes))
+    first = trainer._agree_on(session.plan_first(drawn.keys, mean, multiple=processes, features=drawn.features))
     groups, outputs, scores = [first.expand()], [], []
 
     def generate() -> None:

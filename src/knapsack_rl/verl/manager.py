@@ -73,11 +73,11 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
         ids = self._identify(prompts)
         if ids is None:
             return prompts  # stock verl
-        self.session.note_features(ids, self._features(prompts))
+        features = self._features(prompts)
         if self.session.settings.rounds == 2:
-            plan = self.session.plan_first(ids, mean)
+            plan = self.session.plan_first(ids, mean, features=features)
         else:
-            plan = self.session.plan(ids, mean, multiple=varying_rows_multiple(self.config))
+            plan = self.session.plan(ids, mean, multiple=varying_rows_multiple(self.config), features=features)
         if len(plan.ids) < len(ids):
             self.session.warn_once(
                 "repeats", "a batch holds a prompt more than once; its rows divide one number of rollouts"
