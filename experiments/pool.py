@@ -52,18 +52,36 @@ class Arm:
         settings: its changes to the shared settings.
         rule: name of ``experiments.rules.RULES`` that decides the rollouts of a step; "" where the allocation does.
         multiple: rollouts per prompt over those of the shared settings.
+        wider: times as many prompts in a step, each with as many times fewer rollouts on average.
     """
 
     label: str
     settings: Mapping[str, Any]
     multiple: int = 1
     rule: str = ""
+    wider: int = 1
 
     def of(self, shared: TrainSettings, seed: int) -> TrainSettings:
         """Settings of one run."""
-        rollouts = shared.rollouts_per_prompt * self.multiple
+        prompts, rollouts = self.size(shared.prompts_per_step, shared.rollouts_per_prompt)
         bound = max(shared.max_rollouts, rollouts)
-        return replace(shared, rollouts_per_prompt=rollouts, max_rollouts=bound, seed=seed, **self.settings)
+        sizes: dict[str, Any] = {"prompts_per_step": prompts, "rollouts_per_prompt": rollouts, "max_rollouts": bound}
+        return replace(shared, seed=seed, **sizes, **self.settings)
+
+    def size(self, prompts: int, rollouts: int) -> tuple[int, int]:
+        """Prompts of a step and rollouts per prompt of this arm.
+
+        Args:
+            prompts: of a step, of the shared settings.
+            rollouts: per prompt, of the shared settings; with what the arm multiplies it, divisible by ``wider``.
+
+        Raises:
+            ValueError: it is not.
+        """
+        rollouts *= self.multiple
+        if rollouts % self.wider:
+            raise ValueError(f"{rollouts} rollouts per prompt must be a multiple of {self.wider} for {self.label!r}")
+        return prompts * self.wider, rollouts // self.wider
 
     @property
     def module(self) -> tuple[str, ...]:
@@ -110,6 +128,10 @@ ARMS: dict[str, Arm] = {
     "uniform-mean": Arm("uniform N, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}),
     "matched": Arm("matched value and advantage", MATCHED),
     "recommended": Arm("matched, knowledge shared by grade", {**MATCHED, **BY_GRADE}),
+    "uniform-mean-wide": Arm(
+        "uniform N/2, twice the prompts, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}, wider=2
+    ),
+    "recommended-wide": Arm("matched, knowledge shared, twice the prompts", {**MATCHED, **BY_GRADE}, wider=2),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.contract import Options
 from experiments.pool import root_of
+from knapsack_rl.tasks.generated import Splits
 
 TASK = "running-sums"
 STEPS = 300
@@ -44,19 +45,39 @@ def pretrain(folder: Path, quick: bool) -> None:
     Raises:
         RuntimeError: pre-training did not reach the target.
     """
+    from knapsack_rl.tasks import running_sums as task
+
+    splits, lowest = task.make_running_sums(), 0.0 if quick else BASE_RATE
+    pretrain_to(folder, splits, task.MAX_POSITIONS, task.MAX_COMPLETION_TOKENS, lowest, tiny=quick)
+
+
+def pretrain_to(folder: Path, splits: Splits, positions: int, completion: int, lowest: float, *, tiny: bool) -> None:
+    """Pre-train a base model with seed 0 until its mean success rate on the training prompts is high enough.
+
+    Args:
+        folder: of the model and its tokenizer; the tokenizer is written last.
+        splits: of the task.
+        positions: tokens of the longest text.
+        completion: tokens of the longest answer, its end included.
+        lowest: mean success rate at which pre-training stops.
+        tiny: make a model that is good for nothing but tests.
+
+    Raises:
+        RuntimeError: pre-training did not reach the target.
+    """
     import torch
 
-    from knapsack_rl.tasks import running_sums
     from knapsack_rl.tasks.pretraining import Schedule, Target, build_model, build_tokenizer, train_until
 
     torch.manual_seed(0)
-    width, layers, lowest = (16, 1, 0.0) if quick else (96, 2, BASE_RATE)
-    model = build_model(width, layers, running_sums.MAX_POSITIONS, running_sums.MAX_COMPLETION_TOKENS)
-    target = Target(unsolved=(0.0, 1.0), solved=0.0, mean=(lowest, 1.0))
-    sums = running_sums.make_running_sums()
+    model = build_model(*((16, 1) if tiny else (96, 2)), positions, completion)
+    target, schedule = (
+        Target(unsolved=(0.0, 1.0), solved=0.0, mean=(lowest, 1.0)),
+        Schedule(max_steps=8000, eval_every=25),
+    )
     lines: list[str] = []
-    made = train_until(target, model, Schedule(max_steps=8000, eval_every=25), sums.pretrain, sums.train, lines.append)
+    made = train_until(target, model, schedule, splits.pretrain, splits.train, lines.append)
     if made is None:
         raise RuntimeError(f"pre-training did not reach a mean success rate of {lowest}; it ended with {lines[-1]}")
     made[0].save_pretrained(folder)
-    build_tokenizer(running_sums.MAX_POSITIONS).save_pretrained(folder)
+    build_tokenizer(positions).save_pretrained(folder)

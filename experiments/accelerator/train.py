@@ -77,9 +77,14 @@ class Settings:
     equal_rollouts: bool = False
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Prompts of a step and rollouts per prompt of this arm."""
+        return ARMS[self.arm].size(self.prompts_per_step, self.rollouts_per_prompt)
+
+    @property
     def mean(self) -> int:
         """Rollouts per prompt of this arm."""
-        return self.rollouts_per_prompt * ARMS[self.arm].multiple
+        return self.size[1]
 
     def progress(self, steps: int, rollouts: int) -> float:
         """How far a run is, in steps; with ``equal_rollouts`` in those of uniform allocation.
@@ -209,13 +214,14 @@ class Trainer:
         """Batches of training rows, the same ones for every arm of a seed."""
         order = random.Random(self.settings.seed)  # noqa: S311 - reproducible order, not a secret
         waiting: list[dict[str, Any]] = []
+        size, _ = self.settings.size
         while True:
-            if len(waiting) < self.settings.prompts_per_step:
+            if len(waiting) < size:
                 again = list(self.data.train)
                 order.shuffle(again)
                 waiting += again
-            yield waiting[: self.settings.prompts_per_step]
-            waiting = waiting[self.settings.prompts_per_step :]
+            yield waiting[:size]
+            waiting = waiting[size:]
 
     def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
         """The rollouts of a step."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from experiments import tokens
-from experiments.lab import skills
+from experiments.lab import octal, skills
 from knapsack_rl.tasks import base_model_path, running_sums
 from knapsack_rl.tasks.data import DataRequest, TaskData
 from knapsack_rl.tasks.registry import load_data
@@ -52,6 +52,9 @@ BEDS: dict[str, Bed] = {
     "addition": Bed("the task of knapsack-rl train: carrying is learned suddenly", _of_package("arithmetic"), "digits"),
     "skills": _of_skills("many graded skills of low variance, each learned for itself", skills.REPORTED),
     "skills-dev": _of_skills("other skills, for choosing settings", skills.DEVELOPMENT),
+    "addition-dev": Bed(
+        "addition in base eight, for choosing settings", octal.task, "digits", octal.pretrain, (tokens, octal)
+    ),
     "running-sums": Bed(
         "answers of 2 to 18 tokens", _of_package(tokens.TASK), "digits", tokens.pretrain, (tokens, running_sums)
     ),

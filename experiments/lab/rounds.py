@@ -25,7 +25,7 @@ def rule_of(settings: Settings, ids: Sequence[PromptId]) -> Rounds | None:
         ids: training prompts.
     """
     make = RULES.get(ARMS[settings.arm].rule)
-    return make(ids, settings.prompts_per_step, settings.mean, settings.seed) if make else None
+    return make(ids, *settings.size, settings.seed) if make else None
 
 
 def step_in_rounds(trainer: Trainer, rule: Rounds, batch: Sequence[dict[str, Any]], number: int) -> None:
