@@ -8,9 +8,12 @@ from typing import Any
 from experiments import tokens
 from experiments.measures import ESTIMATE_CLASSES
 from experiments.pool import label
-from experiments.statistics import at_least, in_every_seed, not_below
+from experiments.statistics import at_least, at_most, in_every_seed, not_below
 from experiments.training import Claim, Table, Training
 from knapsack_rl.groups import DIFFICULTY_CLASSES
+
+AIM, PROVEN = 1 / 2, 1 / 1.5
+"""Rollouts over those of uniform allocation for the same accuracy: the aim, and the most that its interval may hold."""
 
 TOLERATED = 0.02
 """A regression of solved prompts that would not matter: two points of their success rate."""
@@ -276,6 +279,18 @@ TRAINING: dict[str, Training] = {
             "accuracy": accuracy_table(),
             "steps": Table(by_arm("steps", "rollouts with a gradient")),
         },
+    ),
+    "headline-trl": Training(
+        arms=("uniform", "recommended-trl"),
+        claims=(
+            Claim(
+                "The recommended setting needs at most half the rollouts of uniform N for its final accuracy",
+                "{{recommended-trl / uniform, rollouts}}",
+                lambda found: at_most(found, AIM, PROVEN),
+            ),
+            better("recommended-trl", "uniform", "The recommended setting ends above uniform N", on_the_way=True),
+        ),
+        layout={"accuracy": accuracy_table()},
     ),
     "real-model": Training(
         arms=("uniform", "knapsack"),

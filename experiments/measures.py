@@ -175,6 +175,22 @@ MEASURES: dict[str, Measure] = {
 """Name of a measure to its definition."""
 
 
+def arms_of(name: str) -> tuple[str, ...]:
+    """The one or two arms that a figure names."""
+    left, _, right, _ = _parts(name)
+    return (left, right) if right else (left,)
+
+
+def _parts(name: str) -> tuple[str, str, str, str]:
+    """Arm, mark and other arm, the last two "" for a figure of one arm, and the measure."""
+    arms, _, measure = name.partition(", ")
+    for mark in (" - ", " / "):
+        left, found, right = arms.partition(mark)
+        if found:
+            return left, mark, right, measure
+    return arms, "", "", measure
+
+
 def estimate(rows: Sequence[Row], name: str) -> tuple[Estimate, str]:
     """A named figure.
 
@@ -188,12 +204,8 @@ def estimate(rows: Sequence[Row], name: str) -> tuple[Estimate, str]:
     Raises:
         ValueError: an arm or a measure is unknown, or the rows hold no run of an arm.
     """
-    arms, _, measure = name.partition(", ")
-    for mark in (" - ", " / "):
-        left, found, right = arms.partition(mark)
-        if found:
-            break
-    for arm in (left, right) if right else (left,):
+    left, mark, right, measure = _parts(name)
+    for arm in arms_of(name):
         if arm not in {row["arm"] for row in rows}:
             known = sorted({row["arm"] for row in rows})
             raise ValueError(f"figure {name!r} needs runs of the arm {arm!r}; the rows hold {', '.join(known)}")

@@ -21,13 +21,18 @@ def fill(text: str, figure: Callable[[str], str]) -> str:
     return _NAME.sub(lambda found: figure(found[1]), text)
 
 
+def all_names(text: str) -> list[str]:
+    """The names in a text, in order."""
+    return _NAME.findall(text)
+
+
 def first_name(text: str) -> str:
     """The first name in a text.
 
     Raises:
         ValueError: the text names no figure.
     """
-    found = _NAME.search(text)
+    found = all_names(text)
     if not found:
         raise ValueError(f"{text!r} must name a figure in double braces")
-    return found[1]
+    return found[0]

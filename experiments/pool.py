@@ -132,6 +132,7 @@ ARMS: dict[str, Arm] = {
         "uniform N/2, twice the prompts, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}, wider=2
     ),
     "recommended-wide": Arm("matched, knowledge shared, twice the prompts", {**MATCHED, **BY_GRADE}, wider=2),
+    "recommended-trl": Arm("recommended", {**MATCHED, "feature_columns": "digits"}, wider=2),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import measures, pool
 from experiments.contract import Finding, Options, Row, Verdict, markdown_table
-from experiments.names import fill, first_name
+from experiments.names import all_names, fill, first_name
 from experiments.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ class Claim:
     rule: Callable[[Estimate], Verdict]
     paper: str = "–"
     decided_by: str = ""
+
+    @property
+    def arms(self) -> frozenset[str]:
+        """Arms that its figures name."""
+        return frozenset(arm for figure in all_names(self.here) for arm in measures.arms_of(figure))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 success, 1 a failed run, 2 bad input or a missing extra, 130 interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Read by OpenMP when torch is imported, later. A torch thread that waits for another would otherwise keep its core
+    # busy; where other processes need the cores, a step of a small model then takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
     if not arguments:

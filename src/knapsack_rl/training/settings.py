@@ -93,7 +93,7 @@ class TrainSettings(AllocationSettings):
     eval_every: int = option(20, "steps between evaluations on held-out prompts; 0 evaluates at start and end only")
     eval_samples: int = option(4, "sampled answers per held-out prompt")
     save_every: int = option(50, "steps between checkpoints; 0 saves only on interruption and at the end")
-    threads: int = option(0, "torch threads; 0 takes one for the shipped model on a CPU, else torch's choice")
+    threads: int = option(0, "torch threads; 0 takes two for the shipped model on a CPU, else torch's choice")
     report_to: str = option("none", "a logger of the trainer: none, tensorboard, wandb, trackio")
 
     @property
