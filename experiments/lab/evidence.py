@@ -154,7 +154,8 @@ README_LABELS = {
 }
 
 
-def _cheaper(arm: str, bed: str, who: str) -> Claim:
+def cheaper(arm: str, bed: str, who: str) -> Claim:
+    """An arm needs at most ``AIM`` times the rollouts of uniform allocation for the final accuracy of the latter."""
     return Claim(
         f"{bed}: {who} needs at most half the rollouts of uniform N for its final accuracy",
         f"{{{{{arm} / uniform, rollouts}}}}",
@@ -165,10 +166,10 @@ def _cheaper(arm: str, bed: str, who: str) -> Claim:
 def headline_claims(bed: str) -> tuple[Claim, ...]:
     """What ``registrations/headline.md`` says would be refuted or not."""
     return (
-        _cheaper("recommended", bed, "the recommended setting"),
-        _cheaper("matched", bed, "the matched setting without shared knowledge"),
-        _cheaper("knapsack", bed, "the paper's value with the Bayes filter and GRPO's advantage"),
-        _cheaper("paper", bed, "the paper's rule"),
+        cheaper("recommended", bed, "the recommended setting"),
+        cheaper("matched", bed, "the matched setting without shared knowledge"),
+        cheaper("knapsack", bed, "the paper's value with the Bayes filter and GRPO's advantage"),
+        cheaper("paper", bed, "the paper's rule"),
         better("recommended", "uniform", f"{bed}: the recommended setting ends above uniform N", on_the_way=True),
         better("recommended", "uniform-mean",
                f"{bed}: the recommended setting ends above uniform N with the same advantage", on_the_way=True),
