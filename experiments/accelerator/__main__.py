@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from experiments.accelerator.tasks import CANDIDATES, GSM8K, MIXED
 from experiments.accelerator.train import QUICK, Settings, Trainer, measure_success, measure_throughput, train
@@ -168,7 +169,7 @@ class Measurement(RowsFile):
         self, rows: Path, model: Path | None, device: str, until: float, workers: int, copy: Path | None = None
     ) -> None:
         super().__init__(rows, until, workers)
-        self.on = {"model": model, "device": device, "kind": partial(Trainer, copy=copy)}
+        self.on: dict[str, Any] = {"model": model, "device": device, "kind": partial(Trainer, copy=copy)}
 
     def run(self, plan: Plan) -> int:
         """Measure; returns the number of pieces that were not finished in time."""
