@@ -139,7 +139,7 @@ def quick(plan: Plan) -> Plan:
     """
     base = replace(QUICK, dataset=plan.base.dataset, model="any", train_prompts=6, held_out_prompts=3)
     base = replace(base, steps=2, rollouts_per_prompt=2, prompts_per_step=3, rows_at_once=4)
-    candidates, fewest = plan.candidates[:3], min(plan.fewest, 2)
+    candidates, fewest = plan.candidates[:2], min(plan.fewest, 2)
     return replace(QUICK_PLAN, base=base, arms=plan.arms, candidates=candidates, fewest=fewest, mark=LATER)
 
 
