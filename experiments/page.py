@@ -2,7 +2,8 @@
 
 A name in double braces is an experiment and one of its figures, ``{{compute: knapsack - uniform, mean over the run}}``,
 or one of its tables, ``{{compute: table accuracy}}``; ``{{claims}}`` is the table of all claims. The names are those of
-``figures`` and ``tables`` of each experiment; for training runs see :mod:`experiments.measures`.
+``figures`` and ``tables`` of each experiment; for training runs see :mod:`experiments.measures`. ``{{plan: cost}}`` is
+a table of :mod:`experiments.accelerator.plan`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from experiments import catalogue
+from experiments.accelerator import plan
 from experiments.contract import Finding, markdown_table, seeds_of
 from experiments.names import fill
 
@@ -41,6 +43,8 @@ class Evidence:
         if name == "claims":
             return self.claims()
         experiment, _, figure = name.partition(": ")
+        if experiment == "plan":
+            return plan.tables(self.folder)[figure]
         return self.of(experiment).text(figure)
 
     def of(self, experiment: str) -> _Figures:

@@ -157,20 +157,20 @@ def test_the_dry_run_measures_every_piece_and_nothing_twice(tmp_path, capsys):
     arguments = ["--quick", "--rows", str(file), "--workers", "1"]
     assert command.main(arguments) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["part"] for row in rows] == ["throughput"] * 4 + ["tuning"] * 2 + ["training"] * 4
+    assert [row["part"] for row in rows] == ["throughput"] * 4 + ["tuning"] * 2 + ["training"] * 5
     for row in rows:
         assert row["machine"]["device"] == "CPU"
         assert {"torch", "transformers", "knapsack_rl", "date"} <= set(row["machine"])
         assert set(row["seconds"]) == set(train.PARTS)
         assert min(row["seconds"].values()) >= 0 < max(row["seconds"].values())  # in milliseconds
-    for row in rows[-4:]:
+    for row in rows[-5:]:
         curve, mean = row["evaluations"], {"uniform-2n": 8}.get(row["arm"], 4)
         assert curve["step"] == [0, 2, 4]
         assert curve["rollouts"] == [0, 2 * 8 * mean, 4 * 8 * mean]  # M N a step, whatever the allocation
         assert curve["seconds"][0] == 0 < curve["seconds"][-1]
         assert row["finished"]
         assert row["rows_updated"] == round(sum(r * 8 * mean for r in row["series"]["rollout_ratio"]))
-    assert [row["arm"] for row in rows[-4:]] == list(command.ARMS)
+    assert [row["arm"] for row in rows[-5:]] == list(command.ARMS)
     shared, all_rows = rows[3], rows[0]
     assert (all_rows["rows_updated"], shared["settings"]["share_prefix"]) == (1.0, True)
     assert shared["rows_updated"] < 1
@@ -184,7 +184,7 @@ def test_what_does_not_fit_into_the_time_is_left(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     assert command.main(["--quick", "--rows", str(file), "--workers", "1", "--seconds", "0"]) == 1
     assert not file.exists()
-    assert capsys.readouterr().out == "10 pieces left\n"
+    assert capsys.readouterr().out == "11 pieces left\n"
     row = train.train(train.QUICK, None, "cpu", until=0.0)
     assert (row["finished"], row["steps"]) == (False, 1)
 
@@ -293,7 +293,7 @@ def test_tables_hold_whole_seeds_only():
     rows = catalogue.read("accelerator", EVIDENCE)
     assert seeds_of(rows) == 3
     compared = [row for row in rows if row["part"] == "training"]
-    assert {(row["arm"], row["seed"]) for row in compared} == {(a, s) for a in command.ARMS for s in range(3)}
+    assert {(row["arm"], row["seed"]) for row in compared} == {(a, s) for a in ACCELERATOR.arms for s in range(3)}
     assert all(row["finished"] and row["steps"] == row["settings"]["steps"] for row in compared)
     assert {row["settings"]["learning_rate"] for row in compared} == {command.chosen_rate(select(rows, part="tuning"))}
     ends = [np.mean(row["evaluations"]["accuracy"][-3:]) for row in select(compared, arm="uniform")]

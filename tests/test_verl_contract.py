@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ if importlib.util.find_spec("verl") is None:
 
 import torch
 import transfer_queue
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 from verl.protocol import DataProto
@@ -35,7 +36,7 @@ from verl.utils.import_utils import load_class_from_fqn
 import knapsack_rl as kr
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.runs.files import STATE_FILE
-from knapsack_rl.verl.launch import MANAGER_KEY, VerlSettings, check_config, overrides, pick
+from knapsack_rl.verl.launch import MANAGER_KEY, VerlSettings, check_config, overrides, pick, without_effect
 from verl_harness import example, material
 from verl_harness.launch import launch_line
 
@@ -371,6 +372,39 @@ def test_verl_knows_every_key_of_the_example_script(tmp_path):
     check_config(config, settings)
     assert settings.max_rollouts == 128
     assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 2048
+
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "verl"
+
+
+@pytest.mark.parametrize("machines", [1, 8])
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b", "qwen2.5-7b"])
+def test_launch_files_compose_with_the_configuration_of_verl(name, machines):
+    """As ``main_ppo --config-path ... --config-name ...`` composes them; a key that verl lacks would be new in it."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        stock = compose("ppo_trainer")
+    OmegaConf.resolve(stock)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose(name, overrides=[f"trainer.nnodes={machines}"])
+    OmegaConf.resolve(config)
+    settings = VerlSettings.from_mapping(pick(config, "trainer.v1.sampler.sampler_kwargs"))
+    check_config(config, settings)
+    assert not without_effect(config, settings)
+    assert (settings.max_rollouts, config.algorithm.adv_estimator) == (128, "knapsack_group_mean")
+    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 2048
+    assert config.trainer.nnodes * config.trainer.n_gpus_per_node == 8 * machines
+    own = {MANAGER_KEY, "trainer.v1.sampler.sampler_kwargs"}
+    new = set(keys(OmegaConf.to_container(config))) - set(keys(OmegaConf.to_container(stock)))
+    assert [key for key in new if not key.startswith(tuple(own))] == []
+
+
+def keys(config, before=""):
+    """Dotted paths of all values."""
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from keys(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
 
 
 def test_advantages_of_verl_pass_the_conformance_test():

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from experiments.accelerator.__main__ import ARMS, QUICK_PLAN, Measurement, chosen_rate
+from experiments.accelerator.__main__ import LATER, PLANS, QUICK_PLAN, Measurement, chosen_rate
+from experiments.accelerator.tasks import MIXED
 from experiments.accelerator.train import PARTS
 from experiments.claims import accuracy_table, better, by_arm, dearer, more_gradients
 from experiments.contract import Finding, Options, Row, markdown_table, select
+from experiments.lab.evidence import cheaper
 from experiments.measures import ESTIMATE_CLASSES
 from experiments.pool import label
 from experiments.statistics import at_least
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME = "accelerator"
+ARMS = ("uniform", "uniform-2n", "paper", "knapsack")
+"""Arms of the first runs, in the order of tables."""
+SECONDS = {"seconds to it": "{row} / uniform, seconds"}
+NOTHING = "Nothing measured yet: no accelerator was at hand."
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Accelerator(Training):
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         """Claims with their figures and verdicts."""
-        return super().findings(select(rows, part="training"))
+        found = super().findings(select(rows, part="training"))
+        return found + [finding for later, own in _later(rows) for finding in later.findings(own)]
 
     def figures(self, rows: Sequence[Row]) -> Callable[[str], str]:
         """Figures by the grammar of ``experiments.measures``, and the machine and the learning rate."""
@@ -61,9 +68,11 @@ class Accelerator(Training):
         return lambda name: known[name] if name in known else of_runs(name)
 
     def tables(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Tables by name: of the runs, of the learning rates tried, and of the parts of a step."""
+        """Tables by name: of the runs, the learning rates tried, the parts of a step, and the later tasks."""
         of_runs = super().tables(select(rows, part="training"))
-        return of_runs | {"tuning": _tuning(rows), "throughput": _throughput(rows), "steps": _steps(rows)}
+        own = {"tuning": _tuning(rows), "throughput": _throughput(rows), "steps": _steps(rows)}
+        later = [f"On {one.task}:\n\n{one.tables(runs)['accuracy']}" for one, runs in _later(rows)]
+        return of_runs | own | {"probes": _probes(rows), "later": "\n\n".join(later) or NOTHING}
 
     def plot(self, rows: Sequence[Row]) -> Figure:
         """Accuracy, and rollouts with a gradient."""
@@ -72,11 +81,60 @@ class Accelerator(Training):
         return plots.training(select(rows, part="training"), self.arms, self.panels)
 
 
+def _later(rows: Sequence[Row]) -> list[tuple[Training, list[Row]]]:
+    """Tasks of the later registration with at least two whole seeds, and their runs."""
+    found = []
+    for task, plan in PLANS.items():
+        own = [row for row in select(rows, part=f"{LATER}training") if _task_of(row) == task]
+        whole = set.intersection(*({row["seed"] for row in select(own, arm=arm)} for arm in plan.arms))
+        if len(whole) > 1:
+            layout = {"accuracy": accuracy_table(**SECONDS)}
+            later = Training(tuple(plan.arms), _later_claims(task, plan.arms[-1]), layout, task=task)
+            found.append((later, [row for row in own if row["seed"] in whole]))
+    return found
+
+
+def _task_of(row: Row) -> str:
+    dataset = row["settings"]["dataset"]
+    return "reasoning-gym" if dataset.startswith(MIXED) else dataset.removesuffix("-few-shot")
+
+
+def _later_claims(task: str, recommended: str) -> tuple[Claim, ...]:
+    """Claims of the later registration.
+
+    Args:
+        task: of ``PLANS``.
+        recommended: arm with the recommended setting.
+    """
+    where = f"SmolLM2 on {task}"
+    return (
+        better(recommended, "uniform", f"{where}: the recommended setting ends above uniform N", on_the_way=True),
+        better(recommended, "uniform-2n", f"{where}: the recommended setting ends above uniform 2N"),
+        better(recommended, "paper", f"{where}: the recommended setting ends above the paper's rule"),
+        cheaper(recommended, where, "the recommended setting"),
+    )
+
+
+def _probes(rows: Sequence[Row]) -> str:
+    """Success rates of the base model by task."""
+    lines = [
+        (f"`{row['settings']['dataset']}`", f"{100 * row['rate']:.1f} %", ", ".join(map(str, row["prompts"])))
+        for row in select(rows, part="probe")
+    ]
+    return markdown_table(("task", "success rate", "prompts with 0, 1, ... successes"), lines) if lines else NOTHING
+
+
 def _facts(rows: Sequence[Row]) -> dict[str, str]:
-    machines = [row["machine"] for row in rows]
+    machines = [row["machine"] for row in rows if row["part"] in ("training", "cut")]
     names = {key: ", ".join(sorted({machine[key] for machine in machines})) for key in machines[0]}
     tuned = select(rows, part="tuning")
-    return names | {"learning rate": f"{chosen_rate(tuned):g}" if tuned else "–", "cut seed": _cut(rows)}
+    shares = [f"{1000 * row['seconds']['allocation']:.0f}" for row in select(rows, part="throughput")]
+    times = f"{min(shares, key=int)} to {max(shares, key=int)} ms" if shares else "–"
+    return names | {
+        "allocation time": times,
+        "learning rate": f"{chosen_rate(tuned):g}" if tuned else "–",
+        "cut seed": _cut(rows),
+    }
 
 
 def _cut(rows: Sequence[Row]) -> str:
@@ -164,7 +222,7 @@ ACCELERATOR = Accelerator(
         *more_gradients("paper", "SmolLM2 on an accelerator, paper"),
     ),
     layout={
-        "accuracy": accuracy_table(**{"seconds to it": "{row} / uniform, seconds"}),
+        "accuracy": accuracy_table(**SECONDS),
         "run": Table(
             by_arm("accuracy before", "training success at the end", "no success at the last visit",
                    "rollouts with a gradient", "prompts with a gradient", "largest allocation",

@@ -157,7 +157,8 @@ README_LABELS = {
 }
 
 
-def _cheaper(arm: str, bed: str, who: str) -> Claim:
+def cheaper(arm: str, bed: str, who: str) -> Claim:
+    """An arm needs at most ``AIM`` times the rollouts of uniform allocation for the final accuracy of the latter."""
     return Claim(
         f"{bed}: {who} needs at most half the rollouts of uniform N for its final accuracy",
         f"{{{{{arm} / uniform, rollouts}}}}",
@@ -168,11 +169,11 @@ def _cheaper(arm: str, bed: str, who: str) -> Claim:
 def headline_claims(bed: str) -> tuple[Claim, ...]:
     """What the registrations ``headline`` and ``wider`` say would be refuted or not."""
     return (
-        _cheaper("recommended-wide", bed, "the recommended setting"),
-        _cheaper("recommended", bed, "the recommended setting with 64 prompts a step"),
-        _cheaper("matched", bed, "the same without shared knowledge"),
-        _cheaper("knapsack", bed, "the paper's value with the Bayes filter and GRPO's advantage"),
-        _cheaper("paper", bed, "the paper's rule"),
+        cheaper("recommended-wide", bed, "the recommended setting"),
+        cheaper("recommended", bed, "the recommended setting with 64 prompts a step"),
+        cheaper("matched", bed, "the same without shared knowledge"),
+        cheaper("knapsack", bed, "the paper's value with the Bayes filter and GRPO's advantage"),
+        cheaper("paper", bed, "the paper's rule"),
         _ends_above(bed, "recommended-wide", "uniform"),
         _ends_above(bed, "recommended-wide", "uniform-mean"),
         _ends_above(bed, "recommended-wide", "uniform-mean-wide"),

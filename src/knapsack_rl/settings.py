@@ -31,9 +31,16 @@ LEAST_OF_TWO_ROUNDS = 3
 """Fewest mean rollouts of a prompt that can be divided into two rounds: the first group of two, and one more."""
 
 
-def option(default: Any, text: str, choices: Sequence[str] | None = None, *, listed: bool = False) -> Any:
-    """Return a field of a settings class, with the help and the choices of its flag; one of names takes a list too."""
-    return field(default=default, metadata={"help": text, "choices": choices, "listed": listed})
+LISTED = ("feature_columns",)
+"""Settings that take names as text with commas, or as a list."""
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """Return a field of a settings class, with the help and the choices of its flag.
+
+    The metadata holds what argparse takes and nothing else: parsers of dataclasses, such as TRL's, pass all of it on.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 def kind_of(setting: dataclasses.Field[Any]) -> type:
@@ -85,7 +92,7 @@ class AllocationSettings:
     max_rollouts: int = option(128, "most rollouts of a prompt")
     rounds: int = option(1, "1, or 2: half of a step's rollouts for all prompts, the rest by the outcomes of that half")
     success_threshold: float | None = option(None, "an outcome above it is a success; learned by default")
-    feature_columns: str = option("", "columns by which prompts are alike, such as 'level,topic'", listed=True)
+    feature_columns: str = option("", "columns by which prompts are alike, such as 'level,topic'")
     prior: str = option("", "run folder, log or state of an earlier run, whose success rates are one more such column")
 
     def __post_init__(self) -> None:
@@ -239,7 +246,7 @@ def check_fields(settings: Any, kind: type) -> None:
     """
     for spec in dataclasses.fields(kind):
         given, wanted = getattr(settings, spec.name), kind_of(spec)
-        if spec.metadata.get("listed") and isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        if spec.name in LISTED and isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
             given = ",".join(map(str, given))
             object.__setattr__(settings, spec.name, given)
         if given is None and spec.default is None:

@@ -33,7 +33,7 @@ class TrainSettings(AllocationSettings):
     """
 
     feature_columns: str = option(
-        AUTO, "columns by which prompts are alike, such as 'level,topic'; auto: the shipped tasks' grade", listed=True
+        AUTO, "columns by which prompts are alike, such as 'level,topic'; auto: the shipped tasks' grade"
     )
     rollouts_per_prompt: int = option(8, "mean rollouts per prompt; the budget of a step is this x prompts per step")
     prompts_per_step: int = option(64, "prompts in a step")

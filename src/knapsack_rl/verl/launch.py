@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knapsack_rl.metrics import LOGGED
-from knapsack_rl.settings import LEAST_OF_TWO_ROUNDS, AllocationSettings, check_fields, option
+from knapsack_rl.settings import LEAST_OF_TWO_ROUNDS, LISTED, AllocationSettings, check_fields, option
 
 MANAGER_KEY = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 SAMPLER_PATH_KEY = "trainer.v1.sampler.custom_sampler.path"
@@ -101,7 +101,7 @@ def overrides(settings: VerlSettings) -> list[str]:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != field.default:
-            if field.metadata["listed"]:  # a list for Hydra, which would take commas for a sweep
+            if field.name in LISTED:  # a list for Hydra, which would take commas for a sweep
                 value = f"[{','.join(settings.columns)}]"
             lines.append(f"++{SETTINGS_KEY}.{field.name}={value}")
     return lines
