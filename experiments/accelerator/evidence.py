@@ -12,7 +12,7 @@ from experiments.accelerator.tasks import MIXED
 from experiments.accelerator.train import PARTS
 from experiments.claims import accuracy_table, better, by_arm, dearer, more_gradients
 from experiments.contract import Finding, Options, Row, markdown_table, select
-from experiments.lab.evidence import cheaper
+from experiments.lab.evidence import claim_of_half
 from experiments.measures import ESTIMATE_CLASSES
 from experiments.pool import label
 from experiments.statistics import at_least
@@ -111,7 +111,7 @@ def _later_claims(task: str, recommended: str) -> tuple[Claim, ...]:
         better(recommended, "uniform", f"{where}: the recommended setting ends above uniform N", on_the_way=True),
         better(recommended, "uniform-2n", f"{where}: the recommended setting ends above uniform 2N"),
         better(recommended, "paper", f"{where}: the recommended setting ends above the paper's rule"),
-        cheaper(recommended, where, "the recommended setting"),
+        claim_of_half(recommended, where, "the recommended setting"),
     )
 
 

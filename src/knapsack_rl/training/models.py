@@ -102,7 +102,8 @@ def chosen_threads(settings: TrainSettings) -> tuple[int, str]:
     if (given := os.environ.get("OMP_NUM_THREADS")) is not None:
         return 0, f"OMP_NUM_THREADS={given}"
     if settings.model == "arithmetic-base" and not accelerated():
-        return min(2, os.cpu_count() or 1), "more would wait for one another on a model this small; change with --threads"
+        few = min(2, os.cpu_count() or 1)
+        return few, "more would wait for one another on a model this small; change with --threads"
     return 0, "torch's choice; change with --threads"
 
 
