@@ -18,7 +18,7 @@ from experiments.extract import extract
 from knapsack_rl.training.compare import Run, execute
 from knapsack_rl.training.settings import TrainSettings, settings_from
 
-FULL = TrainSettings(threads=1, advantage="group-std", feature_columns="")
+FULL = TrainSettings(threads=1, prompts_per_step=64, rollouts_per_prompt=8, advantage="group-std", feature_columns="")
 QUICK = TrainSettings(
     threads=1,
     advantage="group-std",

@@ -41,7 +41,7 @@ def test_the_quiet_display_prints_nothing(capsys):
 def test_plain_lines_show_every_evaluation_and_a_step_now_and_then(capsys):
     lines = shown_by(PlainLines(), [EVALUATION | {"step": 0}, STEP, STEP | {"step": 4}, EVALUATION], capsys)
     first, threads, start, step, evaluation = lines.splitlines()
-    assert first == "knapsack-n8-seed7: 20 steps of 512 rollouts"
+    assert first == "knapsack-n4-seed7: 20 steps of 512 rollouts"
     assert "torch thread" in threads
     assert start == "step 0/20  held-out accuracy 0.125  greedy 0.375"
     assert step.startswith("step 3/20  reward 0.250  effective gradient ratio 0.50 (prompts 0.75)  largest budget 17")
@@ -52,7 +52,7 @@ def test_plain_lines_show_every_evaluation_and_a_step_now_and_then(capsys):
 def test_the_panel_shows_the_newest_numbers(capsys):
     text = shown_by(Panel(), [EVALUATION | {"step": 0}, STEP], capsys)
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "knapsack-n8-seed7: 64 prompts x 8 rollouts" in lines
+    assert "knapsack-n4-seed7: 128 prompts x 4 rollouts" in lines
     assert any(line.startswith("step") and "3/20" in line for line in lines)
     assert {"reward 0.250 ▃", "held-out accuracy 0.125", "effective prompts 0.75 ▆", "largest budget 17"} <= set(lines)
     assert {"seconds per step 1.50 generation 0.50, update 0.75", "rows left out of updates 62%"} <= set(lines)

@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   knapsack-rl allocate rates.csv --budget 2048            columns prompt_id, success_rate (empty = unseen)
   knapsack-rl allocate rewards.jsonl                      a row per rollout: prompt, reward and, if there, step
   knapsack-rl allocate rewards.parquet --reward-column mark --success-threshold 0.5 --format json
-  knapsack-rl allocate runs/knapsack-n8-seed0             the prompts of a run, or a folder of TRL or verl
+  knapsack-rl allocate runs/knapsack-n4-seed0             the prompts of a run, or a folder of TRL or verl
 """
 
 

@@ -24,7 +24,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         commands,
         "compare",
         run,
-        usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs N] [--output FOLDER] " + SETTINGS_USAGE,
+        usage="%(prog)s [--policies POLICY ...] [--seeds SEED ...] [--jobs N] [--output FOLDER] "
+        "[--other-rollouts N] " + SETTINGS_USAGE,
         summary="train several policies over several seeds and report them side by side",
         description="Train uniform N (GRPO, and with the advantage of the knapsack), uniform 2N, the paper's rule and "
         "the knapsack from the same start over several seeds, one torch thread each, and write one report. Finished "
@@ -51,6 +52,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="FOLDER",
         help="parent of the run folders (default: %(default)s)",
     )
+    parser.add_argument(
+        "--other-rollouts",
+        type=int,
+        metavar="N",
+        help="rollouts per prompt of the policies without the knapsack, on as many fewer prompts (default: twice the "
+        "knapsack's)",
+    )
     add_flags(parser, without=("allocation", "seed", "threads"))
 
 
@@ -65,7 +73,7 @@ def run(parsed: argparse.Namespace) -> int:
     from knapsack_rl.training.checks import check_inputs
 
     check_inputs(settings)
-    runs = plan(settings, parsed.policies, parsed.seeds, parsed.output)
+    runs = plan(settings, parsed.policies, parsed.seeds, parsed.output, parsed.other_rollouts)
     failed = execute(runs, jobs=parsed.jobs, progress=Lines())
     for bad in failed:
         print(f"{bad.settings.label} did not finish; its output is in {bad.folder / 'log.txt'}", file=sys.stderr)

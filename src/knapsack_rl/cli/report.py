@@ -14,10 +14,10 @@ from knapsack_rl.runs.log import RunLog
 
 FORMATS = ("html", "png", "svg", "json")
 EXAMPLES = """examples:
-  knapsack-rl report runs/knapsack-n8-seed0                write report.html into the run folder
+  knapsack-rl report runs/knapsack-n4-seed0                write report.html into the run folder
   knapsack-rl report runs/compare/*-seed*                  compare runs: comparison.html and a table
   knapsack-rl report outputs/my-grpo-run                   a run of TRL alone: completions_*.parquet
-  knapsack-rl report runs/knapsack-n8-seed0 --format png   write each plot as a picture into RUN/figures
+  knapsack-rl report runs/knapsack-n4-seed0 --format png   write each plot as a picture into RUN/figures
   knapsack-rl report runs/compare/*-seed* --format json    print the figures for other programs
 """
 

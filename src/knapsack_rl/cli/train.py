@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   knapsack-rl train --model smollm2-135m --dataset sums   a real model without a hub
   knapsack-rl train --model Qwen/Qwen2.5-1.5B-Instruct --dataset gsm8k --rollouts-per-pass 16 --vllm colocate
   knapsack-rl train --model my-model/ --dataset reasoning-gym:chain_sum?max_terms=3
-  knapsack-rl train --resume runs/knapsack-n8-seed0       continue after an interruption
+  knapsack-rl train --resume runs/knapsack-n4-seed0       continue after an interruption
 """
 
 

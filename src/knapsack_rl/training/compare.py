@@ -85,20 +85,33 @@ class Progress(Protocol):
         ...
 
 
-def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int], output: Path) -> list[Run]:
+def plan(
+    settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int], output: Path, rollouts: int | None = None
+) -> list[Run]:
     """Return the runs of a comparison: every policy with every seed, seeds in the outer loop.
 
+    All but ``"uniform-2n"`` generate the same number of rollouts a step. The knapsack gives hard prompts what they need, so
+    that it can do with fewer rollouts per prompt on average, and take more prompts.
+
     Args:
-        settings: shared settings; allocation, rollouts per prompt (N, doubled for ``"uniform-2n"``) and seed vary, and
+        settings: of the knapsack, and shared ones; allocation, seed, and prompts and rollouts of a step vary, and
             advantage, value, rounds, feature columns and prior are those of the knapsack alone, the advantage also of
             ``"uniform-mean"``.
         policies: from ``POLICIES``.
         seeds: distinct seeds.
         output: parent of the run folders.
+        rollouts: N of the other policies, doubled for ``"uniform-2n"``; a divisor of the rollouts of a step. By default
+            twice the mean of the knapsack.
 
     Raises:
-        ValueError: a policy is unknown, or a policy or seed repeats.
+        ValueError: a policy is unknown, a policy or seed repeats, or ``rollouts`` does not divide a step.
     """
+    n = 2 * settings.rollouts_per_prompt if rollouts is None else rollouts
+    if n < 2 or settings.budget % n:
+        raise ValueError(
+            f"rollouts per prompt of the other policies must be at least 2 and divide the {settings.budget} rollouts of "
+            f"a step, got {n}; set --other-rollouts"
+        )
     unknown = [policy for policy in policies if policy not in POLICIES]
     if unknown or len(set(policies)) < len(policies) or len(set(seeds)) < len(seeds) or not policies or not seeds:
         raise ValueError(
@@ -107,13 +120,13 @@ def plan(settings: TrainSettings, policies: Sequence[str], seeds: Sequence[int],
     runs = []
     for seed in seeds:
         for policy in policies:
-            own: dict[str, Any] = {} if policy == "knapsack" else GRPO
+            size = {"prompts_per_step": settings.budget // n, "rollouts_per_prompt": n * (1 + policy.endswith("-2n"))}
+            own: dict[str, Any] = {} if policy == "knapsack" else GRPO | size
             if policy == "uniform-mean":
-                own = GRPO | {"advantage": "group-mean"}
+                own |= {"advantage": "group-mean"}
             chosen = dataclasses.replace(
                 settings,
                 allocation=policy.removesuffix("-2n").removesuffix("-mean"),
-                rollouts_per_prompt=settings.rollouts_per_prompt * (2 if policy.endswith("-2n") else 1),
                 seed=seed,
                 threads=1,
                 **own,

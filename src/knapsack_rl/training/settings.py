@@ -35,8 +35,8 @@ class TrainSettings(AllocationSettings):
     feature_columns: str = option(
         AUTO, "columns by which prompts are alike, such as 'level,topic'; auto: the shipped tasks' grade"
     )
-    rollouts_per_prompt: int = option(8, "mean rollouts per prompt; the budget of a step is this x prompts per step")
-    prompts_per_step: int = option(64, "prompts in a step")
+    rollouts_per_prompt: int = option(4, "mean rollouts per prompt; the budget of a step is this x prompts per step")
+    prompts_per_step: int = option(128, "prompts in a step")
     steps: int = option(400, "training steps")
     rollout_limit: int = option(0, "end the run once it generated so many rollouts; 0 for no limit")
     seed: int = option(0, "seed of data order, sampling and initialisation")
