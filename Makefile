@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VERL_VENV ?= .venv-verl
+TRL_VENV ?= .venv-trl
 ENGINES_VENV ?= .venv-engines
 MINIMAL_VENV ?= .venv-minimal
 PYTHON_VENV ?= .venv-python
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare evidence test test-slow test-verl test-engines test-minimal test-python package check format bench conformance fuzz kill docs base-model clean
+.PHONY: help train compare evidence test test-slow test-trl-range test-verl test-engines test-minimal test-python package check format bench conformance fuzz kill docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +40,25 @@ test: $(INSTALLED)  ## run the default test suite
 
 test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+# The oldest that the extra takes, and the newest that the index has.
+TRL_OLDEST = trl==$(shell sed -n 's/.*"trl>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+TRL_TESTS = tests/test_trl.py tests/test_trl_skip.py tests/test_two_rounds.py tests/test_async_worker.py
+
+test-trl-range: $(TRL_VENV)-oldest/.installed $(TRL_VENV)-newest/.installed  ## run tests marked trl_range on TRL's oldest and newest release (own environments)
+	for release in oldest newest; do \
+		$(TRL_VENV)-$$release/bin/python -m pip list --disable-pip-version-check | grep -E "^(trl|transformers|torch) " && \
+		$(TRL_VENV)-$$release/bin/python -m pytest -m trl_range -rs -p no:cacheprovider $(TRL_TESTS) || exit 1; \
+	done
+
+$(TRL_VENV)-oldest/.installed: TRL_RELEASE = $(TRL_OLDEST)
+$(TRL_VENV)-newest/.installed: TRL_RELEASE = trl
+$(TRL_VENV)-%/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TRL_VENV)-$*
+	$(TRL_VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(TRL_VENV)-$*/bin/python -m pip install --quiet "$(TORCH)"
+	$(TRL_VENV)-$*/bin/python -m pip install --quiet --upgrade --editable ".[trl]" --group test $(TRL_RELEASE)
+	touch $@
 
 test-verl: $(VERL_VENV)/.installed  ## run verl itself with the plug-in on the CPU (own environment)
 	$(VERL_VENV)/bin/python -m pytest tests/test_verl_contract.py tests/test_verl_real.py -v -W ignore --basetemp=$(VERL_VENV)/runs
@@ -142,4 +162,4 @@ base-model: $(INSTALLED)  ## pre-train the shipped base model again
 	$(BIN)/python scripts/pretrain_base.py
 
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) $(VERL_VENV) $(ENGINES_VENV) .wheels $(MINIMAL_VENV) $(PYTHON_VENV) build dist site *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(TRL_VENV)-oldest $(TRL_VENV)-newest $(VERL_VENV) $(ENGINES_VENV) .wheels $(MINIMAL_VENV) $(PYTHON_VENV) build dist site *.egg-info src/*.egg-info

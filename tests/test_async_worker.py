@@ -116,6 +116,7 @@ def counts_of(hand: Hand, windows: int, prompts: int) -> list[dict[int, int]]:
     return found
 
 
+@pytest.mark.trl_range
 @settings(max_examples=15, deadline=None)
 @given(
     prompts=st.integers(2, 9),
@@ -283,6 +284,7 @@ def logged(worker: KnapsackRolloutWorker) -> dict[str, float]:
     return found
 
 
+@pytest.mark.trl_range
 def test_the_process_of_the_worker_against_a_server(tmp_path, with_vllm):
     with rollout_server() as (address, served):
         made = arguments(6, vllm_server_url=address, max_inflight_tasks=6, queue_maxsize=16)

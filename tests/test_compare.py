@@ -14,7 +14,7 @@ from knapsack_rl.training.compare import POLICIES, Run, execute, plan
 from knapsack_rl.training.settings import TrainSettings, read_yaml, settings_from
 
 SMALL = TrainSettings(
-    **{"prompts_per_step": 2, "rollouts_per_prompt": 2, "train_prompts": 4, "held_out_prompts": 2, "steps": 2},
+    **{"prompts_per_step": 4, "rollouts_per_prompt": 2, "train_prompts": 4, "held_out_prompts": 2, "steps": 2},
     **{"eval_every": 0, "eval_samples": 1, "save_every": 0},
 )
 
@@ -46,23 +46,39 @@ class Noted:
 def test_the_plan_has_every_policy_with_every_seed(tmp_path):
     runs = plan(SMALL, POLICIES, [3, 1], tmp_path)
     assert [run.settings.label for run in runs] == [
-        *("uniform-n2-seed3", "uniform-mean-n2-seed3", "uniform-n4-seed3", "paper-n2-seed3", "knapsack-n2-seed3"),
-        *("uniform-n2-seed1", "uniform-mean-n2-seed1", "uniform-n4-seed1", "paper-n2-seed1", "knapsack-n2-seed1"),
+        *("uniform-n4-seed3", "uniform-mean-n4-seed3", "uniform-n8-seed3", "paper-n4-seed3", "knapsack-n2-seed3"),
+        *("uniform-n4-seed1", "uniform-mean-n4-seed1", "uniform-n8-seed1", "paper-n4-seed1", "knapsack-n2-seed1"),
     ]
     assert [run.folder for run in runs] == [tmp_path / run.settings.label for run in runs]
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_differ_in_policy_and_seed_only(tmp_path):
-    varied = ("allocation", "rollouts_per_prompt", "seed", "advantage")
+def test_runs_differ_in_policy_size_and_seed_only(tmp_path):
+    varied = ("allocation", "rollouts_per_prompt", "prompts_per_step", "seed", "advantage")
     for run in plan(dataclasses.replace(SMALL, threads=4), POLICIES, [0, 1], tmp_path):
         shared = dataclasses.replace(run.settings, **{name: getattr(SMALL, name) for name in varied})
         assert shared == dataclasses.replace(SMALL, threads=1)
 
 
+@pytest.mark.parametrize(("rollouts", "n"), [(None, 4), (2, 2), (4, 4), (8, 8)])
+def test_all_policies_but_uniform_2n_generate_as_many_rollouts_a_step(tmp_path, rollouts, n):
+    for run in plan(SMALL, POLICIES, [0], tmp_path, rollouts):
+        twice = run.settings.label.startswith(f"uniform-n{2 * n}-")
+        assert run.settings.budget == SMALL.budget * (2 if twice else 1)
+        own = run.settings.allocation == "knapsack"
+        assert run.settings.prompts_per_step == (SMALL.prompts_per_step if own else SMALL.budget // n)
+
+
+@pytest.mark.parametrize("rollouts", [0, 1, 3, 16, -2])
+def test_rollouts_that_do_not_divide_a_step_are_refused(tmp_path, rollouts):
+    with pytest.raises(ValueError, match=f"divide the 8 rollouts of a step, got {rollouts}; set --other-rollouts"):
+        plan(SMALL, POLICIES, [0], tmp_path, rollouts)
+
+
 def test_twice_the_rollouts_are_uniform_with_a_doubled_budget(tmp_path):
     (run,) = plan(SMALL, ["uniform-2n"], [0], tmp_path)
-    grpo = dataclasses.replace(SMALL, allocation="uniform", rollouts_per_prompt=4, threads=1, advantage="group-std")
+    sizes = {"prompts_per_step": 2, "rollouts_per_prompt": 8}
+    grpo = dataclasses.replace(SMALL, allocation="uniform", threads=1, advantage="group-std", **sizes)
     assert run.settings == grpo
     assert run.settings.budget == 2 * SMALL.budget
 
@@ -71,7 +87,7 @@ def test_only_the_knapsack_and_uniform_mean_have_the_shared_advantage(tmp_path):
     shared = dataclasses.replace(SMALL, value="power-1-1")
     found = {run.settings.label: run.settings for run in plan(shared, POLICIES, [0], tmp_path)}
     over_mean = {label for label, settings in found.items() if settings.advantage == "group-mean"}
-    assert over_mean == {"uniform-mean-n2-seed0", "knapsack-n2-seed0"}
+    assert over_mean == {"uniform-mean-n4-seed0", "knapsack-n2-seed0"}
     assert [label for label, settings in found.items() if settings.value == "power-1-1"] == ["knapsack-n2-seed0"]
 
 

@@ -175,6 +175,7 @@ def run_case(tmp_path_factory, saved_model):
     return run
 
 
+@pytest.mark.trl_range
 def test_equal_groups_train_bit_for_bit_as_the_stock_trainer(run_case):
     for case, allocation in product(SAME_AS_STOCK, ("uniform", "knapsack")):
         stock_start, stock_end, _ = run_case(case, GRPOTrainer)
@@ -249,6 +250,7 @@ def reference_of(batch, settings):
     )
 
 
+@pytest.mark.trl_range
 def test_every_ragged_advantage_equals_the_reference(tmp_path):
     for case, settings in RAGGED.items():
         trainer, batches = ragged_trainer(tmp_path / case, **settings)
@@ -429,6 +431,7 @@ def test_ragged_advantages_refuse_an_unknown_aggregation():
         )
 
 
+@pytest.mark.trl_range
 def test_rows_belong_to_the_prompts_that_the_allocation_names(tmp_path):
     trainer, batches = ragged_trainer(tmp_path, log_allocations=True, max_steps=5)
     prompt_of = {row["prompt_id"]: row["prompt"] for row in tiny.dataset()}
@@ -519,6 +522,7 @@ def observed(folder, *, rewards=(tiny.has_digit_five,), extra=None, **changes):
     return trainer, batches
 
 
+@pytest.mark.trl_range
 def test_the_tracker_holds_each_reward_once(tmp_path):
     quarter = {"per_device_train_batch_size": 4}
     cases = [
@@ -660,6 +664,7 @@ def test_lengths_count_the_tokens_of_truncated_rollouts_too(tmp_path):
 # -- evaluation, metrics, log -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.trl_range
 def test_tokens_of_tools_are_not_counted_as_generated(tmp_path, monkeypatch):
     """An environment answers in the middle of each completion; half of the completions are truncated and so blanked."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -709,6 +714,7 @@ def test_evaluation_leaves_the_allocator_alone(tmp_path):
     assert not any("knapsack" in name for name in found)
 
 
+@pytest.mark.trl_range
 def test_metrics_of_each_step_are_in_the_log_history(tmp_path):
     trainer, batches = ragged_trainer(tmp_path, rewards=(tiny.has_digit_five,))
     trainer.train()
@@ -845,6 +851,7 @@ def checkpointed(folder, *, informed, steps=6, **changes):
     )
 
 
+@pytest.mark.trl_range
 def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path):
     for case in product(("fixed", "varying"), (True, False)):
         prompts, resume_by_name = case
@@ -1007,6 +1014,7 @@ def test_the_value_of_the_configuration_is_maximised(tmp_path):
 # -- budgets in tokens ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trl_range
 def test_a_budget_in_tokens_pays_for_as_many_rollouts_as_it_is_expected_to(tmp_path):
     """Rollouts vary from step to step, advantages stay those of the groups, expected tokens stay within the budget."""
     in_parts = {"steps_per_generation": 2, "per_device_train_batch_size": 8, "num_iterations": 2, "max_steps": 40}
@@ -1285,6 +1293,7 @@ class ServedVLLM:
         return prompts, completions, [[[-1.0]] * 4 for _ in completions], None
 
 
+@pytest.mark.trl_range
 def test_vllm_is_asked_for_one_completion_per_row_in_training_only(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", ServedVLLM)
     batches = []

@@ -104,6 +104,7 @@ def train(folder, *, prompts=24, extra=None, **settings):
     return trainer
 
 
+@pytest.mark.trl_range
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_without_rows_of_advantage_0_is_that_of_all_rows(case, tmp_path):
     trainer = train(tmp_path, **CASES[case])

@@ -180,6 +180,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.trl_range
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_in_two_rounds_trains_on_its_budget_with_the_advantages_of_whole_groups(
     tmp_path, saved_model, case: str

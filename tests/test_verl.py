@@ -165,6 +165,7 @@ def test_a_prompt_twice_in_a_batch_divides_its_second_round_over_its_rows(tmp_pa
             "got sync and 2",
         ),
         ({"skip": {"rollout_tq": {"enable": True}}}, r"which skip\.rollout_tq skips"),
+        ({"trainer.v1.sampler.sync_refill_failed_groups": True}, "sends prompts between the rounds of rounds=2"),
         ({"actor_rollout_ref.rollout.n": 2}, r"rounds=2 needs actor_rollout_ref\.rollout\.n of at least 3"),
     ],
 )
@@ -671,8 +672,7 @@ def test_a_configuration_that_cannot_work_is_refused_early(tmp_path):
         ({"actor_rollout_ref.rollout.n": 1}, "rollout.n is 1"),
         ({"actor_rollout_ref.rollout.n": 500}, "max_rollouts=128"),
         ({"algorithm.adv_estimator": "gae"}, "use grpo"),
-        ({"algorithm.filter_groups": {"enable": True}}, "set it to False"),
-        ({"trainer.v1.sampler.sync_refill_failed_groups": True}, "set it to False"),
+        ({"algorithm.filter_groups": {"enable": True}}, "in place of those without a gradient"),
         ({"trainer.use_v1": False}, "legacy trainer"),
         ({"reward": {"reward_model": {"enable": True}}}, "enable_resource_pool=True"),
         ({"data.train_batch_size": 13}, "an update has 52 rollouts .*pad to a multiple of 48"),

@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import math
 from collections import Counter, defaultdict
+from itertools import count
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -36,7 +37,15 @@ from verl.utils.import_utils import load_class_from_fqn
 import knapsack_rl as kr
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.runs.files import STATE_FILE
-from knapsack_rl.verl.launch import MANAGER_KEY, VerlSettings, check_config, overrides, pick, without_effect
+from knapsack_rl.verl.launch import (
+    MANAGER_KEY,
+    VerlSettings,
+    check_config,
+    overrides,
+    pick,
+    varying_rows_multiple,
+    without_effect,
+)
 from verl_harness import example, material
 from verl_harness.launch import launch_line
 
@@ -99,6 +108,8 @@ class Worker:
         self.inner._compute_multi_modal_inputs = lambda *_: {}
         self.inner._compute_position_ids = lambda ids, *_: torch.arange(ids.shape[-1])[None]
         self.queue, self.rng, self.received, self.generated = queue, rng, [], Counter()
+        self.longer = {}  # tokens more of a prompt
+        self.answered = {}  # sessions of a prompt that the engine answers, of those where not all are
         self.generate_sequences = SimpleNamespace(remote=lambda chunk: asyncio.run(self.everything(chunk)))
 
     async def everything(self, chunk):
@@ -113,7 +124,9 @@ class Worker:
 
     async def roll(self, sampling_params, trajectory, trace, session_id, **prompt):
         self.received.append(prompt)
-        length = int(self.rng.integers(1, 5))
+        if session_id >= self.answered.get(prompt["extra_info"]["index"], math.inf):
+            raise TimeoutError("the engine did not answer")
+        length = int(self.rng.integers(1, 5)) + self.longer.get(prompt["extra_info"]["index"], 0)
         if not trajectory["validate"]:
             self.generated[f"numbers/{prompt['extra_info']['index']}"] += length
         output = AgentLoopOutput(  # a tool answers in two tokens
@@ -131,6 +144,7 @@ class Run:
     def __init__(self, config, monkeypatch, seed=0):
         self.config, self.trainer_mode, self.step = config, config.trainer.v1.trainer_mode, 0
         self.queue, self.rng = Queue(), np.random.default_rng(seed)
+        self.numbers, self.refills, self.refilled = count(), [*range(2 * PROMPTS, 3 * PROMPTS)], []
         for name in ("kv_list", "kv_clear", "kv_batch_get", "kv_batch_put", "async_kv_put", "async_kv_batch_put"):
             monkeypatch.setattr(transfer_queue, name, getattr(self.queue, name))
         monkeypatch.setattr(agent_loop_tq.ray, "get", lambda references: references)
@@ -140,11 +154,16 @@ class Run:
         self.manager = manager(config=config, llm_client=None)
         self.manager.agent_loop_workers = [Worker(config, self.queue, self.rng) for _ in range(2)]
 
-    def _add_prompts_to_generate(self, count):
-        raise NotImplementedError
+    def _add_prompts_to_generate(self, prompts):
+        self.refilled.append(prompts)
+        self.dispatch(self.refills[:prompts])
+        del self.refills[:prompts]
 
     def rows(self):
         start = (self.step - 1) * PROMPTS % (2 * PROMPTS)
+        return self.rows_of(range(start, start + PROMPTS))
+
+    def rows_of(self, prompts):
         return [
             {
                 "raw_prompt": [{"role": "user", "content": f"prompt {k}"}],
@@ -154,13 +173,17 @@ class Run:
                 "reward_model": {"ground_truth": "1"},
                 "dummy_tensor": torch.tensor([0], dtype=torch.uint8),
             }
-            for k in range(start, start + PROMPTS)
+            for k in prompts
         ]
 
-    def dispatch(self, **whole):
-        """As PPOTrainer does: collate, name the rows, send them."""
-        columns = collate_fn(self.rows())
-        columns["uid"] = np.array([f"{self.step}-{k}" for k in range(PROMPTS)], dtype=object)
+    def dispatch(self, prompts=None, **whole):
+        """As PPOTrainer does: collate, name the rows, register and send them."""
+        rows = self.rows() if prompts is None else self.rows_of(prompts)
+        columns = collate_fn(rows)
+        columns["uid"] = np.array([f"{self.step}-{next(self.numbers)}" for _ in rows], dtype=object)
+        tag = {"is_prompt": True, "status": "pending", "global_steps": self.step}
+        partition = "val" if whole.get("validate") else "train"
+        self.queue.kv_batch_put([*columns["uid"]], partition, tags=[dict(tag) for _ in rows])
         batch = tensordict_utils.get_tensordict(columns)
         tensordict_utils.assign_non_tensor_data(batch, "global_steps", self.step)
         for name, value in whole.items():
@@ -319,6 +342,109 @@ def test_a_skipped_prompt_is_a_finished_group_without_rows(tmp_path, monkeypatch
         assert 1 not in sizes.values()
         shortest = min(shortest, len(sizes))
     assert shortest < PROMPTS
+
+
+def lost_of(metrics):
+    return {name.removeprefix("knapsack/"): value for name, value in metrics.items() if "lost_groups" in name}
+
+
+def test_groups_that_verl_drops_as_stale_are_counted(tmp_path, monkeypatch):
+    """Two groups of an older step are left over; verl drops and replaces them, and they count once."""
+    oldest = "trainer.v1.sampler.max_off_policy_threshold=1"
+    run = Run(configured(tmp_path, "colocate_async", oldest, poll_interval=0.01), monkeypatch)
+    _, metrics = run.train()
+    assert lost_of(metrics) == {}
+    run.dispatch([0, 3])  # of rates 0 and 1, whose estimates are below and above that of an unseen prompt
+    rows = [key for key in run.queue.rows["train"] if key.startswith(("1-8_", "1-9_"))]
+    tokens = {
+        uid: [int(run.queue.rows["train"][key]["response_mask"][0].sum()) for key in rows if key.startswith(uid)]
+        for uid in ("1-8", "1-9")
+    }
+    estimates = run.manager.session.allocator.allocate(["numbers/0", "numbers/3"], 2 * MEAN).success_rates
+    batch, metrics = run.train()
+    assert run.refilled == [2]
+    assert not {"1-8", "1-9"} & {key.split("_")[0] for key in batch.keys}
+    found = lost_of(metrics)
+    assert found["lost_groups"] == found["lost_groups/stale"] == 2
+    assert found["lost_groups_share"] == pytest.approx(2 / (2 + PROMPTS))
+    assert found["lost_groups_length"] == pytest.approx(np.mean([np.mean(each) for each in tokens.values()]))
+    assert found["lost_groups_success_rate"] == pytest.approx(np.mean(estimates))
+    assert metrics["training/off_policy/evicted_samples"] == 2
+    assert "knapsack/allocation_failures" not in metrics
+    _, metrics = run.train()  # verl replaced two groups and had enough without: these are stale now
+    assert lost_of(metrics)["lost_groups/stale"] == 2
+
+
+@pytest.mark.parametrize("answered", [0, 2])
+@pytest.mark.parametrize("mode", ["sync", "colocate_async"])
+@pytest.mark.parametrize("refills", [False, True])
+def test_groups_that_fail_are_counted_whether_or_not_verl_replaces_them(tmp_path, monkeypatch, mode, answered, refills):
+    more = f"trainer.v1.sampler.sync_refill_failed_groups={refills}"
+    run = Run(configured(tmp_path, mode, more, poll_interval=0.01, log_metrics="all"), monkeypatch)
+    for _ in range(2):  # so that lengths are expected
+        run.train()
+    for worker in run.manager.agent_loop_workers:
+        worker.answered = {1: answered}
+    batch, metrics = run.train()
+    prompts = Counter(run.outcome(batch)[0])
+    found = lost_of(metrics)
+    assert metrics["knapsack/allocation_failures"] == 0
+    if mode == "sync" and answered:  # a shorter group is trained on
+        assert (prompts["numbers/1"], found, run.refilled) == (answered, {}, [])
+        return
+    assert "numbers/1" not in prompts
+    assert found["lost_groups"] == found["lost_groups/failed"] == 1
+    assert 1 <= found["lost_groups_length"] <= 4
+    assert 0 < found["lost_groups_success_rate"] < 1
+    replaced = refills or mode != "sync"  # an asynchronous run replaces every group that fails
+    assert run.refilled == ([1] if replaced else [])
+    assert prompts["numbers/16"] == (MEAN if replaced else 0)
+    assert len(prompts) == PROMPTS - (not replaced)
+    assert run.manager.session.sent == {}
+
+
+def test_a_prompt_whose_first_round_fails_is_not_lost_if_it_has_a_second(tmp_path, monkeypatch):
+    run = Run(configured(tmp_path, poll_interval=0.01, rounds=2), monkeypatch)
+    send = run.manager.generate_sequences
+
+    def recovered(prompts):
+        send(prompts)
+        for worker in run.manager.agent_loop_workers:
+            worker.answered = {}
+
+    for worker in run.manager.agent_loop_workers:
+        worker.answered = {1: 0}
+    monkeypatch.setattr(run.manager, "generate_sequences", recovered)
+    batch, metrics = run.train()
+    assert Counter(run.outcome(batch)[0])["numbers/1"] > 0
+    assert lost_of(metrics) == {}
+
+
+def test_a_budget_in_tokens_of_verls_own_code(tmp_path, monkeypatch):
+    """Uniform until lengths are known; then rollouts that vary in number, need no padding and cost the same tokens."""
+    settings = {"budget_unit": "tokens", "log_metrics": "all", "poll_interval": 0.01}
+    small = "actor_rollout_ref.actor.ppo_mini_batch_size=2"
+    run = Run(configured(tmp_path, "sync", small, **settings), monkeypatch)
+    for worker in run.manager.agent_loop_workers:
+        worker.longer = dict.fromkeys(range(3, 2 * PROMPTS, 4), 40)  # the solved ones
+    reference, totals, multiple = KnapsackAllocator(budget_unit="tokens"), [], varying_rows_multiple(run.config)
+    for step in range(STEPS):
+        batch, metrics = run.train()
+        prompts, rewards, _ = run.outcome(batch)
+        masks = run.queue.kv_batch_get(batch.keys, "train", ["response_mask"])["response_mask"]
+        sizes, ids = Counter(prompts), sorted(set(prompts))
+        if step:
+            budget = MEAN * float(reference.predicted_lengths(ids).sum())
+            planned = reference.allocate(ids, budget, multiple=multiple)
+            assert [sizes[i] for i in ids] == planned.counts.tolist()
+            assert metrics["knapsack/budget"] == planned.counts.sum()
+        else:
+            assert set(sizes.values()) == {MEAN}
+        reference.observe(prompts, rewards, lengths=[float(mask.sum()) for mask in masks])
+        totals.append(len(prompts))
+        assert len(prompts) % multiple == 0
+        assert metrics["knapsack/allocation_failures"] == 0
+    assert len({*totals}) > 1, "the number of rollouts never varied"
 
 
 def test_checkpoint_and_resume_by_verls_own_paths(tmp_path, monkeypatch):

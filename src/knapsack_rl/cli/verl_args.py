@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "verl-args",
         run,
         summary="print the overrides that switch Knapsack RL on in a launch of verl",
-        description="Print the overrides to add to a launch of verl (0.9 or 0.10, v1 trainer), and check those that "
+        description="Print the overrides to add to a launch of verl (0.9.1, v1 trainer), and check those that "
         "the launch already has. Works without verl.",
         examples=EXAMPLES,
     )

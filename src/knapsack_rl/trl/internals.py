@@ -27,8 +27,9 @@ def check_internals() -> None:
         found = list(inspect.signature(method).parameters) if method else None
         if found != parameters:
             raise RuntimeError(
-                f"GRPOTrainer.{name} takes {found}, expected {parameters}: this TRL release is not supported; "
-                'install "trl>=1.9,<2" and the newest knapsack-rl'
+                f"{GRPOTrainer.__module__}.{GRPOTrainer.__name__}.{name} takes {found}, expected {parameters}: this "
+                'release of TRL is not supported; install "trl>=1.9,<2" and the newest knapsack-rl. Packages that '
+                "replace the trainer of TRL, such as unsloth, are not supported either"
             )
 
 

@@ -1,4 +1,4 @@
-"""Knapsack RL on verl: a few overrides on the command line of stock verl 0.9 or 0.10.
+"""Knapsack RL on verl: a few overrides on the command line of stock verl 0.9.1.
 
 verl's v1 trainer asks an agent-loop manager to generate for a batch of prompts and a replay buffer for the finished
 groups. Its configuration can name both, and the plug-in needs nothing else:

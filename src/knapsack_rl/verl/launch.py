@@ -22,6 +22,9 @@ SAMPLER_NAME_KEY = "trainer.v1.sampler.custom_sampler.name"
 CALLBACK_KEY = "trainer.checkpoint_callback_class"
 SETTINGS_KEY = "trainer.v1.sampler.sampler_kwargs"
 
+REFILL_KEY = "trainer.v1.sampler.sync_refill_failed_groups"
+"""verl's setting by which a synchronous step replaces prompts of which all rollouts failed."""
+
 SWITCHES = {
     MANAGER_KEY: "knapsack_rl.verl.KnapsackAgentLoopManager",
     SAMPLER_PATH_KEY: "pkg://knapsack_rl.verl",
@@ -236,13 +239,8 @@ def _feature_problems(config: Any) -> list[str]:
         found.append("trainer.use_v1=False is the legacy trainer, which lacks the extension points; set it to True")
     if pick(config, "algorithm.filter_groups.enable", False):
         found.append(
-            "algorithm.filter_groups.enable=True: verl does not pass the filter to a custom sampler, so it would "
-            "silently be off; set it to False"
-        )
-    if pick(config, "trainer.v1.sampler.sync_refill_failed_groups", False):
-        found.append(
-            "trainer.v1.sampler.sync_refill_failed_groups=True: verl does not pass it to a custom sampler; "
-            "set it to False"
+            "algorithm.filter_groups.enable=True generates further groups in place of those without a gradient, "
+            "beyond the budget that is allocated to avoid them; set it to False"
         )
     model = "reward.reward_model"
     if pick(config, f"{model}.enable", False) and not pick(config, f"{model}.enable_resource_pool", False):
@@ -282,6 +280,8 @@ def _round_problems(config: Any, settings: VerlSettings) -> list[str]:
         )
     if pick(config, "skip.rollout_tq.enable", False):
         found.append(f"rounds=2 generates while it samples, which skip.rollout_tq skips; set ++{SETTINGS_KEY}.rounds=1")
+    if pick(config, REFILL_KEY, False):
+        found.append(f"{REFILL_KEY}=True sends prompts between the rounds of rounds=2; set one of them to its default")
     if isinstance(mean, int) and mean < LEAST_OF_TWO_ROUNDS:
         found.append(
             f"rounds=2 needs actor_rollout_ref.rollout.n of at least {LEAST_OF_TWO_ROUNDS}, of which a prompt gets two "

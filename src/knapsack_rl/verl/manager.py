@@ -83,9 +83,12 @@ class KnapsackAgentLoopManager(AgentLoopManagerTQ):
                 "repeats", "a batch holds a prompt more than once; its rows divide one number of rollouts"
             )
         tensordict_utils.assign_non_tensor_stack(prompts, ID_FIELD, ids)
+        counts = plan.rows_of(ids).tolist()
+        sent = zip(plain(prompts, "uid"), ids, counts, strict=True)
+        self.session.sent.update({uid: prompt_id for uid, prompt_id, count in sent if count})
         if self.session.settings.allocation == "uniform":
             return prompts  # stock verl, except for the id
-        tensordict_utils.assign_non_tensor_stack(prompts, COUNT_FIELD, plan.rows_of(ids).tolist())
+        tensordict_utils.assign_non_tensor_stack(prompts, COUNT_FIELD, counts)
         if self.session.settings.rounds == 2:
             self.session.first_round = FirstRound(plan, ids, prompts, mean)
         return self._ordered(prompts, ids)

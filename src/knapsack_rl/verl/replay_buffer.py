@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import transfer_queue
+from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 from knapsack_rl.allocation.checks import FloatArray
-from knapsack_rl.ids import numbered
+from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.verl import advantages as _registers_the_estimator  # noqa: F401
 from knapsack_rl.verl import session
 from knapsack_rl.verl.fields import ID_FIELD
-from knapsack_rl.verl.launch import GROUP_MEAN, VerlSettings
+from knapsack_rl.verl.launch import GROUP_MEAN, REFILL_KEY, VerlSettings, pick
 from knapsack_rl.verl.two_rounds import FirstRound, announce, joined, second_request
 
 MODEL_TOKENS = "response_mask"
@@ -32,6 +33,10 @@ class _Observes:
         config = getattr(getattr(refill_fn, "__self__", None), "config", None)
         if config is not None:
             self.session.check(config)
+        if kwargs["trainer_mode"] == "sync" and pick(config, REFILL_KEY, False):
+            # verl gives these two to its own buffer only.
+            kwargs |= {"sync_refill_failed_groups": True, "gen_batch_size": 1}
+        self._absent: list[PromptId] = []  # prompts sampled without a row since the last step
         kwargs.setdefault("poll_interval", settings.poll_interval)
         super().__init__(*args, sampler_kwargs=sampler_kwargs, refill_fn=refill_fn, **kwargs)  # type: ignore[call-arg]
 
@@ -65,6 +70,40 @@ class _Observes:
         )
         return joined(batch, rest), metrics
 
+    def _evict_terminal_groups(self, global_steps: int, partition_id: str, eviction_reasons: Any) -> Any:
+        """As the parent; the groups that it drops count as lost, with the rollouts that they have."""
+        if partition_id != "val":
+            stale, _, failed, _ = eviction_reasons
+            self.session.survive("reporting", lambda: self._lose("stale", stale))
+            self.session.survive("reporting", lambda: self._lose("failed", failed - stale))
+        return super()._evict_terminal_groups(global_steps, partition_id, eviction_reasons)  # type: ignore[misc]
+
+    def _materialize_batch(self, partition_id: str, selected_prompt_uids: list[str], partition_snapshot: Any) -> Any:
+        """As the parent, noting prompts that were to have rollouts and have none."""
+        batch = super()._materialize_batch(partition_id, selected_prompt_uids, partition_snapshot)  # type: ignore[misc]
+        there = {_uid(key) for key in batch.keys}
+        sent = ((uid, self.session.sent.pop(uid, None)) for uid in selected_prompt_uids)
+        self._absent += [prompt_id for uid, prompt_id in sent if prompt_id is not None and uid not in there]
+        return batch
+
+    def _lose(self, cause: str, uids: set[str]) -> None:
+        """Count groups of the training partition that verl is about to drop."""
+        if not uids or not self.session.observes:
+            return
+        sent = {uid: self.session.sent.pop(uid, None) for uid in uids}
+        tags = {key: tag for key, tag in self.partitions["train"].items() if _uid(key) in uids}  # type: ignore[attr-defined]
+        if tags:  # these have their ids too, also if an earlier run sent them
+            rows = KVBatchMeta(partition_id="train", keys=[*tags], tags=[*tags.values()])
+            ids, _, lengths = read_outcomes(rows, "reward")
+            plan, prompt_R = self.session.arrived(ids)
+            self.session.lose(cause, plan, prompt_R, lengths)
+        there = {_uid(key) for key in tags}
+        self._lose_without_rows(cause, [id_ for uid, id_ in sent.items() if id_ is not None and uid not in there])
+
+    def _lose_without_rows(self, cause: str, ids: list[PromptId]) -> None:
+        if ids:
+            self.session.lose(cause, self.session.arrived(ids)[0])
+
     def _read(self, batch: Any) -> tuple[list[str], FloatArray, FloatArray]:
         return read_outcomes(batch, self.session.settings.outcome)
 
@@ -81,6 +120,9 @@ class _Observes:
                 f"algorithm.adv_estimator={GROUP_MEAN}: sessions have several rows, and verl passes each of them to an "
                 "estimator other than grpo as a rollout; use grpo for agents of several turns",
             )
+        absent, self._absent = self._absent, []
+        arrived = {*ids}  # a prompt may have rows of a second round, or of its other place in the batch
+        self._lose_without_rows("failed", [prompt_id for prompt_id in absent if prompt_id not in arrived])
         plan, prompt_R = self.session.arrived(ids)
         metrics = self.session.observe(plan, prompt_R, outcomes, lengths, step).metrics
         shown = select_metrics(metrics, self.session.settings.log_metrics)
@@ -137,6 +179,11 @@ def read_outcomes(batch: Any, outcome: str) -> tuple[list[str], FloatArray, Floa
     ids, values = list(data[ID_FIELD]), list(data[value])
     outcomes = [float(values[row].sum()) if outcome == "reward" else _extra(values[row], outcome) for row in final]
     return [getattr(ids[row], "data", ids[row]) for row in final], np.asarray(outcomes, dtype=np.float64), lengths
+
+
+def _uid(key: str) -> str:
+    """Return the uid of verl's key of a row."""
+    return key.partition("_")[0]
 
 
 def _extra(fields: Any, name: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
+from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.earlier import earlier_rates
 from knapsack_rl.session import Session
 from knapsack_rl.verl.identity import check_files
@@ -26,6 +27,7 @@ class VerlSession(Session):
     Attributes:
         manager: the agent-loop manager, once it shares the session.
         first_round: the first of two rounds, between its start and that of the second.
+        sent: prompt of each uid that is to have rollouts and was not sampled yet.
         observes: whether prompts have ids by which their rewards are recorded.
         over_mean: whether advantages are those of :mod:`knapsack_rl.verl.advantages`.
     """
@@ -43,6 +45,7 @@ class VerlSession(Session):
         )
         self.manager: Any = None
         self.first_round: Any = None
+        self.sent: dict[str, PromptId] = {}
         self.observes = True
         self.over_mean = False
         self._checked = False
