@@ -160,7 +160,7 @@ def test_the_usage_above_an_error_is_short(command, capsys):
         main([command, "--help"])
     head = capsys.readouterr().out.split("\n\n")[0]
     own = ["--output", "--config", "--print-config", "--SETTING"]
-    own += ["--resume", "--quiet"] if command == "train" else ["--policies", "--seeds", "--jobs"]
+    own += ["--resume", "--quiet"] if command == "train" else ["--policies", "--seeds", "--jobs", "--other-rollouts"]
     assert set(re.findall(r"--[\w-]+", head)) == set(own)
 
 

@@ -250,9 +250,9 @@ def test_what_was_left_without_a_whole_checkpoint_is_begun_again(tmp_path, proce
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path, processes, monkeypatch):
     runs, noted = plan(SMALL, POLICIES, [0], tmp_path), Noted()
-    monkeypatch.setattr(Training, "failing", ("uniform-n4-seed0",))
+    monkeypatch.setattr(Training, "failing", ("uniform-n8-seed0",))
     assert execute(runs, jobs=2, progress=noted) == [runs[2]]
-    assert ("ended", "uniform-n4-seed0", 2) in noted.events
+    assert ("ended", "uniform-n8-seed0", 2) in noted.events
     assert [run.finished for run in runs] == [True, True, False, True, True]
 
 
@@ -294,7 +294,7 @@ def test_a_comparison_trains_every_run(compared):
     assert noted.most == 2
     assert sorted(event[1:] for event in noted.events if event[0] == "ended") == [
         ("knapsack-n2-seed0", 0),
-        ("uniform-n2-seed0", 0),
+        ("uniform-n4-seed0", 0),
     ]
     for run in runs:
         log = RunLog.load(run.folder)
@@ -332,8 +332,8 @@ def test_the_command_line_prints_the_comparison(compared, capsys, monkeypatch):
     out, err = capsys.readouterr()
     header, _, uniform, knapsack, empty, last = out.splitlines()
     assert header.startswith("| policy | seeds | rollouts generated |")
-    assert uniform.startswith("| uniform N=2 | 1 | 8 |")
-    assert knapsack.startswith("| knapsack N=2 | 1 | 8 |")
+    assert uniform.startswith("| uniform N=4 | 1 | 16 |")
+    assert knapsack.startswith("| knapsack N=2 | 1 | 16 |")
     assert (empty, last, err) == ("", f"report: {output / 'comparison.html'}", "")
     assert "Comparison of allocation policies" in (output / "comparison.html").read_text(encoding="utf-8")
 
@@ -356,7 +356,7 @@ def test_a_run_that_fails_is_reported_and_leaves_its_output(tmp_path, capsys, mo
     out, err = capsys.readouterr()
     log = output / "knapsack-n2-seed0" / "log.txt"
     assert out.splitlines() == [
-        "started knapsack-n2-seed0 (2 steps of 4 rollouts)",
+        "started knapsack-n2-seed0 (2 steps of 8 rollouts)",
         "stopped (exit status 2) knapsack-n2-seed0",
     ]
     assert err == f"knapsack-n2-seed0 did not finish; its output is in {log}\n"

@@ -114,7 +114,7 @@ def test_prompts_are_drawn_alike_for_training_and_evaluation(name):
 
 
 def test_an_unknown_bed_is_refused():
-    with pytest.raises(ValueError, match="bed must be one of addition, skills, skills-dev, running-sums, got 'sofa'"):
+    with pytest.raises(ValueError, match=r"bed must be one of .*skills-dev, addition-dev, running-sums, got 'sofa'"):
         beds.bed("sofa")
 
 

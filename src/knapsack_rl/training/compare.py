@@ -90,8 +90,8 @@ def plan(
 ) -> list[Run]:
     """Return the runs of a comparison: every policy with every seed, seeds in the outer loop.
 
-    All but ``"uniform-2n"`` generate the same number of rollouts a step. The knapsack gives hard prompts what they need, so
-    that it can do with fewer rollouts per prompt on average, and take more prompts.
+    All but ``"uniform-2n"`` generate the same number of rollouts a step. The knapsack gives hard prompts what they
+    need, so that it can do with fewer rollouts per prompt on average, and take more prompts.
 
     Args:
         settings: of the knapsack, and shared ones; allocation, seed, and prompts and rollouts of a step vary, and
@@ -109,8 +109,8 @@ def plan(
     n = 2 * settings.rollouts_per_prompt if rollouts is None else rollouts
     if n < 2 or settings.budget % n:
         raise ValueError(
-            f"rollouts per prompt of the other policies must be at least 2 and divide the {settings.budget} rollouts of "
-            f"a step, got {n}; set --other-rollouts"
+            "rollouts per prompt of the policies without the knapsack must be at least 2 and divide the "
+            f"{settings.budget} rollouts of a step, got {n}; set --other-rollouts"
         )
     unknown = [policy for policy in policies if policy not in POLICIES]
     if unknown or len(set(policies)) < len(policies) or len(set(seeds)) < len(seeds) or not policies or not seeds:
