@@ -196,10 +196,14 @@ class Policy:
         """Clip the gradients to a norm of ``CLIP``, let AdamW change the weights, and forget the gradients."""
         torch.nn.utils.clip_grad_norm_(self._master, CLIP)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.forget()
         with torch.no_grad():
             for master, weight in zip(self._master, self._weights, strict=True):
                 weight.copy_(master)
+
+    def forget(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad()
 
     def _collect(self) -> None:
         """Add the gradients of a pass to those of the float32 weights."""
