@@ -127,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--report", action="store_true", help="print tables of the rows that are there; run nothing")
     parser.add_argument("--beds", metavar="NAMES", help="of the registered beds only these, with commas between them")
+    parser.add_argument("--arms", metavar="NAMES", help="likewise of the arms; others may be on record already")
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N registered seeds")
     parser.add_argument("--steps", type=int, metavar="N", help="another number of steps: rows are marked as quick")
     parser.add_argument("--quick", action="store_true", help="tiny models, 4 steps, the first 2 seeds and rates")
@@ -166,11 +167,12 @@ def _main(parsed: argparse.Namespace) -> int:
 
 def _chosen(plan: Registration, parsed: argparse.Namespace) -> Registration:
     """The part of a registration that the flags ask for."""
-    if parsed.beds is not None:
-        wanted = parsed.beds.split(",")
-        if not set(wanted) <= set(plan.beds):
-            raise ValueError(f"--beds must be among the registered {', '.join(plan.beds)}, got {parsed.beds!r}")
-        plan = replace(plan, beds=tuple(wanted))
+    for name in ("beds", "arms"):
+        registered, wanted = getattr(plan, name), getattr(parsed, name)
+        if wanted is not None:
+            if not set(wanted.split(",")) <= set(registered):
+                raise ValueError(f"--{name} must be among the registered {', '.join(registered)}, got {wanted!r}")
+            plan = replace(plan, **{name: tuple(wanted.split(","))})
     if parsed.quick:
         plan = replace(plan, seeds=plan.seeds[:2], learning_rates=plan.learning_rates[:2], steps=QUICK.steps)
     return replace(plan, seeds=plan.seeds[: parsed.seeds], steps=parsed.steps or plan.steps)
