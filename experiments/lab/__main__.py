@@ -167,15 +167,19 @@ def _main(parsed: argparse.Namespace) -> int:
 
 def _chosen(plan: Registration, parsed: argparse.Namespace) -> Registration:
     """The part of a registration that the flags ask for."""
-    for name in ("beds", "arms"):
-        registered, wanted = getattr(plan, name), getattr(parsed, name)
-        if wanted is not None:
-            if not set(wanted.split(",")) <= set(registered):
-                raise ValueError(f"--{name} must be among the registered {', '.join(registered)}, got {wanted!r}")
-            plan = replace(plan, **{name: tuple(wanted.split(","))})
+    chosen_beds, arms = _part("beds", plan.beds, parsed.beds), _part("arms", plan.arms, parsed.arms)
+    plan = replace(plan, beds=chosen_beds, arms=arms)
     if parsed.quick:
         plan = replace(plan, seeds=plan.seeds[:2], learning_rates=plan.learning_rates[:2], steps=QUICK.steps)
     return replace(plan, seeds=plan.seeds[: parsed.seeds], steps=parsed.steps or plan.steps)
+
+
+def _part(flag: str, registered: tuple[str, ...], wanted: str | None) -> tuple[str, ...]:
+    """The names that a flag asks for; all where it is not given."""
+    names = registered if wanted is None else tuple(wanted.split(","))
+    if not set(names) <= set(registered):
+        raise ValueError(f"--{flag} must be among the registered {', '.join(registered)}, got {wanted!r}")
+    return names
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from experiments.claims import better, cheaper
+from experiments.claims import accuracy_table, better, by_arm, cheaper
 from experiments.contract import Finding, Options, Row, markdown_table, select
 from experiments.lab.__main__ import REGISTRATIONS, Lab, layout
 from experiments.lab.beds import base_folder
@@ -68,10 +68,15 @@ class LabEvidence:
         return rows
 
     def _on(self, bed: str, rows: Sequence[Row]) -> tuple[Training, list[Row]]:
-        """The experiment on one bed, with the arms that were begun there, and its runs of whole seeds."""
+        """The experiment on one bed, and its runs of whole seeds.
+
+        An arm with fewer than half of the seeds of the first one is not shown yet, so that it hides no seeds of others.
+        """
         own = [row for row in select(rows, part="training") if row["settings"]["dataset"] == bed]
-        arms = tuple(arm for arm in self.plan.arms if select(own, arm=arm))
-        whole = set.intersection(*({row["seed"] for row in select(own, arm=arm)} for arm in arms)) if arms else set()
+        seeds = {arm: {row["seed"] for row in select(own, arm=arm)} for arm in self.plan.arms}
+        enough = max(len(seeds[self.plan.arms[0]]) / 2, 1)
+        arms = tuple(arm for arm in self.plan.arms if len(seeds[arm]) >= enough)
+        whole = set.intersection(*(seeds[arm] for arm in arms)) if arms else set()
         claims = tuple(claim for claim in self.claims(bed) if claim.arms <= set(arms))
         return Training(arms, claims, _layout(arms)), [row for row in own if row["seed"] in whole]
 
@@ -131,7 +136,12 @@ class LabEvidence:
         from experiments import plots
 
         parts = {bed: self._on(bed, rows) for bed in self._beds(rows)}
-        return plots.accuracy_by_bed({bed: (own, training.arms) for bed, (training, own) in parts.items()})
+        return plots.accuracy_by_bed(
+            {
+                bed: (own, [arm for arm in README_LABELS if arm in training.arms])
+                for bed, (training, own) in parts.items()
+            }
+        )
 
 
 def _layout(arms: Sequence[str]) -> dict[str, Table]:
@@ -143,8 +153,23 @@ def _layout(arms: Sequence[str]) -> dict[str, Table]:
         "rollouts to its final accuracy": "{row} / uniform, rollouts",
     }
     shown = {label: arm for arm, label in README_LABELS.items() if arm in arms}
-    return layout("uniform") | {"readme": Table(columns, shown)}
+    rivals = [arm for arm in arms if arm in RIVALS]
+    own = [arm for arm in arms if arm not in RIVALS]
+    tables = {name: replace(table, rows=labels(own)) for name, table in layout("uniform").items()}
+    if rivals:
+        with_ours = labels(arm for arm in ("uniform", "recommended-wide", "recommended", *rivals) if arm in arms)
+        steps = Table(by_arm("steps", "rollouts", "rollouts with a gradient", "still unsolved", "seconds"), with_ours)
+        tables |= {"rivals": Table(accuracy_table().columns, with_ours), "steps of rivals": steps}
+    return tables | {"readme": Table(columns, shown)}
 
+
+def labels(arms: Iterable[str]) -> dict[str, str]:
+    """Label of each arm to its name, as rows of a table."""
+    return {label(arm): arm for arm in arms}
+
+
+RIVALS = ("oversample", "skip", "sequential", "pilot-commit", "pilot-commit-2n", "c-grpo")
+"""Arms that follow a rule of the field, at equal rollouts."""
 
 README_LABELS = {
     "uniform": "uniform N=8 (GRPO)",
@@ -184,6 +209,7 @@ def headline_claims(bed: str) -> tuple[Claim, ...]:
         _ends_above(bed, "recommended-wide", "uniform-2n"),
         _ends_above(bed, "recommended", "uniform-mean"),
         _ends_above(bed, "recommended", "matched"),
+        *(_ends_above(bed, arm, rival) for arm in ("recommended-wide", "recommended") for rival in RIVALS),
     )
 
 
@@ -191,4 +217,4 @@ def _ends_above(bed: str, arm: str, other: str) -> Claim:
     return better(arm, other, f"{bed}: {label(arm)} ends above {label(other)}", on_the_way=True)
 
 
-HEADLINE = LabEvidence("headline", headline_claims, more=("wider",))
+HEADLINE = LabEvidence("headline", headline_claims, more=("wider", "rivals"))
