@@ -127,11 +127,11 @@ ARMS: dict[str, Arm] = {
     "known": Arm("success rates known", {}, rule="known"),  # in the lab alone
     "uniform-mean": Arm("uniform N, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}),
     "matched": Arm("matched value and advantage", MATCHED),
-    "recommended": Arm("matched, knowledge shared by grade", {**MATCHED, **BY_GRADE}),
+    "recommended": Arm("recommended, 64 × 8", {**MATCHED, **BY_GRADE}),
     "uniform-mean-wide": Arm(
-        "uniform N/2, twice the prompts, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}, wider=2
+        "uniform, 128 × 4, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}, wider=2
     ),
-    "recommended-wide": Arm("matched, knowledge shared, twice the prompts", {**MATCHED, **BY_GRADE}, wider=2),
+    "recommended-wide": Arm("recommended, 128 × 4", {**MATCHED, **BY_GRADE}, wider=2),
     "recommended-trl": Arm("recommended", {**MATCHED, "feature_columns": "digits"}, wider=2),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),

@@ -401,6 +401,7 @@ def test_bad_flags_are_named(small, tmp_path, capsys):
     for more, message in (
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--beds", "sofa"], "--beds must be among the registered addition, skills, running-sums, got 'sofa'"),
+        (["--arms", "paper,sofa"], "--arms must be among the registered"),
     ):
         assert command.main([str(small), "--rows", str(tmp_path / "rows.jsonl"), *more]) == 2
         assert message in capsys.readouterr().err

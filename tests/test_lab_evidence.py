@@ -51,6 +51,10 @@ def test_a_seed_that_some_arm_lacks_is_left_out():
     rows = catalogue.read("lab-headline", EVIDENCE)
     cut = [row for row in rows if not (row["part"] == "training" and row["arm"] == "paper" and row["seed"] > 6)]
     assert HEADLINE.figures(cut)("skills: seeds") == "7"
+    begun = [row for row in rows if not (row["part"] == "training" and row["arm"] == "paper" and row["seed"] > 3)]
+    assert HEADLINE.figures(begun)("skills: seeds") == "10"
+    assert "| paper |" not in HEADLINE.tables(begun)["accuracy on skills"]
+    assert not [one for one in HEADLINE.findings(begun) if "the paper's rule" in one.claim]
     few = [row for row in rows if not (row["part"] == "training" and row["seed"] > 0)]
     assert HEADLINE.findings(few) == []
     with pytest.raises(ValueError, match="must start with a bed"):

@@ -137,22 +137,11 @@ class LabEvidence:
 
         parts = {bed: self._on(bed, rows) for bed in self._beds(rows)}
         return plots.accuracy_by_bed(
-            {
-                bed: (own, [arm for arm in README_LABELS if arm in training.arms])
-                for bed, (training, own) in parts.items()
-            }
+            {bed: (own, [arm for arm in SHOWN if arm in training.arms]) for bed, (training, own) in parts.items()}
         )
 
 
 def _layout(arms: Sequence[str]) -> dict[str, Table]:
-    end = "accuracy at the end"
-    columns = {
-        "rollouts": "{row}, rollouts",
-        end: f"{{row}}, {end}",
-        "difference to uniform, points": f"{{row}} - uniform, {end}",
-        "rollouts to its final accuracy": "{row} / uniform, rollouts",
-    }
-    shown = {label: arm for arm, label in README_LABELS.items() if arm in arms}
     rivals = [arm for arm in arms if arm in RIVALS]
     own = [arm for arm in arms if arm not in RIVALS]
     tables = {name: replace(table, rows=labels(own)) for name, table in layout("uniform").items()}
@@ -160,7 +149,7 @@ def _layout(arms: Sequence[str]) -> dict[str, Table]:
         with_ours = labels(arm for arm in ("uniform", "recommended-wide", "recommended", *rivals) if arm in arms)
         steps = Table(by_arm("steps", "rollouts", "rollouts with a gradient", "still unsolved", "seconds"), with_ours)
         tables |= {"rivals": Table(accuracy_table().columns, with_ours), "steps of rivals": steps}
-    return tables | {"readme": Table(columns, shown)}
+    return tables
 
 
 def labels(arms: Iterable[str]) -> dict[str, str]:
@@ -171,14 +160,29 @@ def labels(arms: Iterable[str]) -> dict[str, str]:
 RIVALS = ("oversample", "skip", "sequential", "pilot-commit", "pilot-commit-2n", "c-grpo")
 """Arms that follow a rule of the field, at equal rollouts."""
 
-README_LABELS = {
-    "uniform": "uniform N=8 (GRPO)",
-    "uniform-2n": "uniform N=16 (GRPO)",
-    "paper": "the paper's rule, N=8 on average",
-    "uniform-mean": "uniform N=8, advantage over the mean",
-    "recommended": "recommended, N=8 on average",
-    "recommended-wide": "recommended, twice the prompts, N=4 on average",
-}
+SHOWN = ("uniform", "uniform-2n", "paper", "uniform-mean", "recommended", "recommended-wide")
+"""Arms of the plot and of the README's table."""
+
+
+def overview(figure: Callable[[str], str]) -> str:
+    """The README's table: policies on both beds.
+
+    Args:
+        figure: maps a name to its text.
+    """
+    end, beds = "accuracy at the end", ("skills", "addition")
+    header = ["policy", "rollouts"]
+    for bed in beds:
+        header += [f"{bed}: {end}", "difference, points", "rollouts to uniform's accuracy"]
+    lines = []
+    for arm in SHOWN:
+        cells = [label(arm), figure(f"skills: {arm}, rollouts")]
+        for bed in beds:
+            compared = (f"{bed}: {arm} - uniform, {end}", f"{bed}: {arm} / uniform, rollouts")
+            others = ("–", "–") if arm == "uniform" else map(figure, compared)
+            cells += [figure(f"{bed}: {arm}, {end}"), *others]
+        lines.append(cells)
+    return markdown_table(header, lines)
 
 
 def claim_of_half(arm: str, place: str, who: str) -> Claim:
