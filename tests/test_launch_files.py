@@ -23,7 +23,7 @@ from knapsack_rl.trl import KnapsackGRPOConfig
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs" / "trl").glob("*.yaml"))
-ROLLOUTS = 256 * 8
+ROLLOUTS = 512 * 4
 
 
 def script():
@@ -53,7 +53,7 @@ def test_launch_lines_are_understood_by_accelerate_and_trl(file, monkeypatch):
         # Without an accelerator TRL takes bfloat16 for a CPU only.
         data, args, model = parser.parse_args_and_config([*given.training_script_args, "--use_cpu", "true"])
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * given.num_processes == ROLLOUTS
-        assert args.num_generations == 8
+        assert args.num_generations == 4
         assert (args.advantage, args.chosen_value(), args.columns) == (
             "group-mean",
             "likelihood-0.5",
