@@ -229,10 +229,18 @@ def test_arms_differ_from_the_shared_settings_in_what_they_name():
     for name, arm in pool.ARMS.items():
         settings = arm.of(pool.FULL, 3)
         changed = {key for key in vars(settings) if getattr(settings, key) != getattr(pool.FULL, key)}
-        assert changed - {"seed"} <= {*arm.settings, "rollouts_per_prompt"}, name
+        wider = {"prompts_per_step"} if arm.wider > 1 else set()
+        assert changed - {"seed"} <= {*arm.settings, "rollouts_per_prompt"} | wider, name
         assert settings.budget == pool.FULL.budget * arm.multiple
     assert len({(str(arm.of(pool.FULL, 0)), arm.rule) for arm in pool.ARMS.values()}) == len(pool.ARMS)
     assert len({arm.label for arm in pool.ARMS.values()}) == len(pool.ARMS)
+
+
+def test_a_wider_arm_has_more_prompts_and_as_many_rollouts():
+    arm = pool.Arm("wide", {}, multiple=3, wider=4)
+    assert arm.size(64, 8) == (256, 6)
+    with pytest.raises(ValueError, match="6 rollouts per prompt must be a multiple of 4 for 'wide'"):
+        arm.size(64, 2)
 
 
 def test_all_runs_of_the_shared_task_are_planned_once(tmp_path):

@@ -79,7 +79,7 @@ OUT_OF_RANGE = {
     "estimator_settings": ["window", "prior=1", "window=x"],
     "value": ["", "gain"],
     "min_rollouts": [-1, 9],
-    "max_rollouts": [7, 0, -1],
+    "max_rollouts": [3, 0, -1],
     "rounds": [0, 3, -1],
     "weighting": ["token"],
     "advantage": ["", "mean", "batch-std"],
