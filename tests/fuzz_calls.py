@@ -83,6 +83,9 @@ def session(dice: random.Random, folder: Path) -> None:
     )
     settings.check_allocation(dice.choice((2, 3)))
     assert kr.AllocationSettings.of(settings) == settings and isinstance(settings.estimator_options, dict)
+    columns = kr.AllocationSettings(feature_columns=["level", text(dice)])
+    with contextlib.suppress(ValueError):  # a name that is not there
+        columns.check_columns(["level", *ids(dice, 2)])
     one = kr.Session(settings, folder=folder, log_allocations=dice.random() < 0.5, watch=dice.random() < 0.2)
     for step in range(3):
         batch, mean, multiple = [*ids(dice, dice.randrange(4)), "sane"], dice.choice((2, 3)), dice.choice((1, 4))

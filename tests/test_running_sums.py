@@ -47,7 +47,7 @@ def test_sizes_that_cannot_be_are_refused():
 
 
 def test_a_run_can_name_the_task():
-    task = load_task(TrainSettings(dataset="running-sums", train_prompts=70, held_out_prompts=7))
+    task = load_task(TrainSettings(dataset="running-sums", train_prompts=70, prompts_per_step=70, held_out_prompts=7))
     assert (len(task.train), len(task.held_out), task.max_completion_tokens) == (70, 7, MAX_COMPLETION_TOKENS)
     row = task.train[0]
     assert task.reward(completions=[row["answer"], row["answer"] + "1"], answer=[row["answer"]] * 2) == [1.0, 0.0]
