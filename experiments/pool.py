@@ -148,6 +148,11 @@ def label(arm: str) -> str:
     return ARMS[arm].label
 
 
+def labels(arms: Iterable[str]) -> dict[str, str]:
+    """Label of each arm to its name, as rows of a table."""
+    return {label(arm): arm for arm in arms}
+
+
 def root_of(options: Options) -> Path:
     """Folder of the runs: those of quick experiments lie apart."""
     return options.runs / "quick" if options.quick else options.runs

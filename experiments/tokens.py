@@ -36,31 +36,22 @@ def make_base_model(options: Options) -> None:
 
 
 def pretrain(folder: Path, quick: bool) -> None:
-    """Pre-train a base model for the task with seed 0.
-
-    Args:
-        folder: of the model and its tokenizer; the tokenizer is written last.
-        quick: make a tiny model that is good for nothing but tests.
-
-    Raises:
-        RuntimeError: pre-training did not reach the target.
-    """
+    """Pre-train a base model for the task, see :func:`pretrain_to`."""
     from knapsack_rl.tasks import running_sums as task
 
-    splits, lowest = task.make_running_sums(), 0.0 if quick else BASE_RATE
-    pretrain_to(folder, splits, task.MAX_POSITIONS, task.MAX_COMPLETION_TOKENS, lowest, tiny=quick)
+    pretrain_to(folder, quick, task.make_running_sums(), task.MAX_POSITIONS, task.MAX_COMPLETION_TOKENS, BASE_RATE)
 
 
-def pretrain_to(folder: Path, splits: Splits, positions: int, completion: int, lowest: float, *, tiny: bool) -> None:
+def pretrain_to(folder: Path, quick: bool, splits: Splits, positions: int, completion: int, rate: float) -> None:
     """Pre-train a base model with seed 0 until its mean success rate on the training prompts is high enough.
 
     Args:
         folder: of the model and its tokenizer; the tokenizer is written last.
+        quick: make a tiny model that is good for nothing but tests.
         splits: of the task.
         positions: tokens of the longest text.
         completion: tokens of the longest answer, its end included.
-        lowest: mean success rate at which pre-training stops.
-        tiny: make a model that is good for nothing but tests.
+        rate: mean success rate at which pre-training stops.
 
     Raises:
         RuntimeError: pre-training did not reach the target.
@@ -70,7 +61,8 @@ def pretrain_to(folder: Path, splits: Splits, positions: int, completion: int, l
     from knapsack_rl.tasks.pretraining import Schedule, Target, build_model, build_tokenizer, train_until
 
     torch.manual_seed(0)
-    model = build_model(*((16, 1) if tiny else (96, 2)), positions, completion)
+    lowest = 0.0 if quick else rate
+    model = build_model(*((16, 1) if quick else (96, 2)), positions, completion)
     target, schedule = (
         Target(unsolved=(0.0, 1.0), solved=0.0, mean=(lowest, 1.0)),
         Schedule(max_steps=8000, eval_every=25),

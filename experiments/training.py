@@ -118,7 +118,7 @@ class Training:
         """A table as Markdown; the difference or ratio of an arm to itself is left out."""
         text = self.figures(rows)
         body = []
-        for label, key in (table.rows or {pool.label(arm): arm for arm in self.arms}).items():
+        for label, key in (table.rows or pool.labels(self.arms)).items():
             names = [name.format(row=key) for name in table.columns.values()]
             own = [name.startswith((f"{key} - {key},", f"{key} / {key},")) for name in names]
             body.append([label, *("–" if same else text(name) for name, same in zip(names, own, strict=True))])

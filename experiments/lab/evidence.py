@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from experiments.claims import accuracy_table, better, by_arm, cheaper
@@ -12,7 +13,7 @@ from experiments.lab.__main__ import REGISTRATIONS, Lab, layout
 from experiments.lab.beds import base_folder
 from experiments.lab.registration import Registration, read
 from experiments.lab.run import QUICK
-from experiments.pool import label
+from experiments.pool import label, labels
 from experiments.training import Claim, Table, Training
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class LabEvidence:
     claims: Callable[[str], tuple[Claim, ...]]
     more: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def plan(self) -> Registration:
         """What is stated, with the arms of the later registrations."""
         first, *later = (read(REGISTRATIONS / f"{name}.md") for name in (self.name, *self.more))
@@ -80,35 +81,34 @@ class LabEvidence:
         claims = tuple(claim for claim in self.claims(bed) if claim.arms <= set(arms))
         return Training(arms, claims, _layout(arms)), [row for row in own if row["seed"] in whole]
 
-    def _beds(self, rows: Sequence[Row]) -> list[str]:
-        """Beds with at least two whole seeds; on the others the runs are not finished."""
-        return [bed for bed in self.plan.beds if len({row["seed"] for row in self._on(bed, rows)[1]}) > 1]
+    def _by_bed(self, rows: Sequence[Row]) -> dict[str, tuple[Training, list[Row]]]:
+        """Experiment and runs of each bed with at least two whole seeds; on the others the runs are not finished."""
+        found = {bed: self._on(bed, rows) for bed in self.plan.beds}
+        return {bed: (training, own) for bed, (training, own) in found.items() if len({row["seed"] for row in own}) > 1}
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         """Claims with their figures and verdicts, bed by bed."""
-        parts = (self._on(bed, rows) for bed in self._beds(rows))
-        return [found for training, own in parts for found in training.findings(own)]
+        return [found for training, own in self._by_bed(rows).values() for found in training.findings(own)]
 
     def figures(self, rows: Sequence[Row]) -> Callable[[str], str]:
-        """Figures by bed and name, and ``BED: seeds``, ``BED: rate of ARM``."""
-        by_bed = {bed: self._on(bed, rows) for bed in self._beds(rows)}
+        """Figures by bed and name, and ``BED: seeds``."""
+        by_bed = self._by_bed(rows)
+        known = {bed: training.figures(own) for bed, (training, own) in by_bed.items()}
 
         def text(name: str) -> str:
             bed, _, figure = name.partition(": ")
             if bed not in by_bed:
                 raise ValueError(f"figure {name!r} must start with a bed, {', '.join(by_bed)}, and a colon")
-            training, own = by_bed[bed]
             if figure == "seeds":
-                return str(len({row["seed"] for row in own}))
-            return training.figures(own)(figure)
+                return str(len({row["seed"] for row in by_bed[bed][1]}))
+            return known[bed](figure)
 
         return text
 
     def tables(self, rows: Sequence[Row]) -> dict[str, str]:
         """Tables by name and bed, and that of the learning rates."""
         found = {"rates": self._rates(rows)}
-        for bed in self._beds(rows):
-            training, own = self._on(bed, rows)
+        for bed, (training, own) in self._by_bed(rows).items():
             found |= {f"{name} on {bed}": table for name, table in training.tables(own).items()}
         return found
 
@@ -135,7 +135,7 @@ class LabEvidence:
         """Held-out accuracy by rollouts, a panel for each bed."""
         from experiments import plots
 
-        parts = {bed: self._on(bed, rows) for bed in self._beds(rows)}
+        parts = self._by_bed(rows)
         return plots.accuracy_by_bed(
             {bed: (own, [arm for arm in SHOWN if arm in training.arms]) for bed, (training, own) in parts.items()}
         )
@@ -150,11 +150,6 @@ def _layout(arms: Sequence[str]) -> dict[str, Table]:
         steps = Table(by_arm("steps", "rollouts", "rollouts with a gradient", "still unsolved", "seconds"), with_ours)
         tables |= {"rivals": Table(accuracy_table().columns, with_ours), "steps of rivals": steps}
     return tables
-
-
-def labels(arms: Iterable[str]) -> dict[str, str]:
-    """Label of each arm to its name, as rows of a table."""
-    return {label(arm): arm for arm in arms}
 
 
 RIVALS = ("oversample", "skip", "sequential", "pilot-commit", "pilot-commit-2n", "c-grpo")

@@ -10,9 +10,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from knapsack_rl.tasks.data import TaskData
-from knapsack_rl.tasks.generated import Problem, Splits, below, draw_distinct, draw_splits, to_rows
-from knapsack_rl.tasks.verifier import accuracy_reward
+from experiments.tokens import pretrain_to
+from knapsack_rl.tasks.data import DataRequest, TaskData
+from knapsack_rl.tasks.generated import Problem, Splits, below, draw_distinct, draw_splits, splits_task
 
 BASE = 8
 MOST = 4
@@ -71,28 +71,13 @@ def task(train: int, held_out: int) -> TaskData:
         train: prompts to train on.
         held_out: prompts never trained on.
     """
-    splits = make_octal(train, held_out)
-    return TaskData(
-        train=to_rows(splits.train),
-        held_out=to_rows(splits.held_out),
-        reward=accuracy_reward,
-        max_completion_tokens=MAX_COMPLETION_TOKENS,
-    )
+    request = DataRequest(dataset="addition-dev", train_prompts=train, held_out_prompts=held_out)
+    return splits_task(request, make_octal, MAX_COMPLETION_TOKENS)
 
 
 def pretrain(folder: Path, quick: bool) -> None:
-    """Pre-train the base model with seed 0.
-
-    Args:
-        folder: of the model and its tokenizer; the tokenizer is written last.
-        quick: make a tiny model that is good for nothing but tests.
-
-    Raises:
-        RuntimeError: pre-training did not reach the target.
-    """
-    from experiments.tokens import pretrain_to
-
-    pretrain_to(folder, make_octal(), MAX_POSITIONS, MAX_COMPLETION_TOKENS, 0.0 if quick else BASE_RATE, tiny=quick)
+    """Pre-train the base model, see :func:`experiments.tokens.pretrain_to`."""
+    pretrain_to(folder, quick, make_octal(), MAX_POSITIONS, MAX_COMPLETION_TOKENS, BASE_RATE)
 
 
 def _count(digits: int) -> int:
