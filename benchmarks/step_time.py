@@ -4,13 +4,14 @@
     python benchmarks/step_time.py --train-prompts 128
     python benchmarks/step_time.py --model smollm2-135m --dataset sums --prompts 8 --rollouts 8 --tokens 128 --rounds 3
 
-Three trainers run the settings of ``knapsack-rl train`` in one process: stock, ours with all rows, and ours without the
-rows that have no gradient. Every round times the first steps of a run of each; the order alternates, and ratios are
-taken within a round, so that a drift of the machine affects all. With few training prompts, groups are ragged from the
-third step on. Processor time of one thread is measured instead of wall-clock time, because the machine may be shared.
-The output is the median of each ratio with its quartiles, the share of rows left out, and the time spent in code that
-the stock trainer does not have. The targets are 1.01 with all rows, and 0.65 without those that have no gradient, for
-the shipped model. A model this small is a hard case, because the cost of allocation does not grow with the model.
+Four trainers run the settings of ``knapsack-rl train`` in one process: stock, ours with all rows, ours without the rows
+that have no gradient, and the same with prompts prefilled once for all their rollouts. Every round times the first
+steps of a run of each; the order alternates, and ratios are taken within a round, so that a drift of the machine
+affects all. With few training prompts, groups are ragged from the third step on. Processor time of one thread is
+measured instead of wall-clock time, because the machine may be shared. The output is the median of each ratio with its
+quartiles, the share of rows left out, and the time spent in code that the stock trainer does not have. The targets are
+1.01 with all rows, and 0.65 without those that have no gradient, for the shipped model; the last trainer has that of
+the one before. A model this small is a hard case, because the cost of allocation does not grow with the model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from knapsack_rl.training.models import batch_arguments, load_model, load_tokeni
 from knapsack_rl.training.settings import TrainSettings
 from knapsack_rl.trl import KnapsackGRPOConfig, KnapsackGRPOTrainer
 
-TARGETS = {"all rows": 1.01, "rows with a gradient": 0.65}
+ALL, SOME, ONCE = "all rows", "rows with a gradient", "and prompts prefilled once"
+
+TARGETS = {ALL: 1.01, SOME: 0.65, ONCE: 0.65}
 
 
 @dataclasses.dataclass
@@ -121,8 +124,9 @@ def run(settings: TrainSettings, kind: type[GRPOTrainer], **own: Any) -> Times:
 
 RIVALS: dict[str, tuple[type[GRPOTrainer], dict[str, Any]]] = {
     "stock": (GRPOTrainer, {}),
-    "all rows": (Timed, {"skip_zero_advantages": False}),
-    "rows with a gradient": (Timed, {"skip_zero_advantages": True}),
+    ALL: (Timed, {"skip_zero_advantages": False, "share_prefill": False}),
+    SOME: (Timed, {"skip_zero_advantages": True, "share_prefill": False}),
+    ONCE: (Timed, {"skip_zero_advantages": True}),
 }
 
 
@@ -170,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missed = False
     stock = np.array([found.step for found in times["stock"]])
     print(f"stock: {1e3 * np.median(stock):.0f} ms of processor time a step; {options.rounds} rounds")
-    for name in ("all rows", "rows with a gradient"):
+    for name, target in TARGETS.items():
         ratio = np.array([found.step for found in times[name]]) / stock
         lower, median, upper = np.quantile(ratio, [0.25, 0.5, 0.75])
         own = float(np.median([found.own for found in times[name]]))
@@ -179,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{name}: ratio {median:.3f}, quartiles {lower:.3f} to {upper:.3f}; {skipped:.0%} of the rows left out; "
             f"code of this project {1e3 * own:.1f} ms a step, {own / np.median(stock):.2%} of the stock step"
         )
-        missed |= bool(options.model == default.model and lower > TARGETS[name])
+        missed |= bool(options.model == default.model and lower > target)
     return int(missed)
 
 

@@ -92,6 +92,7 @@ class Arm:
 OVER_MEAN = {"advantage": "group-mean"}
 MATCHED = {**OVER_MEAN, "value": "likelihood-0.5"}
 BY_GRADE = {"feature_columns": "grade"}
+EXPECTED = {"advantage": "posterior-mean", **BY_GRADE}
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
@@ -132,6 +133,13 @@ ARMS: dict[str, Arm] = {
         "uniform, 128 × 4, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}, wider=2
     ),
     "recommended-wide": Arm("recommended, 128 × 4", {**MATCHED, **BY_GRADE}, wider=2),
+    "recommended-posterior": Arm(
+        "recommended, 128 × 4, over the posterior mean", {"value": "likelihood-0.5", **EXPECTED}, wider=2
+    ),
+    "uniform-posterior": Arm("uniform N, over the posterior mean", {"allocation": "uniform", **EXPECTED}),
+    "uniform-posterior-wide": Arm(
+        "uniform, 128 × 4, over the posterior mean", {"allocation": "uniform", **EXPECTED}, wider=2
+    ),
     "recommended-trl": Arm("recommended", {**MATCHED, "feature_columns": "digits"}, wider=2),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),

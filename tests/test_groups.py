@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,8 @@ def over_mean_by_loop(groups: np.ndarray, rewards: list[float], weighting: str) 
     return advantages
 
 
+EXPECTED: dict[str, Any] = {"advantage": "posterior-mean", "baseline": [0.5, 0.5]}
+
 # --- advantages ---
 
 
@@ -106,13 +109,31 @@ def test_worked_advantages_over_the_mean() -> None:
     assert (kr.group_advantages(groups, rewards, advantage="group-std") == kr.group_advantages(groups, rewards)).all()
 
 
+def test_worked_advantages_over_the_posterior_mean() -> None:
+    """Surprises have a gradient, also in a group of one or of equal outcomes; what was as good as certain has none."""
+    groups, rewards = ["a"] * 3 + ["b"] * 2 + ["c"], [1, 0, 0, 0, 1, math.nan]
+    baseline = [0.25, 0.5, 0.02, 0.95, 0.01, 0.5]
+    found = kr.group_advantages(groups, rewards, weighting="rollout", **EXPECTED | {"baseline": baseline})
+    assert found.tolist() == pytest.approx([0.75 / 0.25, -0.5 / 0.5, 0, -1 / 0.95, 1 / 0.05, 0])
+    weighted = kr.group_advantages(groups, rewards, **EXPECTED | {"baseline": baseline})
+    assert weighted.tolist() == pytest.approx([*(found[:3] * 6 / 9), *(found[3:5] * 6 / 6), 0])
+    signs = [2 * r - 1 for r in rewards]
+    assert (kr.group_advantages(groups, signs, success=0.0, **EXPECTED | {"baseline": baseline}) == weighted).all()
+
+
 def test_advantages_that_cannot_be_are_refused() -> None:
     for settings, rewards, message in [
         ({"advantage": "group-mean"}, [-1.0, 1.0], r"rewards >= 0, got -1\.0; pass success"),
         ({"advantage": "group-mean", "scale": "batch"}, [0.0, 1.0], "contradicts scale='batch'"),
         ({"advantage": "group-std", "scale": "none"}, [0.0, 1.0], "contradicts scale='none'"),
-        ({"advantage": "mean"}, [0.0, 1.0], "advantage must be one of group-std, group-mean, or None.*'mean'"),
-        ({"success": 0.5}, [0.0, 1.0], "success is for advantage='group-mean', got advantage=None"),
+        ({"advantage": "mean"}, [0.0, 1.0], "must be one of group-std, group-mean, posterior-mean, or None.*'mean'"),
+        ({"success": 0.5}, [0.0, 1.0], "success is for advantage='group-mean' or 'posterior-mean', got advantage=None"),
+        ({"advantage": "posterior-mean"}, [0.0, 1.0], "'posterior-mean' and baseline go together"),
+        ({"baseline": [0.5, 0.5]}, [0.0, 1.0], "'posterior-mean' and baseline go together, got advantage=None"),
+        (EXPECTED | {"baseline": [0.5]}, [0.0, 1.0], "a number in .0, 1. for each of 2 rollouts"),
+        (EXPECTED | {"baseline": [0.5, 1.5]}, [0.0, 1.0], "a number in .0, 1. for each of 2 rollouts"),
+        (EXPECTED | {"baseline": [0.5, math.nan]}, [0.0, 1.0], "a number in .0, 1. for each of 2 rollouts"),
+        (EXPECTED, [0.0, 2.0], r"outcomes in \[0, 1\], got rewards from 0\.0 to 2\.0; pass success"),
     ]:
         with named_case(settings=settings), pytest.raises(ValueError, match=message):
             kr.group_advantages([0, 0], rewards, **settings)  # type: ignore[arg-type]

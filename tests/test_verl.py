@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import re
@@ -10,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import knapsack_rl as kr
 import verl_standins
 from cases import message_of
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.cli import main
+from knapsack_rl.ids import numbered
 from knapsack_rl.offline.reward_logs import read_reward_log
 from knapsack_rl.verl.launch import (
     VerlSettings,
@@ -177,6 +180,7 @@ def test_two_rounds_that_cannot_work_on_verl_are_refused(tmp_path, changes, mess
 
 
 OVER_MEAN = {"algorithm.adv_estimator": "knapsack_group_mean"}
+POSTERIOR = {"algorithm.adv_estimator": "knapsack_posterior_mean"}
 
 
 def test_advantages_over_the_mean_are_those_of_the_learned_outcomes(tmp_path, world):
@@ -209,7 +213,33 @@ def test_advantages_over_the_mean_are_refused_where_rewards_are_not_outcomes(tmp
     first = next(iter(rows))
     rows[first.rpartition("_")[0] + "_1"] = dict(rows[first])
     run.sample()
-    assert "use grpo for agents of several turns" in caplog.text
+    assert "use algorithm.adv_estimator=grpo for agents of several turns" in caplog.text
+    with pytest.raises(ValueError, match=r"knapsack_posterior_mean: .* needs an estimator with a posterior on a grid"):
+        Run(tmp_path / "beta", world, changes=POSTERIOR, estimator="beta")
+
+
+def test_advantages_over_the_posterior_mean_go_by_what_was_known_before_the_batch(tmp_path, world):
+    torch = pytest.importorskip("torch")
+    run = Run(tmp_path, world, changes=POSTERIOR)
+    run.train()
+    run.step += 1
+    run.manager.generate_sequences(run.batch())
+    before = copy.deepcopy(run.manager.session.allocator)
+    rows = dict(world.queue.rows["train"])
+    run.sample()
+    uid = [key.split("_")[0] for key in rows]
+    rewards = [float(row["rm_scores"].sum()) for row in rows.values()]
+    prompt = [f"math/{name.split('-')[1]}" for name in uid]
+    groups = before.outcomes_of(numbered(prompt)[1], np.array(rewards), len(set(prompt)))
+    expected = groups.by_outcome(before.expected_outcomes(numbered(prompt)[0], groups))
+    wanted = kr.group_advantages(prompt, rewards, advantage="posterior-mean", baseline=expected)
+    assert (wanted != 0).any()
+    estimator, scores = world.estimators["knapsack_posterior_mean"], torch.tensor(rewards)[:, None]
+    found, _ = estimator(token_level_rewards=scores, response_mask=torch.ones_like(scores), index=np.array(uid))
+    np.testing.assert_allclose(found[:, 0].numpy(), wanted, rtol=1e-6)
+    # Prompts of which nothing was expected: those of another batch.
+    found, _ = estimator(token_level_rewards=scores, response_mask=torch.ones_like(scores), index=np.array(prompt))
+    np.testing.assert_allclose(found[:, 0], kr.group_advantages(prompt, rewards, advantage="group-mean"), rtol=1e-6)
 
 
 def test_rewards_and_lengths_are_observed_by_prompt(tmp_path, world):

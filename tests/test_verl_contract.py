@@ -7,6 +7,7 @@ samples groups and computes advantages with its own code; replaced are the trans
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import math
 from collections import Counter, defaultdict
@@ -36,6 +37,7 @@ from verl.utils.import_utils import load_class_from_fqn
 
 import knapsack_rl as kr
 from knapsack_rl.allocator import KnapsackAllocator
+from knapsack_rl.ids import numbered
 from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.verl.launch import (
     MANAGER_KEY,
@@ -289,6 +291,23 @@ def test_advantages_over_the_mean_are_found_in_verls_registry(tmp_path, monkeypa
             assert advantage == pytest.approx(expected, rel=1e-5, abs=1e-6)
             ragged += len(mates) != MEAN and expected != 0
     assert ragged > 0
+
+
+def test_advantages_over_the_posterior_mean_go_by_what_was_known_before_the_batch(tmp_path, monkeypatch):
+    more = "algorithm.adv_estimator=knapsack_posterior_mean"
+    run = Run(configured(tmp_path, "sync", more, poll_interval=0.01), monkeypatch)
+    allocator = run.manager.session.allocator
+    for _ in range(STEPS):
+        before = copy.deepcopy(allocator)
+        batch, _ = run.train()
+        prompts, rewards, found = run.outcome(batch, run.config.algorithm.adv_estimator)
+        ids, group = numbered(prompts)
+        groups = before.outcomes_of(group, np.array(rewards), len(ids))
+        expected = groups.by_outcome(before.expected_outcomes(ids, groups))
+        wanted = kr.group_advantages(prompts, rewards, advantage="posterior-mean", baseline=expected)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert (wanted != 0).any()
+    assert allocator.value == "likelihood-0.5"
 
 
 @pytest.mark.parametrize("columns", [["level"], "level, data_source"])

@@ -277,9 +277,18 @@ class Trainer:
         """
         import torch
 
+        advantage = self.settings.advantage
+        with self.timed("allocation"):
+            expected = advantage == "posterior-mean"
+            lengths = sampled.lengths.tolist()
+            learned = self.session.observe(plan, group, rewards, lengths, number, expected=expected)
         with self.timed("update"):
             found = group_advantages(
-                group, rewards, weighting=self.settings.weighting, advantage=self.settings.advantage
+                group,
+                rewards,
+                weighting=self.settings.weighting,
+                advantage=advantage,
+                baseline=None if learned.expected is None else learned.groups.by_outcome(learned.expected),
             )
             advantages, trained = torch.as_tensor(found, dtype=torch.float32), sampled
             prompts = [self._tokens[plan.ids[place]] for place in group]
@@ -287,8 +296,6 @@ class Trainer:
                 prompts, trained = [prompts[row] for row in kept], sampled.rows(torch.as_tensor(kept))
                 advantages = advantages[kept]
             self.rows_updated += self.policy.update(prompts, trained, advantages)
-        with self.timed("allocation"):
-            self.session.observe(plan, group, rewards, sampled.lengths.tolist(), step=number)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy of sampled and of greedy answers."""

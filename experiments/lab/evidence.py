@@ -216,4 +216,4 @@ def _ends_above(bed: str, arm: str, other: str) -> Claim:
     return better(arm, other, f"{bed}: {label(arm)} ends above {label(other)}", on_the_way=True)
 
 
-HEADLINE = LabEvidence("headline", headline_claims, more=("wider", "rivals"))
+HEADLINE = LabEvidence("headline", headline_claims, more=("wider", "rivals", "posterior"))

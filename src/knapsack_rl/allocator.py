@@ -30,7 +30,7 @@ from knapsack_rl.allocation.policies import (
 )
 from knapsack_rl.allocation.solver import total_value
 from knapsack_rl.allocation.value import ValueLike, named_value
-from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_top_up
+from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_posterior, check_top_up
 from knapsack_rl.estimation.lengths import check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
@@ -478,6 +478,25 @@ class KnapsackAllocator(Stored):
             )
             self._refit_when_due()
         self._step.compare(prompt_ids, groups, lost)
+
+    @one_at_a_time
+    def expected_outcomes(self, prompt_ids: list[PromptId], groups: GroupOutcomes) -> FloatArray:
+        """Return the (G, 2) probability that a rollout succeeds, by its prompt's history and the rest of its group.
+
+        The rest is all but one failure in the first column, and all but one success in the second: what is expected of
+        a rollout that failed, and of one that succeeded. It does not depend on the rollout itself, so that as a
+        baseline it leaves the gradient without bias. :meth:`~knapsack_rl.groups.GroupOutcomes.by_outcome` picks that of
+        each rollout. Ask before :meth:`record`, which makes the outcomes part of the history.
+
+        Args:
+            prompt_ids: (G,) distinct ids, the prompt of each group.
+            groups: from :meth:`outcomes_of`.
+
+        Raises:
+            ValueError: the estimator has no posterior on a grid.
+        """
+        estimator, failures = check_posterior(self.estimator), groups.totals - groups.successes
+        return estimator.means_without_one(self.records_of(prompt_ids), groups.successes, failures)
 
     def _share(self, ids: list[PromptId], known: Records, successes: IntArray, totals: IntArray) -> None:
         """Let prompts that are alike learn from these outcomes, before the prompts themselves do."""

@@ -100,10 +100,14 @@ class Observation(NamedTuple):
     Attributes:
         groups: the rollouts, grouped by position among the plan's prompts.
         metrics: numbers for a logger.
+        expected: (G, 2) chance that was given to the success of rollouts that failed and of those that succeeded, see
+            :meth:`~knapsack_rl.allocator.KnapsackAllocator.expected_outcomes`; None where it was not asked for, or is
+            not known.
     """
 
     groups: GroupOutcomes
     metrics: dict[str, float]
+    expected: FloatArray | None = None
 
 
 class Session:
@@ -340,6 +344,8 @@ class Session:
         outcome_R: ArrayLike,
         lengths_R: ArrayLike | None = None,
         step: int = 0,
+        *,
+        expected: bool = False,
     ) -> Observation:
         """Learn from the outcomes of a step, log them, and return them with the metrics.
 
@@ -350,6 +356,7 @@ class Session:
                 count as unscored.
             lengths_R: (R,) tokens of each rollout, if known.
             step: number of the step, for the log.
+            expected: whether the chances that were given to successes are wanted.
         """
         outcomes = self._scored(outcome_R)
         allocator, prompts = self.allocator, len(plan.ids)
@@ -358,6 +365,9 @@ class Session:
             groups = outcomes_by_position(prompt_R, np.full(prompt_R.shape, np.nan), prompts)
         if self.says and self.settings.allocation != "uniform":
             self.survive("reporting", lambda: self._tell_success(groups))
+        chances = None
+        if expected and plan.identified:  # before the outcomes are learned
+            chances = self.survive("baseline", lambda: allocator.expected_outcomes(plan.ids, groups))
         if plan.identified:
             self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
         else:
@@ -374,7 +384,7 @@ class Session:
         metrics["allocation_seconds"] = plan.seconds
         if self._watches:
             self.survive("watching", lambda: self._watch(step, metrics))
-        return Observation(groups, metrics)
+        return Observation(groups, metrics, chances)
 
     def lose(
         self, cause: str, plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None

@@ -18,14 +18,15 @@ from knapsack_rl.allocation.value import VALUE_FORMS
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.bayes import check_top_up
 from knapsack_rl.estimation.named import ESTIMATORS
+from knapsack_rl.groups import OVER_MEAN
 
 ALLOCATIONS = ("knapsack", "paper", "uniform")
 
 AUTO = "auto"
 """A setting that fits the others: the value goes by the advantage."""
 
-OVER_MEAN, MATCHED_VALUE = "group-mean", "likelihood-0.5"
-"""Advantages over the mean of a group, and the value that fits them."""
+MATCHED_VALUE = "likelihood-0.5"
+"""The value that fits advantages over a mean."""
 
 LEAST_OF_TWO_ROUNDS = 3
 """Fewest mean rollouts of a prompt that can be divided into two rounds: the first group of two, and one more."""
@@ -60,7 +61,7 @@ class AllocationSettings:
         value: the value that is maximised: a name, ``"power-A-B"`` for the gain p^A (1-p)^B, ``"likelihood-B"``, or the
             import path ``"package.module:function"`` of a function ``f(counts, success_rates)``. Estimators on a grid
             take any, ``"beta"`` names alone, the window only without its fallback. ``"auto"`` fits the advantage of the
-            engine: :data:`MATCHED_VALUE` with ``"group-mean"``, the paper's value with all else and for its rule.
+            engine: :data:`MATCHED_VALUE` with advantages over a mean, the paper's value with all else and for its rule.
         budget_unit: ``"rollouts"``: a step has prompts x mean rollouts. ``"tokens"``: a step has as many expected
             tokens as that would take, and its number of rollouts varies; until lengths are observed it is uniform.
         min_rollouts: fewest rollouts of a prompt. 0 lets prompts be skipped until another look is worth its rollouts;
@@ -106,8 +107,9 @@ class AllocationSettings:
         """
         names = [spec.name for spec in dataclasses.fields(AllocationSettings)]
         found = AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
-        if getattr(source, "advantage", None) == OVER_MEAN:
-            found.value = found.chosen_value(OVER_MEAN)
+        advantage = getattr(source, "advantage", None)
+        if advantage in OVER_MEAN:
+            found.value = found.chosen_value(advantage)
         return found
 
     def chosen_value(self, advantage: str | None = None) -> str:
@@ -118,7 +120,7 @@ class AllocationSettings:
         """
         if self.value != AUTO:
             return self.value
-        over_mean = (advantage or getattr(self, "advantage", None)) == OVER_MEAN
+        over_mean = (advantage or getattr(self, "advantage", None)) in OVER_MEAN
         return MATCHED_VALUE if over_mean and self.estimator_in_use != "window" else "knapsack"
 
     @property

@@ -167,6 +167,24 @@ class GridPosterior(Estimator):
 
         return Belief(product(posterior, p), marginals, nonzero_gradient)
 
+    def means_without_one(self, records: Records, successes: IntArray, failures: IntArray) -> FloatArray:
+        """Return (M, 2) posterior means after new outcomes: all of them but one failure, and all but one success.
+
+        Where there is none to leave out, all count.
+
+        Args:
+            records: of M prompts, before the new outcomes.
+            successes: (M,) new ones.
+            failures: (M,) new ones.
+        """
+        posterior = self.posterior(records)
+
+        def mean(successes: IntArray, failures: IntArray) -> FloatArray:
+            known = posterior * self.binomial_likelihood(np.maximum(successes, 0), np.maximum(failures, 0))
+            return product(known, self.grid) / known.sum(axis=1)
+
+        return np.column_stack([mean(successes, failures - 1), mean(successes - 1, failures)])
+
     def load_prior(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore the prior.
 
@@ -528,6 +546,20 @@ def _sample(population: Records) -> Records:
     if len(population) <= REFIT_SAMPLE:
         return population
     return population.take(np.linspace(0, len(population) - 1, REFIT_SAMPLE).astype(np.int64))
+
+
+def check_posterior(estimator: Estimator) -> GridPosterior:
+    """Return an estimator that has a posterior on a grid.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not isinstance(estimator, GridPosterior):
+        raise ValueError(
+            "advantage='posterior-mean' needs an estimator with a posterior on a grid ('bayes-filter', "
+            f"'empirical-bayes'), got {type(estimator).__name__}"
+        )
+    return estimator
 
 
 def check_top_up(estimator: Estimator) -> GridPosterior:

@@ -19,6 +19,7 @@ def ragged_advantages(
     aggregation: str,
     weighting: Any,
     advantage: Any = None,
+    baseline: FloatArray | None = None,
 ) -> FloatArray:
     """Return TRL's advantages for groups of any size.
 
@@ -30,7 +31,8 @@ def ragged_advantages(
         aggregation: ``"sum_then_normalize"`` (GRPO), or ``"normalize_then_sum"`` (GDPO: each function normalised
             inside its group, then the sum over the batch).
         weighting: "auto", "rollout" or "prompt".
-        advantage: None where ``scale`` decides; "group-mean" needs outcomes of 0 and 1 as rewards of the groups.
+        advantage: None where ``scale`` decides; those over a mean need outcomes of 0 and 1 as rewards of the groups.
+        baseline: (R,) for "posterior-mean".
 
     Returns:
         (R,) float64.
@@ -39,7 +41,7 @@ def ragged_advantages(
         ValueError: an option is unknown.
     """
     if aggregation == "sum_then_normalize":
-        return advantages_of(groups, scale, weighting, advantage=advantage)
+        return advantages_of(groups, scale, weighting, advantage=advantage, baseline=baseline)
     if aggregation != "normalize_then_sum":
         raise ValueError(f"unknown multi_objective_aggregation {aggregation!r}")
     normalised = [group_advantages(groups.group_R, column, "group") for column in matrix.T]

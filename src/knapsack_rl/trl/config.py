@@ -10,7 +10,8 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import WEIGHTINGS, check_advantage
+from knapsack_rl.estimation.bayes import check_posterior
+from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS, check_advantage
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.settings import AllocationSettings
 
@@ -25,11 +26,13 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
         prompts_per_step: ``"fixed"``, or ``"varying"``: every step has the same rollouts, but prompts wait in a queue
             and a step serves as many as its rollouts pay for at one price for all steps, see
             :mod:`knapsack_rl.trl.queue`.
-        advantage: ``"group-std"`` (GRPO's, ``scale_rewards="group"``) or ``"group-mean"`` (MaxRL's, over the mean of
-            the group's outcomes, 1 for a success and 0 for a failure); by default ``scale_rewards`` decides.
+        advantage: ``"group-std"`` (GRPO's, ``scale_rewards="group"``); ``"group-mean"`` (MaxRL's, over the mean of the
+            group's outcomes, 1 for a success and 0 for a failure); or ``"posterior-mean"`` (outcomes against what was
+            expected by the prompt's history and the rest of the group, see
+            :func:`~knapsack_rl.groups.group_advantages`). By default ``scale_rewards`` decides.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts), ``"prompt"`` (every
-            prompt weighs the same, as under uniform allocation), or ``"auto"``: per prompt with
-            ``advantage="group-mean"``, per rollout with all else.
+            prompt weighs the same, as under uniform allocation), or ``"auto"``: per prompt with advantages over a mean,
+            per rollout with all else.
         prompt_id_column: column of a stable id per prompt; a row without an id is identified by a hash of its columns.
         outcome_reward: name of the reward function whose value, unweighted, is the outcome; by default the one that
             tells prompts apart best, found as the run goes, see :mod:`knapsack_rl.success`.
@@ -40,6 +43,9 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
         skip_zero_advantages: leave rows without a gradient out of the updates, see :mod:`knapsack_rl.trl.skipping`;
             ``None`` for wherever the gradient stays that of all rows, except with ``allocation="uniform"``, whose
             updates stay the stock trainer's bit for bit.
+        share_prefill: pass a prompt through the model once for all its rollouts where transformers generates them, see
+            :mod:`knapsack_rl.trl.prefill`; not with ``allocation="uniform"``, which stays the stock trainer, nor where
+            weights are sharded.
         log_metrics: metrics in each line of the log: ``"core"`` (a dozen, and failures if there are any) or ``"all"``.
         log_allocations: append each generation's allocation and outcome to ``allocations.jsonl`` in ``output_dir``.
         log_samples: prompts of which sample completions are kept in ``samples.jsonl`` in ``output_dir``, 0 for none:
@@ -51,13 +57,14 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
     """
 
     prompts_per_step: str = field(default="fixed", metadata={"help": "'fixed', or 'varying' at one price."})
-    advantage: str | None = field(default=None, metadata={"help": "'group-std' or 'group-mean'; else scale_rewards."})
+    advantage: str | None = field(default=None, metadata={"help": f"{', '.join(ADVANTAGES)}; else scale_rewards."})
     weighting: str = field(default="auto", metadata={"help": "Loss weight per 'rollout' or 'prompt', or 'auto'."})
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
     outcome_reward: str | None = field(default=None, metadata={"help": "Reward function that decides on success."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward function may take."})
     replay: int = field(default=0, metadata={"help": "Most uses of a stored rare success; 0 for none."})
     skip_zero_advantages: bool | None = field(default=None, metadata={"help": "Train on rows with a gradient only."})
+    share_prefill: bool = field(default=True, metadata={"help": "Pass a prompt through the model once."})
     log_metrics: str = field(default="core", metadata={"help": "Metrics in the log: 'core' or 'all'."})
     log_allocations: bool = field(default=False, metadata={"help": "Append allocations to allocations.jsonl."})
     log_samples: int = field(default=0, metadata={"help": "Prompts of which completions are kept in samples.jsonl."})
@@ -91,6 +98,8 @@ def check_settings(args: Any) -> AllocationSettings:
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
     check_advantage(setting(args, "advantage"), args.scale_rewards, "scale_rewards")
+    if setting(args, "advantage") == "posterior-mean":
+        check_posterior(found.make_allocator().estimator)
     aggregation = getattr(args, "multi_objective_aggregation", "sum_then_normalize")
     if setting(args, "advantage") is not None and aggregation != "sum_then_normalize":
         raise ValueError(

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather, gather_object
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
+from knapsack_rl.estimation.bayes import check_posterior
+from knapsack_rl.groups import OVER_MEAN, GroupOutcomes, of_outcomes, outcomes_by_position
 from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.offline.earlier import earlier_rates
@@ -39,6 +40,7 @@ from knapsack_rl.trl.drawn import Drawn, draw
 from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.identity import BrokenGroupError, Identity, Row
 from knapsack_rl.trl.internals import check_internals, model_tokens, one_completion_per_row
+from knapsack_rl.trl.prefill import prompts_once
 from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
 from knapsack_rl.trl.rewards import check_awaited, watched
@@ -81,6 +83,8 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             says=self.accelerator.is_main_process,
             earlier=earlier_rates(settings.prior) if settings.prior else None,
         )
+        if self._setting("advantage") == "posterior-mean":
+            check_posterior(self.allocator.estimator)
         self.reward_funcs = [
             function
             if isinstance(function, (str, torch.nn.Module))  # a reward model; TRL has loaded the named ones
@@ -100,6 +104,7 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         self.identity = None if no_data else self._make_identity()
         self._identified = False
         self.skipping = self._make_skipping()
+        self._prompts_once = self._shares_prefill()
         if self.accelerator.is_main_process:
             for reason in without_effect(self.args, self.allocator, None if no_data else self.train_dataset):
                 self.session.warn_once(reason, reason)
@@ -175,6 +180,13 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         self.session.warn_once("skipping", ALL_ROWS % reason)
         return None
 
+    def _shares_prefill(self) -> bool:
+        """Return whether prompts are prefilled once: where wanted, generated here, and where no process waits."""
+        wanted = self._setting("share_prefill") and self.session.settings.allocation != "uniform"
+        elsewhere = self.use_vllm or getattr(self, "use_transformers_continuous_batching", False)
+        whole = self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return wanted and not elsewhere and whole
+
     @property
     def _visible_data(self) -> Any:
         """The data set as reward functions see it."""
@@ -210,6 +222,12 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         generated = super()._generate(prompts)
         self._model_tokens = model_tokens(generated)
         return generated
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self._training and self._prompts_once):
+            return super()._generate_single_turn(*args, **kwargs)
+        with prompts_once(self.accelerator.unwrap_model(self.model_wrapped)):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -332,16 +350,21 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             self.session.warn_once("infinite", "a reward function returned an infinite value; the rollout is unscored")
         total = scored.total(self._weights)
         learned = self.session.observe(
-            step.plan, step.group_R, self._outcome(scored), scored.lengths, step=self._generation
+            step.plan,
+            step.group_R,
+            self._outcome(scored),
+            scored.lengths,
+            step=self._generation,
+            expected=self._setting("advantage") == "posterior-mean",
         )
         rewarded = outcomes_by_position(step.group_R, total, len(step.plan.ids))
-        over_mean = self._setting("advantage") == "group-mean"
+        over_mean = self._setting("advantage") in OVER_MEAN
         trained = of_outcomes(learned.groups) if over_mean else rewarded
         mixed = self._mix_in(step, learned.groups, trained.rewards_R, output)
         broken = infinite and self.session.settings.allocation != "uniform"
         if step.ragged or mixed is not None or over_mean or broken:
             replaced = trained if mixed is None else outcomes_by_position(step.group_R, mixed, len(step.plan.ids))
-            self._replace_advantages(step, scored, replaced, output)
+            self._replace_advantages(step, scored, replaced, output, learned.expected)
         self._add_metrics(step, learned.metrics, rewarded, scored.lengths)
         if (samples := self._samples) is not None and step.plan.identified:
             generation, ids = self._generation, step.plan.ids
@@ -367,7 +390,17 @@ class KnapsackGRPOTrainer(UpdateTrainer):
     def _aggregation(self) -> str:
         return getattr(self, "multi_objective_aggregation", "sum_then_normalize")  # TRL 1.9 has no choice
 
-    def _replace_advantages(self, step: Step, scored: Scored, trained: GroupOutcomes, output: dict[str, Any]) -> None:
+    def _replace_advantages(
+        self,
+        step: Step,
+        scored: Scored,
+        trained: GroupOutcomes,
+        output: dict[str, Any],
+        expected: FloatArray | None,
+    ) -> None:
+        advantage = self._setting("advantage")
+        if advantage == "posterior-mean" and expected is None:
+            advantage = "group-mean"  # the prompts cannot be told apart, or learning failed
         advantages = ragged_advantages(
             trained,
             scored.finite,
@@ -375,7 +408,8 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             scale=self.scale_rewards,
             aggregation=self._aggregation,
             weighting=self._setting("weighting"),
-            advantage=self._setting("advantage"),
+            advantage=advantage,
+            baseline=None if expected is None else trained.by_outcome(expected),
         )
         old = output["advantages"]
         local = old.shape[0]

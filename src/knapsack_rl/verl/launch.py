@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from knapsack_rl.estimation.bayes import check_posterior
+from knapsack_rl.groups import Advantage
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.settings import LEAST_OF_TWO_ROUNDS, LISTED, AllocationSettings, check_fields, option
 
@@ -36,8 +38,11 @@ SWITCHES = {
 ADDED = (MANAGER_KEY,)
 """Keys that verl's YAML may lack, so Hydra needs ++ in front, as for the keys below SETTINGS_KEY."""
 
-GROUP_MEAN = "knapsack_group_mean"
-"""Name of the plug-in's advantage estimator in verl's registry; the replay buffer registers it."""
+ESTIMATORS_OVER_MEAN: dict[str, Advantage] = {
+    "knapsack_group_mean": "group-mean",
+    "knapsack_posterior_mean": "posterior-mean",
+}
+"""The plug-in's estimators in verl's registry, and their advantages; the replay buffer registers them."""
 
 UNGROUPED = ("gae", "remax", "reinforce_plus_plus")
 """verl's advantage estimators without groups: their gradient is not zero where all rewards of a prompt are equal."""
@@ -252,17 +257,23 @@ def _feature_problems(config: Any) -> list[str]:
 
 
 def _advantage_problems(config: Any, settings: VerlSettings) -> list[str]:
-    if pick(config, "algorithm.adv_estimator") != GROUP_MEAN:
+    name = pick(config, "algorithm.adv_estimator")
+    if name not in ESTIMATORS_OVER_MEAN:
         return []
     found = []
+    if ESTIMATORS_OVER_MEAN[name] == "posterior-mean":
+        try:
+            check_posterior(settings.make_allocator().estimator)
+        except ValueError as error:
+            found.append(f"algorithm.adv_estimator={name}: {error}")
     if settings.outcome != "reward":
         found.append(
-            f"algorithm.adv_estimator={GROUP_MEAN} judges the reward, and outcome={settings.outcome} another value; "
+            f"algorithm.adv_estimator={name} judges the reward, and outcome={settings.outcome} another value; "
             f"set ++{SETTINGS_KEY}.outcome=reward, or use grpo"
         )
     if pick(config, "algorithm.use_kl_in_reward", False):
         found.append(
-            f"algorithm.use_kl_in_reward=True changes the reward that algorithm.adv_estimator={GROUP_MEAN} judges; "
+            f"algorithm.use_kl_in_reward=True changes the reward that algorithm.adv_estimator={name} judges; "
             "set it to False and use actor_rollout_ref.actor.use_kl_loss"
         )
     return found

@@ -15,7 +15,7 @@ from knapsack_rl.metrics import select_metrics
 from knapsack_rl.verl import advantages as _registers_the_estimator  # noqa: F401
 from knapsack_rl.verl import session
 from knapsack_rl.verl.fields import ID_FIELD
-from knapsack_rl.verl.launch import GROUP_MEAN, REFILL_KEY, VerlSettings, pick
+from knapsack_rl.verl.launch import REFILL_KEY, VerlSettings, pick
 from knapsack_rl.verl.two_rounds import FirstRound, announce, joined, second_request
 
 MODEL_TOKENS = "response_mask"
@@ -114,17 +114,25 @@ class _Observes:
         if read is None:  # training continues with the sampled batch; nothing is learned
             return {}
         ids, outcomes, lengths = read
-        if self.session.over_mean and len(ids) < len(batch.keys):
+        if self.session.advantage and len(ids) < len(batch.keys):
             self.session.warn_once(
                 "turns",
-                f"algorithm.adv_estimator={GROUP_MEAN}: sessions have several rows, and verl passes each of them to an "
-                "estimator other than grpo as a rollout; use grpo for agents of several turns",
+                f"advantages over the {self.session.advantage}: sessions have several rows, and verl passes each of "
+                "them to an estimator other than grpo as a rollout; use algorithm.adv_estimator=grpo for agents of "
+                "several turns",
             )
         absent, self._absent = self._absent, []
         arrived = {*ids}  # a prompt may have rows of a second round, or of its other place in the batch
         self._lose_without_rows("failed", [prompt_id for prompt_id in absent if prompt_id not in arrived])
         plan, prompt_R = self.session.arrived(ids)
-        metrics = self.session.observe(plan, prompt_R, outcomes, lengths, step).metrics
+        wanted = self.session.advantage == "posterior-mean"
+        learned = self.session.observe(plan, prompt_R, outcomes, lengths, step, expected=wanted)
+        if wanted:
+            self.session.expected = {}
+            if learned.expected is not None and len(ids) == len(batch.keys):
+                uids = [_uid(key) for key in batch.keys]
+                self.session.expected = dict(zip(uids, learned.expected[prompt_R], strict=True))
+        metrics = learned.metrics
         shown = select_metrics(metrics, self.session.settings.log_metrics)
         return {f"knapsack/{name}": number for name, number in shown.items()}
 

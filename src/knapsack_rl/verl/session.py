@@ -7,12 +7,12 @@ import os
 from typing import Any
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
+from knapsack_rl.groups import Advantage, GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.earlier import earlier_rates
 from knapsack_rl.session import Session
 from knapsack_rl.verl.identity import check_files
-from knapsack_rl.verl.launch import GROUP_MEAN, VerlSettings, check_config, pick, without_effect
+from knapsack_rl.verl.launch import ESTIMATORS_OVER_MEAN, VerlSettings, check_config, pick, without_effect
 
 # As for verl's own modules: the output of a run says which state was restored.
 logging.getLogger("knapsack_rl.verl").setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -29,7 +29,9 @@ class VerlSession(Session):
         first_round: the first of two rounds, between its start and that of the second.
         sent: prompt of each uid that is to have rollouts and was not sampled yet.
         observes: whether prompts have ids by which their rewards are recorded.
-        over_mean: whether advantages are those of :mod:`knapsack_rl.verl.advantages`.
+        advantage: of :mod:`knapsack_rl.verl.advantages`; None for one of verl's own.
+        expected: of the newest batch, by uid: the chance that was given to a rollout that failed, and to one that
+            succeeded.
     """
 
     settings: VerlSettings
@@ -47,7 +49,8 @@ class VerlSession(Session):
         self.first_round: Any = None
         self.sent: dict[str, PromptId] = {}
         self.observes = True
-        self.over_mean = False
+        self.advantage: Advantage | None = None
+        self.expected: dict[str, FloatArray] = {}
         self._checked = False
 
     def check(self, config: Any) -> None:
@@ -62,8 +65,8 @@ class VerlSession(Session):
         if self._checked:
             return
         check_config(config, self.settings)
-        self.over_mean = pick(config, "algorithm.adv_estimator") == GROUP_MEAN
-        if self.over_mean and (value := self.settings.chosen_value("group-mean")) != self.allocator.value:
+        self.advantage = ESTIMATORS_OVER_MEAN.get(pick(config, "algorithm.adv_estimator"))
+        if self.advantage and (value := self.settings.chosen_value(self.advantage)) != self.allocator.value:
             self.allocator.use_value(value)
         for reason in without_effect(config, self.settings):
             self.warn_once(reason, reason)
