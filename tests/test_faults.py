@@ -423,7 +423,7 @@ def test_training_continues_evenly_if_the_allocator_fails(tmp_path, caplog) -> N
         caplog.clear()
         allocator, folder = WrongAllocator("beta"), tmp_path / answer
         allocator.answer = answer
-        trainer = trainer_of(folder, extra={"allocator": allocator}, log_allocations=True, skip_zero_advantages=False)
+        trainer = trainer_of(folder, extra={"allocator": allocator}, log_allocations=True, **tiny.AS_STOCK)
         trainer.train()
         assert trainer.state.global_step == 3, answer
         kinds = 2 if answer == "raise" else 1  # observing fails too

@@ -38,8 +38,6 @@ from knapsack_rl.trl.internals import one_completion_per_row
 from oracles import assert_same_state
 
 TOLERANCE = 3e-7
-ALL_ROWS = {"skip_zero_advantages": False}
-"""Leaving rows out changes the order of sums, so that parameters equal the stock trainer's but for rounding."""
 UPDATES = {"generation_seconds", "scoring_seconds", "update_seconds", "rows_skipped"}
 
 
@@ -179,7 +177,7 @@ def run_case(tmp_path_factory, saved_model):
 def test_equal_groups_train_bit_for_bit_as_the_stock_trainer(run_case):
     for case, allocation in product(SAME_AS_STOCK, ("uniform", "knapsack")):
         stock_start, stock_end, _ = run_case(case, GRPOTrainer)
-        every = {} if allocation == "uniform" else ALL_ROWS
+        every = {} if allocation == "uniform" else tiny.AS_STOCK
         start, end, group_sizes = run_case(case, KnapsackGRPOTrainer, allocation=allocation, **every)
         assert start == stock_start, (case, allocation)
         assert end == stock_end, (case, allocation)
@@ -302,7 +300,7 @@ def test_group_std_and_equal_groups_train_as_the_stock_trainer(tmp_path):
     stock = trainer_of(GRPOTrainer, tmp_path / "stock")
     stock.train()
     for allocation in ("uniform", "knapsack"):
-        every = {} if allocation == "uniform" else ALL_ROWS
+        every = {} if allocation == "uniform" else tiny.AS_STOCK
         settings = {"allocation": allocation, "advantage": "group-std"} | every
         named = trainer_of(KnapsackGRPOTrainer, tmp_path / allocation, **settings)
         named.train()
@@ -902,7 +900,7 @@ def test_the_default_allocator_resumes(tmp_path):
 def test_resuming_a_stock_checkpoint_warns_and_works(tmp_path, caplog):
     stock = trainer_of(GRPOTrainer, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     stock.train()
-    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, max_steps=4, **ALL_ROWS)
+    trainer = trainer_of(KnapsackGRPOTrainer, tmp_path, max_steps=4, **tiny.AS_STOCK)
     with caplog.at_level(logging.WARNING, logger="knapsack_rl.trl"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert sum(STATE_FILE in record.getMessage() for record in caplog.records) == 1
@@ -913,7 +911,7 @@ def test_resuming_a_stock_checkpoint_warns_and_works(tmp_path, caplog):
 
 def test_the_newest_checkpoint_wins_whichever_trainer_wrote_it(tmp_path, caplog):
     def make(kind, steps):
-        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2} | ALL_ROWS
+        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2} | tiny.AS_STOCK
         return trainer_of(kind, tmp_path, data=tiny.dataset(24), **settings)
 
     first = make(KnapsackGRPOTrainer, 2)
@@ -985,7 +983,7 @@ def test_a_configuration_that_cannot_work_is_refused_at_construction(tmp_path):
         ({"max_rollouts": 3}, "max_rollouts=3"),
         ({"allocation": "greedy"}, "allocation must be one of .*'greedy'"),
         ({"weighting": "token"}, "weighting must be one of .*'token'"),
-        ({"advantage": "mean"}, "advantage must be one of group-std, group-mean.*'mean'"),
+        ({"advantage": "mean"}, "advantage must be one of group-std, group-mean, posterior-mean.*'mean'"),
         ({"advantage": "group-mean", "scale_rewards": "batch"}, "contradicts scale_rewards='batch'"),
         (GDPO_ONLY | {"advantage": "group-mean"}, "multi_objective_aggregation='sum_then_normalize'"),
         ({"prompts_per_step": "many"}, "prompts_per_step must be one of .*'many'"),

@@ -90,7 +90,7 @@ def test_a_batch_of_one_prompt_is_the_stock_step(tmp_path):
     data = Dataset.from_list([{"prompt": "1+1="}] * 16)
     ends = []
     for kind in (GRPOTrainer, KnapsackGRPOTrainer):
-        trainer = tiny.trainer(kind, tmp_path, tiny.digit_sum, data=data, skip_zero_advantages=False)
+        trainer = tiny.trainer(kind, tmp_path, tiny.digit_sum, data=data, **tiny.AS_STOCK)
         trainer.train()
         ends.append(tiny.fingerprint(trainer.model))
     assert ends[0] == ends[1]
@@ -328,7 +328,7 @@ def played(kind, folder, factory, data, **settings):
 
 def test_without_a_data_set_training_is_that_of_the_stock_trainer(tmp_path, caplog):
     stock = played(GRPOTrainer, tmp_path / "stock", Game, None)
-    trainer = played(KnapsackGRPOTrainer, tmp_path / "ours", Game, None, skip_zero_advantages=False)
+    trainer = played(KnapsackGRPOTrainer, tmp_path / "ours", Game, None, **tiny.AS_STOCK)
     assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model)
     assert len(trainer.allocator.tracker) == 0
     assert trainer.state.log_history[-2]["knapsack/prompts"] == 4

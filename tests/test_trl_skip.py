@@ -24,6 +24,7 @@ CASES = {
     "scale none": {"scale_rewards": "none"},
     "gdpo": {"multi_objective_aggregation": "normalize_then_sum"},
     "over the mean": {"advantage": "group-mean"},
+    "over the posterior mean": {"advantage": "posterior-mean"},
     "one row at a time": {"gradient_accumulation_steps": 16, "per_device_train_batch_size": 1},
     "several generations per update": {"steps_per_generation": 2} | ACCUMULATED,
     "several updates per generation": {"steps_per_generation": 8} | ACCUMULATED,
@@ -96,7 +97,8 @@ class Compared(KnapsackGRPOTrainer):
 def train(folder, *, prompts=24, extra=None, **settings):
     """Train in double precision; the learning rate is high, so that ratios of later updates leave 1."""
     unit = settings.get("budget_unit", "rollouts")
-    informed = None if settings.get("rounds") == 2 else tiny.informed_allocator(prompts, budget_unit=unit)
+    kind = "bayes-filter" if settings.get("advantage") == "posterior-mean" else "beta"
+    informed = None if settings.get("rounds") == 2 else tiny.informed_allocator(prompts, kind, budget_unit=unit)
     made = {"model": tiny.model().double(), "allocator": informed}
     settings = {"learning_rate": 3e-2, "temperature": 1.3} | settings
     trainer = tiny.trainer(Compared, folder, data=tiny.dataset(prompts), extra=made | (extra or {}), **settings)

@@ -27,6 +27,9 @@ torch.set_num_threads(1)
 
 CHARACTERS = "0123456789+=ab"
 
+AS_STOCK = {"skip_zero_advantages": False, "share_prefill": False}
+"""Other settings change the order of sums, so that parameters equal the stock trainer's but for rounding."""
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<eos>": 1} | {character: k + 2 for k, character in enumerate(CHARACTERS)}
@@ -98,9 +101,9 @@ def recording(function: Callable[..., Any], batches: list[dict[str, Any]]) -> Ca
     return recorded
 
 
-def informed_allocator(prompts: int = 24, **settings: Any) -> KnapsackAllocator:
+def informed_allocator(prompts: int = 24, estimator: str = "beta", **settings: Any) -> KnapsackAllocator:
     """An allocator that knows all prompts of :func:`dataset`, very different ones, so that every batch is ragged."""
-    allocator = KnapsackAllocator(BetaEstimator(discount=1.0), **settings)
+    allocator = KnapsackAllocator(BetaEstimator(discount=1.0) if estimator == "beta" else estimator, **settings)
     lengths = settings.get("budget_unit") == "tokens"
     for k in range(prompts):
         successes = (0, 1, 8, 16)[(k * 7 + k // 4) % 4]  # never solved, rarely, half the time, always
