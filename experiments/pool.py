@@ -141,6 +141,11 @@ ARMS: dict[str, Arm] = {
         "uniform, 128 × 4, over the posterior mean", {"allocation": "uniform", **EXPECTED}, wider=2
     ),
     "recommended-trl": Arm("recommended", {**MATCHED, "feature_columns": "digits"}, wider=2),
+    "posterior-trl": Arm(
+        "recommended, over the posterior mean",
+        {"value": "likelihood-0.5", "advantage": "posterior-mean", "feature_columns": "digits"},
+        wider=2,
+    ),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),

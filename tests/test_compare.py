@@ -86,18 +86,24 @@ def test_twice_the_rollouts_are_uniform_with_a_doubled_budget(tmp_path):
 def test_only_the_knapsack_and_uniform_mean_have_the_shared_advantage(tmp_path):
     shared = dataclasses.replace(SMALL, value="power-1-1")
     found = {run.settings.label: run.settings for run in plan(shared, POLICIES, [0], tmp_path)}
-    over_mean = {label for label, settings in found.items() if settings.advantage == "group-mean"}
+    over_mean = {label for label, settings in found.items() if settings.chosen_advantage == "posterior-mean"}
     assert over_mean == {"uniform-mean-n4-seed0", "knapsack-n2-seed0"}
+    assert {found[label].feature_columns for label in over_mean} == {shared.feature_columns}
+    for advantage in ("group-mean", "group-std"):
+        named = dataclasses.replace(shared, advantage=advantage)
+        (run,) = plan(named, ["uniform-mean"], [0], tmp_path)
+        assert run.settings.chosen_advantage == "group-mean"
     assert [label for label, settings in found.items() if settings.value == "power-1-1"] == ["knapsack-n2-seed0"]
 
 
-def test_only_the_knapsack_shares_knowledge(tmp_path):
+def test_knowledge_is_shared_where_the_advantage_or_the_allocation_goes_by_it(tmp_path):
     """The paper's window cannot, and would refuse the settings."""
     shared = dataclasses.replace(SMALL, feature_columns="digits", prior="earlier.jsonl")
-    for run in plan(shared, POLICIES, [0], tmp_path):
-        knapsack = run.settings.allocation == "knapsack"
-        assert run.settings.columns == (["digits"] if knapsack else [])
-        assert run.settings.prior == ("earlier.jsonl" if knapsack else "")
+    for policy in POLICIES:
+        (run,) = plan(shared, [policy], [0], tmp_path)
+        uses = policy in ("knapsack", "uniform-mean")
+        assert run.settings.columns == (["digits"] if uses else [])
+        assert run.settings.prior == ("earlier.jsonl" if uses else "")
 
 
 def test_the_order_of_policies_is_that_given(tmp_path):

@@ -50,7 +50,7 @@ ALLOCATORS = {name: informed(name) for name in ("bayes-filter", "empirical-bayes
 def test_what_is_expected_of_a_rollout_does_not_depend_on_it(
     given: tuple[list[str], list[float]], name: str, data: st.DataObject
 ) -> None:
-    """This makes it a baseline without bias. It rises with the other successes of the group, and with no other group."""
+    """This makes it a baseline without bias. It rises with the other successes of the group and with no other group."""
     ids, rewards = given
     before = expected_of(ALLOCATORS[name], ids, rewards)
     assert ((before > 0) & (before < 1)).all()

@@ -208,6 +208,8 @@ def all_settings(draw):
         drawn["allocation"] = "knapsack"
         if drawn["estimator"] == "window":  # its fallback counts rollouts
             drawn["estimator"] = "beta"
+    if drawn["allocation"] == "paper" or drawn["estimator"] in ("window", "beta"):
+        drawn["advantage"] = draw(st.sampled_from(["auto", "group-mean", "group-std"]))
     return TrainSettings(**given, **drawn)
 
 
@@ -238,6 +240,17 @@ def test_the_value_fits_the_advantage_where_none_is_named():
     assert TrainSettings(value="power-1-1").chosen_value() == "power-1-1"
     assert AllocationSettings.of(TrainSettings()).make_allocator().value == "likelihood-0.5"
     assert AllocationSettings.of(object()).make_allocator().value == "knapsack"
+
+
+def test_the_advantage_fits_the_estimator_where_none_is_named():
+    assert TrainSettings().chosen_advantage == "posterior-mean"
+    assert TrainSettings(estimator="empirical-bayes", feature_columns="").chosen_advantage == "posterior-mean"
+    assert TrainSettings(estimator="beta", feature_columns="", value="knapsack").chosen_advantage == "group-mean"
+    assert TrainSettings(allocation="paper").chosen_advantage == "group-mean"
+    assert TrainSettings(advantage="group-std").chosen_advantage == "group-std"
+    assert TrainSettings().trains_like(TrainSettings(advantage="posterior-mean"))
+    with pytest.raises(ValueError, match=r"needs an estimator with a posterior on a grid .* got WindowEstimator"):
+        TrainSettings(allocation="paper", advantage="posterior-mean")
 
 
 def test_unknown_settings_are_named_with_their_source():
@@ -617,7 +630,7 @@ def test_a_run_leaves_a_whole_folder(done):
 
 def test_the_grade_of_the_shipped_task_is_a_feature(done):
     shared = kr.KnapsackAllocator.load(done.folder / "allocator.npz").shared
-    if done.settings.allocation != "knapsack":
+    if done.settings.allocation == "paper":  # its window cannot share
         assert shared is None
         return
     assert shared.features.names == ["digits"]

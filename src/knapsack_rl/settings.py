@@ -107,7 +107,7 @@ class AllocationSettings:
         """
         names = [spec.name for spec in dataclasses.fields(AllocationSettings)]
         found = AllocationSettings(**{name: getattr(source, name) for name in names if hasattr(source, name)})
-        advantage = getattr(source, "advantage", None)
+        advantage = getattr(source, "chosen_advantage", getattr(source, "advantage", None))
         if advantage in OVER_MEAN:
             found.value = found.chosen_value(advantage)
         return found

@@ -26,7 +26,7 @@ from knapsack_rl.allocation.value import (
     make_value_function,
     nonzero_gradient_probability,
 )
-from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator
+from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator, GridPosterior
 from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import RECENT, Records
 
@@ -203,6 +203,12 @@ ESTIMATORS: dict[str, Callable[..., Estimator]] = {
     "empirical-bayes": EmpiricalBayesEstimator,
     "bayes-filter": BayesFilterEstimator,
 }
+
+
+WITH_POSTERIOR = tuple(
+    name for name, kind in ESTIMATORS.items() if isinstance(kind, type) and issubclass(kind, GridPosterior)
+)
+"""Those that give a whole posterior, not its mean alone."""
 
 
 def make_estimator(name: str, **settings: Any) -> Estimator:

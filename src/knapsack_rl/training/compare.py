@@ -95,8 +95,8 @@ def plan(
 
     Args:
         settings: of the knapsack, and shared ones; allocation, seed, and prompts and rollouts of a step vary, and
-            advantage, value, rounds, feature columns and prior are those of the knapsack alone, the advantage also of
-            ``"uniform-mean"``.
+            advantage, value, rounds, feature columns and prior are those of the knapsack alone. ``"uniform-mean"`` has
+            its advantage, if that is over a mean, and then what the advantage goes by.
         policies: from ``POLICIES``.
         seeds: distinct seeds.
         output: parent of the run folders.
@@ -123,7 +123,7 @@ def plan(
             size = {"prompts_per_step": settings.budget // n, "rollouts_per_prompt": n * (1 + policy.endswith("-2n"))}
             own: dict[str, Any] = {} if policy == "knapsack" else GRPO | size
             if policy == "uniform-mean":
-                own |= {"advantage": "group-mean"}
+                own |= _over_mean(settings)
             chosen = dataclasses.replace(
                 settings,
                 allocation=policy.removesuffix("-2n").removesuffix("-mean"),
@@ -133,6 +133,14 @@ def plan(
             )
             runs.append(Run(chosen, output / chosen.label))
     return runs
+
+
+def _over_mean(settings: TrainSettings) -> dict[str, Any]:
+    """Return the advantage of the knapsack, or the plain one over the mean of the group if it has GRPO's."""
+    if settings.chosen_advantage != "posterior-mean":
+        return {"advantage": "group-mean"}
+    named = ("estimator", "estimator_settings", "feature_columns", "prior")
+    return {"advantage": "posterior-mean", **{name: getattr(settings, name) for name in named}}
 
 
 def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:

@@ -184,7 +184,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
     return KnapsackGRPOConfig(
         output_dir=str(folder),
         **dataclasses.asdict(AllocationSettings.of(settings)),
-        advantage=settings.advantage,
+        advantage=settings.chosen_advantage,
         weighting=settings.weighting,
         replay=settings.replay,
         skip_zero_advantages={"auto": None, "on": True, "off": False}[settings.skip_zero_advantages],
@@ -225,7 +225,8 @@ def _feature_columns(settings: TrainSettings, task: TaskData) -> str:
     """
     present = list(task.train[0])
     if settings.feature_columns == AUTO:
-        useful = settings.allocation == "knapsack" and settings.estimator == "bayes-filter"
+        known = settings.allocation == "knapsack" or settings.chosen_advantage == "posterior-mean"
+        useful = known and settings.estimator_in_use == "bayes-filter"
         return GRADE if useful and GRADE in present else ""
     settings.check_columns(present)
     return settings.feature_columns

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS, per_prompt
+from knapsack_rl.estimation.bayes import check_posterior
+from knapsack_rl.estimation.named import WITH_POSTERIOR
+from knapsack_rl.groups import ADVANTAGES, OVER_MEAN, WEIGHTINGS, per_prompt
 from knapsack_rl.runs import files
 from knapsack_rl.settings import AUTO, AllocationSettings, check_fields, option
 
@@ -73,7 +75,12 @@ class TrainSettings(AllocationSettings):
     train_prompts: int = option(2048, "prompts trained on (the first ones of a file)")
     held_out_prompts: int = option(512, "prompts only evaluated on")
     replay: int = option(0, "most uses of a stored rare success of an unsolved prompt; 0 stores none")
-    advantage: str = option("group-mean", "divide by the group's mean (MaxRL) or its deviation (GRPO)", ADVANTAGES)
+    advantage: str = option(
+        AUTO,
+        "GRPO's (group-std), MaxRL's (group-mean), or against what is expected of a prompt (posterior-mean); auto is "
+        "the last where the estimator has a posterior, else group-mean",
+        (AUTO, *ADVANTAGES),
+    )
     weighting: str = option(
         "auto", "loss weight per rollout (the paper) or prompt; auto fits the advantage", WEIGHTINGS
     )
@@ -123,6 +130,8 @@ class TrainSettings(AllocationSettings):
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}; lower it"
             )
+        if self.chosen_advantage == "posterior-mean":
+            check_posterior(self.make_allocator().estimator)
         if not 0.0 < self.vllm_memory <= 1.0:
             raise ValueError(f"vllm_memory must be in (0, 1], got {self.vllm_memory}")
         if self.lora_alpha and not self.lora_rank:
@@ -135,6 +144,17 @@ class TrainSettings(AllocationSettings):
             raise ValueError(f"the step's {self.budget} rollouts do not divide into {self.updates_per_step} updates")
 
     @property
+    def chosen_advantage(self) -> str:
+        """The advantage that is trained with."""
+        if self.advantage != AUTO:
+            return self.advantage
+        return "posterior-mean" if self.estimator_in_use in WITH_POSTERIOR else "group-mean"
+
+    def chosen_value(self, advantage: str | None = None) -> str:
+        """As the parent; the advantage is that of these settings."""
+        return super().chosen_value(advantage or self.chosen_advantage)
+
+    @property
     def budget(self) -> int:
         """Rollouts of a step."""
         return self.prompts_per_step * self.rollouts_per_prompt
@@ -142,7 +162,7 @@ class TrainSettings(AllocationSettings):
     @property
     def label(self) -> str:
         """Short name of the policy and seed, suitable for a folder."""
-        over_mean = self.allocation == "uniform" and self.advantage == "group-mean"
+        over_mean = self.allocation == "uniform" and self.chosen_advantage in OVER_MEAN
         return f"{self.allocation}{'-mean' if over_mean else ''}-n{self.rollouts_per_prompt}-seed{self.seed}"
 
     def trains_like(self, other: TrainSettings) -> bool:
@@ -150,8 +170,10 @@ class TrainSettings(AllocationSettings):
         return self._named() == other._named()
 
     def _named(self) -> dict[str, Any]:
-        weighting = "prompt" if per_prompt(self.weighting, self.advantage) else "rollout"
-        return dataclasses.asdict(self) | {"weighting": weighting, "value": self.chosen_value()}
+        advantage = self.chosen_advantage
+        weighting = "prompt" if per_prompt(self.weighting, advantage) else "rollout"
+        named = {"advantage": advantage, "weighting": weighting, "value": self.chosen_value()}
+        return dataclasses.asdict(self) | named
 
     def to_yaml(self) -> str:
         """Return the settings as YAML, in the order of the fields."""
