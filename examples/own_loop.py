@@ -59,8 +59,10 @@ def main() -> None:
         texts = tokenizer.batch_decode(completion, skip_special_tokens=True)
         rewards = accuracy_reward(texts, [row.answer for row in rows])
 
-        # 3. Advantages inside groups of any size.
-        advantages = torch.as_tensor(group_advantages(group, rewards, advantage="group-mean"), dtype=torch.float32)
+        # 3. Learn from the outcomes, and compare them with what was expected of each prompt before.
+        learned = session.observe(plan, group, rewards, step=step, expected=True)
+        found = group_advantages(group, rewards, advantage="posterior-mean", baseline=learned.baseline)
+        advantages = torch.as_tensor(found, dtype=torch.float32)
 
         # 4. One policy-gradient update over all tokens, those after the end of an answer left out.
         model.train()
@@ -76,8 +78,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-        # 5. Learn from the outcomes.
-        metrics = session.observe(plan, group, rewards, step=step).metrics
+        metrics = learned.metrics
         print(
             f"step {step}  reward {sum(rewards) / len(rewards):.3f}  loss {loss.item():+.4f}  effective gradient ratio "
             f"{metrics['effective_gradient_ratio']:.2f} (prompts {metrics['effective_prompt_ratio']:.2f})  largest "

@@ -55,7 +55,7 @@ def test_launch_lines_are_understood_by_accelerate_and_trl(file, monkeypatch):
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * given.num_processes == ROLLOUTS
         assert args.num_generations == 4
         assert (args.advantage, args.chosen_value(), args.columns) == (
-            "group-mean",
+            "posterior-mean",
             "likelihood-0.5",
             ["level", "type"],
         )

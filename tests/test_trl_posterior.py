@@ -51,8 +51,8 @@ def test_advantages_go_by_what_was_known_before_the_step(settings: dict[str, Any
     assert bool(alone) == bool(low)
 
 
-def test_without_what_to_expect_advantages_are_those_of_the_group(tmp_path: Any, monkeypatch: Any) -> None:
-    """Prompts that cannot be told apart have no history; a failure to learn must not end the run."""
+def test_without_a_history_the_rest_of_the_group_decides(tmp_path: Any, monkeypatch: Any) -> None:
+    """Prompts that cannot be told apart have none; a failure to read it must not end the run."""
 
     def fails(*_: Any) -> None:
         raise ArithmeticError("broken")
@@ -69,7 +69,12 @@ def test_without_what_to_expect_advantages_are_those_of_the_group(tmp_path: Any,
         trainer.train()
         for seen, batch in zip(trainer.watched, batches, strict=True):
             five = [float("5" in completion) for completion in batch["completions"]]
-            wanted = tiny.reference_advantages(batch["prompts"], [five], weighting="prompt", over_mean=True)
+            baseline = []
+            for row, prompt in enumerate(batch["prompts"]):
+                rest = [five[k] for k, other in enumerate(batch["prompts"]) if other == prompt and k != row]
+                baseline.append((sum(rest) + 1) / (len(rest) + 2))
+            settings = {"advantage": "posterior-mean", "baseline": baseline}
+            wanted = kr.group_advantages(batch["prompts"], five, **settings)
             np.testing.assert_allclose(seen["advantages"], wanted, rtol=0, atol=1e-6)
         if case == "failure":
             assert trainer.allocator.failures["baseline"] == 3

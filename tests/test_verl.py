@@ -237,9 +237,12 @@ def test_advantages_over_the_posterior_mean_go_by_what_was_known_before_the_batc
     estimator, scores = world.estimators["knapsack_posterior_mean"], torch.tensor(rewards)[:, None]
     found, _ = estimator(token_level_rewards=scores, response_mask=torch.ones_like(scores), index=np.array(uid))
     np.testing.assert_allclose(found[:, 0].numpy(), wanted, rtol=1e-6)
-    # Prompts of which nothing was expected: those of another batch.
+    # Prompts of which nothing was expected, such as those of another batch: the rest of the group decides.
     found, _ = estimator(token_level_rewards=scores, response_mask=torch.ones_like(scores), index=np.array(prompt))
-    np.testing.assert_allclose(found[:, 0], kr.group_advantages(prompt, rewards, advantage="group-mean"), rtol=1e-6)
+    alone = groups.by_outcome(groups.expected_alone)
+    np.testing.assert_allclose(
+        found[:, 0], kr.group_advantages(prompt, rewards, advantage="posterior-mean", baseline=alone), rtol=1e-6
+    )
 
 
 def test_rewards_and_lengths_are_observed_by_prompt(tmp_path, world):

@@ -535,7 +535,7 @@ def test_launch_files_compose_with_the_configuration_of_verl(name, machines):
     settings = VerlSettings.from_mapping(pick(config, "trainer.v1.sampler.sampler_kwargs"))
     check_config(config, settings)
     assert not without_effect(config, settings)
-    assert (settings.max_rollouts, config.algorithm.adv_estimator) == (128, "knapsack_group_mean")
+    assert (settings.max_rollouts, config.algorithm.adv_estimator) == (128, "knapsack_posterior_mean")
     assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 2048
     assert config.trainer.nnodes * config.trainer.n_gpus_per_node == 8 * machines
     own = {MANAGER_KEY, "trainer.v1.sampler.sampler_kwargs"}

@@ -288,7 +288,7 @@ class Trainer:
                 rewards,
                 weighting=self.settings.weighting,
                 advantage=advantage,
-                baseline=None if learned.expected is None else learned.groups.by_outcome(learned.expected),
+                baseline=learned.baseline if expected else None,
             )
             advantages, trained = torch.as_tensor(found, dtype=torch.float32), sampled
             prompts = [self._tokens[plan.ids[place]] for place in group]

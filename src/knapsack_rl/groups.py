@@ -131,6 +131,17 @@ class GroupOutcomes:
         first[self.group_R[::-1]] = np.arange(self.group_R.size)[::-1]  # of equal indices the last one is kept
         return first
 
+    @property
+    def expected_alone(self) -> FloatArray:
+        """(G, 2) probability that a rollout succeeds by the rest of its group alone, from a flat prior.
+
+        The rest is all but one failure in the first column, and all but one success in the second.
+        """
+        failures = self.totals - self.successes
+        successes_left = np.maximum(self.successes[:, None] - [0, 1], 0)
+        failures_left = np.maximum(failures[:, None] - [1, 0], 0)
+        return (successes_left + 1.0) / (successes_left + failures_left + 2.0)
+
     def by_outcome(self, numbers: FloatArray) -> FloatArray:
         """Return (R,) the number of each rollout.
 

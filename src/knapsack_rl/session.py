@@ -101,13 +101,18 @@ class Observation(NamedTuple):
         groups: the rollouts, grouped by position among the plan's prompts.
         metrics: numbers for a logger.
         expected: (G, 2) chance that was given to the success of rollouts that failed and of those that succeeded, see
-            :meth:`~knapsack_rl.allocator.KnapsackAllocator.expected_outcomes`; None where it was not asked for, or is
-            not known.
+            :meth:`~knapsack_rl.allocator.KnapsackAllocator.expected_outcomes`; by the rest of the group alone where
+            prompts cannot be told apart or their history cannot be read.
     """
 
     groups: GroupOutcomes
     metrics: dict[str, float]
-    expected: FloatArray | None = None
+    expected: FloatArray
+
+    @property
+    def baseline(self) -> FloatArray:
+        """(R,) chance that was given to the success of each rollout, for ``advantage="posterior-mean"``."""
+        return self.groups.by_outcome(self.expected)
 
 
 class Session:
@@ -356,7 +361,7 @@ class Session:
                 count as unscored.
             lengths_R: (R,) tokens of each rollout, if known.
             step: number of the step, for the log.
-            expected: whether the chances that were given to successes are wanted.
+            expected: whether chances of success go by the history of the prompts, and not by the step alone.
         """
         outcomes = self._scored(outcome_R)
         allocator, prompts = self.allocator, len(plan.ids)
@@ -365,7 +370,7 @@ class Session:
             groups = outcomes_by_position(prompt_R, np.full(prompt_R.shape, np.nan), prompts)
         if self.says and self.settings.allocation != "uniform":
             self.survive("reporting", lambda: self._tell_success(groups))
-        chances = None
+        chances: FloatArray | None = None
         if expected and plan.identified:  # before the outcomes are learned
             chances = self.survive("baseline", lambda: allocator.expected_outcomes(plan.ids, groups))
         if plan.identified:
@@ -384,7 +389,7 @@ class Session:
         metrics["allocation_seconds"] = plan.seconds
         if self._watches:
             self.survive("watching", lambda: self._watch(step, metrics))
-        return Observation(groups, metrics, chances)
+        return Observation(groups, metrics, groups.expected_alone if chances is None else chances)
 
     def lose(
         self, cause: str, plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None

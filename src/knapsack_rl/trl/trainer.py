@@ -396,11 +396,9 @@ class KnapsackGRPOTrainer(UpdateTrainer):
         scored: Scored,
         trained: GroupOutcomes,
         output: dict[str, Any],
-        expected: FloatArray | None,
+        expected: FloatArray,
     ) -> None:
         advantage = self._setting("advantage")
-        if advantage == "posterior-mean" and expected is None:
-            advantage = "group-mean"  # the prompts cannot be told apart, or learning failed
         advantages = ragged_advantages(
             trained,
             scored.finite,
@@ -409,7 +407,7 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             aggregation=self._aggregation,
             weighting=self._setting("weighting"),
             advantage=advantage,
-            baseline=None if expected is None else trained.by_outcome(expected),
+            baseline=trained.by_outcome(expected) if advantage == "posterior-mean" else None,
         )
         old = output["advantages"]
         local = old.shape[0]

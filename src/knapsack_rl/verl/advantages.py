@@ -38,13 +38,12 @@ def _register(name: str, advantage: Advantage) -> None:
         uids, group_R = numbered(uid_R)
         opened = session.current()
         groups = of_outcomes(opened.judged(group_R, np.where(np.isfinite(scores), scores, np.nan), len(uids)))
-        chosen, baseline = advantage, None
+        baseline = None
         if advantage == "posterior-mean":
-            if opened.expected.keys() >= set(uid_R):
-                baseline = groups.by_outcome(np.array([opened.expected[uid] for uid in dict.fromkeys(uid_R)]))
-            else:
-                chosen = "group-mean"  # the prompts cannot be told apart, or learning failed
-        advantages = advantages_of(groups, advantage=chosen, baseline=baseline)
+            alone = dict(zip(uid_R, groups.expected_alone[group_R], strict=True))  # for prompts without an id
+            expected = alone | {uid: opened.expected[uid] for uid in alone.keys() & opened.expected.keys()}
+            baseline = groups.by_outcome(np.array(list(expected.values())))
+        advantages = advantages_of(groups, advantage=advantage, baseline=baseline)
         per_token = token_level_rewards.new_tensor(advantages)[:, None] * response_mask
         return per_token, per_token
 

@@ -128,10 +128,8 @@ class _Observes:
         wanted = self.session.advantage == "posterior-mean"
         learned = self.session.observe(plan, prompt_R, outcomes, lengths, step, expected=wanted)
         if wanted:
-            self.session.expected = {}
-            if learned.expected is not None and len(ids) == len(batch.keys):
-                uids = [_uid(key) for key in batch.keys]
-                self.session.expected = dict(zip(uids, learned.expected[prompt_R], strict=True))
+            uids = map(_uid, dict.fromkeys(key.rpartition("_")[0] for key in batch.keys))  # of each session
+            self.session.expected = dict(zip(uids, learned.expected[prompt_R], strict=True))
         metrics = learned.metrics
         shown = select_metrics(metrics, self.session.settings.log_metrics)
         return {f"knapsack/{name}": number for name, number in shown.items()}
