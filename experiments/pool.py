@@ -126,28 +126,25 @@ ARMS: dict[str, Arm] = {
         "empirical Bayes, discount 1", {"estimator": "empirical-bayes", "estimator_settings": "discount=1.0"}
     ),
     "known": Arm("success rates known", {}, rule="known"),  # in the lab alone
-    "uniform-mean": Arm("uniform N, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}),
-    "matched": Arm("matched value and advantage", MATCHED),
-    "recommended": Arm("recommended, 64 × 8", {**MATCHED, **BY_GRADE}),
-    "uniform-mean-wide": Arm(
-        "uniform, 128 × 4, advantage over the mean", {"allocation": "uniform", **OVER_MEAN}, wider=2
+    "uniform-mean": Arm("uniform N, group mean", {"allocation": "uniform", **OVER_MEAN}),
+    "matched": Arm("knapsack, 64 × 8, group mean, no columns", MATCHED),
+    "recommended": Arm("knapsack, 64 × 8, group mean", {**MATCHED, **BY_GRADE}),
+    "uniform-mean-wide": Arm("uniform, 128 × 4, group mean", {"allocation": "uniform", **OVER_MEAN}, wider=2),
+    "recommended-wide": Arm("knapsack, 128 × 4, group mean", {**MATCHED, **BY_GRADE}, wider=2),
+    "recommended-posterior": Arm("recommended", {"value": "likelihood-0.5", **EXPECTED}, wider=2),
+    "recommended-plain": Arm(
+        "recommended, no columns", {"value": "likelihood-0.5", "advantage": "posterior-mean"}, wider=2
     ),
-    "recommended-wide": Arm("recommended, 128 × 4", {**MATCHED, **BY_GRADE}, wider=2),
-    "recommended-posterior": Arm(
-        "recommended, 128 × 4, over the posterior mean", {"value": "likelihood-0.5", **EXPECTED}, wider=2
-    ),
-    "uniform-posterior": Arm("uniform N, over the posterior mean", {"allocation": "uniform", **EXPECTED}),
-    "uniform-posterior-wide": Arm(
-        "uniform, 128 × 4, over the posterior mean", {"allocation": "uniform", **EXPECTED}, wider=2
-    ),
-    "recommended-trl": Arm("recommended", {**MATCHED, "feature_columns": "digits"}, wider=2),
+    "uniform-posterior": Arm("uniform N, posterior mean", {"allocation": "uniform", **EXPECTED}),
+    "uniform-posterior-wide": Arm("uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED}, wider=2),
+    "recommended-trl": Arm("knapsack, 128 × 4, group mean", {**MATCHED, "feature_columns": "digits"}, wider=2),
     "posterior-trl": Arm(
-        "recommended, over the posterior mean",
+        "recommended",
         {"value": "likelihood-0.5", "advantage": "posterior-mean", "feature_columns": "digits"},
         wider=2,
     ),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
-    "known-matched": Arm("matched, success rates known", MATCHED, rule="known"),
+    "known-matched": Arm("the same, success rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
     "value-variance": Arm("Bayes filter, value: reward variance", {"value": "experiments.values:reward_variance"}),
     "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "experiments.values:signal_to_noise"}),

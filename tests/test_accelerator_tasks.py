@@ -126,10 +126,13 @@ def test_tasks_are_trained_on_by_the_success_rate_of_the_base():
 
 def test_the_recommended_setting_is_an_arm_of_every_task():
     assert {task: plan.arms[-1] for task, plan in PLANS.items()} == {
-        "sums": "matched", "gsm8k": "matched", "reasoning-gym": "recommended"}  # fmt: skip
+        "sums": "recommended-plain",
+        "gsm8k": "recommended-plain",
+        "reasoning-gym": "recommended-posterior",
+    }
     for plan in PLANS.values():
         assert {"uniform", "uniform-2n", "paper"} < set(plan.arms)
-        assert ARMS[plan.arms[-1]].settings["advantage"] == "group-mean"
+        assert ARMS[plan.arms[-1]].settings["advantage"] == "posterior-mean"
         assert plan.base.steps >= 200
         assert (plan.base.prompts_per_step, plan.base.rollouts_per_prompt) == (64, 8)
 
@@ -203,7 +206,7 @@ def test_later_rows_have_tables_and_claims_of_their_own(model, tmp_path):
         assert tables["accuracy"] == ACCELERATOR.tables(record)["accuracy"]
         assert "| `x` | 25.0 % | 1, 2 |" in tables["probes"]
         assert (tables["later"] == NOTHING) == (seed == 0)  # one seed is too few
-    assert "matched value and advantage" in tables["later"]
+    assert "recommended, no columns" in tables["later"]
     found = ACCELERATOR.findings([*record, *rows])
     assert found[:-4] == ACCELERATOR.findings(record)
     assert all("recommended setting" in claim.claim and "sums" in claim.claim for claim in found[-4:])

@@ -22,7 +22,7 @@ from experiments.contract import Row
 from experiments.measures import mean_accuracy
 from experiments.rows_file import RowsFile, is_of
 
-ARMS = ("uniform", "uniform-2n", "paper", "knapsack", "matched")
+ARMS = ("uniform", "uniform-2n", "paper", "knapsack", "recommended-plain")
 LEARNING_RATES = (5e-6, 1e-5, 2e-5, 4e-5)
 TUNING_SEED, TUNING_STEPS = 1000, 60
 THROUGHPUT_STEPS = 10
@@ -110,7 +110,7 @@ class Plan:
         ]
 
 
-RECOMMENDED = ("uniform", "uniform-2n", "paper", "matched")
+RECOMMENDED = ("uniform", "uniform-2n", "paper", "recommended-plain")
 LONGER = Settings(
     steps=200, held_out_prompts=256, eval_every=20, eval_samples=2, rows_per_pass=64, rows_at_once=1024
 )  # fmt: skip
@@ -121,7 +121,10 @@ PLANS = {
     "gsm8k": Plan(LONGER, RECOMMENDED, candidates=(GSM8K,)),
     "reasoning-gym": Plan(
         LONGER,
-        (*RECOMMENDED[:-1], "recommended"),  # what the problems of a generator have in common is the column "grade"
+        (
+            *RECOMMENDED[:-1],
+            "recommended-posterior",
+        ),  # what the problems of a generator have in common is the column "grade"
         candidates=[MIXED + name for name in CANDIDATES],
         fewest=3,
     ),

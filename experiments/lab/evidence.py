@@ -146,7 +146,7 @@ def _layout(arms: Sequence[str]) -> dict[str, Table]:
     own = [arm for arm in arms if arm not in RIVALS]
     tables = {name: replace(table, rows=labels(own)) for name, table in layout("uniform").items()}
     if rivals:
-        with_ours = labels(arm for arm in ("uniform", "recommended-wide", "recommended", *rivals) if arm in arms)
+        with_ours = labels(arm for arm in ("uniform", *OURS, *rivals) if arm in arms)
         steps = Table(by_arm("steps", "rollouts", "rollouts with a gradient", "still unsolved", "seconds"), with_ours)
         tables |= {"rivals": Table(accuracy_table().columns, with_ours), "steps of rivals": steps}
     return tables
@@ -155,7 +155,18 @@ def _layout(arms: Sequence[str]) -> dict[str, Table]:
 RIVALS = ("oversample", "skip", "sequential", "pilot-commit", "pilot-commit-2n", "c-grpo")
 """Arms that follow a rule of the field, at equal rollouts."""
 
-SHOWN = ("uniform", "uniform-2n", "paper", "uniform-mean", "recommended", "recommended-wide")
+OURS = ("recommended-posterior", "recommended-wide", "recommended")
+"""The recommended setting, and what was recommended before it."""
+
+SHOWN = (
+    "uniform",
+    "uniform-2n",
+    "paper",
+    "uniform-mean",
+    "uniform-posterior-wide",
+    "recommended-wide",
+    "recommended-posterior",
+)
 """Arms of the plot and of the README's table."""
 
 
@@ -194,21 +205,23 @@ def claim_of_half(arm: str, place: str, who: str) -> Claim:
 
 
 def headline_claims(bed: str) -> tuple[Claim, ...]:
-    """What the registrations ``headline`` and ``wider`` say would be refuted or not."""
+    """What the registrations ``headline``, ``wider`` and ``posterior`` say would be refuted or not."""
+    others = {
+        "recommended-posterior": (
+            *("uniform", "uniform-posterior-wide", "uniform-posterior", "uniform-mean"),
+            *("recommended-wide", "uniform-2n", *RIVALS),
+        ),
+        "recommended-wide": ("uniform", "uniform-mean", "uniform-mean-wide", "recommended", "uniform-2n"),
+        "recommended": ("uniform-mean", "matched", *RIVALS),
+    }
     return (
-        claim_of_half("recommended-wide", bed, "the recommended setting"),
-        claim_of_half("recommended", bed, "the recommended setting with 64 prompts a step"),
+        claim_of_half("recommended-posterior", bed, "the recommended setting"),
+        claim_of_half("recommended-wide", bed, "the same over the mean of the group"),
+        claim_of_half("recommended", bed, "the same with 64 prompts a step"),
         claim_of_half("matched", bed, "the same without shared knowledge"),
         claim_of_half("knapsack", bed, "the paper's value with the Bayes filter and GRPO's advantage"),
         claim_of_half("paper", bed, "the paper's rule"),
-        _ends_above(bed, "recommended-wide", "uniform"),
-        _ends_above(bed, "recommended-wide", "uniform-mean"),
-        _ends_above(bed, "recommended-wide", "uniform-mean-wide"),
-        _ends_above(bed, "recommended-wide", "recommended"),
-        _ends_above(bed, "recommended-wide", "uniform-2n"),
-        _ends_above(bed, "recommended", "uniform-mean"),
-        _ends_above(bed, "recommended", "matched"),
-        *(_ends_above(bed, arm, rival) for arm in ("recommended-wide", "recommended") for rival in RIVALS),
+        *(_ends_above(bed, arm, other) for arm in OURS for other in others[arm]),
     )
 
 
