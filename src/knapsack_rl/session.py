@@ -102,7 +102,7 @@ class Observation(NamedTuple):
         metrics: numbers for a logger.
         expected: (G, 2) chance that was given to the success of rollouts that failed and of those that succeeded, see
             :meth:`~knapsack_rl.allocator.KnapsackAllocator.expected_outcomes`; by the rest of the group alone where
-            prompts cannot be told apart or their history cannot be read.
+            the history was not asked for, is not that of a prompt, or cannot be read.
     """
 
     groups: GroupOutcomes
