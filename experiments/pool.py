@@ -137,9 +137,9 @@ ARMS: dict[str, Arm] = {
     ),
     "uniform-posterior": Arm("uniform N, posterior mean", {"allocation": "uniform", **EXPECTED}),
     "uniform-posterior-wide": Arm("uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED}, wider=2),
-    "recommended-trl": Arm("knapsack, 128 × 4, group mean", {**MATCHED, "feature_columns": "digits"}, wider=2),
+    "recommended-trl": Arm("knapsack, 128 × 4, group mean, on TRL", {**MATCHED, "feature_columns": "digits"}, wider=2),
     "posterior-trl": Arm(
-        "recommended",
+        "recommended, on TRL",
         {"value": "likelihood-0.5", "advantage": "posterior-mean", "feature_columns": "digits"},
         wider=2,
     ),
