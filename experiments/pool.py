@@ -144,7 +144,7 @@ ARMS: dict[str, Arm] = {
         wider=2,
     ),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
-    "known-matched": Arm("the same, success rates known", MATCHED, rule="known"),
+    "known-matched": Arm("knapsack, 64 × 8, group mean, rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
     "value-variance": Arm("Bayes filter, value: reward variance", {"value": "experiments.values:reward_variance"}),
     "value-signal": Arm("Bayes filter, value: signal to noise", {"value": "experiments.values:signal_to_noise"}),
