@@ -34,9 +34,12 @@ evidence: $(INSTALLED)  ## run every experiment of the evidence page (hours; con
 	$(BIN)/python -m experiments all --output docs/evidence
 	$(BIN)/python -m experiments page
 
-# No test of the default suite takes a minute; one that hangs prints its traceback and ends the run.
-test: $(INSTALLED)  ## run the default test suite
-	$(BIN)/python -m pytest -m "not slow" --durations=15 -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
+# No test of the default suite takes a minute; one that hangs prints its traceback and ends its worker. The tests of a file
+# stay in one process, which makes what they share once.
+WORKERS ?= 2
+test: $(INSTALLED)  ## run the default test suite, in WORKERS processes
+	$(BIN)/python -m pytest -m "not slow" --durations=15 -n $(WORKERS) --dist loadfile \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 test-slow: $(INSTALLED)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
