@@ -146,6 +146,11 @@ def _one_step(one: kr.KnapsackAllocator, dice: random.Random) -> None:
         one.use_value(dice.choice(("knapsack", "likelihood-0.5", "odd")))
         check_counts(one.top_up(batch, so_far, [dice.randrange(3) for _ in batch], 5).counts, len(batch), 5)
     lengths = None if dice.random() < 0.5 else numbers(dice, len(rollouts))
+    if dice.random() < 0.3:
+        distinct, position = prompt_ids.numbered(rollouts)
+        groups = one.outcomes_of(position, numbers(dice, len(rollouts)), len(distinct), keep=False)
+        expected = one.expected_outcomes(distinct, groups)
+        assert ((expected > 0) & (expected < 1)).all()
     one.observe(rollouts, numbers(dice, len(rollouts)), lengths)
     one.belief(ids(dice, 3))
     assert np.isfinite(one.predicted_lengths(ids(dice, 3))).all()

@@ -169,7 +169,9 @@ def test_the_dry_run_measures_every_piece_and_nothing_twice(tmp_path, capsys):
         assert curve["rollouts"] == [0, 2 * 8 * mean, 4 * 8 * mean]  # M N a step, whatever the allocation
         assert curve["seconds"][0] == 0 < curve["seconds"][-1]
         assert row["finished"]
-        assert row["rows_updated"] == round(sum(r * 8 * mean for r in row["series"]["rollout_ratio"]))
+        mixed = round(sum(r * 8 * mean for r in row["series"]["rollout_ratio"]))
+        # Against what is expected, groups of equal outcomes have a gradient too.
+        assert row["rows_updated"] == mixed or (row["arm"] == "recommended-plain" and row["rows_updated"] > mixed)
     assert [row["arm"] for row in rows[-5:]] == list(command.ARMS)
     shared, all_rows = rows[3], rows[0]
     assert (all_rows["rows_updated"], shared["settings"]["share_prefix"]) == (1.0, True)
