@@ -18,8 +18,7 @@ from knapsack_rl.training.settings import settings_from
 
 EXAMPLES = """examples:
   knapsack-rl train                                       the shipped model on arithmetic, about ten minutes
-  knapsack-rl train --allocation uniform --advantage group-std --steps 100
-                                                          stock GRPO, shorter
+  knapsack-rl train --allocation uniform --advantage group-std    stock GRPO
   knapsack-rl train --model my-model/ --dataset qa.jsonl --prompt-column question
   knapsack-rl train --dataset countdown --model my-model/ --lora-rank 16
   knapsack-rl train --model smollm2-135m --dataset sums   a real model without a hub
