@@ -46,7 +46,8 @@ test-slow: $(INSTALLED)  ## run the slow tests
 
 # The oldest that the extra takes, and the newest that the index has.
 TRL_OLDEST = trl==$(shell sed -n 's/.*"trl>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-TRL_TESTS = tests/test_trl.py tests/test_trl_skip.py tests/test_trl_prefill.py tests/test_two_rounds.py tests/test_async_worker.py
+TRL_TESTS = tests/test_trl.py tests/test_trl_skip.py tests/test_trl_prefill.py tests/test_trl_posterior.py \
+	tests/test_two_rounds.py tests/test_async_worker.py
 
 test-trl-range: $(TRL_VENV)-oldest/.installed $(TRL_VENV)-newest/.installed  ## run tests marked trl_range on TRL's oldest and newest release (own environments)
 	for release in oldest newest; do \

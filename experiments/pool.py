@@ -92,7 +92,8 @@ class Arm:
 OVER_MEAN = {"advantage": "group-mean"}
 MATCHED = {**OVER_MEAN, "value": "likelihood-0.5"}
 BY_GRADE = {"feature_columns": "grade"}
-EXPECTED = {"advantage": "posterior-mean", **BY_GRADE}
+EXPECTED = {"advantage": "posterior-mean"}
+RECOMMENDED = {**EXPECTED, "value": "likelihood-0.5"}
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
@@ -131,18 +132,14 @@ ARMS: dict[str, Arm] = {
     "recommended": Arm("knapsack, 64 × 8, group mean", {**MATCHED, **BY_GRADE}),
     "uniform-mean-wide": Arm("uniform, 128 × 4, group mean", {"allocation": "uniform", **OVER_MEAN}, wider=2),
     "recommended-wide": Arm("knapsack, 128 × 4, group mean", {**MATCHED, **BY_GRADE}, wider=2),
-    "recommended-posterior": Arm("recommended", {"value": "likelihood-0.5", **EXPECTED}, wider=2),
-    "recommended-plain": Arm(
-        "recommended, no columns", {"value": "likelihood-0.5", "advantage": "posterior-mean"}, wider=2
+    "recommended-posterior": Arm("recommended", {**RECOMMENDED, **BY_GRADE}, wider=2),
+    "recommended-plain": Arm("recommended, no columns", RECOMMENDED, wider=2),
+    "uniform-posterior": Arm("uniform N, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}),
+    "uniform-posterior-wide": Arm(
+        "uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}, wider=2
     ),
-    "uniform-posterior": Arm("uniform N, posterior mean", {"allocation": "uniform", **EXPECTED}),
-    "uniform-posterior-wide": Arm("uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED}, wider=2),
     "recommended-trl": Arm("knapsack, 128 × 4, group mean, on TRL", {**MATCHED, "feature_columns": "digits"}, wider=2),
-    "posterior-trl": Arm(
-        "recommended, on TRL",
-        {"value": "likelihood-0.5", "advantage": "posterior-mean", "feature_columns": "digits"},
-        wider=2,
-    ),
+    "posterior-trl": Arm("recommended, on TRL", {**RECOMMENDED, "feature_columns": "digits"}, wider=2),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("knapsack, 64 × 8, group mean, rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),

@@ -33,22 +33,20 @@ def wanted_of(allocator: kr.KnapsackAllocator, batch: dict[str, Any], **settings
 @pytest.mark.trl_range
 @pytest.mark.parametrize("settings", [{}, {"weighting": "rollout"}, {"min_rollouts": 1}])
 def test_advantages_go_by_what_was_known_before_the_step(settings: dict[str, Any], tmp_path: Any) -> None:
-    low = {"min_rollouts": settings["min_rollouts"]} if "min_rollouts" in settings else {}
-    twin = informed(**low)
-    trainer, batches = ragged_trainer(
-        tmp_path, **POSTERIOR | settings | {"min_rollouts": 2}, extra={"allocator": copy.deepcopy(twin)}
-    )
+    least = settings.get("min_rollouts", 2)
+    twin = informed(min_rollouts=least)
+    trainer, batches = ragged_trainer(tmp_path, **POSTERIOR | settings, extra={"allocator": copy.deepcopy(twin)})
     trainer.train()
     assert len(batches) == 3
     alone = 0
     for seen, batch in zip(trainer.watched, batches, strict=True):
-        wanted = wanted_of(twin, batch, **{k: v for k, v in settings.items() if k == "weighting"})
+        wanted = wanted_of(twin, batch, weighting=settings.get("weighting", "auto"))
         np.testing.assert_allclose(seen["advantages"], wanted, rtol=0, atol=1e-6)
         np.testing.assert_allclose(seen["logged"], wanted, rtol=0, atol=1e-6)
         assert np.abs(wanted).max() > 0.1
         sizes = {name: batch["prompt_id"].count(name) for name in batch["prompt_id"]}
         alone += sum(abs(wanted[row]) > 0 and sizes[name] == 1 for row, name in enumerate(batch["prompt_id"]))
-    assert bool(alone) == bool(low)
+    assert bool(alone) == (least == 1)
 
 
 def test_without_a_history_the_rest_of_the_group_decides(tmp_path: Any, monkeypatch: Any) -> None:

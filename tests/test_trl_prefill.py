@@ -142,6 +142,10 @@ def test_a_failing_generation_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ZeroDivisionError), prompts_once(model):
         raise ZeroDivisionError
     assert "generate" not in vars(model)
+    model.generate = replaced = model.generate  # some libraries put their own there
+    with prompts_once(model):
+        assert model.generate is not replaced
+    assert model.generate is replaced
 
 
 @pytest.mark.trl_range

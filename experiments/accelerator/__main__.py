@@ -121,10 +121,8 @@ PLANS = {
     "gsm8k": Plan(LONGER, RECOMMENDED, candidates=(GSM8K,)),
     "reasoning-gym": Plan(
         LONGER,
-        (
-            *RECOMMENDED[:-1],
-            "recommended-posterior",
-        ),  # what the problems of a generator have in common is the column "grade"
+        # What the problems of a generator have in common is the column "grade".
+        (*RECOMMENDED[:-1], "recommended-posterior"),
         candidates=[MIXED + name for name in CANDIDATES],
         fewest=3,
     ),

@@ -277,10 +277,9 @@ class Trainer:
         """
         import torch
 
-        advantage = self.settings.advantage
+        advantage, lengths = self.settings.advantage, sampled.lengths.tolist()
+        expected = advantage == "posterior-mean"
         with self.timed("allocation"):
-            expected = advantage == "posterior-mean"
-            lengths = sampled.lengths.tolist()
             learned = self.session.observe(plan, group, rewards, lengths, number, expected=expected)
         with self.timed("update"):
             found = group_advantages(

@@ -359,9 +359,9 @@ def advantages_of(
     if (baseline is None) != (advantage != "posterior-mean"):
         raise ValueError(f"advantage='posterior-mean' and baseline go together, got advantage={advantage!r}")
     group_R, rewards_R = groups.group_R, groups.rewards_R
+    weight = prompt_weights(group_R) if per_prompt(weighting, advantage) else 1.0
     if baseline is not None:
-        advantages = _against(baseline, rewards_R)
-        return advantages * prompt_weights(group_R) if per_prompt(weighting, advantage) else advantages
+        return _against(baseline, rewards_R) * weight
     live = groups.effective[group_R] & groups.scored_R
     deviation = np.where(live, rewards_R - groups.mean_reward[group_R], 0.0)
     divisor: FloatArray | float = 1.0
@@ -379,8 +379,7 @@ def advantages_of(
         scored = rewards_R[groups.scored_R]
         divisor = (float(scored.std(ddof=1)) if scored.size > 1 else 0.0) + epsilon
     # Only live rollouts are divided: elsewhere the divisor may be 0. The mean of unequal rewards >= 0 is above 0.
-    advantages = np.divide(deviation, divisor, out=np.zeros_like(deviation), where=live)
-    return advantages * prompt_weights(group_R) if per_prompt(weighting, advantage) else advantages
+    return np.divide(deviation, divisor, out=np.zeros_like(deviation), where=live) * weight
 
 
 def _against(baseline: ArrayLike, outcome_R: FloatArray) -> FloatArray:

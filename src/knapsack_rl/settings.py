@@ -16,7 +16,7 @@ from typing import Any
 from knapsack_rl.allocation.policies import BUDGET_UNITS
 from knapsack_rl.allocation.value import VALUE_FORMS
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.estimation.bayes import check_top_up
+from knapsack_rl.estimation.bayes import check_posterior, check_top_up
 from knapsack_rl.estimation.named import ESTIMATORS
 from knapsack_rl.groups import OVER_MEAN
 
@@ -205,6 +205,15 @@ class AllocationSettings:
                     f"estimator_settings: {part!r} must be name=value with a number, true or false as the value"
                 ) from error
         return found
+
+    def check_advantage(self, advantage: str | None) -> None:
+        """Check that the estimator gives what an advantage of the engine goes by.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if advantage == "posterior-mean":
+            check_posterior(self.make_allocator().estimator)
 
     def make_allocator(self) -> KnapsackAllocator:
         """Return the allocator that these settings describe; under uniform allocation it only observes.

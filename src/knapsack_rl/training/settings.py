@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knapsack_rl.estimation.bayes import check_posterior
 from knapsack_rl.estimation.named import WITH_POSTERIOR
 from knapsack_rl.groups import ADVANTAGES, OVER_MEAN, WEIGHTINGS, per_prompt
 from knapsack_rl.runs import files
@@ -130,8 +129,7 @@ class TrainSettings(AllocationSettings):
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}; lower it"
             )
-        if self.chosen_advantage == "posterior-mean":
-            check_posterior(self.make_allocator().estimator)
+        self.check_advantage(self.chosen_advantage)
         if not 0.0 < self.vllm_memory <= 1.0:
             raise ValueError(f"vllm_memory must be in (0, 1], got {self.vllm_memory}")
         if self.lora_alpha and not self.lora_rank:

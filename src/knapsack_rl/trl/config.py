@@ -10,7 +10,6 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.estimation.bayes import check_posterior
 from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS, check_advantage
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.settings import AllocationSettings
@@ -98,8 +97,7 @@ def check_settings(args: Any) -> AllocationSettings:
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
     check_advantage(setting(args, "advantage"), args.scale_rewards, "scale_rewards")
-    if setting(args, "advantage") == "posterior-mean":
-        check_posterior(found.make_allocator().estimator)
+    found.check_advantage(setting(args, "advantage"))
     aggregation = getattr(args, "multi_objective_aggregation", "sum_then_normalize")
     if setting(args, "advantage") is not None and aggregation != "sum_then_normalize":
         raise ValueError(

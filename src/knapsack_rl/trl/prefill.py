@@ -31,7 +31,7 @@ def prompts_once(model: Any) -> Iterator[None]:
         model: has the method ``generate`` of transformers; not sharded, because processes whose prompts differ make
             different numbers of passes.
     """
-    stock = model.generate
+    stock, own = model.generate, vars(model).get("generate")
 
     def generate(**inputs: Any) -> Any:
         found = _prefilled(model, stock, **inputs) if set(inputs) == _ROWS else None
@@ -41,7 +41,10 @@ def prompts_once(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.generate  # that of its class is back
+        if own is None:
+            del model.generate  # that of its class is back
+        else:
+            model.generate = own
 
 
 def _prefilled(

@@ -34,15 +34,14 @@ def _register(name: str, advantage: Advantage) -> None:
             (R, T) advantages, twice: verl also asks for returns.
         """
         scores = token_level_rewards.sum(dim=-1).detach().double().cpu().numpy()
-        uid_R = [str(uid) for uid in np.asarray(index, dtype=object).tolist()]
-        uids, group_R = numbered(uid_R)
+        uids, group_R = numbered([str(uid) for uid in np.asarray(index, dtype=object).tolist()])
         opened = session.current()
         groups = of_outcomes(opened.judged(group_R, np.where(np.isfinite(scores), scores, np.nan), len(uids)))
         baseline = None
         if advantage == "posterior-mean":
-            alone = dict(zip(uid_R, groups.expected_alone[group_R], strict=True))  # for prompts without an id
-            expected = alone | {uid: opened.expected[uid] for uid in alone.keys() & opened.expected.keys()}
-            baseline = groups.by_outcome(np.array(list(expected.values())))
+            by_group = zip(uids, groups.expected_alone, strict=True)  # for prompts without an id
+            expected = [opened.expected.get(str(uid), alone) for uid, alone in by_group]
+            baseline = groups.by_outcome(np.array(expected))
         advantages = advantages_of(groups, advantage=advantage, baseline=baseline)
         per_token = token_level_rewards.new_tensor(advantages)[:, None] * response_mask
         return per_token, per_token

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from knapsack_rl.estimation.bayes import check_posterior
 from knapsack_rl.groups import Advantage
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.settings import LEAST_OF_TWO_ROUNDS, LISTED, AllocationSettings, check_fields, option
@@ -261,11 +260,10 @@ def _advantage_problems(config: Any, settings: VerlSettings) -> list[str]:
     if name not in ESTIMATORS_OVER_MEAN:
         return []
     found = []
-    if ESTIMATORS_OVER_MEAN[name] == "posterior-mean":
-        try:
-            check_posterior(settings.make_allocator().estimator)
-        except ValueError as error:
-            found.append(f"algorithm.adv_estimator={name}: {error}")
+    try:
+        settings.check_advantage(ESTIMATORS_OVER_MEAN[name])
+    except ValueError as error:
+        found.append(f"algorithm.adv_estimator={name}: {error}")
     if settings.outcome != "reward":
         found.append(
             f"algorithm.adv_estimator={name} judges the reward, and outcome={settings.outcome} another value; "
