@@ -94,6 +94,7 @@ MATCHED = {**OVER_MEAN, "value": "likelihood-0.5"}
 BY_GRADE = {"feature_columns": "grade"}
 EXPECTED = {"advantage": "posterior-mean"}
 RECOMMENDED = {**EXPECTED, "value": "likelihood-0.5"}
+TWICE = {"num_iterations": 2}
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
@@ -137,6 +138,13 @@ ARMS: dict[str, Arm] = {
     "uniform-posterior": Arm("uniform N, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}),
     "uniform-posterior-wide": Arm(
         "uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}, wider=2
+    ),
+    "recommended-twice": Arm("recommended, two updates", {**RECOMMENDED, **BY_GRADE, **TWICE}, wider=2),
+    "uniform-twice": Arm("uniform N, two updates", {"allocation": "uniform", **TWICE}),
+    "uniform-posterior-wide-twice": Arm(
+        "uniform, 128 × 4, posterior mean, two updates",
+        {"allocation": "uniform", **EXPECTED, **BY_GRADE, **TWICE},
+        wider=2,
     ),
     "recommended-trl": Arm("knapsack, 128 × 4, group mean, on TRL", {**MATCHED, "feature_columns": "digits"}, wider=2),
     "posterior-trl": Arm("recommended, on TRL", {**RECOMMENDED, "feature_columns": "digits"}, wider=2),

@@ -19,6 +19,7 @@ pytest.importorskip("trl")
 from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 
 import tiny  # noqa: E402
+from experiments.accelerator import policy as policy_module  # noqa: E402
 from experiments.accelerator.policy import Policy, Rollouts  # noqa: E402
 from experiments.lab import __main__ as command  # noqa: E402
 from experiments.lab import beds, registration, skills  # noqa: E402
@@ -35,17 +36,18 @@ ROOT = Path(__file__).parent.parent
 
 
 class Gradients(TrainerCallback):
-    """The gradients of the first step, as the optimizer gets them."""
+    """The gradients of the last update, as the optimizer gets them, and the weights that it changed."""
 
     def __init__(self):
-        self.found = None
+        self.found = self.weights = None
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes):
+@pytest.mark.parametrize(("passes", "iterations"), [(1, 1), (2, 1), (1, 2)])
+def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes, iterations):
     """TRL passes all rows, the lab those with an advantage; prompts and completions have several lengths."""
     gradients, batches = Gradients(), []
     allocator = tiny.informed_allocator()
@@ -56,7 +58,10 @@ def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes):
         per_device_train_batch_size=32 // passes,
         gradient_accumulation_steps=passes,
         steps_per_generation=passes,
-        max_steps=1,
+        max_steps=iterations,
+        num_iterations=iterations,
+        epsilon=policy_module.CLIP_LOW,
+        epsilon_high=policy_module.CLIP_HIGH,
         max_grad_norm=0.0,
         loss_type="dapo",
         skip_zero_advantages=False,
@@ -64,7 +69,8 @@ def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes):
     plain = trainer._compute_loss
     trainer._compute_loss = lambda model, inputs: (batches.append(inputs), plain(model, inputs))[1]
     trainer.train()
-    assert len(batches) == passes
+    assert len(batches) == passes * iterations
+    del batches[passes:]
 
     prompts, answers, advantages, lengths = [], [], [], []
     for batch in batches:
@@ -86,7 +92,11 @@ def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes):
     rewards = tiny.has_digit_five(tiny.tokenizer().batch_decode(answers))
     mine = group_advantages(groups, rewards)
     np.testing.assert_allclose(mine, advantages, rtol=1e-5)
-    rows = policy.gradient(prompts, Rollouts(padded, torch.tensor(lengths)), torch.tensor(mine, dtype=torch.float32))
+    rollouts, weights = Rollouts(padded, torch.tensor(lengths)), torch.tensor(mine, dtype=torch.float32)
+    with torch.no_grad():
+        sampled_with = policy.log_probabilities(prompts, rollouts) if iterations > 1 else None
+    own.load_state_dict(gradients.weights)
+    rows = policy.gradient(prompts, rollouts, weights, sampled_with)
     assert rows == np.count_nonzero(advantages)
     largest = max(float(gradient.abs().max()) for gradient in gradients.found.values())
     for (name, _), gradient in zip(own.named_parameters(), policy.gradients, strict=True):

@@ -20,6 +20,9 @@ from torch.nn import functional
 CLIP = 1.0
 """Largest norm of a step's gradient."""
 
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+"""How far a token's probability may have moved from that at sampling before it loses its gradient."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
@@ -156,20 +159,47 @@ class Policy:
         logits = self._logits(context.cache, tokens, mask, positions, last=width)
         return -functional.cross_entropy(logits.transpose(1, 2), rollouts.tokens, reduction="none")
 
-    def update(self, prompts: Sequence[list[int]], rollouts: Rollouts, advantages: Tensor) -> int:
-        """Make one step along :meth:`gradient`, if there is one; arguments and result are its own."""
-        rows = self.gradient(prompts, rollouts, advantages)
-        if rows:
-            self.step()
-        return rows
+    def update(self, prompts: Sequence[list[int]], rollouts: Rollouts, advantages: Tensor, iterations: int = 1) -> int:
+        """Make one step along :meth:`gradient`, or several from the same rollouts, if there is one.
 
-    def gradient(self, prompts: Sequence[list[int]], rollouts: Rollouts, advantages: Tensor) -> int:
-        """Add a policy gradient to :attr:`gradients`: of minus the mean over all sampled tokens of advantage x log p.
+        Args:
+            prompts: as of :meth:`gradient`.
+            rollouts: sampled from this model as it is.
+            advantages: (R,) float32.
+            iterations: steps, TRL's ``num_iterations``.
+
+        Returns:
+            Rows that passed through the model in all steps; 0 if no row has an advantage.
+        """
+        passed, sampled_with = 0, None
+        if iterations > 1:
+            with torch.no_grad():
+                sampled_with = self.log_probabilities(prompts, rollouts)
+        for _ in range(iterations):
+            rows = self.gradient(prompts, rollouts, advantages, sampled_with)
+            if rows:
+                self.step()
+            passed += rows
+        return passed
+
+    def gradient(
+        self,
+        prompts: Sequence[list[int]],
+        rollouts: Rollouts,
+        advantages: Tensor,
+        sampled_with: Tensor | None = None,
+    ) -> int:
+        """Add a policy gradient to :attr:`gradients`: that of TRL's clipped loss, as a mean over all sampled tokens.
+
+        It is of minus advantage x r, where r is a token's probability over that at sampling; a token whose r has
+        moved out of [1 - ``CLIP_LOW``, 1 + ``CLIP_HIGH``] the way its advantage pushes it has none. For a model that
+        has not changed since sampling that is the gradient of minus advantage x log p.
 
         Args:
             prompts: (R,) token ids of each row's prompt.
-            rollouts: sampled from this model as it is.
+            rollouts: sampled from this model as it is, or as it was.
             advantages: (R,) float32.
+            sampled_with: (R, T) log-probabilities of the tokens when they were sampled; None for those they have now.
 
         Returns:
             Rows that passed through the model; 0 if no row has an advantage.
@@ -180,9 +210,12 @@ class Policy:
         chosen = (advantages.nonzero() if self.skip_rows else torch.ones_like(advantages).nonzero())[:, 0]
         self.model.train()
         for rows in chosen.split(self.rows_per_pass):
-            kept = rollouts.rows(rows)
+            kept, gain = rollouts.rows(rows), advantages[rows, None]
             logp = self.log_probabilities([prompts[row] for row in rows.tolist()], kept)
-            loss = -(advantages[rows, None] * logp * kept.sampled).sum() / rollouts.lengths.sum()
+            before = logp.detach() if sampled_with is None else sampled_with[rows, : logp.shape[1]]
+            ratio = ((logp - before) * kept.sampled).exp()
+            clipped = torch.minimum(gain * ratio, gain * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH))
+            loss = -(clipped * kept.sampled).sum() / rollouts.lengths.sum()
             loss.backward()
             self._collect()
         return chosen.numel()

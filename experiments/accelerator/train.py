@@ -29,7 +29,7 @@ from knapsack_rl.tasks.data import TaskData
 PARTS = ("generation", "scoring", "allocation", "update")
 """Parts of a step, in the order of tables."""
 
-OF_THE_LOOP = ("weighting", "advantage", "feature_columns")
+OF_THE_LOOP = ("weighting", "advantage", "feature_columns", "num_iterations")
 """Settings of an arm that are not those of the allocation."""
 
 
@@ -108,6 +108,11 @@ class Settings:
     def advantage(self) -> Advantage:
         """Divisor of the advantages under this arm."""
         return ARMS[self.arm].settings.get("advantage", "group-std")
+
+    @property
+    def num_iterations(self) -> int:
+        """Updates from the rollouts of a step under this arm."""
+        return ARMS[self.arm].settings.get("num_iterations", 1)
 
     @property
     def feature_columns(self) -> tuple[str, ...]:
@@ -294,7 +299,7 @@ class Trainer:
             if kept is not None:
                 prompts, trained = [prompts[row] for row in kept], sampled.rows(torch.as_tensor(kept))
                 advantages = advantages[kept]
-            self.rows_updated += self.policy.update(prompts, trained, advantages)
+            self.rows_updated += self.policy.update(prompts, trained, advantages, self.settings.num_iterations)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out accuracy of sampled and of greedy answers."""

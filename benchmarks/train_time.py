@@ -1,0 +1,71 @@
+"""Wall-clock time of ``knapsack-rl train`` as it is and as it was at an earlier commit, in turns.
+
+Whole processes with the defaults of each, threads included, without evaluations and saves. Needs an idle machine, a
+git checkout, and an environment that serves both versions.
+
+    python benchmarks/train_time.py ff73358^                 before rows without a gradient were left out
+    python benchmarks/train_time.py HEAD --rounds 5          two equal versions: the noise of the machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+
+
+def seconds_of(checkout: Path, steps: int, output: Path) -> float:
+    """Return the seconds of a run of the version in a checkout.
+
+    Args:
+        checkout: folder of the version.
+        steps: of training.
+        output: folder of the run, which must not exist.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed.
+    """
+    command = [sys.executable, "-m", "knapsack_rl", "train", "--steps", str(steps), "--eval-every", "0"]
+    command += ["--save-every", "0", "--output", str(output)]
+    place = {**os.environ, "PYTHONPATH": str(checkout / "src")}  # before what is installed
+    started = time.perf_counter()
+    subprocess.run(command, cwd=checkout, env=place, check=True, capture_output=True)  # noqa: S603 - a fixed command
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Print the times and their ratio."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n    ")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("commit", help="the earlier version, such as ff73358^")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each version (default: %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        before, git = Path(folder) / "before", ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", str(before), args.commit], check=True)  # noqa: S603
+        try:
+            versions = {"before": before, "now": ROOT}
+            taken: dict[str, list[float]] = {name: [] for name in versions}
+            for number, name in tqdm([(k, name) for k in range(args.rounds) for name in versions], unit="run"):
+                taken[name].append(seconds_of(versions[name], args.steps, Path(folder) / f"{name}-{number}"))
+        finally:
+            subprocess.run([*git, "remove", "--force", str(before)], check=True)  # noqa: S603
+    for name, found in taken.items():
+        print(f"{name:7s} {statistics.median(found):6.1f} s  {', '.join(f'{one:.1f}' for one in found)}")
+    ratios = [now / then for then, now in zip(taken["before"], taken["now"], strict=True)]
+    print(f"ratio   {statistics.median(ratios):6.2f}    {', '.join(f'{one:.2f}' for one in ratios)}")
+
+
+if __name__ == "__main__":
+    main()
