@@ -605,7 +605,7 @@ OTHER = {
     },
     **{"learning_rate": 1e-5, "updates_per_step": 2, "loss_type": "grpo", "clip_low": 0.1, "clip_high": 0.3},
     **{"kl_coefficient": 0.01, "temperature": 0.7, "max_completion_tokens": 5, "eval_every": 2, "eval_samples": 1},
-    **{"save_every": 3, "threads": 1, "report_to": "tensorboard"},
+    **{"save_every": 3, "threads": 1, "report_to": "tensorboard", "num_iterations": 3},
     **{"precision": "float32", "lora_rank": 4, "lora_alpha": 6, "rollouts_per_pass": 6, "gradient_checkpointing": "on"},
     **{"vllm": "server", "vllm_server": "http://localhost:8001", "vllm_memory": 0.5, "dataset_path": "copy"},
     **{"dataset_config": "main", "dataset_split": "test", "verifier": "number", "prompt_template": "Q: {prompt}"},

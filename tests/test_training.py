@@ -88,6 +88,7 @@ OUT_OF_RANGE = {
     "skip_zero_advantages": ["", "yes"],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
     "updates_per_step": [0, -1, 3, 1024],
+    "num_iterations": [0, -1],
     "loss_type": ["", "best"],
     "clip_low": [-0.1, *NO_NUMBERS],
     "clip_high": [-0.1, *NO_NUMBERS],
@@ -195,7 +196,7 @@ def all_settings(draw):
         **{name: st.floats(0, 1) for name in ("clip_low", "clip_high", "kl_coefficient")},
         **{name: st.integers(0, 10**6) for name in ("held_out_prompts", "max_completion_tokens", "eval_every")},
         **{name: st.integers(0, 2**31) for name in ("save_every", "threads", "seed")},
-        **{name: st.integers(1, 10**6) for name in ("steps", "eval_samples")},
+        **{name: st.integers(1, 10**6) for name in ("steps", "eval_samples", "num_iterations")},
         **{spec.name: st.sampled_from(spec.metadata["choices"]) for spec in FIELDS if spec.metadata["choices"]},
         "updates_per_step": st.sampled_from([k for k in range(1, 9) if middle * prompts % k == 0]),
         "train_prompts": st.integers(prompts, 10**6),
@@ -687,9 +688,9 @@ def test_the_same_seed_gives_the_same_metrics(trained, tmp_path):
     assert without_times(display.rows) == without_times(first.display.rows)
 
 
-@pytest.fixture
-def two_updates(trained, plain_reports):
-    return trained(allocation="knapsack", updates_per_step=2)
+@pytest.fixture(params=["updates_per_step", "num_iterations"])
+def two_updates(request, trained, plain_reports):
+    return trained(allocation="knapsack", **{request.param: 2})
 
 
 def test_several_updates_on_a_steps_rollouts_are_one_step(two_updates):
@@ -713,17 +714,22 @@ def test_a_folder_that_holds_a_run_is_refused(trained, capsys):
 @pytest.mark.usefixtures("plain_reports")
 @pytest.mark.parametrize(
     ("updates", "interrupt_at", "save_every"),
-    [(1, "loss 1", 2), (2, "loss 1", 0), (2, "evaluation 0", 0)],  # the last comes before the first of two updates
+    [
+        ({}, "loss 1", 2),
+        ({"updates_per_step": 2}, "loss 1", 0),
+        ({"updates_per_step": 2}, "evaluation 0", 0),  # before the first of two updates
+        ({"num_iterations": 2}, "loss 1", 0),
+    ],
 )
 def test_an_interrupted_run_continues_as_if_nothing_had_happened(trained, tmp_path, updates, interrupt_at, save_every):
-    straight = trained(allocation="knapsack", updates_per_step=updates)
+    straight = trained(allocation="knapsack", **updates)
     settings = dataclasses.replace(straight.settings, save_every=save_every)
     handler, display = signal.getsignal(signal.SIGINT), Watching(interrupt_at)
     outcome = train(settings, tmp_path, display)
     assert signal.getsignal(signal.SIGINT) is handler
     assert (outcome.finished, outcome.steps, display.stopped) == (False, 1, 1)
     assert not (tmp_path / "model").exists()
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{updates}"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{settings.updates}"]
     assert "unfinished" in outcome.report.read_text(encoding="utf-8")
 
     display = Watching()

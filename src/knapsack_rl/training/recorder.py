@@ -83,13 +83,13 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate the model at the start of a run."""
-        self._looks = self._looks_due(state.global_step // self.settings.updates_per_step)
+        self._looks = self._looks_due(state.global_step // self.settings.updates)
         if state.global_step == 0:
             self._evaluate(kwargs["model"], 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when due, and end a run that is complete."""
-        step, updates = divmod(state.global_step, self.settings.updates_per_step)
+        step, updates = divmod(state.global_step, self.settings.updates)
         if not updates:
             due, done = self._looks_due(step), all_done(self.settings, step, self.trainer.generated)
             if due > self._looks or done:
@@ -112,7 +112,7 @@ class Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the line of a step."""
         # A step of several updates gives one row, that of the update that generated.
-        step, updates = divmod(state.global_step - 1, self.settings.updates_per_step)
+        step, updates = divmod(state.global_step - 1, self.settings.updates)
         if logs and "loss" in logs and not updates:
             self._write(step + 1, {name: number for name, number in logs.items() if isinstance(number, (int, float))})
         if world_size() == 1:  # several processes agree only at the end of a step
@@ -120,7 +120,7 @@ class Recorder(TrainerCallback):
 
     def _stop_if_interrupted(self, state: Any, control: Any) -> None:
         # Only after a complete step: resuming between its updates would generate the step again.
-        if self.interrupted and state.global_step and state.global_step % self.settings.updates_per_step == 0:
+        if self.interrupted and state.global_step and state.global_step % self.settings.updates == 0:
             control.should_save = control.should_training_stop = True
 
     def _evaluate(self, model: Any, step: int) -> None:

@@ -132,7 +132,7 @@ def _train(
     task = load_task(settings)
     # A run may have been stopped after its last checkpoint and before its end.
     trained = checkpoint is not None and all_done(
-        settings, steps_of(checkpoint) // settings.updates_per_step, Generated.load(checkpoint)
+        settings, steps_of(checkpoint) // settings.updates, Generated.load(checkpoint)
     )
     tokenizer = load_tokenizer(settings)
     task = for_tokenizer(task, tokenizer, settings.chat)
@@ -156,7 +156,7 @@ def _train(
         trainer.state.global_step = steps_of(checkpoint)
     else:
         _run(trainer, recorder, display, checkpoint)
-    steps = trainer.state.global_step // settings.updates_per_step
+    steps = trainer.state.global_step // settings.updates
     finished = all_done(settings, steps, trainer.generated)
     if finished:
         trainer.save_model(str(folder / MODEL_FOLDER))
@@ -169,7 +169,7 @@ def _train(
 
 def _run(trainer: KnapsackGRPOTrainer, recorder: Recorder, display: Display, checkpoint: Path | None) -> None:
     with _graceful_interrupt(recorder):
-        done = steps_of(checkpoint) // recorder.settings.updates_per_step if checkpoint else 0
+        done = steps_of(checkpoint) // recorder.settings.updates if checkpoint else 0
         display.start(recorder.settings, done)
         try:
             with quiet_about_tied_weights(trainer.model if checkpoint else None):
@@ -193,7 +193,8 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         log_samples=SAMPLED_PROMPTS,
         num_generations=settings.rollouts_per_prompt,
         **batch_arguments(settings),
-        max_steps=settings.steps * settings.updates_per_step,
+        num_iterations=settings.num_iterations,
+        max_steps=settings.steps * settings.updates,
         max_completion_length=task.max_completion_tokens,
         temperature=settings.temperature,
         learning_rate=settings.learning_rate,
@@ -206,7 +207,7 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         seed=settings.seed,
         logging_steps=1,
         save_strategy="steps" if settings.save_every else "no",
-        save_steps=max(settings.save_every, 1) * settings.updates_per_step,
+        save_steps=max(settings.save_every, 1) * settings.updates,
         save_total_limit=2,
         report_to=settings.report_to,
         disable_tqdm=True,

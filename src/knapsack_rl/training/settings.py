@@ -89,7 +89,8 @@ class TrainSettings(AllocationSettings):
         ("auto", "on", "off"),
     )
     learning_rate: float = option(6e-4, "learning rate of AdamW, constant")
-    updates_per_step: int = option(1, "optimizer updates on each step's rollouts")
+    updates_per_step: int = option(1, "parts into which a step's rollouts are split, an optimizer update each")
+    num_iterations: int = option(1, "times that each step's rollouts are trained on, by a clipped ratio")
     loss_type: str = option("dapo", "TRL's loss_type; dapo is the token mean", ("dapo", "grpo", "dr_grpo", "bnpo"))
     clip_low: float = option(0.2, "lower clip range of the ratio")
     clip_high: float = option(0.28, "upper clip range of the ratio")
@@ -112,9 +113,9 @@ class TrainSettings(AllocationSettings):
         self.check_allocation(self.rollouts_per_prompt)
         at_least = {
             "rollouts_per_prompt": 2, "prompts_per_step": 1, "steps": 1, "seed": 0, "train_prompts": 1,
-            "held_out_prompts": 0, "rollout_limit": 0, "replay": 0, "updates_per_step": 1, "max_completion_tokens": 0,
+            "held_out_prompts": 0, "rollout_limit": 0, "replay": 0, "updates_per_step": 1, "num_iterations": 1,
             "eval_every": 0, "eval_samples": 1, "save_every": 0, "threads": 0, "lora_rank": 0, "lora_alpha": 0,
-            "rollouts_per_pass": 0,
+            "rollouts_per_pass": 0, "max_completion_tokens": 0,
         }  # fmt: skip
         for name, minimum in at_least.items():
             if getattr(self, name) < minimum:
@@ -156,6 +157,11 @@ class TrainSettings(AllocationSettings):
     def budget(self) -> int:
         """Rollouts of a step."""
         return self.prompts_per_step * self.rollouts_per_prompt
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of a step."""
+        return self.updates_per_step * self.num_iterations
 
     @property
     def label(self) -> str:
