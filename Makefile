@@ -5,6 +5,9 @@ VENV ?= .venv
 VERL_VENV ?= .venv-verl
 TRL_VENV ?= .venv-trl
 ENGINES_VENV ?= .venv-engines
+TINKER_VENV ?= .venv-tinker
+# SkyRL's Tinker server needs 3.12.
+TINKER_PYTHON ?= python3.12
 MINIMAL_VENV ?= .venv-minimal
 PYTHON_VENV ?= .venv-python
 # The CPU build where your package index offers one; set TORCH to what your accelerator wants.
@@ -12,7 +15,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train compare evidence test test-slow test-trl-range test-verl test-engines test-minimal test-python package check format bench conformance fuzz kill docs base-model clean
+.PHONY: help train compare evidence test test-slow test-trl-range test-verl test-engines test-tinker test-minimal test-python package check format bench conformance fuzz kill docs base-model clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,6 +96,21 @@ $(ENGINES_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --ignore-requires-python --dest .wheels skyrl
 	touch $@
 
+test-tinker: $(TINKER_VENV)/.installed  ## train with tinker-cookbook on SkyRL's Tinker server, on the CPU (minutes, own environment)
+	$(TINKER_VENV)/bin/python -m pip list --disable-pip-version-check | grep -E "^(skyrl|tinker|tinker.cookbook|jax) "
+	$(TINKER_VENV)/bin/python -m pytest tests/test_tinker_server.py -v -rs -W ignore -p no:cacheprovider
+
+# SkyRL 0.4 takes tinker before 0.26, and tinker-cookbook 0.5.7 is the newest that does; without its dependencies, for the
+# releases of transformers that the two take exclude each other. aiohttp and uv are what SkyRL uses but does not declare.
+$(TINKER_VENV)/.installed: pyproject.toml
+	$(TINKER_PYTHON) -m venv $(TINKER_VENV)
+	$(TINKER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(TINKER_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(TINKER_VENV)/bin/python -m pip install --quiet --editable . --group test "skyrl[tinker,jax]==0.4.*" aiohttp uv \
+		chz blobfile cloudpickle termcolor tiktoken
+	$(TINKER_VENV)/bin/python -m pip install --quiet --no-deps tinker-cookbook==0.5.7
+	touch $@
+
 test-minimal: $(MINIMAL_VENV)/.installed  ## test the library with the oldest versions it declares (own environment)
 	$(MINIMAL_VENV)/bin/python -m pytest -p no:cacheprovider $(CORE_TESTS)
 	$(MINIMAL_VENV)/bin/python -m pytest -p no:cacheprovider -m "not slow" -W ignore::DeprecationWarning $(EXTRAS_TESTS)
@@ -166,4 +184,4 @@ base-model: $(INSTALLED)  ## pre-train the shipped base model again
 	$(BIN)/python scripts/pretrain_base.py
 
 clean:  ## remove the environment and build products
-	rm -rf $(VENV) $(TRL_VENV)-oldest $(TRL_VENV)-newest $(VERL_VENV) $(ENGINES_VENV) .wheels $(MINIMAL_VENV) $(PYTHON_VENV) build dist site *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(TRL_VENV)-oldest $(TRL_VENV)-newest $(VERL_VENV) $(ENGINES_VENV) $(TINKER_VENV) .wheels $(MINIMAL_VENV) $(PYTHON_VENV) build dist site *.egg-info src/*.egg-info
