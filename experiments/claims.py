@@ -286,8 +286,17 @@ TRAINING: dict[str, Training] = {
         },
     ),
     "headline-trl": Training(
-        arms=("uniform", "recommended-trl", "posterior-trl"),
+        arms=("uniform", "recommended-trl", "posterior-trl", "posterior-trl-twice", "uniform-trl-twice"),
         claims=(
+            cheaper("posterior-trl-twice", "uniform",
+                    "With two updates a step it needs at most half the rollouts of uniform N with one"),
+            better("posterior-trl-twice", "uniform", "With two updates a step it ends above uniform N with one",
+                   on_the_way=True),
+            better("posterior-trl-twice", "uniform-trl-twice",
+                   "With two updates a step it ends above uniform N with two", on_the_way=True),
+            better("posterior-trl-twice", "posterior-trl", "Two updates a step help the recommended setting",
+                   on_the_way=True),
+            better("uniform-trl-twice", "uniform", "Two updates a step help uniform N", on_the_way=True),
             cheaper("posterior-trl", "uniform",
                     "The recommended setting needs at most half the rollouts of uniform N for its final accuracy"),
             better("posterior-trl", "uniform", "The recommended setting ends above uniform N", on_the_way=True),

@@ -95,6 +95,8 @@ BY_GRADE = {"feature_columns": "grade"}
 EXPECTED = {"advantage": "posterior-mean"}
 RECOMMENDED = {**EXPECTED, "value": "likelihood-0.5"}
 TWICE = {"num_iterations": 2}
+SLOWER = {"learning_rate": 4e-4}
+"""On TRL, where arms do not choose their rate: that of the lab for uniform allocation with two updates, on addition."""
 
 ARMS: dict[str, Arm] = {
     "uniform": Arm("uniform N", {"allocation": "uniform"}),
@@ -148,6 +150,10 @@ ARMS: dict[str, Arm] = {
     ),
     "recommended-trl": Arm("knapsack, 128 × 4, group mean, on TRL", {**MATCHED, "feature_columns": "digits"}, wider=2),
     "posterior-trl": Arm("recommended, on TRL", {**RECOMMENDED, "feature_columns": "digits"}, wider=2),
+    "posterior-trl-twice": Arm(
+        "recommended, two updates, on TRL", {**RECOMMENDED, "feature_columns": "digits", **TWICE, **SLOWER}, wider=2
+    ),
+    "uniform-trl-twice": Arm("uniform N, two updates, on TRL", {"allocation": "uniform", **TWICE, **SLOWER}),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),
     "known-matched": Arm("knapsack, 64 × 8, group mean, rates known", MATCHED, rule="known"),
     "value-nonzero": Arm("Bayes filter, value: chance of a gradient", {"value": "nonzero-gradient"}),
