@@ -18,11 +18,12 @@ from experiments.extract import extract
 from knapsack_rl.training.compare import Run, execute
 from knapsack_rl.training.settings import TrainSettings, settings_from
 
-FULL = TrainSettings(threads=1, prompts_per_step=64, rollouts_per_prompt=8, advantage="group-std", feature_columns="")
+BEFORE: dict[str, Any] = {"advantage": "group-std", "feature_columns": "", "num_iterations": 1}
+"""Settings of rows that do not name them, and of arms that do not: the defaults have changed since."""
+
+FULL = TrainSettings(threads=1, prompts_per_step=64, rollouts_per_prompt=8, **BEFORE)
 QUICK = TrainSettings(
     threads=1,
-    advantage="group-std",
-    feature_columns="",
     steps=3,
     prompts_per_step=8,
     rollouts_per_prompt=4,
@@ -32,11 +33,8 @@ QUICK = TrainSettings(
     eval_every=1,
     eval_samples=1,
     save_every=0,
+    **BEFORE,
 )
-
-
-BEFORE = {"advantage": "group-std", "feature_columns": ""}
-"""Settings of rows that do not name them, where the default has changed since."""
 
 
 class UnfinishedRunsError(RuntimeError):
@@ -135,13 +133,13 @@ ARMS: dict[str, Arm] = {
     "recommended": Arm("knapsack, 64 × 8, group mean", {**MATCHED, **BY_GRADE}),
     "uniform-mean-wide": Arm("uniform, 128 × 4, group mean", {"allocation": "uniform", **OVER_MEAN}, wider=2),
     "recommended-wide": Arm("knapsack, 128 × 4, group mean", {**MATCHED, **BY_GRADE}, wider=2),
-    "recommended-posterior": Arm("recommended", {**RECOMMENDED, **BY_GRADE}, wider=2),
-    "recommended-plain": Arm("recommended, no columns", RECOMMENDED, wider=2),
+    "recommended-posterior": Arm("recommended, one update", {**RECOMMENDED, **BY_GRADE}, wider=2),
+    "recommended-plain": Arm("recommended, one update, no columns", RECOMMENDED, wider=2),
     "uniform-posterior": Arm("uniform N, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}),
     "uniform-posterior-wide": Arm(
         "uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}, wider=2
     ),
-    "recommended-twice": Arm("recommended, two updates", {**RECOMMENDED, **BY_GRADE, **TWICE}, wider=2),
+    "recommended-twice": Arm("recommended", {**RECOMMENDED, **BY_GRADE, **TWICE}, wider=2),
     "uniform-twice": Arm("uniform N, two updates", {"allocation": "uniform", **TWICE}),
     "uniform-posterior-wide-twice": Arm(
         "uniform, 128 × 4, posterior mean, two updates",
@@ -149,9 +147,9 @@ ARMS: dict[str, Arm] = {
         wider=2,
     ),
     "recommended-trl": Arm("knapsack, 128 × 4, group mean, on TRL", {**MATCHED, "feature_columns": "digits"}, wider=2),
-    "posterior-trl": Arm("recommended, on TRL", {**RECOMMENDED, "feature_columns": "digits"}, wider=2),
+    "posterior-trl": Arm("recommended, one update, on TRL", {**RECOMMENDED, "feature_columns": "digits"}, wider=2),
     "posterior-trl-twice": Arm(
-        "recommended, two updates, on TRL", {**RECOMMENDED, "feature_columns": "digits", **TWICE, **SLOWER}, wider=2
+        "recommended, on TRL", {**RECOMMENDED, "feature_columns": "digits", **TWICE, **SLOWER}, wider=2
     ),
     "uniform-trl-twice": Arm("uniform N, two updates, on TRL", {"allocation": "uniform", **TWICE, **SLOWER}),
     "shared": Arm("Bayes filter, knowledge shared by grade", BY_GRADE),

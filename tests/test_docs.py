@@ -301,7 +301,7 @@ def test_the_defaults_of_a_training_run_are_documented():
     )
     defaults = TrainSettings()
     assert table["prompts per step × rollouts"] == f"{defaults.prompts_per_step} × {defaults.rollouts_per_prompt}"
-    assert int(table["updates per step"]) == defaults.updates_per_step
+    assert int(table["updates per step"].split()[0]) == defaults.updates
     assert int(table["steps"]) == defaults.steps
     assert float(table["learning rate"].split(",")[0]) == defaults.learning_rate
     assert table["clip range"] == f"{defaults.clip_low} / {defaults.clip_high}"

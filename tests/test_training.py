@@ -519,7 +519,7 @@ TIMES = {"seconds", "training_seconds", "step_time", *(f"knapsack/{part}_seconds
 def settings_of(**changes):
     return TrainSettings(
         **{"prompts_per_step": 4, "rollouts_per_prompt": 4, "train_prompts": 8, "held_out_prompts": 8, "steps": 3}
-        | {"eval_every": 2, "save_every": 2, "eval_samples": 2, "threads": 1}
+        | {"eval_every": 2, "save_every": 2, "eval_samples": 2, "threads": 1, "num_iterations": 1}
         | changes
     )
 

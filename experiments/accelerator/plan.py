@@ -195,7 +195,7 @@ def _savings(folder: Path) -> str:
 
     lab, small = (select(catalogue.read(name, folder), part="training") for name in ("lab-headline", "accelerator"))
     recorded = [
-        (f"recommended setting, tiny model on {bed}", _ratio(_on(bed, lab), "recommended-posterior"))
+        (f"recommended setting, tiny model on {bed}", _ratio(_on(bed, lab), "recommended-twice"))
         for bed in ("skills", "addition")
     ]
     recorded.append(("first default, SmolLM2-135M on sums", _ratio(small, "knapsack")))

@@ -90,7 +90,7 @@ class TrainSettings(AllocationSettings):
     )
     learning_rate: float = option(6e-4, "learning rate of AdamW, constant")
     updates_per_step: int = option(1, "parts into which a step's rollouts are split, an optimizer update each")
-    num_iterations: int = option(1, "times that each step's rollouts are trained on, by a clipped ratio")
+    num_iterations: int = option(2, "times that each step's rollouts are trained on, by a clipped ratio")
     loss_type: str = option("dapo", "TRL's loss_type; dapo is the token mean", ("dapo", "grpo", "dr_grpo", "bnpo"))
     clip_low: float = option(0.2, "lower clip range of the ratio")
     clip_high: float = option(0.28, "upper clip range of the ratio")
