@@ -50,7 +50,7 @@ def test_the_tables_use_the_ratios_on_record(capsys):
     lab, small = (
         catalogue.load(name).figures(catalogue.read(name, EVIDENCE)) for name in ("lab-headline", "accelerator")
     )
-    skills = lab("skills: recommended-posterior / uniform, rollouts")
+    skills = lab("skills: recommended-twice / uniform, rollouts")
     assert cell["| recommended setting, tiny model on skills"] == skills
     assert cell["| first default, SmolLM2-135M on sums"] == small("knapsack / uniform, rollouts")
     assert len(tables["cost"].splitlines()) == 2 + len(plan.MODELS) * len(plan.ACCELERATORS)

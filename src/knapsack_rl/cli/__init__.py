@@ -37,8 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Read by OpenMP when torch is imported, later. A torch thread that waits for another would otherwise keep its core
-    # busy; where other processes need the cores, a step of a small model then takes many times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # busy; where other processes need the cores, a step of a small model then takes many times as long. GNU's OpenMP
+    # takes the second in place of the first: the waits of a step are mostly shorter than these rounds, so that on idle
+    # cores little is lost to falling asleep.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
     if not arguments:
