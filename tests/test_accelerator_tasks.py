@@ -206,7 +206,7 @@ def test_later_rows_have_tables_and_claims_of_their_own(model, tmp_path):
         assert tables["accuracy"] == ACCELERATOR.tables(record)["accuracy"]
         assert "| `x` | 25.0 % | 1, 2 |" in tables["probes"]
         assert (tables["later"] == NOTHING) == (seed == 0)  # one seed is too few
-    assert "recommended, no columns" in tables["later"]
+    assert "recommended, one update, no columns" in tables["later"]
     found = ACCELERATOR.findings([*record, *rows])
     assert found[:-4] == ACCELERATOR.findings(record)
     assert all("recommended setting" in claim.claim and "sums" in claim.claim for claim in found[-4:])

@@ -43,9 +43,9 @@ class Watched(LabTrainer):
         self.outcome, self.seen, self.generated, self.answers, self.updates = outcome, Counter(), [], [], []
         plain = self.policy.update
 
-        def update(prompts, rollouts, advantages):
+        def update(prompts, rollouts, advantages, iterations):
             self.updates.append((prompts, rollouts, advantages))
-            return plain(prompts, rollouts, advantages)
+            return plain(prompts, rollouts, advantages, iterations)
 
         self.policy.update = update
 
