@@ -103,6 +103,23 @@ def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes, iterations):
         torch.testing.assert_close(gradient, gradients.found[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
+def test_two_updates_from_the_same_rollouts_keep_the_probabilities_at_sampling():
+    """In passes of two rows, of which a third has no advantage."""
+    trainers = [LabTrainer(replace(QUICK, arm="uniform", rows_per_pass=2), base_model_path(), "cpu") for _ in "ab"]
+    rows = list(trainers[0].data.train)[:6]
+    prompts = trainers[0].tokens_of(rows)
+    rollouts, advantages = trainers[0].policy.sample(prompts), torch.tensor([5.0, 0.0, -3.0, 1.0, 0.0, 2.0])
+    assert trainers[0].policy.update(prompts, rollouts, advantages, 2) == 8
+    own = trainers[1].policy
+    with torch.no_grad():
+        sampled_with = own.log_probabilities(prompts, rollouts)
+    for _ in range(2):
+        assert own.gradient(prompts, rollouts, advantages, sampled_with) == 4
+        own.step()
+    for one, other in zip(*(trainer.policy.model.parameters() for trainer in trainers), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
 # -- The beds ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ advantage have no gradient and are left out of the update.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -173,13 +173,16 @@ class Policy:
         """
         passed, sampled_with = 0, None
         if iterations > 1:
+            sampled_with = torch.zeros(rollouts.tokens.shape, device=self.device)
             with torch.no_grad():
-                sampled_with = self.log_probabilities(prompts, rollouts)
+                for rows, kept in self._passes(rollouts, advantages):
+                    logp = self.log_probabilities([prompts[row] for row in rows.tolist()], kept)
+                    sampled_with[rows, : logp.shape[1]] = logp
         for _ in range(iterations):
-            rows = self.gradient(prompts, rollouts, advantages, sampled_with)
-            if rows:
+            trained = self.gradient(prompts, rollouts, advantages, sampled_with)
+            if trained:
                 self.step()
-            passed += rows
+            passed += trained
         return passed
 
     def gradient(
@@ -199,18 +202,16 @@ class Policy:
             prompts: (R,) token ids of each row's prompt.
             rollouts: sampled from this model as it is, or as it was.
             advantages: (R,) float32.
-            sampled_with: (R, T) log-probabilities of the tokens when they were sampled; None for those they have now.
+            sampled_with: (R, T) log-probabilities of the tokens when they were sampled, at least of the rows that pass;
+                None for those they have now.
 
         Returns:
             Rows that passed through the model; 0 if no row has an advantage.
         """
-        advantages = advantages.to(self.device)
-        if not bool((advantages != 0).any()):
-            return 0
-        chosen = (advantages.nonzero() if self.skip_rows else torch.ones_like(advantages).nonzero())[:, 0]
+        advantages, passed = advantages.to(self.device), 0
         self.model.train()
-        for rows in chosen.split(self.rows_per_pass):
-            kept, gain = rollouts.rows(rows), advantages[rows, None]
+        for rows, kept in self._passes(rollouts, advantages):
+            gain = advantages[rows, None]
             logp = self.log_probabilities([prompts[row] for row in rows.tolist()], kept)
             before = logp.detach() if sampled_with is None else sampled_with[rows, : logp.shape[1]]
             ratio = ((logp - before) * kept.sampled).exp()
@@ -218,7 +219,18 @@ class Policy:
             loss = -(clipped * kept.sampled).sum() / rollouts.lengths.sum()
             loss.backward()
             self._collect()
-        return chosen.numel()
+            passed += rows.numel()
+        return passed
+
+    def _passes(self, rollouts: Rollouts, advantages: Tensor) -> Iterator[tuple[Tensor, Rollouts]]:
+        """Rows of the update by position, and their rollouts, as many at a time as may be in memory.
+
+        Nothing if no row has an advantage.
+        """
+        if bool((advantages != 0).any()):
+            chosen = (advantages if self.skip_rows else torch.ones_like(advantages)).nonzero()[:, 0]
+            for rows in chosen.to(self.device).split(self.rows_per_pass):
+                yield rows, rollouts.rows(rows)
 
     @property
     def gradients(self) -> list[Tensor | None]:
