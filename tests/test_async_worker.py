@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate import PartialState
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -125,6 +125,7 @@ def counts_of(hand: Hand, windows: int, prompts: int) -> list[dict[int, int]]:
     seed=st.integers(0, 2**32 - 1),
     lost=st.sampled_from([0.0, 0.1]),
 )
+@example(prompts=6, window=4, inflight=2, seed=13882369, lost=0.1)  # the last rollout drawn was complete before others
 def test_budgets_are_exact_and_outcomes_observed_however_they_arrive(
     tmp_path_factory, prompts, window, inflight, seed, lost
 ):
@@ -135,9 +136,11 @@ def test_budgets_are_exact_and_outcomes_observed_however_they_arrive(
     done: dict[int, list[bool]] = defaultdict(list)  # by number of the group, as this test numbers them
     sizes: list[tuple[int, int]] = []  # prompt, rollouts drawn
     group_of: dict[int, int] = {}
-    for _ in range(30 * MEAN):
+    while True:
         drawn = hand.draw()
         if not sizes or sizes[-1][0] != drawn[1]:
+            if len(group_of) >= 30 * MEAN:
+                break  # every group so far has been drawn to its end
             sizes.append((drawn[1], 0))
         sizes[-1] = drawn[1], sizes[-1][1] + 1
         group_of[drawn[0]] = len(sizes) - 1
@@ -148,14 +151,14 @@ def test_budgets_are_exact_and_outcomes_observed_however_they_arrive(
             if dice.random() >= lost:  # a lost rollout leaves its group incomplete
                 done[group_of[one[0]]].append(hand.complete(one, version=int(dice.integers(3))))
     # Windows: consecutive prompts, cut at `window` of them or where the data set starts again.
-    position, whole = 0, sizes[:-1]
+    position = 0
     length = window if window < prompts else prompts
-    while position + length <= len(whole):
-        names = [prompt for prompt, _ in whole[position : position + length]]
+    while position + length <= len(sizes):
+        names = [prompt for prompt, _ in sizes[position : position + length]]
         if len(set(names)) < length:
             break  # the window ended at a repeat before it was full; checked for aligned sizes below
-        assert sum(size for _, size in whole[position : position + length]) == MEAN * length
-        assert min(size for _, size in whole) >= 2
+        assert sum(size for _, size in sizes[position : position + length]) == MEAN * length
+        assert min(size for _, size in sizes) >= 2
         position += length
     assert [prompt for prompt, _ in sizes] == [k % prompts for k in range(len(sizes))]
     # Every complete group is observed once, at the next window; the others are not.
