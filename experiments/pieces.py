@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,29 @@ def _finished(pieces: Sequence[Piece], workers: int) -> Iterator[tuple[Piece, li
         for piece in pieces:
             yield piece, piece.work(*piece.arguments)
         return
-    with (
-        one_thread_each(),
-        ProcessPoolExecutor(min(workers, len(pieces)), get_context("spawn")) as pool,
-    ):
+    with one_thread_each(), processes(min(workers, len(pieces))) as pool:
         running = {pool.submit(piece.work, *piece.arguments): piece for piece in pieces}
         try:
             for future in as_completed(running):
                 yield running[future], future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def processes(workers: int) -> ProcessPoolExecutor:
+    """Processes side by side that end with this one, however it ends: those of Python would work on without it."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

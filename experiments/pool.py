@@ -134,12 +134,12 @@ ARMS: dict[str, Arm] = {
     "uniform-mean-wide": Arm("uniform, 128 × 4, group mean", {"allocation": "uniform", **OVER_MEAN}, wider=2),
     "recommended-wide": Arm("knapsack, 128 × 4, group mean", {**MATCHED, **BY_GRADE}, wider=2),
     "recommended-posterior": Arm("recommended, one update", {**RECOMMENDED, **BY_GRADE}, wider=2),
-    "recommended-plain": Arm("recommended, one update, no columns", RECOMMENDED, wider=2),
     "uniform-posterior": Arm("uniform N, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}),
     "uniform-posterior-wide": Arm(
         "uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}, wider=2
     ),
     "recommended-twice": Arm("recommended", {**RECOMMENDED, **BY_GRADE, **TWICE}, wider=2),
+    "recommended-plain-twice": Arm("recommended, no columns", {**RECOMMENDED, **TWICE}, wider=2),
     "uniform-twice": Arm("uniform N, two updates", {"allocation": "uniform", **TWICE}),
     "uniform-posterior-wide-twice": Arm(
         "uniform, 128 × 4, posterior mean, two updates",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from experiments.contract import Row, select
-from experiments.pieces import one_thread_each
+from experiments.pieces import one_thread_each, processes
 from knapsack_rl.runs.files import append_row
 
 MARGIN = 1.15
@@ -108,4 +107,4 @@ def _pool(workers: int) -> Executor:
     """Processes side by side; a single worker is in this process."""
     if workers == 1:
         return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    return processes(workers)

@@ -157,7 +157,7 @@ def test_the_dry_run_measures_every_piece_and_nothing_twice(tmp_path, capsys):
     arguments = ["--quick", "--rows", str(file), "--workers", "1"]
     assert command.main(arguments) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["part"] for row in rows] == ["throughput"] * 4 + ["tuning"] * 2 + ["training"] * 5
+    assert [row["part"] for row in rows] == ["throughput"] * 4 + ["tuning"] * 4 + ["training"] * 5
     for row in rows:
         assert row["machine"]["device"] == "CPU"
         assert {"torch", "transformers", "knapsack_rl", "date"} <= set(row["machine"])
@@ -171,7 +171,7 @@ def test_the_dry_run_measures_every_piece_and_nothing_twice(tmp_path, capsys):
         assert row["finished"]
         mixed = round(sum(r * 8 * mean for r in row["series"]["rollout_ratio"]))
         # Against what is expected, groups of equal outcomes have a gradient too.
-        assert row["rows_updated"] == mixed or (row["arm"] == "recommended-plain" and row["rows_updated"] > mixed)
+        assert row["rows_updated"] == mixed or (row["arm"] == "recommended-plain-twice" and row["rows_updated"] > mixed)
     assert [row["arm"] for row in rows[-5:]] == list(command.ARMS)
     shared, all_rows = rows[3], rows[0]
     assert (all_rows["rows_updated"], shared["settings"]["share_prefix"]) == (1.0, True)
@@ -186,7 +186,7 @@ def test_what_does_not_fit_into_the_time_is_left(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     assert command.main(["--quick", "--rows", str(file), "--workers", "1", "--seconds", "0"]) == 1
     assert not file.exists()
-    assert capsys.readouterr().out == "11 pieces left\n"
+    assert capsys.readouterr().out == "13 pieces left\n"
     row = train.train(train.QUICK, None, "cpu", until=0.0)
     assert (row["finished"], row["steps"]) == (False, 1)
 
@@ -244,23 +244,36 @@ def fails_with_seed_1(settings):
 
 def test_the_plan_has_whole_seeds_first_and_tunes_on_another():
     plan = command.Plan()
-    runs = plan.training(2e-5)
+    tuned = [
+        run_row(run.arm, run.learning_rate, run.learning_rate * (3e-5 - run.learning_rate)) for run in plan.tuning()
+    ]
+    runs = plan.training(tuned)
     assert [(run.seed, run.arm) for run in runs[: len(command.ARMS) + 1]] == [(0, arm) for arm in command.ARMS] + [
         (1, "uniform")
     ]
     assert {run.mean for run in runs if run.arm == "uniform-2n"} == {16}
     assert {run.seed for run in plan.tuning()}.isdisjoint(plan.seeds)
-    assert {run.arm for run in plan.tuning()} == {"uniform"}
+    assert [(run.arm, run.learning_rate) for run in plan.tuning()] == [
+        (arm, rate) for arm in ("uniform", "recommended-plain-twice") for rate in command.LEARNING_RATES
+    ]
     assert len(plan.throughput()) == len(set(plan.throughput())) == 5
     assert {run.learning_rate for run in plan.throughput()} == {0.0}
 
 
+def run_row(arm, rate, *accuracy):
+    rollouts = [*range(1 + len(accuracy))]
+    evaluations = {"rollouts": rollouts, "accuracy": [0.1, *accuracy]}
+    return {"arm": arm, "settings": {"learning_rate": rate}, "evaluations": evaluations}
+
+
 def test_the_learning_rate_is_the_one_that_was_best_on_the_way():
-    rows = [
-        {"settings": {"learning_rate": rate}, "evaluations": {"rollouts": [0, 1, 2], "accuracy": accuracy}}
-        for rate, accuracy in ((1e-5, [0.1, 0.2, 0.5]), (2e-5, [0.1, 0.5, 0.4]), (4e-5, [0.1, 0.2, 0.1]))
-    ]
-    assert command.chosen_rate(rows) == 2e-5
+    uniform = {1e-5: (0.2, 0.5), 2e-5: (0.5, 0.4), 4e-5: (0.2, 0.1)}
+    rows = [run_row("uniform", rate, *accuracy) for rate, accuracy in uniform.items()]
+    last = [run_row("recommended-plain-twice", rate, value, value) for rate, value in ((1e-5, 0.6), (2e-5, 0.2))]
+    assert command.chosen_rate(rows + last) == 2e-5
+    assert command.chosen_rate(rows + last, "recommended-plain-twice") == 1e-5
+    rates = {run.arm: run.learning_rate for run in command.Plan(learning_rates=(1e-5, 2e-5)).training(rows + last)}
+    assert rates == dict.fromkeys(command.ARMS, 2e-5) | {"recommended-plain-twice": 1e-5}
 
 
 def test_bad_arguments_are_named(tmp_path, capsys):

@@ -126,13 +126,14 @@ def test_tasks_are_trained_on_by_the_success_rate_of_the_base():
 
 def test_the_recommended_setting_is_an_arm_of_every_task():
     assert {task: plan.arms[-1] for task, plan in PLANS.items()} == {
-        "sums": "recommended-plain",
-        "gsm8k": "recommended-plain",
-        "reasoning-gym": "recommended-posterior",
+        "sums": "recommended-plain-twice",
+        "gsm8k": "recommended-plain-twice",
+        "reasoning-gym": "recommended-twice",
     }
     for plan in PLANS.values():
         assert {"uniform", "uniform-2n", "paper"} < set(plan.arms)
         assert ARMS[plan.arms[-1]].settings["advantage"] == "posterior-mean"
+        assert ARMS[plan.arms[-1]].settings["num_iterations"] == 2
         assert plan.base.steps >= 200
         assert (plan.base.prompts_per_step, plan.base.rollouts_per_prompt) == (64, 8)
 
@@ -183,7 +184,7 @@ def test_the_dry_run_of_a_task_measures_every_piece(task, model, tmp_path, monke
     plan = quick(PLANS[task])
     assert status == 0
     assert Counter(row["part"] for row in rows) == {
-        "probe": len(plan.candidates), "later throughput": 4, "later tuning": 2, "later training": 4}  # fmt: skip
+        "probe": len(plan.candidates), "later throughput": 4, "later tuning": 4, "later training": 4}  # fmt: skip
     training = select(rows, part="later training")
     assert [row["arm"] for row in training] == list(PLANS[task].arms)
     assert all(row["finished"] and row["steps"] == 2 for row in training)
@@ -206,7 +207,7 @@ def test_later_rows_have_tables_and_claims_of_their_own(model, tmp_path):
         assert tables["accuracy"] == ACCELERATOR.tables(record)["accuracy"]
         assert "| `x` | 25.0 % | 1, 2 |" in tables["probes"]
         assert (tables["later"] == NOTHING) == (seed == 0)  # one seed is too few
-    assert "recommended, one update, no columns" in tables["later"]
+    assert "recommended, no columns" in tables["later"]
     found = ACCELERATOR.findings([*record, *rows])
     assert found[:-4] == ACCELERATOR.findings(record)
     assert all("recommended setting" in claim.claim and "sums" in claim.claim for claim in found[-4:])

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,9 @@ class Training:
     def wait(self):
         self.returncode = 0
 
+    def terminate(self):
+        self.terminated = True
+
 
 @pytest.fixture
 def processes(monkeypatch):
@@ -270,6 +274,19 @@ def test_an_interruption_waits_for_the_processes(tmp_path, processes):
     with pytest.raises(KeyboardInterrupt):
         execute(plan(SMALL, POLICIES, [0], tmp_path), jobs=3, progress=Interrupting())
     assert [process.returncode for process in processes] == [0, 0, 0]
+    assert not any(hasattr(process, "terminated") for process in processes)  # Ctrl-C has reached them already
+
+
+def test_a_termination_is_passed_on_and_waits_for_the_processes(tmp_path, processes):
+    class Terminating(Noted):
+        def advanced(self, running):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan(SMALL, POLICIES, [0], tmp_path), jobs=3, progress=Terminating())
+    assert [(process.terminated, process.returncode) for process in processes] == [(True, 0)] * 3
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_folder_with_other_settings_is_refused_before_anything_starts(tmp_path, processes):

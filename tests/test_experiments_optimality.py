@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +144,32 @@ def test_pieces_are_done_again_for_other_arguments_select(tmp_path: Path) -> Non
 def test_pieces_side_by_side_keep_their_order(tmp_path: Path) -> None:
     pieces = [Piece(f"p{k}", squares, (k,)) for k in range(4)]
     assert run_pieces(pieces, tmp_path, 2, lambda _: None) == [row for k in range(4) for row in squares(k)]
+
+
+KILLED = """
+import os, time
+from experiments.pieces import processes
+if __name__ == "__main__":
+    pool = processes(1)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)  # it is there
+        parent.kill()
+        try:
+            parent.communicate(timeout=60)  # the output ends with the last process that holds it
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            raise
 
 
 def test_the_quick_version_has_two_seeds_at_most() -> None:

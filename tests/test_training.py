@@ -527,9 +527,9 @@ def settings_of(**changes):
 class Watching(Quiet):
     """Keeps the rows, and interrupts this process when the given ones are shown."""
 
-    def __init__(self, interrupt_at="", times=1):
+    def __init__(self, interrupt_at="", *signals):
         self.rows, self.begun, self.stopped = [], [], 0
-        self.interrupt_at, self.times = interrupt_at, times
+        self.interrupt_at, self.signals = interrupt_at, signals or (signal.SIGINT,)
 
     def start(self, settings, first_step):
         self.begun.append((settings, first_step))
@@ -537,8 +537,8 @@ class Watching(Quiet):
     def row(self, row):
         self.rows.append(row)
         if self.interrupt_at == f"{'loss' if 'loss' in row else 'evaluation'} {row['step']}":
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+            for number in self.signals:
+                os.kill(os.getpid(), number)
 
     def stop(self):
         self.stopped += 1
@@ -713,20 +713,23 @@ def test_a_folder_that_holds_a_run_is_refused(trained, capsys):
 
 @pytest.mark.usefixtures("plain_reports")
 @pytest.mark.parametrize(
-    ("updates", "interrupt_at", "save_every"),
+    ("updates", "interrupt_at", "save_every", "signals"),
     [
-        ({}, "loss 1", 2),
-        ({"updates_per_step": 2}, "loss 1", 0),
-        ({"updates_per_step": 2}, "evaluation 0", 0),  # before the first of two updates
-        ({"num_iterations": 2}, "loss 1", 0),
+        ({}, "loss 1", 2, ["SIGINT"]),
+        ({"updates_per_step": 2}, "loss 1", 0, ["SIGINT"]),
+        ({"updates_per_step": 2}, "evaluation 0", 0, ["SIGTERM", "SIGTERM"]),  # before the first of two updates
+        ({"num_iterations": 2}, "loss 1", 0, ["SIGTERM"]),
     ],
 )
-def test_an_interrupted_run_continues_as_if_nothing_had_happened(trained, tmp_path, updates, interrupt_at, save_every):
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(
+    trained, tmp_path, updates, interrupt_at, save_every, signals
+):
     straight = trained(allocation="knapsack", **updates)
     settings = dataclasses.replace(straight.settings, save_every=save_every)
-    handler, display = signal.getsignal(signal.SIGINT), Watching(interrupt_at)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    display = Watching(interrupt_at, *(signal.Signals[name] for name in signals))
     outcome = train(settings, tmp_path, display)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert (outcome.finished, outcome.steps, display.stopped) == (False, 1, 1)
     assert not (tmp_path / "model").exists()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{settings.updates}"]
@@ -760,7 +763,10 @@ def test_the_command_line_interrupts_and_resumes(trained, tmp_path, monkeypatch,
 
 def test_a_second_interruption_stops_at_once_and_leaves_nothing_to_resume(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
-    settings, display = settings_of(allocation="uniform", held_out_prompts=1), Watching("loss 1", times=2)
+    settings, display = (
+        settings_of(allocation="uniform", held_out_prompts=1),
+        Watching("loss 1", signal.SIGINT, signal.SIGINT),
+    )
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path, display)
     assert display.stopped == 1

@@ -18,13 +18,15 @@ from typing import Any
 
 from experiments.accelerator.tasks import CANDIDATES, GSM8K, MIXED
 from experiments.accelerator.train import QUICK, Settings, Trainer, measure_success, measure_throughput, train
-from experiments.contract import Row
+from experiments.contract import Row, select
 from experiments.measures import mean_accuracy
 from experiments.rows_file import RowsFile, is_of
 
-ARMS = ("uniform", "uniform-2n", "paper", "knapsack", "recommended-plain")
+ARMS = ("uniform", "uniform-2n", "paper", "knapsack", "recommended-plain-twice")
 LEARNING_RATES = (5e-6, 1e-5, 2e-5, 4e-5)
 TUNING_SEED, TUNING_STEPS = 1000, 60
+TUNED = "uniform"
+"""Arm whose learning rate all arms have, but for the recommended setting."""
 THROUGHPUT_STEPS = 10
 LATER = "later "
 """In front of the parts of runs that were registered on 2026-11-28; those before are of other code and arms."""
@@ -44,9 +46,9 @@ class Plan:
 
     Attributes:
         base: settings that all pieces share.
-        arms: of the comparison.
+        arms: of the comparison; the last is the recommended setting.
         seeds: of the comparison; outermost, so that whole seeds are there first.
-        learning_rates: of which one is chosen.
+        learning_rates: of which one is chosen for the last arm, and one by ``TUNED`` for all others.
         tuning_steps: steps of the runs that choose it.
         throughput_steps: steps that are timed.
         candidates: data sets whose success rates are measured first; those within ``RATES`` are trained on. None: the
@@ -97,20 +99,32 @@ class Plan:
         return [*short, *({replace(still, precision="float32")} - set(short))]
 
     def tuning(self) -> list[Settings]:
-        """Runs of uniform allocation that choose the learning rate, on a seed that is not reported."""
-        seed = TUNING_SEED
-        return [replace(self.base, seed=seed, steps=self.tuning_steps, learning_rate=r) for r in self.learning_rates]
-
-    def training(self, learning_rate: float) -> list[Settings]:
-        """Runs of the comparison."""
+        """Runs that choose the learning rates, on a seed that is not reported."""
+        short = replace(self.base, seed=TUNING_SEED, steps=self.tuning_steps)
         return [
-            replace(self.base, arm=arm, seed=seed, learning_rate=learning_rate)
-            for seed in self.seeds
-            for arm in self.arms
+            replace(short, arm=arm, learning_rate=rate)
+            for arm in (TUNED, self.arms[-1])
+            for rate in self.learning_rates
         ]
 
+    def training(self, tuned: Sequence[Row]) -> list[Settings]:
+        """Runs of the comparison.
 
-RECOMMENDED = ("uniform", "uniform-2n", "paper", "recommended-plain")
+        Args:
+            tuned: rows of :meth:`tuning`, all of them.
+        """
+        rates = {arm: chosen_rate(tuned, arm if arm == self.arms[-1] else TUNED) for arm in self.arms}
+        return [
+            replace(self.base, arm=arm, seed=seed, learning_rate=rates[arm]) for seed in self.seeds for arm in self.arms
+        ]
+
+    @property
+    def pieces(self) -> int:
+        """How many there are, of a task that is trained on, after the probes."""
+        return len(self.throughput()) + len(self.tuning()) + len(self.seeds) * len(self.arms)
+
+
+RECOMMENDED = ("uniform", "uniform-2n", "paper", "recommended-plain-twice")
 LONGER = Settings(
     steps=200, held_out_prompts=256, eval_every=20, eval_samples=2, rows_per_pass=64, rows_at_once=1024
 )  # fmt: skip
@@ -122,7 +136,7 @@ PLANS = {
     "reasoning-gym": Plan(
         LONGER,
         # What the problems of a generator have in common is the column "grade".
-        (*RECOMMENDED[:-1], "recommended-posterior"),
+        (*RECOMMENDED[:-1], "recommended-twice"),
         candidates=[MIXED + name for name in CANDIDATES],
         fewest=3,
     ),
@@ -144,13 +158,14 @@ def quick(plan: Plan) -> Plan:
     return replace(QUICK_PLAN, base=base, arms=plan.arms, candidates=candidates, fewest=fewest, mark=LATER)
 
 
-def chosen_rate(rows: Sequence[Row]) -> float:
-    """The learning rate of the highest held-out accuracy, averaged over a run of uniform allocation.
+def chosen_rate(rows: Sequence[Row], arm: str = TUNED) -> float:
+    """The learning rate of the highest held-out accuracy, averaged over a run.
 
     Args:
         rows: of the part "tuning".
+        arm: whose runs count.
     """
-    best = max(rows, key=mean_accuracy)
+    best = max(select(rows, arm=arm), key=mean_accuracy)
     return float(best["settings"]["learning_rate"])
 
 
@@ -179,16 +194,13 @@ class Measurement(RowsFile):
         for row in known:
             print(f"the base model solves {100 * row['rate']:.1f} % of {row['settings']['dataset']}", flush=True)
         if probes:
-            return probes + self._pieces(plan)
+            return probes + plan.pieces
         chosen = plan.chosen(known)
         if chosen is None:
             low, high = (f"{100 * rate:g} %" for rate in RATES)
             print(f"nothing is trained: fewer than {plan.fewest} tasks lie between {low} and {high}", flush=True)
             return 0
         return self._train(chosen)
-
-    def _pieces(self, plan: Plan) -> int:
-        return len(plan.throughput()) + len(plan.tuning()) + len(plan.training(0.0))
 
     def _of(self, part: str, pieces: Sequence[Settings]) -> list[Row]:
         """Rows of these pieces."""
@@ -200,11 +212,10 @@ class Measurement(RowsFile):
         work = partial(train, until=self.until, **self.on)
         left += self.measure(plan.mark + "tuning", plan.tuning(), work)
         tuned = self._of(plan.mark + "tuning", plan.tuning())
-        if len(tuned) < len(plan.learning_rates):
-            return left + len(plan.training(0.0))
-        rate = chosen_rate(tuned)
-        print(f"learning rate {rate:g}", flush=True)
-        return left + self.measure(plan.mark + "training", plan.training(rate), work)
+        if len(tuned) < len(plan.tuning()):
+            return left + len(plan.seeds) * len(plan.arms)
+        print("learning rates:", ", ".join(f"{arm} {chosen_rate(tuned, arm):g}" for arm in (TUNED, plan.arms[-1])))
+        return left + self.measure(plan.mark + "training", plan.training(tuned), work)
 
     def summary(self, row: Row) -> str:
         """What is printed of a row."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -146,6 +148,8 @@ def _over_mean(settings: TrainSettings) -> dict[str, Any]:
 def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
     """Train every run that is not finished, ``jobs`` processes at a time; interrupted ones are resumed.
 
+    SIGINT (Ctrl-C) and SIGTERM let the runs finish their step and save, and end the comparison.
+
     Args:
         runs: from :func:`plan`.
         jobs: parallel processes, each with one torch thread; 0 trains in this process, one run after another and
@@ -157,6 +161,7 @@ def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
 
     Raises:
         ValueError: a folder holds a run with other settings.
+        KeyboardInterrupt: the signal came.
     """
     for run in runs:
         _check_same_settings(run)
@@ -166,21 +171,41 @@ def execute(runs: Sequence[Run], *, jobs: int, progress: Progress) -> list[Run]:
             _train_here(run, progress)
         return [run for run in runs if not run.finished]
     running: dict[subprocess.Popen[bytes], Run] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                running[_start(run)] = run
-                progress.started(run)
-            time.sleep(POLL_SECONDS)
-            progress.advanced(list(running.values()))
-            for process in [process for process in running if process.poll() is not None]:
-                progress.ended(running.pop(process), process.returncode)
-    finally:
-        # After Ctrl-C the children have received the signal too: they finish their step and save.
-        for process in running:
-            process.wait()
+    with _termination_passed_on(running):
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run = waiting.pop(0)
+                    running[_start(run)] = run
+                    progress.started(run)
+                time.sleep(POLL_SECONDS)
+                progress.advanced(list(running.values()))
+                for process in [process for process in running if process.poll() is not None]:
+                    progress.ended(running.pop(process), process.returncode)
+        finally:
+            # After Ctrl-C the children have received the signal too: they finish their step and save.
+            for process in running:
+                process.wait()
     return [run for run in runs if not run.finished]
+
+
+@contextmanager
+def _termination_passed_on(running: Collection[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Hand SIGTERM to the processes, which a terminal's Ctrl-C reaches by itself, and go on as after Ctrl-C."""
+
+    def handle(number: int, frame: Any) -> None:
+        for process in running:
+            process.terminate()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_same_settings(run: Run) -> None:

@@ -86,9 +86,9 @@ def train(
 ) -> Outcome:
     """Train as the settings say and write the run folder.
 
-    SIGINT (Ctrl-C) finishes the step, saves a checkpoint and ends the run so that it can be resumed; a second one
-    interrupts at once. Where a launcher (torchrun, accelerate) started several processes, each calls this; the first
-    one writes the folder.
+    SIGINT (Ctrl-C) or SIGTERM finishes the step, saves a checkpoint and ends the run so that it can be resumed; a
+    second SIGINT interrupts at once. Where a launcher (torchrun, accelerate) started several processes, each calls
+    this; the first one writes the folder.
 
     Args:
         settings: the run's settings.
@@ -235,19 +235,21 @@ def _feature_columns(settings: TrainSettings, task: TaskData) -> str:
 
 @contextmanager
 def _graceful_interrupt(recorder: Recorder) -> Iterator[None]:
-    """Let the first SIGINT end the run after its step; a second one interrupts at once."""
+    """Let SIGTERM and the first SIGINT end the run after its step; a second SIGINT interrupts at once."""
 
     def handle(number: int, frame: Any) -> None:
-        if recorder.interrupted:
+        # A launcher may pass a SIGTERM on that has come from elsewhere too; who will not wait sends SIGKILL.
+        if recorder.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
         recorder.interrupted = True
         logger.warning("interrupted: finishing the step and saving; interrupt again to stop at once")
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _report(folder: Path) -> Path | None:
