@@ -93,7 +93,8 @@ def gradient_of_step(trainer: LabTrainer, shape: Shape, batch: list[dict[str, An
     rows = [batch[place] for place in group]
     sampled, rewards = trainer.generate(rows)
     advantages = group_advantages(group, rewards, advantage="group-mean")
-    used = trainer.policy.gradient(trainer.tokens_of(rows), sampled, torch.as_tensor(advantages, dtype=torch.float32))
+    given = torch.as_tensor(advantages, dtype=torch.float32)
+    used, _ = trainer.policy.gradient(trainer.tokens_of(rows), sampled, given)
     flat = torch.cat([torch.zeros(0) if one is None else -one.flatten() for one in trainer.policy.gradients])
     trainer.policy.forget()
     return flat, used

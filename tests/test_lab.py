@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_the_trl_trainer(tmp_path, passes, iterations):
     with torch.no_grad():
         sampled_with = policy.log_probabilities(prompts, rollouts) if iterations > 1 else None
     own.load_state_dict(gradients.weights)
-    rows = policy.gradient(prompts, rollouts, weights, sampled_with)
+    rows, _ = policy.gradient(prompts, rollouts, weights, sampled_with)
     assert rows == np.count_nonzero(advantages)
     largest = max(float(gradient.abs().max()) for gradient in gradients.found.values())
     for (name, _), gradient in zip(own.named_parameters(), policy.gradients, strict=True):
@@ -114,10 +114,25 @@ def test_two_updates_from_the_same_rollouts_keep_the_probabilities_at_sampling()
     with torch.no_grad():
         sampled_with = own.log_probabilities(prompts, rollouts)
     for _ in range(2):
-        assert own.gradient(prompts, rollouts, advantages, sampled_with) == 4
+        assert own.gradient(prompts, rollouts, advantages, sampled_with)[0] == 4
         own.step()
     for one, other in zip(*(trainer.policy.model.parameters() for trainer in trainers), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+def test_rows_of_like_length_pass_together():
+    trainer = LabTrainer(replace(QUICK, arm="uniform", rows_per_pass=3), base_model_path(), "cpu")
+    rollouts, passed = Rollouts(torch.zeros(8, 6, dtype=torch.long), torch.tensor([6, 1, 5, 2, 4, 1, 3, 6])), []
+    seen = trainer.policy.log_probabilities
+
+    def looked_at(prompts, kept):
+        passed.append((kept.lengths.tolist(), kept.tokens.shape[1]))
+        return seen(prompts, kept)
+
+    trainer.policy.log_probabilities = looked_at
+    prompts = trainer.tokens_of(list(trainer.data.train)[:8])
+    trainer.policy.gradient(prompts, rollouts, torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 0.0]))
+    assert passed == [([1, 1, 2], 2), ([3, 4, 5], 5), ([6], 6)]
 
 
 # -- The beds ----------------------------------------------------------------------------------------------------------

@@ -172,17 +172,12 @@ class Policy:
             Rows that passed through the model in all steps; 0 if no row has an advantage.
         """
         passed, sampled_with = 0, None
-        if iterations > 1:
-            sampled_with = torch.zeros(rollouts.tokens.shape, device=self.device)
-            with torch.no_grad():
-                for rows, kept in self._passes(rollouts, advantages):
-                    logp = self.log_probabilities([prompts[row] for row in rows.tolist()], kept)
-                    sampled_with[rows, : logp.shape[1]] = logp
         for _ in range(iterations):
-            trained = self.gradient(prompts, rollouts, advantages, sampled_with)
-            if trained:
+            rows, now = self.gradient(prompts, rollouts, advantages, sampled_with)
+            if rows:
                 self.step()
-            passed += trained
+            sampled_with = now if sampled_with is None else sampled_with
+            passed += rows
         return passed
 
     def gradient(
@@ -191,7 +186,7 @@ class Policy:
         rollouts: Rollouts,
         advantages: Tensor,
         sampled_with: Tensor | None = None,
-    ) -> int:
+    ) -> tuple[int, Tensor]:
         """Add a policy gradient to :attr:`gradients`: that of TRL's clipped loss, as a mean over all sampled tokens.
 
         It is of minus advantage x r, where r is a token's probability over that at sampling; a token whose r has
@@ -206,30 +201,34 @@ class Policy:
                 None for those they have now.
 
         Returns:
-            Rows that passed through the model; 0 if no row has an advantage.
+            Rows that passed through the model, 0 if no row has an advantage; and (R, T) log-probabilities of their
+            tokens as they are now, 0 elsewhere.
         """
         advantages, passed = advantages.to(self.device), 0
+        now = torch.zeros(rollouts.tokens.shape, device=self.device)
         self.model.train()
         for rows, kept in self._passes(rollouts, advantages):
             gain = advantages[rows, None]
             logp = self.log_probabilities([prompts[row] for row in rows.tolist()], kept)
-            before = logp.detach() if sampled_with is None else sampled_with[rows, : logp.shape[1]]
+            now[rows, : logp.shape[1]] = logp.detach()
+            before = (now if sampled_with is None else sampled_with)[rows, : logp.shape[1]]
             ratio = ((logp - before) * kept.sampled).exp()
             clipped = torch.minimum(gain * ratio, gain * ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH))
             loss = -(clipped * kept.sampled).sum() / rollouts.lengths.sum()
             loss.backward()
             self._collect()
             passed += rows.numel()
-        return passed
+        return passed, now
 
     def _passes(self, rollouts: Rollouts, advantages: Tensor) -> Iterator[tuple[Tensor, Rollouts]]:
         """Rows of the update by position, and their rollouts, as many at a time as may be in memory.
 
-        Nothing if no row has an advantage.
+        Rows of like length go together, since a pass is as wide as its longest. Nothing if no row has an advantage.
         """
         if bool((advantages != 0).any()):
-            chosen = (advantages if self.skip_rows else torch.ones_like(advantages)).nonzero()[:, 0]
-            for rows in chosen.to(self.device).split(self.rows_per_pass):
+            chosen = (advantages if self.skip_rows else torch.ones_like(advantages)).nonzero()[:, 0].to(self.device)
+            by_length = chosen[rollouts.lengths[chosen].argsort(stable=True)]
+            for rows in by_length.split(self.rows_per_pass):
                 yield rows, rollouts.rows(rows)
 
     @property
