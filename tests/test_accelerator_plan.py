@@ -10,6 +10,7 @@ import pytest
 
 from experiments import catalogue, page
 from experiments.accelerator import plan
+from experiments.contract import select
 
 EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
 
@@ -53,6 +54,18 @@ def test_the_tables_use_the_ratios_on_record(capsys):
     skills = lab("skills: recommended-twice / uniform, rollouts")
     assert cell["| recommended setting, tiny model on skills"] == skills
     assert cell["| first default, SmolLM2-135M on sums"] == small("knapsack / uniform, rollouts")
+    runs = [row for row in catalogue.read("lab-headline", EVIDENCE) if row["settings"]["dataset"] == "skills"]
+    passed = {
+        arm: sum(row["rows_updated"] for row in select(runs, part="training", arm=arm))
+        for arm in ("uniform", "recommended-twice")
+    }
+    more = passed["recommended-twice"] / passed["uniform"]  # of as many rollouts
+    one, own = (plan.step(plan.MODELS[0], 8, plan.rows_with_gradient() * rows).seconds for rows in (1.0, more))
+    ratio = float(skills.split(" ")[0])
+    saved = (one - ratio * own) * plan.ASSUMPTIONS.steps * 8 / 3600
+    row = next(line for line in tables["savings"].splitlines() if "on skills" in line)
+    assert f"| {more:.2f} × |" in row
+    assert float(row.split(" | ")[3].split(" ")[0]) == pytest.approx(saved, abs=1.0)
     assert len(tables["cost"].splitlines()) == 2 + len(plan.MODELS) * len(plan.ACCELERATORS)
     assert page.Evidence(EVIDENCE)("plan: cost") == tables["cost"]
     assert plan.main(["--record", str(EVIDENCE)]) == 0

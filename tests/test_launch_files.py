@@ -53,7 +53,8 @@ def test_launch_lines_are_understood_by_accelerate_and_trl(file, monkeypatch):
         # Without an accelerator TRL takes bfloat16 for a CPU only.
         data, args, model = parser.parse_args_and_config([*given.training_script_args, "--use_cpu", "true"])
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * given.num_processes == ROLLOUTS
-        assert args.num_generations == 4
+        assert (args.num_generations, args.num_iterations) == (4, 2)
+        assert args.max_steps % 2 == args.save_steps % 2 == 0  # a checkpoint between two updates would generate anew
         assert (args.advantage, args.chosen_value(), args.columns) == (
             "posterior-mean",
             "likelihood-0.5",
@@ -83,12 +84,12 @@ def test_the_script_trains_a_tiny_model_with_the_settings_of_a_file(tmp_path):
     data.write_text("".join(f'{{"prompt": "{k}+1=", "answer": "{k + 1}", "level": {k % 2}}}\n' for k in range(8)))
     changed = {
         "model_name_or_path": model, "dataset": data, "train_prompts": 8, "feature_columns": "level",
-        "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_completion_length": 4, "max_steps": 2,
+        "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "max_completion_length": 4, "max_steps": 4,
         "use_vllm": "false", "bf16": "false", "use_cpu": "true", "gradient_checkpointing": "false",
-        "output_dir": tmp_path / "run", "save_steps": 1, "disable_tqdm": "true",
+        "output_dir": tmp_path / "run", "save_steps": 2, "disable_tqdm": "true",
     }  # fmt: skip
     flags = [str(part) for name, value in changed.items() for part in (f"--{name}", value)]
-    assert script().main(["--config", str(FILES[0]), *flags]).state.global_step == 2
-    assert script().main(["--config", str(FILES[0]), *flags, "--max_steps", "3"]).state.global_step == 3  # goes on
+    assert script().main(["--config", str(FILES[0]), *flags]).state.global_step == 4
+    assert script().main(["--config", str(FILES[0]), *flags, "--max_steps", "6"]).state.global_step == 6  # goes on
     rows = [json.loads(line) for line in (tmp_path / "run" / "allocations.jsonl").read_text().splitlines()]
     assert [sum(row["counts"]) for row in rows] == [32, 32, 32]

@@ -42,6 +42,27 @@ def expected_of(allocator: kr.KnapsackAllocator, ids: list[str], rewards: list[f
     return groups.by_outcome(allocator.expected_outcomes(list(dict.fromkeys(ids)), groups))
 
 
+@no_deadline
+@given(rollouts(), st.sampled_from(["bayes-filter", "empirical-bayes", "with features"]))
+def test_recording_returns_what_was_expected_before(given: tuple[list[str], list[float]], name: str) -> None:
+    ids, rewards = given
+    distinct, groups = list(dict.fromkeys(ids)), group_outcomes(ids, rewards, 0.5)
+    quiet, telling = (informed("bayes-filter" if name == "with features" else name) for _ in range(2))
+    for allocator in (quiet, telling) if name == "with features" else ():
+        allocator.note_features(IDS, {"topic": ["a", "b", "a", "b", "a"]})
+        allocator.observe(["never", "often"] * 2, [0, 1, 0, 1])
+    before = quiet.expected_outcomes(distinct, groups)
+    assert quiet.record(distinct, groups) is None
+    found = telling.record(distinct, groups, expected=True)
+    scored = groups.totals > 0
+    np.testing.assert_allclose(found[scored], before[scored], rtol=1e-12)
+    assert (found[~scored] == 0.5).all()
+    assert not telling.failures
+    for one, other in zip(*(a.state_dict()["arrays"].items() for a in (quiet, telling)), strict=True):
+        assert one[0] == other[0]
+        np.testing.assert_array_equal(one[1], other[1])
+
+
 ALLOCATORS = {name: informed(name) for name in ("bayes-filter", "empirical-bayes")}
 
 

@@ -62,7 +62,7 @@ def test_without_a_history_the_rest_of_the_group_decides(tmp_path: Any, monkeypa
             settings["allocation"] = "uniform"
             settings["extra"] |= {"train_dataset": tiny.dataset(24, ids=False)}
         else:
-            monkeypatch.setattr(allocator, "expected_outcomes", fails)
+            monkeypatch.setattr(allocator.estimator, "means_without_one", fails)
         trainer, batches = ragged_trainer(tmp_path / case, **settings)
         trainer.train()
         for seen, batch in zip(trainer.watched, batches, strict=True):

@@ -93,6 +93,8 @@ MODELS = (Model("1.5B", 1.54e9, 28, 256), Model("7B", 7.62e9, 28, 512))
 """Parameters, layers and key width of Qwen2.5, as published."""
 ASSUMPTIONS = Assumptions()
 ACCELERATORS = (8, 16, 32, 64)
+BEDS = ("skills", "addition", "running-sums")
+"""Of the lab, whose ratios are applied."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def step(model: Model, accelerators: int, trained: float, given: Assumptions = A
     Args:
         model: that is trained.
         accelerators: G.
-        trained: share of rows that pass through the update, in [0, 1].
+        trained: rows that pass through the update, over all; above 1 where several updates are made.
         given: all else.
     """
     each = given.prompts * given.rollouts / accelerators
@@ -195,27 +197,33 @@ def _savings(folder: Path) -> str:
 
     lab, small = (select(catalogue.read(name, folder), part="training") for name in ("lab-headline", "accelerator"))
     recorded = [
-        (f"recommended setting, tiny model on {bed}", _ratio(_on(bed, lab), "recommended-twice"))
-        for bed in ("skills", "addition")
+        *((f"recommended setting, tiny model on {bed}", _on(bed, lab), "recommended-twice") for bed in BEDS),
+        ("first default, SmolLM2-135M on sums", small, "knapsack"),
     ]
-    recorded.append(("first default, SmolLM2-135M on sums", _ratio(small, "knapsack")))
     given, share = ASSUMPTIONS, rows_with_gradient()
     runs = [(model, 8 * model_place) for model_place, model in ((1, MODELS[0]), (8, MODELS[1]))]
-    header = ("if the ratio were that of", "rollouts to the final accuracy of uniform allocation",
+    header = ("if the ratios were those of", "rollouts to the final accuracy of uniform allocation",
+              "rows through the update, per rollout",
               *(f"{model.name} on {count}, accelerator hours saved" for model, count in runs))  # fmt: skip
     lines = []
-    for name, found in recorded:
-        cells = []
+    for name, rows, arm in recorded:
+        found, updated, cells = _ratio(rows, arm), _updated(rows, arm) / _updated(rows, "uniform"), []
         for model, count in runs:
-            hours = given.steps * step(model, count, share).seconds * count / 3600
-            saved = [hours * (1 - end) for end in (found.mean, found.high, found.low)]
+            hours, own = (given.steps * step(model, count, s).seconds * count / 3600 for s in (share, share * updated))
+            saved = [hours - own * end for end in (found.mean, found.high, found.low)]
             cells.append(f"{saved[0]:,.0f} [{saved[1]:,.0f}, {saved[2]:,.0f}] of {hours:,.0f}".replace("-", "−"))
-        lines.append((name, found.times(), *cells))
+        lines.append((name, found.times(), f"{updated:.2f} ×", *cells))
     return markdown_table(header, lines)
 
 
 def _on(bed: str, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["settings"]["dataset"] == bed]
+
+
+def _updated(rows: Sequence[Row], arm: str) -> float:
+    """Rows that passed through all updates of an arm, over its rollouts."""
+    runs = select(rows, arm=arm)
+    return sum(run["rows_updated"] for run in runs) / sum(run["rollouts"] for run in runs)
 
 
 def _ratio(rows: Sequence[Row], arm: str) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -444,20 +444,33 @@ class KnapsackAllocator(Stored):
         return groups
 
     @one_at_a_time
-    def record(self, prompt_ids: list[PromptId], groups: GroupOutcomes, lengths: ArrayLike | None = None) -> None:
+    def record(
+        self,
+        prompt_ids: list[PromptId],
+        groups: GroupOutcomes,
+        lengths: ArrayLike | None = None,
+        *,
+        expected: bool = False,
+    ) -> FloatArray | None:
         """Record rollouts that are already grouped, like :meth:`observe`; engines group them only once.
 
         Args:
             prompt_ids: (G,) distinct ids, the prompt of each group; a group may be empty.
             groups: from :meth:`outcomes_of`.
             lengths: (R,) tokens generated, 0 to 1e9, if known.
+            expected: whether to return what was expected.
+
+        Returns:
+            With ``expected``, :meth:`expected_outcomes` before this, 1/2 for groups without a scored rollout; None if
+            it cannot be computed, which is counted and logged.
 
         Raises:
             ValueError: the lengths are out of range or not one per rollout; nothing is recorded then.
         """
         lengths_R = None if lengths is None else check_lengths(lengths, groups.group_R.size)
+        chances: FloatArray | None = np.full((len(prompt_ids), 2), 0.5) if expected else None
         if not groups.group_R.size:
-            return
+            return chances
         scored = groups.scored_R
         self._unscored_rollouts += int((~scored).sum())
         visited = groups.totals > 0
@@ -466,8 +479,11 @@ class KnapsackAllocator(Stored):
         known = self.records_of(visitors)
         lost = lost_metrics(known, successes, totals)
         if visitors:
+            past = cache(lambda: check_posterior(self.estimator).likelihood(known))  # for both that need it
+            if expected:
+                chances = self.survive("baseline", lambda: self._expected(past(), known.prior, groups))
             visitor_R, success_R = (np.cumsum(visited) - 1)[groups.group_R[scored]], groups.success_R[scored]
-            self.survive("learning", lambda: self._share(visitors, known, successes, totals))
+            self.survive("learning", lambda: self._share(visitors, known, past, successes, totals))
             self.tracker.record(
                 visitors,
                 visitor_R,
@@ -478,6 +494,7 @@ class KnapsackAllocator(Stored):
             )
             self._refit_when_due()
         self._step.compare(prompt_ids, groups, lost)
+        return chances
 
     @one_at_a_time
     def expected_outcomes(self, prompt_ids: list[PromptId], groups: GroupOutcomes) -> FloatArray:
@@ -486,7 +503,7 @@ class KnapsackAllocator(Stored):
         The rest is all but one failure in the first column, and all but one success in the second: what is expected of
         a rollout that failed, and of one that succeeded. It does not depend on the rollout itself, so that as a
         baseline it leaves the gradient without bias. :meth:`~knapsack_rl.groups.GroupOutcomes.by_outcome` picks that of
-        each rollout. Ask before :meth:`record`, which makes the outcomes part of the history.
+        each rollout. Ask before :meth:`record`, which makes the outcomes part of the history, or let it return them.
 
         Args:
             prompt_ids: (G,) distinct ids, the prompt of each group.
@@ -496,16 +513,31 @@ class KnapsackAllocator(Stored):
             ValueError: the estimator has no posterior on a grid.
         """
         estimator, failures = check_posterior(self.estimator), groups.totals - groups.successes
-        return estimator.means_without_one(self.records_of(prompt_ids), groups.successes, failures)
+        posterior = estimator.posterior(self.records_of(prompt_ids))
+        return estimator.means_without_one(posterior, groups.successes, failures)
 
-    def _share(self, ids: list[PromptId], known: Records, successes: IntArray, totals: IntArray) -> None:
+    def _expected(self, past: FloatArray, prior: FloatArray | None, groups: GroupOutcomes) -> FloatArray:
+        """Return :meth:`expected_outcomes`; ``past`` is the likelihood of what groups with outcomes had before."""
+        estimator, visited = check_posterior(self.estimator), groups.totals > 0
+        successes, totals = groups.successes[visited], groups.totals[visited]
+        chances, posterior = np.full((visited.size, 2), 0.5), estimator.posterior_of(past, prior)
+        chances[visited] = estimator.means_without_one(posterior, successes, totals - successes)
+        return chances
+
+    def _share(
+        self,
+        ids: list[PromptId],
+        known: Records,
+        past: Callable[[], FloatArray],
+        successes: IntArray,
+        totals: IntArray,
+    ) -> None:
         """Let prompts that are alike learn from these outcomes, before the prompts themselves do."""
         if self.shared is None or known.prior is None:
             return
         assert isinstance(self.estimator, BayesFilterEstimator)
-        before = self.estimator.likelihood(known)
         visit = self.estimator.binomial_likelihood(successes, totals - successes)
-        self.shared.learn(ids, self.estimator.prior, before, visit)
+        self.shared.learn(ids, self.estimator.prior, past(), visit)
 
     @one_at_a_time
     def note_unidentified(self, allocation: Allocation, groups: GroupOutcomes) -> None:

@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -371,10 +372,9 @@ class Session:
         if self.says and self.settings.allocation != "uniform":
             self.survive("reporting", lambda: self._tell_success(groups))
         chances: FloatArray | None = None
-        if expected and plan.identified:  # before the outcomes are learned
-            chances = self.survive("baseline", lambda: allocator.expected_outcomes(plan.ids, groups))
         if plan.identified:
-            self.survive("observation", lambda: allocator.record(plan.ids, groups, lengths_R))
+            record = partial(allocator.record, plan.ids, groups, lengths_R, expected=expected)
+            chances = self.survive("observation", record)
         else:
             self.survive("observation", lambda: allocator.note_unidentified(plan.allocation, groups))
         if lengths_R is not None and not self._lengths_known:

@@ -112,9 +112,13 @@ class GridPosterior(Estimator):
             product(posterior, self.grid), product(posterior, self._values[:, :max_rollouts]), nonzero_gradient
         )
 
+    def likelihood(self, records: Records) -> FloatArray:
+        """Return the (M, grid_points) likelihood of all visits by success rate now; constant for an unseen prompt."""
+        raise NotImplementedError
+
     def posterior(self, records: Records) -> FloatArray:
         """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
-        raise NotImplementedError
+        return self.posterior_of(self.likelihood(records), records.prior)
 
     def believe_after(self, records: Records, counts: IntArray, successes: IntArray, more_rollouts: int) -> Belief:
         """Return the belief after a first share of outcomes: gains of further rollouts, and predictions.
@@ -167,17 +171,16 @@ class GridPosterior(Estimator):
 
         return Belief(product(posterior, p), marginals, nonzero_gradient)
 
-    def means_without_one(self, records: Records, successes: IntArray, failures: IntArray) -> FloatArray:
+    def means_without_one(self, posterior: FloatArray, successes: IntArray, failures: IntArray) -> FloatArray:
         """Return (M, 2) posterior means after new outcomes: all of them but one failure, and all but one success.
 
         Where there is none to leave out, all count.
 
         Args:
-            records: of M prompts, before the new outcomes.
+            posterior: (M, grid_points) before the new outcomes.
             successes: (M,) new ones.
             failures: (M,) new ones.
         """
-        posterior = self.posterior(records)
 
         def mean(successes: IntArray, failures: IntArray) -> FloatArray:
             known = posterior * self.binomial_likelihood(np.maximum(successes, 0), np.maximum(failures, 0))
@@ -216,11 +219,11 @@ class EmpiricalBayesEstimator(GridPosterior):
     def refit(self, population: Records) -> None:
         """Fit the prior to all prompts."""
         sample = _sample(population)
-        self.fit_prior(self.binomial_likelihood(sample.successes, sample.failures))
+        self.fit_prior(self.likelihood(sample))
 
-    def posterior(self, records: Records) -> FloatArray:
-        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
-        return self.posterior_of(self.binomial_likelihood(records.successes, records.failures))
+    def likelihood(self, records: Records) -> FloatArray:
+        """Return the (M, grid_points) binomial likelihood of the discounted counts."""
+        return self.binomial_likelihood(records.successes, records.failures)
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
         """Return the posterior mean and expectations over the grid."""
@@ -354,18 +357,15 @@ class BayesFilterEstimator(GridPosterior):
             prior: (M, grid_points) of each prompt; by default that of the population.
         """
         distinct, which = ages
-        damping = self._damping(distinct)
+        damping = self._damping(distinct).transpose(1, 2, 0).take(which, axis=0)  # (M, grid_points, variances)
         stays = np.exp(-np.outer(self.HAZARDS, distinct))[:, which]
         drifted = [product(self._drifted(posterior, ages, drift), self._cosines) for drift in self.DRIFTS]
+        predictions = np.stack(drifted, axis=1)  # (M, drifts, grid_points)
 
         def log_mean(weight: FloatArray) -> FloatArray:
             """Of a (M, grid_points) weight over the prediction of every model: (variances, hazards, drifts, M)."""
-            weight_waves = product(weight, self._cosines)
-            walked = np.empty((self.VARIANCES.size, self.DRIFTS.size, which.size))
-            for d, prediction in enumerate(drifted):
-                waves = prediction * weight_waves
-                for v in range(self.VARIANCES.size):
-                    walked[v, d] = np.einsum("mk,mk->m", waves, damping[v].take(which, axis=0))
+            waves = predictions * product(weight, self._cosines)[:, None]
+            walked = np.matmul(waves, damping).T  # products too small for a BLAS library to divide over threads
             np.maximum(walked, self.FLOOR, out=walked)  # rounding may leave a tiny negative number
             alike = product(weight, self.prior)
             return np.log(walked[:, None] * stays[:, None] + alike * (1.0 - stays[:, None]))
@@ -452,7 +452,7 @@ class BayesFilterEstimator(GridPosterior):
         return moved
 
     def likelihood(self, records: Records) -> FloatArray:
-        """Return the (M, grid_points) likelihood of all visits given the current rate; ones for an unseen prompt."""
+        """Return the (M, grid_points) likelihood of all visits by success rate now; ones for an unseen prompt."""
         now = self._likelihood_after(self._posterior_then(records), _distinct(records.age))
         now[records.visits == 0] = 1.0
         return now
@@ -468,10 +468,6 @@ class BayesFilterEstimator(GridPosterior):
         waves = product_of_columns(self._cosines, self.prior) * np.exp(-self.SMOOTHING * self._decay)
         smooth = np.maximum(product(self._cosines, waves), self.FLOOR)
         self.prior = smooth / smooth.sum()
-
-    def posterior(self, records: Records) -> FloatArray:
-        """Return the (M, grid_points) probability of each success rate of the grid; rows sum to 1."""
-        return self.posterior_of(self.likelihood(records), records.prior)
 
     def believe(self, records: Records, max_rollouts: int) -> Belief:
         """Return the posterior mean, expectations over the grid, and the value of information."""
