@@ -18,13 +18,9 @@ from scipy.stats import binom
 import knapsack_rl as kr
 from cases import named_case
 from knapsack_rl.allocation.value import marginal_values
-from knapsack_rl.estimation import bayes
-from knapsack_rl.estimation.bayes import (
-    LARGEST_LOGIT,
-    BayesFilterEstimator,
-    EmpiricalBayesEstimator,
-    _distinct,
-)
+from knapsack_rl.estimation import grid as grid_module
+from knapsack_rl.estimation.bayes import BayesFilterEstimator, _distinct
+from knapsack_rl.estimation.grid import LARGEST_LOGIT, EmpiricalBayesEstimator
 from knapsack_rl.estimation.tracker import Records
 from oracles import assert_same_state
 from strategies import no_deadline
@@ -564,7 +560,7 @@ def test_a_refit_on_a_sample_is_close_to_one_on_all(kind, monkeypatch: pytest.Mo
     good, prompts = rng.binomial(8, rates), rates.size
 
     def fitted(limit: int) -> Array:
-        monkeypatch.setattr(bayes, "REFIT_SAMPLE", limit)
+        monkeypatch.setattr(grid_module, "REFIT_SAMPLE", limit)
         estimator = kind()
         records = Records.empty(prompts, estimator.evidence_size)
         records.successes[:], records.failures[:] = good, 8 - good

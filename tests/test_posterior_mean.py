@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import knapsack_rl as kr
-from knapsack_rl.estimation.bayes import EmpiricalBayesEstimator
+from knapsack_rl.estimation.grid import EmpiricalBayesEstimator
 from knapsack_rl.groups import group_outcomes
 from strategies import no_deadline
 

@@ -16,7 +16,8 @@ from scipy.stats import binom
 
 import knapsack_rl as kr
 from knapsack_rl.estimation import shared
-from knapsack_rl.estimation.bayes import LARGEST_LOGIT, BayesFilterEstimator
+from knapsack_rl.estimation.bayes import BayesFilterEstimator
+from knapsack_rl.estimation.grid import LARGEST_LOGIT
 from knapsack_rl.estimation.shared import JUMPS, SPEEDS, SPREADS, SharedKnowledge
 from knapsack_rl.offline.environments import Sudden, Synthetic
 from knapsack_rl.offline.scoring import figures

@@ -30,7 +30,8 @@ from knapsack_rl.allocation.policies import (
 )
 from knapsack_rl.allocation.solver import total_value
 from knapsack_rl.allocation.value import ValueLike, named_value
-from knapsack_rl.estimation.bayes import BayesFilterEstimator, check_posterior, check_top_up
+from knapsack_rl.estimation.bayes import BayesFilterEstimator
+from knapsack_rl.estimation.grid import check_posterior, check_top_up
 from knapsack_rl.estimation.lengths import check_lengths, expected_lengths, expected_tokens
 from knapsack_rl.estimation.named import make_estimator
 from knapsack_rl.estimation.products import dot
@@ -328,7 +329,7 @@ class KnapsackAllocator(Stored):
 
         Allocate and generate a first share, count successes, call this, generate the rest, then :meth:`observe` all
         rollouts of the step once. Group sizes then depend on outcomes, which biases group statistics but not the
-        posteriors, see :meth:`knapsack_rl.estimation.bayes.GridPosterior.believe_after`.
+        posteriors, see :meth:`knapsack_rl.estimation.grid.GridPosterior.believe_after`.
 
         Args:
             prompt_ids: M distinct ids.

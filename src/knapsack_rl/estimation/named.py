@@ -3,7 +3,7 @@
 An estimator turns :class:`~knapsack_rl.estimation.tracker.Records` into a
 :class:`~knapsack_rl.allocation.belief.Belief`: a mean success rate and expected marginal values per prompt. To add one,
 derive a class from :class:`~knapsack_rl.estimation.protocol.Estimator` and name it in ``ESTIMATORS``.
-Those on a grid of success rates are in :mod:`knapsack_rl.estimation.bayes`.
+Those on a grid of success rates are in :mod:`knapsack_rl.estimation.grid` and :mod:`knapsack_rl.estimation.bayes`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from knapsack_rl.allocation.value import (
     make_value_function,
     nonzero_gradient_probability,
 )
-from knapsack_rl.estimation.bayes import BayesFilterEstimator, EmpiricalBayesEstimator, GridPosterior
+from knapsack_rl.estimation.bayes import BayesFilterEstimator
+from knapsack_rl.estimation.grid import EmpiricalBayesEstimator, GridPosterior
 from knapsack_rl.estimation.protocol import Estimator, check_discount
 from knapsack_rl.estimation.tracker import RECENT, Records
 

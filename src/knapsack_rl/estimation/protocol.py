@@ -20,7 +20,7 @@ class Estimator(Protocol):
     All other parts are optional. Their defaults make an estimator that keeps the tracker's counts undiscounted, learns
     nothing from other prompts and has the paper's value built in. :meth:`state_dict` must return all that an estimator
     learns, and :meth:`settings` its arguments, or a resumed run differs. ``KnapsackAllocator.top_up`` needs an
-    estimator derived from :class:`knapsack_rl.estimation.bayes.GridPosterior`.
+    estimator derived from :class:`knapsack_rl.estimation.grid.GridPosterior`.
     """
 
     discount: float = 1.0
