@@ -14,7 +14,7 @@ from pathlib import Path
 from experiments import catalogue
 from experiments.accelerator import plan
 from experiments.contract import Finding, markdown_table, seeds_of
-from experiments.lab.evidence import overview
+from experiments.lab.evidence import HEADLINE
 from experiments.names import fill
 
 TEMPLATES = Path(__file__).parent / "pages"
@@ -106,8 +106,7 @@ def build(page: str, folder: Path) -> str:
 
 def readme_table(folder: Path) -> str:
     """The table of results in the README."""
-    figures = Evidence(folder)
-    return overview(lambda name: figures(f"lab-headline: {name}"))
+    return HEADLINE.overview(catalogue.read("lab-headline", folder))
 
 
 def write(folder: Path) -> list[Path]:

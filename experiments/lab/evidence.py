@@ -131,6 +131,25 @@ class LabEvidence:
                 lines.append((bed, label(arm), *marked))
         return markdown_table(("bed", "policy", *(f"{rate:g}" for rate in plan.learning_rates)), lines)
 
+    def overview(self, rows: Sequence[Row]) -> str:
+        """The README's table: accuracy at the end, as a difference to the first arm, and rollouts to that arm's."""
+        figure, arms = self.figures(rows), {bed: training.arms for bed, (training, _) in self._by_bed(rows).items()}
+        (first, *_), end = SHOWN, "accuracy at the end"
+
+        def cells(bed: str, arm: str) -> tuple[str, str]:
+            if arm not in arms[bed]:
+                return "–", "–"
+            if arm == first:
+                return figure(f"{bed}: {arm}, {end}"), "1 ×"
+            return figure(f"{bed}: {arm} - {first}, {end}"), figure(f"{bed}: {arm} / {first}, rollouts")
+
+        header = [
+            "policy",
+            *(column for bed in arms for column in (f"{bed.replace('-', ' ')}: {end}", "rollouts to uniform's")),
+        ]
+        lines = [[label(arm), *(cell for bed in arms for cell in cells(bed, arm))] for arm in SHOWN]
+        return markdown_table(header, lines)
+
     def plot(self, rows: Sequence[Row]) -> Figure:
         """Held-out accuracy by rollouts, a panel for each bed."""
         from experiments import plots
@@ -169,27 +188,6 @@ SHOWN = (
     "recommended-twice",
 )
 """Arms of the plot and of the README's table."""
-
-
-def overview(figure: Callable[[str], str]) -> str:
-    """The README's table: policies on both beds.
-
-    Args:
-        figure: maps a name to its text.
-    """
-    end, beds = "accuracy at the end", ("skills", "addition")
-    header = ["policy", "rollouts"]
-    for bed in beds:
-        header += [f"{bed}: {end}", "difference, points", "rollouts to uniform's accuracy"]
-    lines = []
-    for arm in SHOWN:
-        cells = [label(arm), figure(f"skills: {arm}, rollouts")]
-        for bed in beds:
-            compared = (f"{bed}: {arm} - uniform, {end}", f"{bed}: {arm} / uniform, rollouts")
-            others = ("–", "–") if arm == "uniform" else map(figure, compared)
-            cells += [figure(f"{bed}: {arm}, {end}"), *others]
-        lines.append(cells)
-    return markdown_table(header, lines)
 
 
 def claim_of_half(arm: str, place: str, who: str) -> Claim:
