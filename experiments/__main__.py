@@ -20,10 +20,12 @@ EXAMPLES = """examples:
   python -m experiments all --output docs/evidence             every experiment; continues where it stopped
   python -m experiments page                                   fill in the pages from docs/evidence/, without training
   python -m experiments readme                                 print the table of results of the README
+  python -m experiments recorded                               write the uniform runs that the report of a run shows
   python -m experiments estimation --split development         estimators on a recorded run; the half for choosing
 """
 
-OTHERS = ("all", "page", "readme")
+FROM_ROWS = ("page", "readme", "recorded")
+OTHERS = ("all", *FROM_ROWS)
 PAGE_FOLDER = Path("docs/evidence")
 
 
@@ -32,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments",
         description="Measure the claims of the evidence page, by experiment; all: every experiment; page: fill in the "
-        "pages from rows measured before; readme: print the README's table of results.",
+        "pages from rows measured before; readme: print the README's table of results; recorded: write the uniform "
+        "runs that a report shows.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="training runs; finished ones are used again (default: %(default)s)")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="rows and plots; training runs whose rows are in it are not trained again "
-                        f"(default: runs/experiments; of page and readme: {PAGE_FOLDER})")  # fmt: skip
+                        f"(default: runs/experiments; of {', '.join(FROM_ROWS)}: {PAGE_FOLDER})")  # fmt: skip
     parser.add_argument(
         "--split", choices=SPLITS, default="report", help="of estimation: prompts of the recorded run (default: report)"
     )
@@ -62,13 +65,15 @@ def run(parsed: argparse.Namespace) -> int:
     for name in ("seeds", "workers"):
         if getattr(parsed, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(parsed, name)}")
-    if parsed.name in ("page", "readme"):
+    if parsed.name in FROM_ROWS:
         from experiments import page
 
         folder = parsed.output or PAGE_FOLDER
-        print(
-            page.readme_table(folder) if parsed.name == "readme" else f"wrote {', '.join(map(str, page.write(folder)))}"
-        )
+        if parsed.name == "readme":
+            print(page.readme_table(folder))
+        else:
+            written = page.write(folder) if parsed.name == "page" else [page.write_recorded(folder)]
+            print(f"wrote {', '.join(map(str, written))}")
         return 0
     output = parsed.output or Path("runs/experiments")
     options = Options(parsed.seeds, parsed.quick, parsed.workers, parsed.runs, output, parsed.split)

@@ -8,19 +8,24 @@ a table of :mod:`experiments.accelerator.plan`.
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 
 from experiments import catalogue
 from experiments.accelerator import plan
-from experiments.contract import Finding, markdown_table, seeds_of
+from experiments.contract import Finding, markdown_table, seeds_of, select
 from experiments.lab.evidence import HEADLINE
 from experiments.names import fill
+from knapsack_rl.report import recorded
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGES = ("evidence.md", "estimation.md", "lab.md", "accelerator.md")
 HEADER = ("claim", "paper", "here", "command", "seeds", "verdict")
 TABLE = "table "
+RECORDED = "headline-trl"
+UNIFORM = {"uniform GRPO": "uniform", "uniform GRPO, two updates a step": "uniform-trl-twice"}
+"""Experiment and arms of uniform allocation that are shipped with the package, by what a report calls them."""
 
 
 class Evidence:
@@ -107,6 +112,25 @@ def build(page: str, folder: Path) -> str:
 def readme_table(folder: Path) -> str:
     """The table of results in the README."""
     return HEADLINE.overview(catalogue.read("lab-headline", folder))
+
+
+def write_recorded(folder: Path, target: Path = recorded.FILE) -> Path:
+    """Write the runs of uniform allocation that the report of a run on the shipped task shows; returns the file."""
+    rows = catalogue.read(RECORDED, folder)
+    by_policy = {name: select(rows, arm=arm) for name, arm in UNIFORM.items()}
+    runs = [run for found in by_policy.values() for run in found]
+    (rollouts,) = {tuple(run["evaluations"]["rollouts"]) for run in runs}
+    (task,) = {tuple(run["settings"][name] for name in recorded.SAME_TASK) for run in runs}
+    found = {
+        "made by": f"python -m experiments {RECORDED} --seeds {seeds_of(rows)}",
+        "task": dict(zip(recorded.SAME_TASK, task, strict=True)),
+        "rollouts": rollouts,
+        "accuracy": {
+            name: [run["evaluations"]["accuracy"] for run in found] for name, found in by_policy.items() if found
+        },
+    }
+    target.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+    return target
 
 
 def write(folder: Path) -> list[Path]:

@@ -1,7 +1,9 @@
+import dataclasses
 import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,16 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 from scipy import stats
 
-from knapsack_rl.report import comparison_table, plots, write_comparison, write_report
+from experiments import page as evidence_page
+from knapsack_rl.report import comparison_table, plots, recorded, write_comparison, write_report
 from knapsack_rl.report.page import Plot, save_plots
 from knapsack_rl.runs.curves import Curve
 from knapsack_rl.runs.files import ALLOCATION_LOG
 from knapsack_rl.runs.log import RunLog
+from knapsack_rl.training.settings import TrainSettings
 from run_folders import write_rows, write_run
+
+EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
 
 RUN_PLOTS = [
     "Held-out accuracy",
@@ -253,6 +259,33 @@ def test_comparison_table_against_direct_computation(folders):
         assert row["seconds"] == seconds * 20
         assert row["seconds_to_target"] == pytest.approx(row["rollouts_to_target"] / 128 * seconds)
     assert knapsack["seconds_ratio"] == pytest.approx(knapsack["rollouts_ratio"] / 2)
+
+
+def test_recorded_uniform_runs_are_those_of_the_rows(tmp_path):
+    written = evidence_page.write_recorded(EVIDENCE, tmp_path / "uniform_runs.json")
+    assert written.read_bytes() == recorded.FILE.read_bytes(), "run `python -m experiments recorded`"
+
+
+def test_a_run_on_the_shipped_task_is_shown_beside_recorded_uniform_runs(tmp_path):
+    task, (theirs, *_) = recorded.read()
+    last = theirs.rollouts[-1]
+    assert theirs.ratio(theirs.rollouts, theirs.mean) == 1.0
+    assert theirs.ratio(theirs.rollouts / 2, theirs.mean) == 0.5
+    assert np.isnan(theirs.ratio(theirs.rollouts, theirs.mean - 0.01))
+    defaults = dataclasses.asdict(TrainSettings())
+    assert recorded.uniform_for(defaults)[0] is theirs
+    assert recorded.uniform_for(defaults | {"train_prompts": 100}) == recorded.uniform_for({}) == ()
+    for name, settings in (("same", task), ("other", {})):
+        write_run(tmp_path / name, steps=20, evaluate_every=5, **settings)
+        text = write_report(tmp_path / name).read_text(encoding="utf-8")
+        assert (theirs.name in text) == ("Rollouts of uniform" in text) == (name == "same")
+    axes = Figure().subplots()
+    plots.held_out_accuracy([0, last], [0.3, 0.8], axes, others=[("uniform", theirs.rollouts, theirs.accuracy)])
+    grey, own = axes.lines
+    np.testing.assert_allclose(grey.get_ydata(), 100 * theirs.accuracy.mean(axis=0))
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((100 * theirs.accuracy.min(), 100 * theirs.accuracy.max()))
+    assert own.get_ydata().tolist() == [30.0, 80.0]
 
 
 def test_the_page_of_a_run_shows_where_the_time_of_a_step_goes(tmp_path):

@@ -72,6 +72,7 @@ def held_out_accuracy(
     ax: Axes,
     *,
     greedy: tuple[ArrayLike, ArrayLike] | None = None,
+    others: Sequence[tuple[str, ArrayLike, ArrayLike]] = (),
 ) -> Axes:
     """Draw held-out accuracy against the rollouts generated so far.
 
@@ -80,8 +81,15 @@ def held_out_accuracy(
         accuracy: Mean success of sampled answers, 0 to 1.
         ax: Where to draw.
         greedy: Rollouts and accuracy of greedy answers.
+        others: Name, rollouts (E) and accuracy (S, E) of other runs by policy, drawn as mean and range.
     """
-    ax.plot(np.asarray(rollouts), 100 * np.asarray(accuracy), color=BLUE, marker="o", markersize=4, label="sampled")
+    who = "this run, " if others else ""
+    for (name, generated, of_seeds), colour, style in zip(others, (GREY, PURPLE), ("-.", (0, (1, 1))), strict=False):
+        x, curves = np.asarray(generated), 100 * np.asarray(of_seeds)
+        ax.fill_between(x, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        ax.plot(x, curves.mean(axis=0), color=colour, linestyle=style, linewidth=1.4, label=name)
+    y = 100 * np.asarray(accuracy)
+    ax.plot(np.asarray(rollouts), y, color=BLUE, marker="o", markersize=4, label=f"{who}sampled")
     if greedy is not None and np.size(greedy[1]):
         ax.plot(
             np.asarray(greedy[0]),
@@ -90,8 +98,9 @@ def held_out_accuracy(
             linestyle="--",
             marker="s",
             markersize=3.5,
-            label="greedy",
+            label=f"{who}greedy",
         )
+    if len(ax.lines) > 1:
         _legend(ax)
     ax.set(xlabel="rollouts generated", ylabel="held-out accuracy (%)")
     _accuracies(ax)

@@ -14,6 +14,7 @@ from knapsack_rl.metrics import PARTS
 from knapsack_rl.offline.recorded import read_run
 from knapsack_rl.report import page, plots
 from knapsack_rl.report.prompt_section import prompt_section
+from knapsack_rl.report.recorded import uniform_for
 from knapsack_rl.runs.curves import tail_mean
 from knapsack_rl.runs.log import RunLog
 
@@ -104,6 +105,7 @@ def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
     planned = run.steps.size if run.planned_steps is None else run.planned_steps
     return [
         ("Held-out accuracy", page.percent(float(end)), f"last evaluation; {since}: {page.percent(float(start))}"),
+        *_against_uniform(run),
         ("Rollouts generated", f"{run.rollouts.sum():,}", f"{run.steps.size:,} of {planned:,} steps"),
         *(
             (
@@ -128,6 +130,17 @@ def _key_figures(run: RunLog) -> list[tuple[str, str, str]]:
     ]
 
 
+def _against_uniform(run: RunLog) -> list[tuple[str, str, str]]:
+    """Return how few rollouts a run on the shipped task took to the final accuracy of recorded uniform runs."""
+    recorded = uniform_for(run.config)
+    if not recorded or run.held_out[1].size < 2:
+        return []
+    grpo, ratio = recorded[0], recorded[0].ratio(*run.held_out)
+    value = "not reached" if math.isnan(ratio) else f"{ratio:.2f} ×"
+    detail = f"to {page.percent(grpo.final)}, where recorded runs of {grpo.name} end on average; one run is noisy"
+    return [("Rollouts of uniform's", value, detail)]
+
+
 def _step_time(run: RunLog) -> list[tuple[str, str, str]]:
     """Return the median seconds of a step with its parts, and the rows that updates left out, where they are logged."""
     seconds = {part: run.metric(f"knapsack/{part}_seconds")[1] for part in PARTS}
@@ -144,13 +157,22 @@ def run_plots(run: RunLog) -> list[page.Plot]:
     figures: list[page.Plot] = []
     rollouts, accuracy = run.held_out
     if accuracy.size > 1:
-        greedy = run.against_rollouts("held_out/greedy_accuracy")
+        greedy, recorded = run.against_rollouts("held_out/greedy_accuracy"), uniform_for(run.config)
+        caption = (
+            "Success on held-out problems. Check how many rollouts each gain costs, and whether the curve has "
+            "flattened; single evaluations are noisy."
+        )
+        others = []
+        for runs in recorded:
+            shown = runs.rollouts <= rollouts[-1]
+            others.append((runs.name, runs.rollouts[shown], runs.accuracy[:, shown]))
+        if recorded:
+            caption += f" Uniform: mean and range of {len(recorded[0].accuracy)} recorded runs on this task."
         figures.append(
             page.Plot(
                 "accuracy",
-                "Success on held-out problems. Check how many rollouts each gain costs, and whether the curve has "
-                "flattened; single evaluations are noisy.",
-                lambda ax: plots.held_out_accuracy(rollouts, accuracy, ax, greedy=greedy),
+                caption,
+                lambda ax: plots.held_out_accuracy(rollouts, accuracy, ax, greedy=greedy, others=others),
             )
         )
     if not run.visits.counts.size:
