@@ -286,14 +286,16 @@ TRAINING: dict[str, Training] = {
         },
     ),
     "headline-trl": Training(
-        # uniform-trl-twice is registered and follows once it has been run
-        arms=("uniform", "recommended-trl", "posterior-trl", "posterior-trl-twice"),
+        arms=("uniform", "uniform-trl-twice", "recommended-trl", "posterior-trl", "posterior-trl-twice"),
         claims=(
             cheaper("posterior-trl-twice", "uniform",
                     "The recommended setting needs at most half the rollouts of uniform N for its final accuracy"),
             better("posterior-trl-twice", "uniform", "The recommended setting ends above uniform N", on_the_way=True),
+            better("posterior-trl-twice", "uniform-trl-twice", "It ends above uniform N with two updates a step too",
+                   on_the_way=True),
             better("posterior-trl-twice", "posterior-trl", "Two updates a step help the recommended setting",
                    on_the_way=True),
+            better("uniform-trl-twice", "uniform", "Two updates a step help uniform N", on_the_way=True),
             cheaper("posterior-trl", "uniform",
                     "With one update a step it needs at most half the rollouts of uniform N"),
             better("posterior-trl", "uniform", "With one update a step it ends above uniform N", on_the_way=True),
