@@ -278,7 +278,7 @@ def test_a_run_on_the_shipped_task_is_shown_beside_recorded_uniform_runs(tmp_pat
     for name, settings in (("same", task), ("other", {})):
         write_run(tmp_path / name, steps=20, evaluate_every=5, **settings)
         text = write_report(tmp_path / name).read_text(encoding="utf-8")
-        assert (theirs.name in text) == ("Rollouts of uniform" in text) == (name == "same")
+        assert (theirs.name in text) == ("Rollouts to uniform" in text) == (name == "same")
     axes = Figure().subplots()
     plots.held_out_accuracy([0, last], [0.3, 0.8], axes, others=[("uniform", theirs.rollouts, theirs.accuracy)])
     grey, own = axes.lines

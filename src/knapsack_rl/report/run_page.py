@@ -137,8 +137,8 @@ def _against_uniform(run: RunLog) -> list[tuple[str, str, str]]:
         return []
     grpo, ratio = recorded[0], recorded[0].ratio(*run.held_out)
     value = "not reached" if math.isnan(ratio) else f"{ratio:.2f} ×"
-    detail = f"to {page.percent(grpo.final)}, where recorded runs of {grpo.name} end on average; one run is noisy"
-    return [("Rollouts of uniform's", value, detail)]
+    detail = f"of those that recorded runs of {grpo.name} took to {page.percent(grpo.final)}; one run is noisy"
+    return [("Rollouts to uniform's accuracy", value, detail)]
 
 
 def _step_time(run: RunLog) -> list[tuple[str, str, str]]:
