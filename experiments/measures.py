@@ -66,6 +66,11 @@ def mean_accuracy(row: Row) -> float:
     return float(np.trapezoid(accuracy, rollouts) / (rollouts[-1] - rollouts[0]))
 
 
+def best_rate(rows: Sequence[Row]) -> float:
+    """The learning rate of the run with the highest :func:`mean_accuracy`."""
+    return float(max(rows, key=mean_accuracy)["settings"]["learning_rate"])
+
+
 def accuracy_at_equal_tokens(row: Row) -> float:
     """Smoothed held-out accuracy where the shortest run of the same seed ends, see :func:`with_shortest`."""
     curve = row["evaluations"]

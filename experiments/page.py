@@ -17,7 +17,7 @@ from experiments.accelerator import plan
 from experiments.contract import Finding, markdown_table, seeds_of, select
 from experiments.lab.evidence import HEADLINE
 from experiments.names import fill
-from knapsack_rl.report import recorded
+from knapsack_rl.report import uniform_runs
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGES = ("evidence.md", "estimation.md", "lab.md", "accelerator.md")
@@ -114,20 +114,18 @@ def readme_table(folder: Path) -> str:
     return HEADLINE.overview(catalogue.read("lab-headline", folder))
 
 
-def write_recorded(folder: Path, target: Path = recorded.FILE) -> Path:
+def write_recorded(folder: Path, target: Path = uniform_runs.FILE) -> Path:
     """Write the runs of uniform allocation that the report of a run on the shipped task shows; returns the file."""
     rows = catalogue.read(RECORDED, folder)
     by_policy = {name: select(rows, arm=arm) for name, arm in UNIFORM.items()}
-    runs = [run for found in by_policy.values() for run in found]
+    runs = [run for own in by_policy.values() for run in own]
     (rollouts,) = {tuple(run["evaluations"]["rollouts"]) for run in runs}
-    (task,) = {tuple(run["settings"][name] for name in recorded.SAME_TASK) for run in runs}
+    (task,) = {tuple(run["settings"][name] for name in uniform_runs.SAME_TASK) for run in runs}
     found = {
         "made by": f"python -m experiments {RECORDED} --seeds {seeds_of(rows)}",
-        "task": dict(zip(recorded.SAME_TASK, task, strict=True)),
+        "task": dict(zip(uniform_runs.SAME_TASK, task, strict=True)),
         "rollouts": rollouts,
-        "accuracy": {
-            name: [run["evaluations"]["accuracy"] for run in found] for name, found in by_policy.items() if found
-        },
+        "accuracy": {name: [run["evaluations"]["accuracy"] for run in own] for name, own in by_policy.items()},
     }
     target.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
     return target

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments import page as evidence_page
-from knapsack_rl.report import comparison_table, plots, recorded, write_comparison, write_report
+from knapsack_rl.report import comparison_table, plots, uniform_runs, write_comparison, write_report
 from knapsack_rl.report.page import Plot, save_plots
 from knapsack_rl.runs.curves import Curve
 from knapsack_rl.runs.files import ALLOCATION_LOG
@@ -263,18 +263,18 @@ def test_comparison_table_against_direct_computation(folders):
 
 def test_recorded_uniform_runs_are_those_of_the_rows(tmp_path):
     written = evidence_page.write_recorded(EVIDENCE, tmp_path / "uniform_runs.json")
-    assert written.read_bytes() == recorded.FILE.read_bytes(), "run `python -m experiments recorded`"
+    assert written.read_bytes() == uniform_runs.FILE.read_bytes(), "run `python -m experiments recorded`"
 
 
 def test_a_run_on_the_shipped_task_is_shown_beside_recorded_uniform_runs(tmp_path):
-    task, (theirs, *_) = recorded.read()
+    task, (theirs, *_) = uniform_runs.read()
     last = theirs.rollouts[-1]
     assert theirs.ratio(theirs.rollouts, theirs.mean) == 1.0
     assert theirs.ratio(theirs.rollouts / 2, theirs.mean) == 0.5
     assert np.isnan(theirs.ratio(theirs.rollouts, theirs.mean - 0.01))
     defaults = dataclasses.asdict(TrainSettings())
-    assert recorded.uniform_for(defaults)[0] is theirs
-    assert recorded.uniform_for(defaults | {"train_prompts": 100}) == recorded.uniform_for({}) == ()
+    assert uniform_runs.uniform_for(defaults)[0] is theirs
+    assert uniform_runs.uniform_for(defaults | {"train_prompts": 100}) == uniform_runs.uniform_for({}) == ()
     for name, settings in (("same", task), ("other", {})):
         write_run(tmp_path / name, steps=20, evaluate_every=5, **settings)
         text = write_report(tmp_path / name).read_text(encoding="utf-8")

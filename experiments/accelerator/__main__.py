@@ -19,7 +19,7 @@ from typing import Any
 from experiments.accelerator.tasks import CANDIDATES, GSM8K, MIXED
 from experiments.accelerator.train import QUICK, Settings, Trainer, measure_success, measure_throughput, train
 from experiments.contract import Row, select
-from experiments.measures import mean_accuracy
+from experiments.measures import best_rate
 from experiments.rows_file import RowsFile, is_of
 
 ARMS = ("uniform", "uniform-2n", "paper", "knapsack", "recommended-plain-twice")
@@ -67,6 +67,11 @@ class Plan:
     fewest: int = 1
     mark: str = LATER
 
+    @property
+    def recommended(self) -> str:
+        """Arm with the recommended setting, which has a learning rate of its own."""
+        return self.arms[-1]
+
     def probes(self) -> list[Settings]:
         """What the success rate of the base model is measured on."""
         few = replace(self.base, train_prompts=min(PROBED_PROMPTS, self.base.train_prompts))
@@ -103,7 +108,7 @@ class Plan:
         short = replace(self.base, seed=TUNING_SEED, steps=self.tuning_steps)
         return [
             replace(short, arm=arm, learning_rate=rate)
-            for arm in (TUNED, self.arms[-1])
+            for arm in (TUNED, self.recommended)
             for rate in self.learning_rates
         ]
 
@@ -113,7 +118,7 @@ class Plan:
         Args:
             tuned: rows of :meth:`tuning`, all of them.
         """
-        rates = {arm: chosen_rate(tuned, arm if arm == self.arms[-1] else TUNED) for arm in self.arms}
+        rates = {arm: chosen_rate(tuned, arm if arm == self.recommended else TUNED) for arm in self.arms}
         return [
             replace(self.base, arm=arm, seed=seed, learning_rate=rates[arm]) for seed in self.seeds for arm in self.arms
         ]
@@ -165,8 +170,7 @@ def chosen_rate(rows: Sequence[Row], arm: str = TUNED) -> float:
         rows: of the part "tuning".
         arm: whose runs count.
     """
-    best = max(select(rows, arm=arm), key=mean_accuracy)
-    return float(best["settings"]["learning_rate"])
+    return best_rate(select(rows, arm=arm))
 
 
 class Measurement(RowsFile):
@@ -214,7 +218,7 @@ class Measurement(RowsFile):
         tuned = self._of(plan.mark + "tuning", plan.tuning())
         if len(tuned) < len(plan.tuning()):
             return left + len(plan.seeds) * len(plan.arms)
-        print("learning rates:", ", ".join(f"{arm} {chosen_rate(tuned, arm):g}" for arm in (TUNED, plan.arms[-1])))
+        print("learning rates:", ", ".join(f"{arm} {chosen_rate(tuned, arm):g}" for arm in (TUNED, plan.recommended)))
         return left + self.measure(plan.mark + "training", plan.training(tuned), work)
 
     def summary(self, row: Row) -> str:

@@ -89,7 +89,7 @@ def _later(rows: Sequence[Row]) -> list[tuple[Training, list[Row]]]:
         whole = set.intersection(*({row["seed"] for row in select(own, arm=arm)} for arm in plan.arms))
         if len(whole) > 1:
             layout = {"accuracy": accuracy_table(**SECONDS)}
-            later = Training(tuple(plan.arms), _later_claims(task, plan.arms[-1]), layout, task=task)
+            later = Training(tuple(plan.arms), _later_claims(task, plan.recommended), layout, task=task)
             found.append((later, [row for row in own if row["seed"] in whole]))
     return found
 

@@ -16,7 +16,7 @@ from typing import Any
 from experiments.accelerator.train import Settings
 from experiments.contract import Row, select
 from experiments.lab.beds import bed
-from experiments.measures import mean_accuracy
+from experiments.measures import best_rate
 from experiments.pool import ARMS
 
 _BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -89,8 +89,7 @@ class Registration:
             name: of the bed.
             arm: name of the arm.
         """
-        own = [row for row in select(tuned, arm=arm) if row["settings"]["dataset"] == name]
-        return float(max(own, key=mean_accuracy)["settings"]["learning_rate"])
+        return best_rate([row for row in select(tuned, arm=arm) if row["settings"]["dataset"] == name])
 
     def training(self, shared: Settings, tuned: Sequence[Row]) -> list[Settings]:
         """Runs that are reported, whole seeds first.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,7 +85,8 @@ def held_out_accuracy(
         others: Name, rollouts (E) and accuracy (S, E) of other runs by policy, drawn as mean and range.
     """
     who = "this run, " if others else ""
-    for (name, generated, of_seeds), colour, style in zip(others, (GREY, PURPLE), ("-.", (0, (1, 1))), strict=False):
+    looks = cycle(((GREY, "-."), (PURPLE, (0, (1, 1)))))
+    for (name, generated, of_seeds), (colour, style) in zip(others, looks, strict=False):
         x, curves = np.asarray(generated), 100 * np.asarray(of_seeds)
         ax.fill_between(x, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         ax.plot(x, curves.mean(axis=0), color=colour, linestyle=style, linewidth=1.4, label=name)

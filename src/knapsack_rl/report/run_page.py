@@ -14,7 +14,7 @@ from knapsack_rl.metrics import PARTS
 from knapsack_rl.offline.recorded import read_run
 from knapsack_rl.report import page, plots
 from knapsack_rl.report.prompt_section import prompt_section
-from knapsack_rl.report.recorded import uniform_for
+from knapsack_rl.report.uniform_runs import uniform_for
 from knapsack_rl.runs.curves import tail_mean
 from knapsack_rl.runs.log import RunLog
 

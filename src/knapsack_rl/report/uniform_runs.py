@@ -16,7 +16,7 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.report.comparison import SMOOTHING
 from knapsack_rl.runs.curves import moving_average, rollouts_to_reach
 
-FILE = Path(__file__).with_name("uniform_runs.json")
+FILE = Path(__file__).with_suffix(".json")
 """Written by ``python -m experiments recorded`` from the rows of the experiment that it names."""
 
 SAME_TASK = ("model", "dataset", "train_prompts", "held_out_prompts", "prompt_template", "chat", "temperature")
