@@ -481,8 +481,12 @@ class KnapsackAllocator(Stored):
         lost = lost_metrics(known, successes, totals)
         if visitors:
             past = cache(lambda: check_posterior(self.estimator).likelihood(known))  # for both that need it
-            if expected:
-                chances = self.survive("baseline", lambda: self._expected(past(), known.prior, groups))
+            if chances is not None:
+                found = self.survive("baseline", lambda: self._expected(past(), known.prior, successes, totals))
+                if found is None:
+                    chances = None
+                else:
+                    chances[visited] = found
             visitor_R, success_R = (np.cumsum(visited) - 1)[groups.group_R[scored]], groups.success_R[scored]
             self.survive("learning", lambda: self._share(visitors, known, past, successes, totals))
             self.tracker.record(
@@ -513,17 +517,16 @@ class KnapsackAllocator(Stored):
         Raises:
             ValueError: the estimator has no posterior on a grid.
         """
-        estimator, failures = check_posterior(self.estimator), groups.totals - groups.successes
-        posterior = estimator.posterior(self.records_of(prompt_ids))
-        return estimator.means_without_one(posterior, groups.successes, failures)
+        known = self.records_of(prompt_ids)
+        past = check_posterior(self.estimator).likelihood(known)
+        return self._expected(past, known.prior, groups.successes, groups.totals)
 
-    def _expected(self, past: FloatArray, prior: FloatArray | None, groups: GroupOutcomes) -> FloatArray:
-        """Return :meth:`expected_outcomes`; ``past`` is the likelihood of what groups with outcomes had before."""
-        estimator, visited = check_posterior(self.estimator), groups.totals > 0
-        successes, totals = groups.successes[visited], groups.totals[visited]
-        chances, posterior = np.full((visited.size, 2), 0.5), estimator.posterior_of(past, prior)
-        chances[visited] = estimator.means_without_one(posterior, successes, totals - successes)
-        return chances
+    def _expected(
+        self, past: FloatArray, prior: FloatArray | None, successes: IntArray, totals: IntArray
+    ) -> FloatArray:
+        """Return :meth:`expected_outcomes` of groups, by the likelihood of what their prompts had before."""
+        estimator = check_posterior(self.estimator)
+        return estimator.means_without_one(estimator.posterior_of(past, prior), successes, totals - successes)
 
     def _share(
         self,
