@@ -95,6 +95,7 @@ def _series(log: RunLog) -> dict[str, list[float | None]]:
         "rollouts": means(log.cumulative_rollouts),
         "rollout_ratio": means(log.effective_rollout_ratio),
         "prompt_ratio": means(log.effective_prompt_ratio),
+        "calibration_error": means(log.calibration_error),
         **{name: means(log.difficulty_shares[:, index]) for index, name in enumerate(CLASS_SERIES)},
         "training_success": means(log.training_success),
         "largest": [float(log.max_budget[part].max()) for part in parts],

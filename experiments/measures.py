@@ -94,6 +94,12 @@ def series_mean(row: Row, *names: str, last: float = 1.0) -> float:
     return total
 
 
+def calibration_errors(row: Row) -> list[float] | None:
+    """By how much the predicted share of groups with a gradient misses the realised one, in stretches of a run."""
+    values = [abs(value) for value in row["series"].get("calibration_error", ()) if value is not None]
+    return values or None
+
+
 def rollouts_at(row: Row, low: float, high: float) -> float:
     """Mean rollouts of visits whose estimate, averaged in its bin, lies in a class; NaN bounds for unseen prompts."""
     parts = row["budget"]["by_estimate"]
@@ -151,6 +157,8 @@ MEASURES: dict[str, Measure] = {
     "seconds": _count(lambda row: row["evaluations"]["seconds"][-1] if "seconds" in row["evaluations"] else None),
     "rollouts with a gradient": _share(lambda row: series_mean(row, "rollout_ratio")),
     "prompts with a gradient": _share(lambda row: series_mean(row, "prompt_ratio")),
+    "calibration error": _share(lambda row: np.mean(found).item() if (found := calibration_errors(row)) else None),
+    "largest calibration error": _share(lambda row: max(found) if (found := calibration_errors(row)) else None),
     "training success at the end": _share(lambda row: series_mean(row, "training_success", last=LAST)),
     "all correct at the end": _share(lambda row: series_mean(row, "all_correct", last=LAST)),
     "all wrong at the end": _share(lambda row: series_mean(row, "all_wrong", last=LAST)),

@@ -29,6 +29,7 @@ def run_row(
         for name, value in {
             "rollout_ratio": ratio,
             "prompt_ratio": prompt_ratio,
+            "calibration_error": -0.03,
             "all_correct": 0.4,
             "easy": 0.1,
             "medium": 0.2,

@@ -151,6 +151,7 @@ def test_the_grammar_of_figures():
 def test_every_measure_of_a_run_is_defined():
     rows = measures.with_shortest([run_row("uniform", seed) for seed in (0, 1)])
     undefined = {"hardest became easiest"}  # never, in these rows
+    assert measures.calibration_errors(rows[0]) == [0.03] * 4
     for name in measures.MEASURES:
         estimate, text = measures.estimate(rows, f"uniform, {name}")
         assert math.isfinite(estimate.mean) == (text != "–") or name in undefined, name

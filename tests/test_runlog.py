@@ -63,6 +63,18 @@ def test_effective_ratios(run, rows):
     assert not np.allclose(run.effective_rollout_ratio, run.effective_prompt_ratio)
 
 
+def test_the_calibration_error_is_that_of_the_groups_with_a_prediction(tmp_path):
+    rows = write_run(tmp_path, steps=6)
+    rows[1]["predicted"][0] = None
+    rows[2]["predicted"] = [None] * len(rows[2]["predicted"])
+    write_rows(tmp_path / "allocations.jsonl", rows)
+    found = RunLog.load(tmp_path).calibration_error
+    for t, row in enumerate(rows):
+        both = [(p, e) for p, e in zip(row["predicted"], row["effective"], strict=True) if p is not None]
+        missed = [Fraction(p) - e for p, e in both]
+        assert found[t] == pytest.approx(float(sum(missed) / len(missed)) if missed else math.nan, nan_ok=True)
+
+
 def test_difficulty(run, rows):
     for t, row in enumerate(rows):
         pairs = list(zip(row["successes"], row["scored"], strict=True))

@@ -237,6 +237,14 @@ class RunLog:
         return ratio(self._sum(self.visits.effective), self._sum(self.visits.counts > 0))
 
     @cached_property
+    def calibration_error(self) -> FloatArray:
+        """Predicted share of groups with a gradient less the realised one, over the groups with a prediction."""
+        visits = self.visits
+        given = (visits.counts > 0) & np.isfinite(visits.predicted)
+        excess = np.where(given, visits.predicted - visits.effective, 0.0)
+        return ratio(self._sum(excess), self._sum(given))
+
+    @cached_property
     def training_success(self) -> FloatArray:
         """Mean share of successes over the scored prompts of each step; every prompt has the same weight."""
         visits = self.visits
