@@ -30,9 +30,9 @@ from torch import Tensor
 from experiments.contract import markdown_table
 from experiments.lab import beds
 from experiments.lab.run import FULL, LabTrainer
+from knapsack_rl.advantages import group_advantages
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.policies import allocate
-from knapsack_rl.groups import group_advantages
 from knapsack_rl.tasks.generated import Problem
 from knapsack_rl.tasks.pretraining import answer_log_probs
 

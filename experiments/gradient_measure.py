@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knapsack_rl.advantages import group_advantages
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import group_advantages
 from knapsack_rl.tasks import MAX_COMPLETION_TOKENS, is_correct
 
 Tokens = tuple[int, ...]
@@ -175,7 +175,7 @@ def policy_gradient(model: ArithmeticModel, groups: Sequence[Rollouts]) -> Tenso
     """GRPO's gradient: the mean over all rollouts of advantage times the gradient of the log-probability.
 
     That of the first update on fresh rollouts, where the ratio is 1 and nothing is clipped; a sum over tokens, and an
-    ascent direction. Advantages are those of :func:`knapsack_rl.groups.group_advantages`.
+    ascent direction. Advantages are those of :func:`knapsack_rl.advantages.group_advantages`.
 
     Args:
         model: at the parameters that made the rollouts.

@@ -24,7 +24,7 @@ from experiments.accelerator.policy import Policy, Rollouts  # noqa: E402
 from experiments.lab import __main__ as command  # noqa: E402
 from experiments.lab import beds, registration, skills  # noqa: E402
 from experiments.lab.run import QUICK, LabTrainer  # noqa: E402
-from knapsack_rl.groups import group_advantages  # noqa: E402
+from knapsack_rl.advantages import group_advantages  # noqa: E402
 from knapsack_rl.tasks import base_model_path  # noqa: E402
 from knapsack_rl.tasks.generated import Problem  # noqa: E402
 from knapsack_rl.tasks.pretraining import success_rates  # noqa: E402

@@ -17,8 +17,8 @@ from experiments.accelerator.tasks import load
 from experiments.contract import Row
 from experiments.extract import summarise
 from experiments.pool import ARMS
+from knapsack_rl.advantages import Advantage, Weighting, group_advantages
 from knapsack_rl.allocation.checks import IntArray
-from knapsack_rl.groups import Advantage, Weighting, group_advantages
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.session import Plan, Session

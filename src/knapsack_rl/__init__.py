@@ -4,13 +4,14 @@ Importing this package imports numpy only; training with TRL is in :mod:`knapsac
 :mod:`knapsack_rl.verl`.
 """
 
+from knapsack_rl.advantages import group_advantages
 from knapsack_rl.allocation.costs import Certificate
 from knapsack_rl.allocation.policies import Allocation, allocate
 from knapsack_rl.allocation.value import information_gain, nonzero_gradient_probability, value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.balance import RolloutQueue
 from knapsack_rl.conformance import check_engine
-from knapsack_rl.groups import GroupStatistics, group_advantages, group_statistics
+from knapsack_rl.groups import GroupStatistics, group_statistics
 from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings
 

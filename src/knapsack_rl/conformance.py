@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from knapsack_rl.advantages import Advantage, check_advantage
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import Advantage, check_advantage
 
 AdvantageFunction = Callable[[IntArray, FloatArray], ArrayLike]
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from knapsack_rl.advantages import OVER_MEAN
 from knapsack_rl.allocation.policies import BUDGET_UNITS
 from knapsack_rl.allocation.value import VALUE_FORMS
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.grid import check_posterior, check_top_up
 from knapsack_rl.estimation.named import ESTIMATORS
-from knapsack_rl.groups import OVER_MEAN
 
 ALLOCATIONS = ("knapsack", "paper", "uniform")
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knapsack_rl.advantages import ADVANTAGES, OVER_MEAN, WEIGHTINGS, per_prompt
 from knapsack_rl.estimation.named import WITH_POSTERIOR
-from knapsack_rl.groups import ADVANTAGES, OVER_MEAN, WEIGHTINGS, per_prompt
 from knapsack_rl.runs import files
 from knapsack_rl.settings import AUTO, AllocationSettings, check_fields, option
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from knapsack_rl.advantages import STD_EPSILON, advantages_of, group_advantages, per_prompt, prompt_weights
 from knapsack_rl.allocation.checks import FloatArray
-from knapsack_rl.groups import STD_EPSILON, GroupOutcomes, advantages_of, group_advantages, per_prompt, prompt_weights
+from knapsack_rl.groups import GroupOutcomes
 
 
 def ragged_advantages(

@@ -9,8 +9,8 @@ from typing import Any
 from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 
+from knapsack_rl.advantages import ADVANTAGES, WEIGHTINGS, check_advantage
 from knapsack_rl.allocator import KnapsackAllocator
-from knapsack_rl.groups import ADVANTAGES, WEIGHTINGS, check_advantage
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.settings import AllocationSettings
 
@@ -28,7 +28,7 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
         advantage: ``"group-std"`` (GRPO's, ``scale_rewards="group"``); ``"group-mean"`` (MaxRL's, over the mean of the
             group's outcomes, 1 for a success and 0 for a failure); or ``"posterior-mean"`` (outcomes against what was
             expected by the prompt's history and the rest of the group, see
-            :func:`~knapsack_rl.groups.group_advantages`). By default ``scale_rewards`` decides.
+            :func:`~knapsack_rl.advantages.group_advantages`). By default ``scale_rewards`` decides.
         weighting: ``"rollout"`` (the paper: a prompt weighs in proportion to its rollouts), ``"prompt"`` (every
             prompt weighs the same, as under uniform allocation), or ``"auto"``: per prompt with advantages over a mean,
             per rollout with all else.

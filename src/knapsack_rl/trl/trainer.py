@@ -12,10 +12,11 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather, gat
 from datasets import Dataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from knapsack_rl.advantages import OVER_MEAN
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.grid import check_posterior
-from knapsack_rl.groups import OVER_MEAN, GroupOutcomes, of_outcomes, outcomes_by_position
+from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
 from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.offline.earlier import earlier_rates

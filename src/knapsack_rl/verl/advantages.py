@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from knapsack_rl.groups import Advantage, advantages_of, of_outcomes
+from knapsack_rl.advantages import Advantage, advantages_of
+from knapsack_rl.groups import of_outcomes
 from knapsack_rl.ids import numbered
 from knapsack_rl.verl import session
 from knapsack_rl.verl.launch import ESTIMATORS_OVER_MEAN

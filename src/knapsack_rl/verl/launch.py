@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from knapsack_rl.groups import Advantage
+from knapsack_rl.advantages import Advantage
 from knapsack_rl.metrics import LOGGED
 from knapsack_rl.settings import LEAST_OF_TWO_ROUNDS, LISTED, AllocationSettings, check_fields, option
 

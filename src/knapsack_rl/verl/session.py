@@ -6,8 +6,9 @@ import logging
 import os
 from typing import Any
 
+from knapsack_rl.advantages import Advantage
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.groups import Advantage, GroupOutcomes, outcomes_by_position
+from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId
 from knapsack_rl.offline.earlier import earlier_rates
 from knapsack_rl.session import Session
