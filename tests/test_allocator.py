@@ -26,7 +26,8 @@ import knapsack_rl as kr
 from cases import named_case
 from knapsack_rl import state as statefile
 from knapsack_rl.allocation.coverage import allocate_with_skips
-from knapsack_rl.allocation.policies import allocate_estimated, allocate_expected, allocate_tokens
+from knapsack_rl.allocation.policies import allocate_estimated, allocate_expected
+from knapsack_rl.allocation.tokens import allocate_tokens
 from knapsack_rl.estimation.lengths import expected_tokens, predict_work
 from knapsack_rl.estimation.named import ESTIMATORS, BetaEstimator, WindowEstimator
 from knapsack_rl.estimation.tracker import COLUMNS

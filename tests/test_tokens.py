@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from cases import named_case
 from knapsack_rl import KnapsackAllocator, allocate
-from knapsack_rl.allocation.policies import allocate_expected, rounded
+from knapsack_rl.allocation.policies import allocate_expected
+from knapsack_rl.allocation.tokens import rounded
 from knapsack_rl.allocation.value import VALUES, make_value_function
 from knapsack_rl.estimation.lengths import LENGTH_SAMPLE, _Population, expected_lengths, expected_tokens, predict_work
 from knapsack_rl.estimation.named import WindowEstimator

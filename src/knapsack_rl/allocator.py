@@ -15,20 +15,10 @@ from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray, as_float64, check_counts, check_step_budget, check_whole
 from knapsack_rl.allocation.coverage import allocate_with_skips
 from knapsack_rl.allocation.degradation import evenly, reachable_maximum
-from knapsack_rl.allocation.policies import (
-    Allocation,
-    BudgetUnit,
-    allocate_estimated,
-    allocate_expected,
-    allocate_tokens,
-    check_outcomes,
-    check_tokens,
-    first_group,
-    room_left,
-    top_up,
-    unpredicted,
-)
+from knapsack_rl.allocation.policies import Allocation, allocate_estimated, allocate_expected, unpredicted
 from knapsack_rl.allocation.solver import total_value
+from knapsack_rl.allocation.tokens import BudgetUnit, allocate_tokens, check_tokens, first_group
+from knapsack_rl.allocation.top_up import check_outcomes, room_left, top_up
 from knapsack_rl.allocation.value import ValueLike, named_value
 from knapsack_rl.estimation.bayes import BayesFilterEstimator
 from knapsack_rl.estimation.grid import check_posterior, check_top_up

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from knapsack_rl.advantages import OVER_MEAN
-from knapsack_rl.allocation.policies import BUDGET_UNITS
+from knapsack_rl.allocation.tokens import BUDGET_UNITS
 from knapsack_rl.allocation.value import VALUE_FORMS
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.grid import check_posterior, check_top_up

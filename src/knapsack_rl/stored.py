@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Self
 
-from knapsack_rl.allocation.policies import BudgetUnit
+from knapsack_rl.allocation.tokens import BudgetUnit
 from knapsack_rl.allocation.value import ValueLike, named_value
 from knapsack_rl.estimation.bayes import BayesFilterEstimator
 from knapsack_rl.estimation.lengths import check_length_sums

@@ -2,21 +2,19 @@
 
 All policies use one solver. :func:`allocate` takes success rates as known, optionally with the paper's fallback rule;
 :func:`allocate_estimated` does the same with estimates in a run, where it degrades instead of raising;
-:func:`allocate_expected` and :func:`allocate_tokens` take posterior-expected marginal values and need no special rule.
+:func:`allocate_expected` takes posterior-expected marginal values and needs no special rule.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation import solver
-from knapsack_rl.allocation.belief import Belief
-from knapsack_rl.allocation.checks import FloatArray, IntArray, check_counts, check_success_rates, check_whole
+from knapsack_rl.allocation.checks import FloatArray, IntArray, check_success_rates, check_whole
 from knapsack_rl.allocation.costs import Certificate, check_affordable, check_costs, solve_with_costs
 from knapsack_rl.allocation.degradation import affordable_minimum, feasible_bounds, joined
 from knapsack_rl.allocation.marginals import Marginals
@@ -27,15 +25,6 @@ FALLBACK_PROBABILITY = 0.9
 
 LARGEST_BUDGET = 2**28
 """Largest budget of :func:`allocate`; memory grows with it, and a mistaken number must not fill it."""
-
-LEAST_TOKENS = 1.0
-"""Costs must be positive, so an empty answer counts as one token."""
-
-FIRST_GROUP = 2
-"""Rollouts per prompt that a budget of tokens is assumed to pay for before any length is observed."""
-
-BudgetUnit = Literal["rollouts", "tokens"]
-BUDGET_UNITS = ("rollouts", "tokens")
 
 # Classes of success rates, in the order in which they receive budget that has no value for any prompt.
 UNSOLVED, UNSEEN, SOLVED, EFFECTIVE = range(4)
@@ -319,14 +308,14 @@ def allocate_expected(
         return _expected_with_costs(marginals, costs, budget, min_rollouts, max_rollouts, order)
     budget = int(budget)
     lower, upper, degradation = feasible_bounds(budget, min_rollouts, max_rollouts, marginals, order)
-    table = _padded(marginals, upper)
+    table = padded(marginals, upper)
     counts = solver.solve_checked(table, budget, lower, upper, np.zeros(lower.size, np.int64), order)
     total = solver.total_value(table, counts)
     return Allocation(counts, total, degradation, degraded=bool(degradation), certificate=Certificate(total, total))
 
 
-def _padded(marginals: FloatArray, most: IntArray) -> FloatArray:
-    """Return the table with columns of zeros up to the largest count."""
+def padded(marginals: FloatArray, most: IntArray) -> FloatArray:
+    """Return (M, K) marginal values with columns of zeros up to the largest count."""
     missing = int(most.max(initial=0)) - marginals.shape[1]
     return np.pad(marginals, ((0, 0), (0, missing))) if missing > 0 else marginals
 
@@ -343,189 +332,6 @@ def _expected_with_costs(
     upper = np.where(lower > 0, max_rollouts, 0) if degradation else max_rollouts
     low, high = check_affordable(costs, budget, lower, upper)
     level, unknown = np.zeros(low.size, np.int64), np.full(low.size, np.nan)
-    found = _priced(_padded(marginals, high), costs, budget, low, high, level, priority, unknown)
+    found = _priced(padded(marginals, high), costs, budget, low, high, level, priority, unknown)
     reason = joined(degradation, found.reason)
     return replace(found, reason=reason, degraded=bool(degradation), success_rates=None)
-
-
-def first_group(min_rollouts: int, max_rollouts: int) -> int:
-    """Return the rollouts per prompt while no length is known."""
-    return min(max(FIRST_GROUP, min_rollouts), max_rollouts)
-
-
-def check_tokens(budget: float) -> float:
-    """Return a budget of tokens, or raise ``ValueError`` if it is not a finite number >= 0."""
-    number = isinstance(budget, (int, float, np.integer, np.floating)) and not isinstance(budget, bool)
-    if not number or not 0.0 <= budget < math.inf:
-        raise ValueError(f"budget must be a finite number of tokens >= 0, got {budget!r}")
-    return float(budget)
-
-
-def allocate_tokens(
-    belief: Belief,
-    tokens: FloatArray | None,
-    budget: float,
-    min_rollouts: int,
-    max_rollouts: int,
-    priority: FloatArray,
-    multiple: int = 1,
-) -> Allocation:
-    """Allocate a budget of tokens: the expected tokens of all rollouts do not exceed it.
-
-    While no length is known every rollout costs the same, scaled so that the budget pays for ``FIRST_GROUP`` rollouts
-    per prompt (``min_rollouts`` if that is more): the first batch is rather too small than over the budget.
-
-    Args:
-        belief: belief about the batch.
-        tokens: (M,) expected tokens per rollout, or None if no length is known.
-        budget: tokens, >= 0.
-        min_rollouts: N_low.
-        max_rollouts: N_up.
-        priority: (M,) tie-break, lower first.
-        multiple: an engine's number of rows must be a multiple of this, for which the last rollouts by value per token
-            are given up; only where the minimum leaves none to give up, the budget is exceeded.
-    """
-    note = ""
-    if tokens is None:
-        group = first_group(min_rollouts, max_rollouts)
-        tokens = np.full(len(belief.mean), max(budget, LEAST_TOKENS) / (len(belief.mean) * group))
-        note = f"no length is known: the budget is assumed to pay for {group} rollouts per prompt"
-    found = allocate_expected(belief.marginals, budget, min_rollouts, max_rollouts, priority=priority, costs=tokens)
-    reason = joined(note, found.reason)
-    if found.counts.sum() % multiple == 0:
-        return replace(found, reason=reason)
-    counts = rounded(found.counts, multiple, min_rollouts, belief.marginals / tokens[:, None])
-    return replace(found, counts=counts, expected_value=_value_of(belief, counts), reason=reason, certificate=None)
-
-
-def rounded(counts: IntArray, multiple: int, min_rollouts: int, gains: FloatArray) -> IntArray:
-    """Return counts whose sum is a multiple: the rollouts of least gain go, or those of most gain are added.
-
-    Args:
-        counts: (M,) rollouts per prompt.
-        multiple: >= 1.
-        min_rollouts: no served group is made smaller than this, or than two.
-        gains: (M, K) of each further rollout; beyond the last column it is 0.
-
-    Returns:
-        (M,) counts; all of them may be raised where the minimum leaves nothing to give up.
-    """
-    result, rows = counts.copy(), np.arange(counts.size)
-    padded = np.pad(gains, ((0, 0), (0, 1)))
-    surplus = int(counts.sum()) % multiple
-    least = np.minimum(counts, max(min_rollouts, 2))
-    if 0 < surplus <= int((counts - least).sum()):
-        for _ in range(surplus):
-            last = padded[rows, np.clip(result - 1, 0, gains.shape[1])]
-            result[np.argmin(np.where(result > least, last, np.inf))] -= 1
-    else:
-        served = result > 0 if result.any() else np.ones(result.size, bool)
-        for _ in range(-int(counts.sum()) % multiple):
-            following = padded[rows, np.minimum(result, gains.shape[1])]
-            result[np.argmax(np.where(served, following, -np.inf))] += 1
-    return result
-
-
-def _value_of(belief: Belief, counts: IntArray) -> float:
-    return solver.total_value(_padded(belief.marginals, counts), counts)
-
-
-def top_up(belief: Belief, counts: IntArray, budget: int, max_rollouts: int, priority: FloatArray) -> Allocation:
-    """Allocate the rest of a step's budget exactly, after the outcomes of a first share.
-
-    Rollouts without value for any group are spread evenly. If the budget exceeds the room below ``max_rollouts``, the
-    maximum is raised.
-
-    Args:
-        belief: belief after these outcomes; its marginals are those of further rollouts.
-            The counts are those of a wider table if none of them reaches the last column.
-        counts: (M,) rollouts so far.
-        budget: rollouts to hand out.
-        max_rollouts: N_up, of both shares together.
-        priority: (M,) tie-break, lower first.
-
-    Returns:
-        Additional counts; predictions are about both shares together.
-    """
-    raised = int(np.maximum(max_rollouts - counts, 0).sum()) < budget
-    note = f"max_rollouts {max_rollouts} is too low for the rest of the budget: raised" if raised else ""
-    room = room_left(counts, budget, max_rollouts)
-    within = np.minimum(room, belief.marginals.shape[1])
-    room = within if int(within.sum()) >= budget else room
-    table = _padded(belief.marginals, room)
-    extra = _with_new_groups(table, (counts == 0) & (table[:, :2].sum(axis=1) > 0.0), budget, room, priority)
-    value = solver.total_value(table, extra)
-    return Allocation(
-        extra,
-        value,
-        note,
-        degraded=raised,
-        success_rates=belief.mean,
-        nonzero_gradient=belief.nonzero_gradient(extra),
-        certificate=Certificate(value, value),
-    )
-
-
-def _with_new_groups(
-    table: FloatArray, empty: NDArray[np.bool_], budget: int, room: IntArray, priority: FloatArray
-) -> IntArray:
-    """Return the optimum of rows that fall, except that the first rollout of an empty group has no value.
-
-    The concave hull of such a row has a level start, up to the most value per rollout. The greedy on the hulls is
-    optimal unless it leaves groups within that start. Then fewer of these groups share what they had: every number of
-    them is tried, the most value per rollout first. For a value of mixed outcomes, whose third rollout gains half as
-    much as the first two, this is the optimum: to change any other group by more than a rollout costs more. For other
-    values it is within the value of one group.
-
-    Args:
-        table: (M, K) marginal values of further rollouts.
-        empty: (M,) groups without rollouts, of positive value.
-        budget: rollouts to hand out, at most the sum of the room.
-        room: (M,) most further rollouts per group, at most K.
-        priority: (M,) tie-break, lower first.
-    """
-    if not empty.any() or table.shape[1] < 2:
-        return solver.solve(table, budget, 0, room, priority=priority)
-    rollouts = np.arange(1, table.shape[1] + 1)
-    each = np.where(rollouts <= room[empty, None], np.cumsum(table[empty], axis=1) / rollouts, 0.0)
-    start, slope = np.zeros_like(room), np.zeros(room.size)
-    start[empty], slope[empty] = each.argmax(axis=1) + 1, each.max(axis=1)
-    hull = np.where(rollouts <= start[:, None], slope[:, None], table)
-    hull[empty, 1:] = np.minimum(hull[empty, 1:], hull[empty, :1])  # rounding may make the rest rise
-    level = solver.solve(hull, budget, 0, room, priority=priority)
-    within = (level > 0) & (level < start)
-    if not within.any():
-        return level
-    by_value = np.flatnonzero(empty)[np.lexsort((priority[empty], -slope[empty]))]
-    whole, shared, plans = int((empty & (level >= start)).sum()), int(level[within].sum()), [level]
-    for served in range(whole + shared // int(start[within].max()), whole + shared // 2 + 2):
-        low, high = np.zeros_like(room), np.where(empty, 0, room)
-        low[by_value[:served]], high[by_value[:served]] = 2, room[by_value[:served]]
-        if int(low.sum()) <= budget <= int(high.sum()) and (low <= high).all():
-            plans.append(solver.solve(table, budget, low, high, priority=priority))
-    return max(reversed(plans), key=lambda plan: solver.total_value(table, plan))
-
-
-def room_left(counts: IntArray, budget: int, max_rollouts: int) -> IntArray:
-    """Return (M,) rollouts that each group may still get: up to the maximum, or evenly beyond it if too few.
-
-    No group can get more than the budget.
-    """
-    room = np.minimum(np.maximum(max_rollouts - counts, 0), budget)
-    missing = budget - int(room.sum())
-    return room + math.ceil(missing / counts.size) if missing > 0 else room
-
-
-def check_outcomes(counts: ArrayLike, successes: ArrayLike, prompts: int) -> tuple[IntArray, IntArray]:
-    """Return counts and successes of a first share as (M,) whole numbers.
-
-    Raises:
-        ValueError: they do not match the prompts or each other.
-    """
-    n, s = check_counts(counts), check_counts(successes)
-    if n.shape != (prompts,) or s.shape != (prompts,) or (s > n).any():
-        raise ValueError(
-            f"counts_so_far and successes_so_far must hold one number per prompt ({prompts}), successes at most the "
-            f"counts, got shapes {n.shape} and {s.shape}"
-        )
-    return n, s

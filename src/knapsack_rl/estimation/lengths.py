@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray, as_float64, check_amounts
-from knapsack_rl.allocation.policies import LEAST_TOKENS
+from knapsack_rl.allocation.tokens import LEAST_TOKENS
 from knapsack_rl.estimation.tracker import OUTCOMES, LengthSums, Outcome
 
 LONGEST = 1e9

@@ -9,7 +9,7 @@ import numpy as np
 
 from knapsack_rl.allocation.belief import Belief
 from knapsack_rl.allocation.checks import FloatArray, IntArray
-from knapsack_rl.allocation.policies import BUDGET_UNITS, FIRST_GROUP
+from knapsack_rl.allocation.tokens import BUDGET_UNITS, FIRST_GROUP
 from knapsack_rl.allocation.value import ValueLike, make_value_function
 from knapsack_rl.estimation.tracker import RECENT, Records
 
