@@ -139,6 +139,9 @@ ARMS: dict[str, Arm] = {
         "uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}, wider=2
     ),
     "recommended-twice": Arm("recommended", {**RECOMMENDED, **BY_GRADE, **TWICE}, wider=2),
+    "recommended-queue": Arm(
+        "recommended, queue of prompts", {**RECOMMENDED, **BY_GRADE, **TWICE, "queue_prompts": "on"}, wider=2
+    ),
     "recommended-plain-twice": Arm("recommended, no columns", {**RECOMMENDED, **TWICE}, wider=2),
     "uniform-twice": Arm("uniform N, two updates", {"allocation": "uniform", **TWICE}),
     "uniform-posterior-wide-twice": Arm(

@@ -46,7 +46,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
                 f"{self.accelerator.num_processes} processes and {arguments.steps_per_generation}"
             )
         if self.queue is not None:
-            raise ValueError("generation in rounds chooses the prompts itself; prompts_per_step must be 'fixed'")
+            raise ValueError("generation in rounds chooses the prompts itself; queue_prompts must be False")
         self.rounds = rounds
         column = self._setting("prompt_id_column")
         rows: Any = self.train_dataset

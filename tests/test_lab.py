@@ -135,6 +135,26 @@ def test_rows_of_like_length_pass_together():
     assert passed == [([1, 1, 2], 2), ([3, 4, 5], 5), ([6], 6)]
 
 
+def test_prompts_wait_in_a_queue_where_the_arm_says_so():
+    settings = replace(QUICK, arm="recommended-queue", rollouts_per_prompt=8)
+    trainer = LabTrainer(settings, base_model_path(), "cpu")
+    rates = trainer.success_rates(trainer.data.train)
+    assert settings.size == (16, 4)
+    counts = []
+    for number, batch in zip(range(1, 13), trainer.batches(), strict=False):
+        waited = [*dict.fromkeys([*trainer.queue.rows, *(row["prompt_id"] for row in batch)])]
+        plan = trainer.plan(batch)
+        assert plan.counts.sum() == settings.budget == 64
+        assert plan.ids == waited[: len(plan.ids)] and [*trainer.queue.rows] == waited[len(plan.ids) :]
+        counts.append(len(plan.ids))
+        group = plan.expand()
+        rate_of = dict(zip([row["prompt_id"] for row in trainer.data.train], rates.tolist(), strict=True))
+        rewards = np.random.default_rng(number).random(group.size) < [rate_of[plan.ids[place]] for place in group]
+        trainer.session.observe(plan, group, rewards.astype(float), np.ones(group.size, int), number)
+    assert len(set(counts)) > 1
+    assert LabTrainer(replace(settings, arm="recommended-twice"), base_model_path(), "cpu").queue is None
+
+
 # -- The beds ----------------------------------------------------------------------------------------------------------
 
 

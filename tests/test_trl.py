@@ -851,16 +851,16 @@ def checkpointed(folder, *, informed, steps=6, **changes):
 
 @pytest.mark.trl_range
 def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path):
-    for case in product(("fixed", "varying"), (True, False)):
+    for case in product((False, True), (True, False)):
         prompts, resume_by_name = case
         folder = tmp_path / f"{prompts} {resume_by_name}"
-        whole = checkpointed(folder, informed=True, prompts_per_step=prompts)
+        whole = checkpointed(folder, informed=True, queue_prompts=prompts)
         whole.train()
         first_log = allocation_log(folder)
         (folder / ALLOCATION_LOG).unlink()
         if not resume_by_name:
             shutil.rmtree(folder / "checkpoint-6")  # checkpoint-3 is the newest one then
-        rest = checkpointed(folder, informed=False, prompts_per_step=prompts)
+        rest = checkpointed(folder, informed=False, queue_prompts=prompts)
         rest.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume_by_name else True)
         second_log = allocation_log(folder)
         compared = ("step", "prompt_ids", "counts", "successes", "estimate", "predicted")
@@ -986,15 +986,14 @@ def test_a_configuration_that_cannot_work_is_refused_at_construction(tmp_path):
         ({"advantage": "mean"}, "advantage must be one of group-std, group-mean, posterior-mean.*'mean'"),
         ({"advantage": "group-mean", "scale_rewards": "batch"}, "contradicts scale_rewards='batch'"),
         (GDPO_ONLY | {"advantage": "group-mean"}, "multi_objective_aggregation='sum_then_normalize'"),
-        ({"prompts_per_step": "many"}, "prompts_per_step must be one of .*'many'"),
-        ({"prompts_per_step": "varying", "allocation": "uniform"}, "needs an allocation of rollouts"),
+        ({"queue_prompts": True, "allocation": "uniform"}, "needs an allocation of rollouts"),
         ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
         ({"value": "fame"}, "value must be one of .*'fame'"),
         ({"value": "nonzero-gradient", "estimator": "window"}, "fallback=False"),
         ({"value": "experiments.values:fitted", "estimator": "beta"}, "closed forms"),
         ({"budget_unit": "tokens", "min_rollouts": 1}, "needs min_rollouts >= 2"),
         ({"budget_unit": "tokens", "allocation": "paper"}, "counts rollouts"),
-        ({"budget_unit": "tokens", "prompts_per_step": "varying"}, "needs an allocation of rollouts"),
+        ({"budget_unit": "tokens", "queue_prompts": True}, "needs an allocation of rollouts"),
         ({"estimator_settings": "smoothness=3"}, "has no setting smoothness"),
         ({"outcome_reward": "absent"}, "outcome_reward must name .*digit_sum.*'absent'"),
         ({"generation_kwargs": {"seed": 1}}, "seed"),
@@ -1114,7 +1113,7 @@ def test_a_varying_number_of_prompts_shares_the_same_rollouts(tmp_path):
         tmp_path,
         data=tiny.dataset(24),
         max_steps=12,
-        prompts_per_step="varying",
+        queue_prompts=True,
         log_allocations=True,
         extra={"allocator": tiny.informed_allocator()},
     )
@@ -1434,11 +1433,11 @@ def with_features(folder, data=None, **settings):
     return trainer_of(KnapsackGRPOTrainer, folder, data=graded() if data is None else data, **settings)
 
 
-@pytest.mark.parametrize("prompts", ["fixed", "varying"])
+@pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("removed", [False, True])
 def test_columns_of_the_data_are_the_features_of_their_prompts(tmp_path, prompts, removed):
     """Also where the trainer removes unused columns: the features of a plan are those of the rows of its prompts."""
-    trainer = with_features(tmp_path, prompts_per_step=prompts, remove_unused_columns=removed, max_steps=8)
+    trainer = with_features(tmp_path, queue_prompts=prompts, remove_unused_columns=removed, max_steps=8)
     trainer.train()
     shared = trainer.allocator.shared
     assert shared.features.names == ["grade", "length"]

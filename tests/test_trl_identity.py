@@ -379,13 +379,13 @@ def test_a_stream_whose_ids_clash_later_keeps_its_prompts_apart(tmp_path, caplog
 
 def test_rows_that_cannot_wait_are_refused(tmp_path):
     data = Dataset.from_list([{"prompt": "1+1=", "image": PICTURE, "prompt_id": k} for k in range(16)])
-    found = message_of(ValueError, tiny.trainer, KnapsackGRPOTrainer, tmp_path, data=data, prompts_per_step="varying")
-    assert "'image'" in found and "prompts_per_step='fixed'" in found
+    found = message_of(ValueError, tiny.trainer, KnapsackGRPOTrainer, tmp_path, data=data, queue_prompts=True)
+    assert "'image'" in found and "queue_prompts=True" in found
 
 
 def test_a_later_batch_without_identity_is_the_stock_step(tmp_path, caplog):
     good = [{"prompt": f"{k}+1=", "prompt_id": k} for k in range(4)]
-    for prompts in ("fixed", "varying"):
+    for prompts in (False, True):
         caplog.clear()
         rows = [*good, *({"prompt": f"{k}+2=", "prompt_id": 1.5} for k in range(4)), *good]
         trainer = tiny.trainer(
@@ -393,7 +393,7 @@ def test_a_later_batch_without_identity_is_the_stock_step(tmp_path, caplog):
             tmp_path,
             data=stream_of(rows),
             shuffle_dataset=False,
-            prompts_per_step=prompts,
+            queue_prompts=prompts,
         )
         trainer.train()
         assert trainer.state.global_step == 3

@@ -19,6 +19,7 @@ from experiments.extract import summarise
 from experiments.pool import ARMS
 from knapsack_rl.advantages import Advantage, Weighting, group_advantages
 from knapsack_rl.allocation.checks import IntArray
+from knapsack_rl.prompt_queue import PromptQueue
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.session import Plan, Session
@@ -29,7 +30,7 @@ from knapsack_rl.tasks.data import TaskData
 PARTS = ("generation", "scoring", "allocation", "update")
 """Parts of a step, in the order of tables."""
 
-OF_THE_LOOP = ("weighting", "advantage", "feature_columns", "num_iterations")
+OF_THE_LOOP = ("weighting", "advantage", "feature_columns", "num_iterations", "queue_prompts")
 """Settings of an arm that are not those of the allocation."""
 
 
@@ -115,6 +116,17 @@ class Settings:
         return ARMS[self.arm].settings.get("num_iterations", 1)
 
     @property
+    def queue_prompts(self) -> bool:
+        """Whether prompts wait in a queue under this arm."""
+        return ARMS[self.arm].settings.get("queue_prompts") == "on"
+
+    @property
+    def budget(self) -> int:
+        """Rollouts of a step of this arm."""
+        prompts, rollouts = self.size
+        return prompts * rollouts
+
+    @property
     def feature_columns(self) -> tuple[str, ...]:
         """Columns of the data by which prompts share knowledge under this arm."""
         return tuple(filter(None, ARMS[self.arm].settings.get("feature_columns", "").split(",")))
@@ -191,6 +203,7 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(place)
         self.data = self.load()
         self._tokens = {row["prompt_id"]: self.tokenizer(row["prompt"])["input_ids"] for row in self._rows}
+        self._row_of = {row["prompt_id"]: row for row in self.data.train}
         network: Any = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.precision))
         self.policy = Policy(
             network.to(device),
@@ -204,6 +217,7 @@ class Trainer:
             rows_per_pass=settings.rows_per_pass,
         )
         self.session = settings.session(folder)
+        self.queue = PromptQueue(settings.mean) if settings.queue_prompts else None
         self.rollouts, self.tokens, self.rows_updated = 0, 0, 0
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
@@ -236,16 +250,23 @@ class Trainer:
             waiting = waiting[size:]
 
     def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
-        """The rollouts of a step."""
-        features = {name: [row[name] for row in batch] for name in self.settings.feature_columns}
-        return self.session.plan([row["prompt_id"] for row in batch], self.settings.mean, features=features)
+        """The rollouts of a step, over the prompts of the batch or those that the queue serves."""
+        ids = [row["prompt_id"] for row in batch]
+        self.session.note_features(ids, {name: [row[name] for row in batch] for name in self.settings.feature_columns})
+        if self.queue is None:
+            return self.session.plan(ids, self.settings.mean)
+        self.queue.push({prompt_id: {} for prompt_id in ids})
+        plan = self.queue.plan(self.session, self.settings.budget, len(ids))
+        self.queue.serve(plan.ids)
+        return plan
 
     def step(self, batch: Sequence[dict[str, Any]], number: int) -> None:
         """Allocate, generate, score, update and learn from the outcomes."""
         with self.timed("allocation"):
             plan = self.plan(batch)
             group = plan.expand()
-        self.learn(plan, group, *self.generate([batch[place] for place in group]), number)
+        rows = [self._row_of[plan.ids[place]] for place in group]
+        self.learn(plan, group, *self.generate(rows), number)
 
     def generate(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, list[float]]:
         """Sample a rollout of each row and score it; all of them count.

@@ -22,9 +22,8 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
     ``num_generations`` is the mean number of rollouts per prompt.
 
     Attributes:
-        prompts_per_step: ``"fixed"``, or ``"varying"``: every step has the same rollouts, but prompts wait in a queue
-            and a step serves as many as its rollouts pay for at one price for all steps, see
-            :mod:`knapsack_rl.trl.queue`.
+        queue_prompts: prompts wait in a queue, and a step serves as many of them as its rollouts pay for at one price
+            for all steps, see :mod:`knapsack_rl.prompt_queue`; by default it serves those that the data loader draws.
         advantage: ``"group-std"`` (GRPO's, ``scale_rewards="group"``); ``"group-mean"`` (MaxRL's, over the mean of the
             group's outcomes, 1 for a success and 0 for a failure); or ``"posterior-mean"`` (outcomes against what was
             expected by the prompt's history and the rest of the group, see
@@ -55,7 +54,7 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
         ValueError: the settings cannot work together; see :func:`check_settings`.
     """
 
-    prompts_per_step: str = field(default="fixed", metadata={"help": "'fixed', or 'varying' at one price."})
+    queue_prompts: bool = field(default=False, metadata={"help": "Serve prompts from a queue, at one price."})
     advantage: str | None = field(default=None, metadata={"help": f"{', '.join(ADVANTAGES)}; else scale_rewards."})
     weighting: str = field(default="auto", metadata={"help": "Loss weight per 'rollout' or 'prompt', or 'auto'."})
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
@@ -92,7 +91,7 @@ def check_settings(args: Any) -> AllocationSettings:
     """
     found = AllocationSettings.of(args)
     found.check_allocation(args.num_generations, "num_generations")
-    choices = {"prompts_per_step": ("fixed", "varying"), "weighting": WEIGHTINGS, "log_metrics": LOGGED}
+    choices = {"weighting": WEIGHTINGS, "log_metrics": LOGGED}
     for name, allowed in choices.items():
         if setting(args, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {setting(args, name)!r}")
@@ -104,18 +103,8 @@ def check_settings(args: Any) -> AllocationSettings:
             f"advantage={setting(args, 'advantage')!r} needs multi_objective_aggregation='sum_then_normalize', got "
             f"{aggregation!r}; leave one of them out"
         )
-    if setting(args, "prompts_per_step") == "varying" and (
-        found.allocation == "uniform" or found.budget_unit != "rollouts"
-    ):
-        raise ValueError(
-            "prompts_per_step='varying' needs an allocation of rollouts, got "
-            f"allocation={found.allocation!r} and budget_unit={found.budget_unit!r}"
-        )
-    if found.rounds == 2 and setting(args, "prompts_per_step") == "varying":
-        raise ValueError(
-            "rounds=2 gives every prompt of a step rollouts in its first round, which prompts_per_step='varying' does "
-            "not plan for; set one of them to its default"
-        )
+    if setting(args, "queue_prompts"):
+        found.check_queue()
     for name in ("replay", "log_samples"):
         if setting(args, name) < 0:
             raise ValueError(f"{name} must be >= 0, got {setting(args, name)}")
@@ -144,7 +133,7 @@ def without_effect(args: Any, allocator: KnapsackAllocator, data: Any) -> list[s
         ]
     mean, found = args.num_generations, []
     prompts = args.generation_batch_size // mean
-    if setting(args, "prompts_per_step") == "fixed":
+    if not setting(args, "queue_prompts"):
         if prompts == 1:
             found.append(
                 f"a step has one prompt: its {mean} rollouts are the whole generation batch, so there is nothing to "

@@ -20,6 +20,7 @@ from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
 from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.offline.earlier import earlier_rates
+from knapsack_rl.prompt_queue import PromptQueue
 from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan, Session
@@ -42,7 +43,6 @@ from knapsack_rl.trl.generated import Generated
 from knapsack_rl.trl.identity import BrokenGroupError, Identity, Row
 from knapsack_rl.trl.internals import check_internals, model_tokens, one_completion_per_row
 from knapsack_rl.trl.prefill import prompts_once
-from knapsack_rl.trl.queue import PromptQueue
 from knapsack_rl.trl.replay import REPLAY_FILE, SuccessBuffer, check_replay, mix_in
 from knapsack_rl.trl.rewards import check_awaited, watched
 from knapsack_rl.trl.skipping import Skipping, why_inexact
@@ -93,7 +93,7 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         check_awaited(self.reward_funcs, self.reward_func_names, getattr(self, "async_loop", None))
-        self.queue = PromptQueue(self._mean) if self._setting("prompts_per_step") == "varying" else None
+        self.queue = PromptQueue(self._mean) if self._setting("queue_prompts") else None
         self._scored: Scored | None = None
         self._model_tokens: list[int] = []
         self._epochs_finished = 0
@@ -157,8 +157,8 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             return Identity(column, hashed=False) if columns is None or column in columns else None
         if self.queue is not None and (media := media_columns(data)):
             raise ValueError(
-                f"prompts_per_step='varying' keeps waiting rows in checkpoints as JSON, which column {media[0]!r} "
-                "cannot be: use prompts_per_step='fixed', or drop the column"
+                f"queue_prompts=True keeps waiting rows in checkpoints as JSON, which column {media[0]!r} cannot be: "
+                "leave it out, or drop the column"
             )
         several = self.accelerator.num_processes > 1
         proven = check_dataset(data, column, gather_object if several else None)
@@ -331,9 +331,7 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             multiple = self.accelerator.num_processes * args.steps_per_generation
             return self.session.plan(drawn.keys, self._mean, multiple=multiple, features=drawn.features)
         self.session.note_features(drawn.keys, drawn.features)  # those that are drawn now may be served later
-        chosen = self.session.survive("queue", lambda: queue.choose(self.allocator, budget, len(set(drawn.keys))))
-        served = chosen or list(queue.rows)[: budget // self._mean]
-        return self.session.plan(served, budget // len(served), budget=budget)
+        return queue.plan(self.session, budget, len(set(drawn.keys)))
 
     def _agree_on(self, plan: Plan) -> Plan:
         """Return the main process's plan everywhere, so that differences between machines cannot split a group."""

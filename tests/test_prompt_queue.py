@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cases import message_of
 from knapsack_rl import KnapsackAllocator, allocate, value
 from knapsack_rl.allocation.value import marginal_values
-from knapsack_rl.trl.queue import MOST_BATCHES, PromptQueue, rollouts_at
+from knapsack_rl.prompt_queue import MOST_BATCHES, PromptQueue, rollouts_at
 from strategies import no_deadline
 
 

@@ -1,11 +1,11 @@
 """A queue of prompts: a fixed number of rollouts per step over a varying number of prompts.
 
-TRL makes the same number of rows in every step, so a batch can only get more of the budget if fewer prompts share it.
-Here the prompts of the data loader join a queue, and a step serves as many of them, in order, as its rollouts pay for
-at *one price for all steps*: the marginal value of the last rollout if all known prompts shared ``num_generations``
-rollouts per prompt. Every step has exactly its rollouts and every prompt gets its turn; prompts of little value pass
-quickly, valuable ones get more steps. The price adapts a little to keep the queue at its usual length, so that no step
-runs out of prompts and no prompt waits long.
+Engines make the same number of rollouts in every step, so a batch can only get more of the budget if fewer prompts
+share it. Here the prompts of the data loader join a queue, and a step serves as many of them, in order, as its rollouts
+pay for at *one price for all steps*: the marginal value of the last rollout if all known prompts shared the mean.
+Every step has exactly its rollouts and every prompt gets its turn; prompts of little value pass quickly, valuable ones
+get more steps. The price adapts a little to keep the queue at its usual length, so that no step runs out of prompts and
+no prompt waits long.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from knapsack_rl.allocation.degradation import reachable_maximum
 from knapsack_rl.allocation.policies import allocate_expected
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.ids import PromptId
+from knapsack_rl.session import Plan, Session
 
 MOST_BATCHES = 3
 """Most batches of the data loader in the queue, which is also about the most steps that a prompt waits."""
@@ -40,7 +41,7 @@ class PromptQueue:
     """Rows of prompts that wait for their rollouts, first in, first out.
 
     Args:
-        rollouts_per_prompt: mean rollouts of a prompt, ``num_generations``.
+        rollouts_per_prompt: mean rollouts of a prompt.
     """
 
     def __init__(self, rollouts_per_prompt: int) -> None:
@@ -58,10 +59,24 @@ class PromptQueue:
                 json.dumps([prompt_id, row], allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"prompt {prompt_id!r} cannot wait, its row is not JSON ({error}); use prompts_per_step='fixed' "
-                    "or drop the column"
+                    f"prompt {prompt_id!r} cannot wait, its row is not JSON ({error}); use queue_prompts=False or "
+                    "drop the column"
                 ) from error
             self.rows.setdefault(prompt_id, row)
+
+    def plan(self, session: Session, budget: int, batch: int) -> Plan:
+        """Return the rollouts of a step over the prompts that it serves; they stay in the queue until removed.
+
+        Where choosing fails, the oldest prompts are served, with the mean on average.
+
+        Args:
+            session: of the run.
+            budget: rollouts of the step, at least the mean.
+            batch: prompts that join per step.
+        """
+        chosen = session.survive("queue", lambda: self.choose(session.allocator, budget, batch))
+        served = chosen or list(self.rows)[: budget // self._mean]
+        return session.plan(served, budget // len(served), budget=budget)
 
     def choose(self, allocator: KnapsackAllocator, budget: int, batch: int) -> list[PromptId]:
         """Return the prompts that a step serves; they stay in the queue until removed.
