@@ -48,7 +48,8 @@ class Arm:
     Attributes:
         label: its name in tables and plots.
         settings: its changes to the shared settings.
-        rule: name of ``experiments.rules.RULES`` that decides the rollouts of a step; "" where the allocation does.
+        rule: name of ``experiments.rules.RULES`` that decides the rollouts of a step, or of a rule of the lab; "" where
+            the allocation does.
         multiple: rollouts per prompt over those of the shared settings.
         wider: times as many prompts in a step, each with as many times fewer rollouts on average.
     """
@@ -139,8 +140,8 @@ ARMS: dict[str, Arm] = {
         "uniform, 128 × 4, posterior mean", {"allocation": "uniform", **EXPECTED, **BY_GRADE}, wider=2
     ),
     "recommended-twice": Arm("recommended", {**RECOMMENDED, **BY_GRADE, **TWICE}, wider=2),
-    "recommended-queue": Arm(
-        "recommended, queue of prompts", {**RECOMMENDED, **BY_GRADE, **TWICE, "queue_prompts": "on"}, wider=2
+    "recommended-queue": Arm(  # in the lab alone
+        "recommended, queue of prompts", {**RECOMMENDED, **BY_GRADE, **TWICE}, rule="queue", wider=2
     ),
     "recommended-plain-twice": Arm("recommended, no columns", {**RECOMMENDED, **TWICE}, wider=2),
     "uniform-twice": Arm("uniform N, two updates", {"allocation": "uniform", **TWICE}),

@@ -33,8 +33,7 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
         **kwargs: as ``KnapsackGRPOTrainer``.
 
     Raises:
-        ValueError: the run has several processes, or several updates share a generation: the number of rows varies. Or
-            prompts wait in a queue.
+        ValueError: the run has several processes, or several updates share a generation: the number of rows varies.
     """
 
     def __init__(self, *args: Any, rounds: Rounds, **kwargs: Any) -> None:
@@ -45,8 +44,6 @@ class RoundsGRPOTrainer(KnapsackGRPOTrainer):
                 "generation in rounds needs one process and steps_per_generation=1, got "
                 f"{self.accelerator.num_processes} processes and {arguments.steps_per_generation}"
             )
-        if self.queue is not None:
-            raise ValueError("generation in rounds chooses the prompts itself; queue_prompts must be False")
         self.rounds = rounds
         column = self._setting("prompt_id_column")
         rows: Any = self.train_dataset

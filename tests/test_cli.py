@@ -620,7 +620,7 @@ def as_flags(values):
 
 def test_every_setting_is_a_flag(cli):
     # Other values of these go with few of the others.
-    few = {"budget_unit": "rollouts", "rounds": 1, "feature_columns": "auto", "prior": "", "queue_prompts": "off"}
+    few = {"budget_unit": "rollouts", "rounds": 1, "feature_columns": "auto", "prior": ""}
     assert set(OTHER) == {spec.name for spec in SETTINGS} - few.keys()
     assert all(spec.default != OTHER[spec.name] for spec in SETTINGS if spec.name in OTHER)
     out, err = cli("train", "--print-config", *as_flags(OTHER))
@@ -628,7 +628,6 @@ def test_every_setting_is_a_flag(cli):
     assert err == ""
     assert yaml.safe_load(cli("train", "--print-config", "--budget-unit", "tokens")[0])["budget_unit"] == "tokens"
     assert yaml.safe_load(cli("train", "--print-config", "--rounds", "2")[0])["rounds"] == 2
-    assert yaml.safe_load(cli("train", "--print-config", "--queue-prompts", "on")[0])["queue_prompts"] == "on"
     given = {"feature_columns": "level,topic", "prior": "run"}
     assert given.items() <= yaml.safe_load(cli("train", "--print-config", *as_flags(given))[0]).items()
     assert not list(Path().iterdir())

@@ -434,17 +434,6 @@ def test_training_continues_evenly_if_the_allocator_fails(tmp_path, caplog) -> N
         assert tiny.fingerprint(trainer.model) == tiny.fingerprint(stock.model), (answer, "not the stock step")
 
 
-def test_a_queue_that_cannot_choose_serves_the_oldest_prompts(tmp_path) -> None:
-    allocator = kr.KnapsackAllocator(Failing("believe"))
-    allocator.observe(["p0"] * 4, [0, 1, 0, 1])
-    trainer = trainer_of(tmp_path, extra={"allocator": allocator}, queue_prompts=True, log_allocations=True)
-    trainer.train()
-    assert last_metric(trainer, "knapsack/failures/queue") == 3
-    rows = [json.loads(line) for line in (tmp_path / ALLOCATION_LOG).read_text().splitlines()]
-    assert [row["counts"] for row in rows] == [[4] * 4] * 3
-    assert trainer.queue.rows == {}
-
-
 # --- ids and data ---
 
 

@@ -142,10 +142,10 @@ def test_prompts_wait_in_a_queue_where_the_arm_says_so():
     assert settings.size == (16, 4)
     counts = []
     for number, batch in zip(range(1, 13), trainer.batches(), strict=False):
-        waited = [*dict.fromkeys([*trainer.queue.rows, *(row["prompt_id"] for row in batch)])]
+        waited = [*dict.fromkeys([*trainer.queue.waiting, *(row["prompt_id"] for row in batch)])]
         plan = trainer.plan(batch)
-        assert plan.counts.sum() == settings.budget == 64
-        assert plan.ids == waited[: len(plan.ids)] and [*trainer.queue.rows] == waited[len(plan.ids) :]
+        assert plan.counts.sum() == 64
+        assert plan.ids == waited[: len(plan.ids)] and trainer.queue.waiting == waited[len(plan.ids) :]
         counts.append(len(plan.ids))
         group = plan.expand()
         rate_of = dict(zip([row["prompt_id"] for row in trainer.data.train], rates.tolist(), strict=True))

@@ -55,7 +55,7 @@ def test_numbers_of_trouble_are_logged_where_there_is_some():
         "degraded_batches": 2.0,
         "unscored_rollouts": 3.0,
     }
-    trouble |= {"solved_before": 4.0, "lost": 0.0, "process_imbalance": 1.0, "prompts_waiting": 7.0}
+    trouble |= {"solved_before": 4.0, "lost": 0.0, "process_imbalance": 1.0}
     assert select_metrics(trouble | {"prompts_seen": 9.0}, "core") == trouble
 
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import message_of
-from knapsack_rl import KnapsackAllocator, allocate, value
+from experiments.lab.prompt_queue import MOST_BATCHES, PromptQueue, rollouts_at
+from knapsack_rl import AllocationSettings, KnapsackAllocator, Session, allocate, value
 from knapsack_rl.allocation.value import marginal_values
-from knapsack_rl.prompt_queue import MOST_BATCHES, PromptQueue, rollouts_at
 from strategies import no_deadline
-
-
-def rows_of(ids):
-    return {prompt_id: {"prompt": f"{prompt_id}="} for prompt_id in ids}
 
 
 def informed(rates, rollouts=4000):
@@ -54,22 +48,21 @@ def test_every_prompt_gets_its_turn_in_order_and_every_step_its_rollouts(seed, k
     queue = PromptQueue(mean)
     order = []
     for step in range(steps):
-        queue.push(rows_of(range(step * batch, (step + 1) * batch)))
-        served, allocation = serve(queue, allocator, batch * mean, batch)
-        queue.serve(served)
+        queue.push(range(step * batch, (step + 1) * batch))
+        served, counts = serve(queue, allocator, batch * mean, batch)
         order += served
-        assert allocation.counts.sum() == batch * mean
-        assert len(served) == len(allocation.counts) >= 1
-        allocator.observe([served[i] for i in allocation.expand()], rng.integers(0, 2, batch * mean))
+        assert counts.sum() == batch * mean
+        assert len(served) == len(counts) >= 1
+        allocator.observe(np.repeat(served, counts).tolist(), rng.integers(0, 2, batch * mean))
         if mean >= 2 * MOST_BATCHES:  # the minimum of two leaves room to serve so many
-            assert len(queue.rows) <= MOST_BATCHES * batch
+            assert len(queue.waiting) <= MOST_BATCHES * batch
     assert order == list(range(len(order)))
-    assert order + list(queue.rows) == list(range(steps * batch))
+    assert order + queue.waiting == list(range(steps * batch))
 
 
 def serve(queue, allocator, budget, batch):
-    served = queue.choose(allocator, budget, batch)
-    return served, allocator.allocate(served, budget)
+    plan = queue.plan(Session(AllocationSettings(), allocator), budget, batch)
+    return plan.ids, plan.counts
 
 
 def test_one_price_beats_one_budget_per_batch_and_is_close_to_one_budget_for_all():
@@ -80,10 +73,9 @@ def test_one_price_beats_one_budget_per_batch_and_is_close_to_one_budget_for_all
     allocator, queue = informed(rates), PromptQueue(8)
     counts = np.zeros(rates.size, int)
     for b in range(24):
-        queue.push(rows_of(range(16 * b, 16 * b + 16)))
-        served, allocation = serve(queue, allocator, 128, 16)
-        queue.serve(served)
-        counts[served] = allocation.counts
+        queue.push(range(16 * b, 16 * b + 16))
+        served, given = serve(queue, allocator, 128, 16)
+        counts[served] = given
     assert counts.sum() == 24 * 128
     assert (counts > 0).sum() >= rates.size - MOST_BATCHES * 16  # the last ones still wait
     per_batch = np.concatenate([allocate(batch, 128).counts for batch in batches])
@@ -94,35 +86,13 @@ def test_one_price_beats_one_budget_per_batch_and_is_close_to_one_budget_for_all
 
 def test_nothing_known_serves_the_batch():
     queue = PromptQueue(4)
-    queue.push(rows_of("abc"))
-    served, allocation = serve(queue, KnapsackAllocator(), 12, 3)
-    assert served == ["a", "b", "c"] and allocation.counts.tolist() == [4, 4, 4]
+    queue.push("abc")
+    served, counts = serve(queue, KnapsackAllocator(), 12, 3)
+    assert served == ["a", "b", "c"] and counts.tolist() == [4, 4, 4]
 
 
-def test_a_prompt_that_waits_keeps_its_place_and_its_row():
+def test_a_prompt_that_waits_keeps_its_place():
     queue = PromptQueue(4)
-    queue.push({"a": {"prompt": "first"}, "b": {"prompt": "b"}})
-    queue.push({"a": {"prompt": "second"}})
-    assert list(queue.rows.items()) == [("a", {"prompt": "first"}), ("b", {"prompt": "b"})]
-
-
-def test_a_queue_is_saved_with_the_types_of_its_ids(tmp_path):
-    queue, other = PromptQueue(4), PromptQueue(4)
-    queue.push({7: {"prompt": "x", "answer": [1, None]}, "7": {"prompt": "\ud800"}})
-    queue.save(tmp_path / "queue.json")
-    other.load(tmp_path / "queue.json")
-    assert list(other.rows.items()) == list(queue.rows.items())
-
-
-def test_a_damaged_queue_is_refused(tmp_path):
-    queue = PromptQueue(4)
-    queue.push(rows_of("a"))
-    for text in ("", "[", "[1]", '[["a"]]', '[["a", 3]]', "{}x"):
-        (tmp_path / "queue.json").write_text(text)
-        assert "does not hold a queue of prompts" in message_of(ValueError, queue.load, tmp_path / "queue.json"), text
-        assert list(queue.rows) == ["a"], text
-
-
-def test_a_row_that_no_checkpoint_can_hold_is_refused():
-    with pytest.raises(ValueError, match="prompt 'a' cannot wait, its row is not JSON"):
-        PromptQueue(4).push({"a": {"prompt": "x", "image": object()}})
+    queue.push("ab")
+    queue.push("ca")
+    assert queue.waiting == ["a", "b", "c"]

@@ -86,7 +86,6 @@ OUT_OF_RANGE = {
     "budget_unit": ["", "seconds"],
     "replay": [-1],
     "skip_zero_advantages": ["", "yes"],
-    "queue_prompts": ["", "yes"],
     "learning_rate": [0, -1e-3, *NO_NUMBERS],
     "updates_per_step": [0, -1, 3, 1024],
     "num_iterations": [0, -1],
@@ -212,8 +211,6 @@ def all_settings(draw):
             drawn["estimator"] = "beta"
     if drawn["allocation"] == "paper" or drawn["estimator"] in ("window", "beta"):
         drawn["advantage"] = draw(st.sampled_from(["auto", "group-mean", "group-std"]))
-    if drawn["allocation"] == "uniform" or drawn["budget_unit"] == "tokens":
-        drawn["queue_prompts"] = "off"
     return TrainSettings(**given, **drawn)
 
 

@@ -851,26 +851,25 @@ def checkpointed(folder, *, informed, steps=6, **changes):
 
 @pytest.mark.trl_range
 def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path):
-    for case in product((False, True), (True, False)):
-        prompts, resume_by_name = case
-        folder = tmp_path / f"{prompts} {resume_by_name}"
-        whole = checkpointed(folder, informed=True, queue_prompts=prompts)
+    for resume_by_name in (True, False):
+        folder = tmp_path / f"{resume_by_name}"
+        whole = checkpointed(folder, informed=True)
         whole.train()
         first_log = allocation_log(folder)
         (folder / ALLOCATION_LOG).unlink()
         if not resume_by_name:
             shutil.rmtree(folder / "checkpoint-6")  # checkpoint-3 is the newest one then
-        rest = checkpointed(folder, informed=False, queue_prompts=prompts)
+        rest = checkpointed(folder, informed=False)
         rest.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume_by_name else True)
         second_log = allocation_log(folder)
         compared = ("step", "prompt_ids", "counts", "successes", "estimate", "predicted")
         assert [{key: record[key] for key in compared} for record in second_log] == [
             {key: record[key] for key in compared} for record in first_log[3:]
-        ], case
-        assert any(max(record["counts"]) > 4 for record in second_log), case
-        assert rest.state.global_step == 6, case
+        ], resume_by_name
+        assert any(max(record["counts"]) > 4 for record in second_log), resume_by_name
+        assert rest.state.global_step == 6, resume_by_name
         assert_same_state(whole.allocator.state_dict(), rest.allocator.state_dict())
-        assert tiny.fingerprint(whole.model) == tiny.fingerprint(rest.model), case
+        assert tiny.fingerprint(whole.model) == tiny.fingerprint(rest.model), resume_by_name
 
 
 def test_a_checkpoint_holds_the_state_of_its_step(tmp_path):
@@ -986,14 +985,12 @@ def test_a_configuration_that_cannot_work_is_refused_at_construction(tmp_path):
         ({"advantage": "mean"}, "advantage must be one of group-std, group-mean, posterior-mean.*'mean'"),
         ({"advantage": "group-mean", "scale_rewards": "batch"}, "contradicts scale_rewards='batch'"),
         (GDPO_ONLY | {"advantage": "group-mean"}, "multi_objective_aggregation='sum_then_normalize'"),
-        ({"queue_prompts": True, "allocation": "uniform"}, "needs an allocation of rollouts"),
         ({"estimator": "oracle"}, "estimator must be one of .*'oracle'"),
         ({"value": "fame"}, "value must be one of .*'fame'"),
         ({"value": "nonzero-gradient", "estimator": "window"}, "fallback=False"),
         ({"value": "experiments.values:fitted", "estimator": "beta"}, "closed forms"),
         ({"budget_unit": "tokens", "min_rollouts": 1}, "needs min_rollouts >= 2"),
         ({"budget_unit": "tokens", "allocation": "paper"}, "counts rollouts"),
-        ({"budget_unit": "tokens", "queue_prompts": True}, "needs an allocation of rollouts"),
         ({"estimator_settings": "smoothness=3"}, "has no setting smoothness"),
         ({"outcome_reward": "absent"}, "outcome_reward must name .*digit_sum.*'absent'"),
         ({"generation_kwargs": {"seed": 1}}, "seed"),
@@ -1105,27 +1102,6 @@ def test_a_plain_grpo_config_is_accepted(tmp_path):
     assert trainer.allocator.estimator_name == "bayes-filter"
     assert (trainer.allocator.min_rollouts, trainer.allocator.max_rollouts) == (2, 128)
     assert metric(trainer, "knapsack/budget_max") == [4.0] * 3
-
-
-def test_a_varying_number_of_prompts_shares_the_same_rollouts(tmp_path):
-    trainer = trainer_of(
-        KnapsackGRPOTrainer,
-        tmp_path,
-        data=tiny.dataset(24),
-        max_steps=12,
-        queue_prompts=True,
-        log_allocations=True,
-        extra={"allocator": tiny.informed_allocator()},
-    )
-    trainer.train()
-    log = allocation_log(tmp_path)
-    assert {sum(record["counts"]) for record in log} == {16}
-    assert len({len(record["prompt_ids"]) for record in log}) > 1
-    # Prompts of an epoch get their turn before those of the next, and none gets a second one before.
-    served = [prompt_id for record in log for prompt_id in record["prompt_ids"]]
-    assert len(set(served[:24])) == 24
-    assert set(served[24:]) | set(trainer.queue.rows) <= {f"p{k}" for k in range(24)}
-    assert trainer.allocator.metrics()["allocation_failures"] == 0
 
 
 def test_settings_reach_the_allocator(tmp_path):
@@ -1433,11 +1409,10 @@ def with_features(folder, data=None, **settings):
     return trainer_of(KnapsackGRPOTrainer, folder, data=graded() if data is None else data, **settings)
 
 
-@pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("removed", [False, True])
-def test_columns_of_the_data_are_the_features_of_their_prompts(tmp_path, prompts, removed):
+def test_columns_of_the_data_are_the_features_of_their_prompts(tmp_path, removed):
     """Also where the trainer removes unused columns: the features of a plan are those of the rows of its prompts."""
-    trainer = with_features(tmp_path, queue_prompts=prompts, remove_unused_columns=removed, max_steps=8)
+    trainer = with_features(tmp_path, remove_unused_columns=removed, max_steps=8)
     trainer.train()
     shared = trainer.allocator.shared
     assert shared.features.names == ["grade", "length"]

@@ -377,31 +377,17 @@ def test_a_stream_whose_ids_clash_later_keeps_its_prompts_apart(tmp_path, caplog
         tiny.trainer(KnapsackGRPOTrainer, tmp_path, data=stream_of([row | {"prompt_id": "p0"} for row in rows])).train()
 
 
-def test_rows_that_cannot_wait_are_refused(tmp_path):
-    data = Dataset.from_list([{"prompt": "1+1=", "image": PICTURE, "prompt_id": k} for k in range(16)])
-    found = message_of(ValueError, tiny.trainer, KnapsackGRPOTrainer, tmp_path, data=data, queue_prompts=True)
-    assert "'image'" in found and "queue_prompts=True" in found
-
-
 def test_a_later_batch_without_identity_is_the_stock_step(tmp_path, caplog):
     good = [{"prompt": f"{k}+1=", "prompt_id": k} for k in range(4)]
-    for prompts in (False, True):
-        caplog.clear()
-        rows = [*good, *({"prompt": f"{k}+2=", "prompt_id": 1.5} for k in range(4)), *good]
-        trainer = tiny.trainer(
-            KnapsackGRPOTrainer,
-            tmp_path,
-            data=stream_of(rows),
-            shuffle_dataset=False,
-            queue_prompts=prompts,
-        )
-        trainer.train()
-        assert trainer.state.global_step == 3
-        assert sum("every prompt of the batch gets num_generations rollouts" in t for t in warnings_of(caplog)) == 1
-        assert trainer.state.log_history[-2]["knapsack/failures/identification"] == 1
-        assert trainer.allocator.tracker.records().rollouts.sum() == 32
-        with pytest.raises(ValueError, match="must hold strings or whole numbers"):
-            tiny.trainer(KnapsackGRPOTrainer, tmp_path, data=stream_of(rows[4:]), shuffle_dataset=False).train()
+    rows = [*good, *({"prompt": f"{k}+2=", "prompt_id": 1.5} for k in range(4)), *good]
+    trainer = tiny.trainer(KnapsackGRPOTrainer, tmp_path, data=stream_of(rows), shuffle_dataset=False)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert sum("every prompt of the batch gets num_generations rollouts" in t for t in warnings_of(caplog)) == 1
+    assert trainer.state.log_history[-2]["knapsack/failures/identification"] == 1
+    assert trainer.allocator.tracker.records().rollouts.sum() == 32
+    with pytest.raises(ValueError, match="must hold strings or whole numbers"):
+        tiny.trainer(KnapsackGRPOTrainer, tmp_path, data=stream_of(rows[4:]), shuffle_dataset=False).train()
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
@@ -482,18 +468,8 @@ def test_every_process_knows_the_features_of_all_prompts():
     rows = [{"prompt": f"{k}", "prompt_id": k, "grade": f"g{k % 2}"} for k in range(6) for _ in range(4)]
     for processes in (1, 2, 4):
         drawn, _ = drawn_on(rows, 4, processes, features=["grade", "lacking"])
-        shared, _ = on_ranks(processes, lambda rank, gather, drawn=drawn: drawn[rank].shared(rank, gather))
-        for found in (*drawn, *shared):
+        for found in drawn:
             assert found.features == {"grade": ["g0", "g1"] * 3, "lacking": [None] * 6}
-
-
-def test_where_prompts_wait_every_process_gets_each_row_once():
-    rows = [{"prompt": f"{k}", "prompt_id": k, "text": "x" * 1_000_000} for k in range(6) for _ in range(4)]
-    drawn, _ = drawn_on(rows, 4, 4)
-    shared, sent = on_ranks(4, lambda rank, gather: drawn[rank].shared(rank, gather))
-    assert all(one.rows == {k: rows[4 * k] for k in range(6)} for one in shared)
-    assert all(list(one.rows) == list(range(6)) for one in shared)
-    assert 6e6 <= sum(sum(calls) for calls in sent) < 6.01e6
 
 
 def test_one_process_gathers_nothing(tmp_path, monkeypatch):

@@ -339,7 +339,6 @@ def test_without_a_rest_a_step_has_one_round(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"queue_prompts": True}, "rounds=2 gives every prompt of a step rollouts"),
         ({"budget_unit": "tokens"}, "rounds=2 .* got 'tokens'"),
         ({"allocation": "paper"}, "rounds=2 needs allocation='knapsack', got 'paper'"),
         ({"num_generations": 2}, "rounds=2 needs num_generations of at least 3, .* got 2"),

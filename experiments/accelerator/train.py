@@ -19,7 +19,6 @@ from experiments.extract import summarise
 from experiments.pool import ARMS
 from knapsack_rl.advantages import Advantage, Weighting, group_advantages
 from knapsack_rl.allocation.checks import IntArray
-from knapsack_rl.prompt_queue import PromptQueue
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
 from knapsack_rl.session import Plan, Session
@@ -30,7 +29,7 @@ from knapsack_rl.tasks.data import TaskData
 PARTS = ("generation", "scoring", "allocation", "update")
 """Parts of a step, in the order of tables."""
 
-OF_THE_LOOP = ("weighting", "advantage", "feature_columns", "num_iterations", "queue_prompts")
+OF_THE_LOOP = ("weighting", "advantage", "feature_columns", "num_iterations")
 """Settings of an arm that are not those of the allocation."""
 
 
@@ -114,17 +113,6 @@ class Settings:
     def num_iterations(self) -> int:
         """Updates from the rollouts of a step under this arm."""
         return ARMS[self.arm].settings.get("num_iterations", 1)
-
-    @property
-    def queue_prompts(self) -> bool:
-        """Whether prompts wait in a queue under this arm."""
-        return ARMS[self.arm].settings.get("queue_prompts") == "on"
-
-    @property
-    def budget(self) -> int:
-        """Rollouts of a step of this arm."""
-        prompts, rollouts = self.size
-        return prompts * rollouts
 
     @property
     def feature_columns(self) -> tuple[str, ...]:
@@ -217,7 +205,6 @@ class Trainer:
             rows_per_pass=settings.rows_per_pass,
         )
         self.session = settings.session(folder)
-        self.queue = PromptQueue(settings.mean) if settings.queue_prompts else None
         self.rollouts, self.tokens, self.rows_updated = 0, 0, 0
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
@@ -250,15 +237,12 @@ class Trainer:
             waiting = waiting[size:]
 
     def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
-        """The rollouts of a step, over the prompts of the batch or those that the queue serves."""
-        ids = [row["prompt_id"] for row in batch]
-        self.session.note_features(ids, {name: [row[name] for row in batch] for name in self.settings.feature_columns})
-        if self.queue is None:
-            return self.session.plan(ids, self.settings.mean)
-        self.queue.push({prompt_id: {} for prompt_id in ids})
-        plan = self.queue.plan(self.session, self.settings.budget, len(ids))
-        self.queue.serve(plan.ids)
-        return plan
+        """The rollouts of a step, of prompts of the batch or of others that are trained on."""
+        return self.session.plan([row["prompt_id"] for row in batch], self.settings.mean, features=self.features(batch))
+
+    def features(self, batch: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+        """By which the prompts of a batch are alike, under this arm."""
+        return {name: [row[name] for row in batch] for name in self.settings.feature_columns}
 
     def step(self, batch: Sequence[dict[str, Any]], number: int) -> None:
         """Allocate, generate, score, update and learn from the outcomes."""

@@ -119,10 +119,12 @@ class LabEvidence:
         plan, lines = self.plan, []
         tuned = select(rows, part="tuning")
         for bed in plan.beds:
-            for arm in plan.arms if any(row["settings"]["dataset"] == bed for row in tuned) else ():
+            for arm in plan.arms:
                 own = [row for row in select(tuned, arm=arm) if row["settings"]["dataset"] == bed]
                 found = {row["settings"]["learning_rate"]: 100 * mean_accuracy(row) for row in own}
-                best = plan.chosen_rate(tuned, bed, arm) if found else None
+                if not found:
+                    continue  # not run on this bed
+                best = plan.chosen_rate(tuned, bed, arm)
                 cells = [f"{found[rate]:.1f} %" if rate in found else "–" for rate in plan.learning_rates]
                 marked = [
                     f"**{cell}**" if rate == best else cell
@@ -208,7 +210,7 @@ def headline_claims(bed: str) -> tuple[Claim, ...]:
     others = {
         "recommended-twice": (
             *("uniform", "uniform-twice", "uniform-posterior-wide-twice", "recommended-posterior"),
-            *("uniform-2n", *RIVALS),
+            *("recommended-queue", "uniform-2n", *RIVALS),
         ),
         "recommended-posterior": (
             *("uniform", "uniform-posterior-wide", "uniform-posterior", "uniform-mean"),
@@ -233,4 +235,4 @@ def _ends_above(bed: str, arm: str, other: str) -> Claim:
     return better(arm, other, f"{bed}: {label(arm)} ends above {label(other)}", on_the_way=True)
 
 
-HEADLINE = LabEvidence("headline", headline_claims, more=("wider", "rivals", "posterior", "twice"))
+HEADLINE = LabEvidence("headline", headline_claims, more=("wider", "rivals", "posterior", "twice", "queue"))

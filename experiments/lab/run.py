@@ -14,6 +14,7 @@ from experiments.accelerator.train import Settings, Trainer, train
 from experiments.contract import Row
 from experiments.extract import before_and_after
 from experiments.lab.beds import bed
+from experiments.lab.prompt_queue import PromptQueue
 from experiments.lab.rounds import rule_of, step_in_rounds
 from experiments.pool import ARMS
 from experiments.rules import RULES
@@ -54,11 +55,12 @@ QUICK = replace(
 class LabTrainer(Trainer):
     """A tiny model on a bed; its success rates are exact, so that an evaluation has no noise of its own."""
 
-    rules = ("", "known", *RULES)
+    rules = ("", "known", "queue", *RULES)
 
     def __init__(self, settings: Settings, model: Path | None, device: str, folder: Path | None = None) -> None:
         super().__init__(settings, model, device, folder)
         self.rule = rule_of(settings, [row["prompt_id"] for row in self.data.train])
+        self.queue = PromptQueue(settings.mean) if ARMS[settings.arm].rule == "queue" else None
         self._base = _digest(self.policy.model)
         self._start = self.success_rates(self.data.train)
 
@@ -71,10 +73,14 @@ class LabTrainer(Trainer):
 
     def plan(self, batch: Sequence[dict[str, Any]]) -> Plan:
         """The rollouts of a step; of the arm that knows the success rates, the optimum for them."""
-        if ARMS[self.settings.arm].rule != "known":
-            return super().plan(batch)
         ids, allocator = [row["prompt_id"] for row in batch], self.session.allocator
         budget = len(ids) * self.settings.mean
+        if self.queue is not None:
+            self.session.note_features(ids, self.features(batch))
+            self.queue.push(ids)
+            return self.queue.plan(self.session, budget, len(ids))
+        if ARMS[self.settings.arm].rule != "known":
+            return super().plan(batch)
         rates, low, high = self.success_rates(batch), allocator.min_rollouts, allocator.max_rollouts
         found = allocate(rates, budget, low, high, value=allocator.value)
         return Plan(ids, self.session.adopt(ids, found.counts))

@@ -238,7 +238,7 @@ class KnapsackAllocator(Stored):
                     return allocate_expected(belief.marginals, budget, low, high, priority=order)
                 return allocate_with_skips(belief, skips, budget, high, order)
 
-            found, belief = self.believe_and_decide(records, decide, lambda: reach)
+            found, belief = self._believe_and_decide(records, decide, lambda: reach)
             if low == 0:
                 self.tracker.skip(ids[k] for k in np.flatnonzero(found.counts == 0).tolist())
         return self._step.expect(ids, self._note_degradation(found), belief)
@@ -258,15 +258,14 @@ class KnapsackAllocator(Stored):
                 return min(self.max_rollouts, len(ids) * first_group(self.min_rollouts, self.max_rollouts) + multiple)
             return min(self.max_rollouts, int(budget / tokens.min()) + multiple + 1)
 
-        found, belief = self.believe_and_decide(records, decide, reach)
+        found, belief = self._believe_and_decide(records, decide, reach)
         found = self._step.expect(ids, self._note_degradation(found), belief)
         tokens = tokens_of(belief)
         if tokens is not None:
             self._step.details["expected_tokens"] = dot(tokens, found.counts)
         return found
 
-    @one_at_a_time
-    def believe_and_decide(
+    def _believe_and_decide(
         self, records: Records, decide: Callable[[Belief, int], Allocation], reach: Callable[[], int]
     ) -> tuple[Allocation, Belief]:
         """Return an allocation by beliefs with as many columns of marginal values as it needs, and the belief.

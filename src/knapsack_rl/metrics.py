@@ -34,8 +34,7 @@ LOST_GROUPS = (
 )
 """Metrics of :class:`LostGroups`, logged at each step of a run that has lost a group."""
 OCCASIONAL = {
-    **{name: name for name in ("allocation_failures", "degraded_batches", "unscored_rollouts")},
-    **{name: name for name in ("prompts_waiting", "process_imbalance")},
+    **{name: name for name in ("allocation_failures", "degraded_batches", "unscored_rollouts", "process_imbalance")},
     **{"solved_before": "solved_before", "lost": "solved_before"},
 }
 """Further ones that it logs where a number, by default their own, is above 0; so are the failures of each kind."""

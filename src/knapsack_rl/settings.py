@@ -215,23 +215,6 @@ class AllocationSettings:
         if advantage == "posterior-mean":
             check_posterior(self.make_allocator().estimator)
 
-    def check_queue(self) -> None:
-        """Check that prompts may wait in a queue, see :mod:`knapsack_rl.prompt_queue`.
-
-        Raises:
-            ValueError: they may not.
-        """
-        if self.allocation == "uniform" or self.budget_unit != "rollouts":
-            raise ValueError(
-                "queue_prompts needs an allocation of rollouts, got "
-                f"allocation={self.allocation!r} and budget_unit={self.budget_unit!r}"
-            )
-        if self.rounds == 2:
-            raise ValueError(
-                "rounds=2 gives every prompt of a step rollouts in its first round, which queue_prompts does not plan "
-                "for; set one of them to its default"
-            )
-
     def make_allocator(self) -> KnapsackAllocator:
         """Return the allocator that these settings describe; under uniform allocation it only observes.
 

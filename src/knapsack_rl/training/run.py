@@ -187,7 +187,6 @@ def _trainer_arguments(settings: TrainSettings, folder: Path, task: TaskData, st
         advantage=settings.chosen_advantage,
         weighting=settings.weighting,
         replay=settings.replay,
-        queue_prompts=settings.queue_prompts == "on",
         skip_zero_advantages={"auto": None, "on": True, "off": False}[settings.skip_zero_advantages],
         log_metrics="all",
         log_allocations=True,

@@ -38,9 +38,6 @@ class TrainSettings(AllocationSettings):
     )
     rollouts_per_prompt: int = option(4, "mean rollouts per prompt; the budget of a step is this x prompts per step")
     prompts_per_step: int = option(128, "prompts in a step")
-    queue_prompts: str = option(
-        "off", "prompts wait, and a step serves as many as its rollouts pay for at one price", ("off", "on")
-    )
     steps: int = option(400, "training steps")
     rollout_limit: int = option(0, "end the run once it generated so many rollouts; 0 for no limit")
     seed: int = option(0, "seed of data order, sampling and initialisation")
@@ -134,8 +131,6 @@ class TrainSettings(AllocationSettings):
                 f"prompts_per_step {self.prompts_per_step} exceeds train_prompts {self.train_prompts}; lower it"
             )
         self.check_advantage(self.chosen_advantage)
-        if self.queue_prompts == "on":
-            self.check_queue()
         if not 0.0 < self.vllm_memory <= 1.0:
             raise ValueError(f"vllm_memory must be in (0, 1], got {self.vllm_memory}")
         if self.lora_alpha and not self.lora_rank:

@@ -22,8 +22,6 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
     ``num_generations`` is the mean number of rollouts per prompt.
 
     Attributes:
-        queue_prompts: prompts wait in a queue, and a step serves as many of them as its rollouts pay for at one price
-            for all steps, see :mod:`knapsack_rl.prompt_queue`; by default it serves those that the data loader draws.
         advantage: ``"group-std"`` (GRPO's, ``scale_rewards="group"``); ``"group-mean"`` (MaxRL's, over the mean of the
             group's outcomes, 1 for a success and 0 for a failure); or ``"posterior-mean"`` (outcomes against what was
             expected by the prompt's history and the rest of the group, see
@@ -54,7 +52,6 @@ class KnapsackGRPOConfig(AllocationSettings, GRPOConfig):
         ValueError: the settings cannot work together; see :func:`check_settings`.
     """
 
-    queue_prompts: bool = field(default=False, metadata={"help": "Serve prompts from a queue, at one price."})
     advantage: str | None = field(default=None, metadata={"help": f"{', '.join(ADVANTAGES)}; else scale_rewards."})
     weighting: str = field(default="auto", metadata={"help": "Loss weight per 'rollout' or 'prompt', or 'auto'."})
     prompt_id_column: str = field(default="prompt_id", metadata={"help": "Column of a stable id per prompt."})
@@ -103,8 +100,6 @@ def check_settings(args: Any) -> AllocationSettings:
             f"advantage={setting(args, 'advantage')!r} needs multi_objective_aggregation='sum_then_normalize', got "
             f"{aggregation!r}; leave one of them out"
         )
-    if setting(args, "queue_prompts"):
-        found.check_queue()
     for name in ("replay", "log_samples"):
         if setting(args, name) < 0:
             raise ValueError(f"{name} must be >= 0, got {setting(args, name)}")
@@ -133,18 +128,17 @@ def without_effect(args: Any, allocator: KnapsackAllocator, data: Any) -> list[s
         ]
     mean, found = args.num_generations, []
     prompts = args.generation_batch_size // mean
-    if not setting(args, "queue_prompts"):
-        if prompts == 1:
-            found.append(
-                f"a step has one prompt: its {mean} rollouts are the whole generation batch, so there is nothing to "
-                "divide and training is that of stock GRPO. Raise per_device_train_batch_size or "
-                "gradient_accumulation_steps, or lower num_generations"
-            )
-        if mean == allocator.min_rollouts and allocator.budget_unit == "rollouts":
-            found.append(
-                f"num_generations={mean} equals min_rollouts, so no prompt can give up a rollout and training is that "
-                "of stock GRPO. Raise num_generations" + (", or lower min_rollouts to 2" if mean > 2 else "")
-            )
+    if prompts == 1:
+        found.append(
+            f"a step has one prompt: its {mean} rollouts are the whole generation batch, so there is nothing to divide "
+            "and training is that of stock GRPO. Raise per_device_train_batch_size or gradient_accumulation_steps, or "
+            "lower num_generations"
+        )
+    if mean == allocator.min_rollouts and allocator.budget_unit == "rollouts":
+        found.append(
+            f"num_generations={mean} equals min_rollouts, so no prompt can give up a rollout and training is that of "
+            "stock GRPO. Raise num_generations" + (", or lower min_rollouts to 2" if mean > 2 else "")
+        )
     if mean == allocator.max_rollouts and allocator.budget_unit == "rollouts":
         found.append(
             f"num_generations={mean} equals max_rollouts, so no prompt can get more and training is that of stock "

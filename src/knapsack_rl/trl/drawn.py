@@ -60,14 +60,6 @@ class Drawn:
             arrived |= dict(gather(sent))
         return [dict(arrived[prompts[group]]) for group in shares[rank]]
 
-    def shared(self, rank: int, gather: Gather) -> Drawn:
-        """Return this batch with the rows of all its prompts, in the order of the groups, in every process."""
-        mine = [(prompt, row) for prompt, row in self.rows.items() if self.holders[prompt][0] == rank]
-        rows = dict(gather(mine))
-        everywhere = sorted({holder for holders in self.holders.values() for holder in holders})
-        rows = {prompt: rows[prompt] for prompt in self.holders}
-        return Drawn(self.keys, rows, dict.fromkeys(rows, everywhere), self.features)
-
 
 def draw(
     rows: list[Row],

@@ -20,8 +20,7 @@ from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
 from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.offline.earlier import earlier_rates
-from knapsack_rl.prompt_queue import PromptQueue
-from knapsack_rl.runs.files import QUEUE_FILE, STATE_FILE
+from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.runs.samples import SampleStore
 from knapsack_rl.session import Plan, Session
 from knapsack_rl.settings import AllocationSettings
@@ -36,7 +35,7 @@ from knapsack_rl.trl.checkpoints import (
     newest_state,
 )
 from knapsack_rl.trl.config import check_settings, setting, without_effect
-from knapsack_rl.trl.data_checks import check_dataset, media_columns, prompt_keys
+from knapsack_rl.trl.data_checks import check_dataset, prompt_keys
 from knapsack_rl.trl.deadline import can_interrupt
 from knapsack_rl.trl.drawn import Drawn, draw
 from knapsack_rl.trl.generated import Generated
@@ -93,7 +92,6 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         check_awaited(self.reward_funcs, self.reward_func_names, getattr(self, "async_loop", None))
-        self.queue = PromptQueue(self._mean) if self._setting("queue_prompts") else None
         self._scored: Scored | None = None
         self._model_tokens: list[int] = []
         self._epochs_finished = 0
@@ -155,11 +153,6 @@ class KnapsackGRPOTrainer(UpdateTrainer):
                 return Identity(column, features=features)
             columns: Any = data.column_names
             return Identity(column, hashed=False) if columns is None or column in columns else None
-        if self.queue is not None and (media := media_columns(data)):
-            raise ValueError(
-                f"queue_prompts=True keeps waiting rows in checkpoints as JSON, which column {media[0]!r} cannot be: "
-                "leave it out, or drop the column"
-            )
         several = self.accelerator.num_processes > 1
         proven = check_dataset(data, column, gather_object if several else None)
         return Identity(column, proven=proven, features=features)
@@ -271,14 +264,11 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             return inputs, Step(plan, plan.expand(), ragged=False)
         distinct, block_prompt = numbered(drawn.keys)
         stock_R = np.repeat(block_prompt, mean)
-        plan = self._agree_on(self._plan(drawn, stock_R.size))
-        if self.queue is not None:
-            drawn.rows = self.queue.serve(plan.ids)
+        plan = self._agree_on(self._plan(drawn))
         group_R = plan.expand()
-        changed = plan.ids != distinct or not np.array_equal(group_R, stock_R)
-        if self.session.settings.allocation == "uniform" or not changed:
+        if self.session.settings.allocation == "uniform" or np.array_equal(group_R, stock_R):
             return inputs, Step(plan, stock_R, ragged=False)  # exactly the stock step: same rows, same order
-        if len(distinct) < len(drawn.keys) and self.queue is None:
+        if len(distinct) < len(drawn.keys):
             self.session.warn_once(
                 "duplicates", "a batch holds the same prompt more than once; its rollouts form one group"
             )
@@ -299,9 +289,6 @@ class KnapsackGRPOTrainer(UpdateTrainer):
                 gather=gather_object,
                 warn=self._note_clash,
             )
-            if self.queue is not None:
-                drawn = drawn.shared(self.accelerator.process_index, gather_object)
-                self.queue.push(drawn.rows)
         except BrokenGroupError:
             if not uniform:
                 raise
@@ -323,15 +310,11 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             raise ValueError(text)
         self.session.warn_once("clash", f"{text}. They are kept apart, the later ones with a hash behind the id")
 
-    def _plan(self, drawn: Drawn, budget: int) -> Plan:
-        """Return the plan for the prompts of the batch, or for those that the queue serves."""
+    def _plan(self, drawn: Drawn) -> Plan:
+        """Return the plan for the prompts of the batch."""
         args: Any = self.args
-        queue = self.queue
-        if queue is None:
-            multiple = self.accelerator.num_processes * args.steps_per_generation
-            return self.session.plan(drawn.keys, self._mean, multiple=multiple, features=drawn.features)
-        self.session.note_features(drawn.keys, drawn.features)  # those that are drawn now may be served later
-        return queue.plan(self.session, budget, len(set(drawn.keys)))
+        multiple = self.accelerator.num_processes * args.steps_per_generation
+        return self.session.plan(drawn.keys, self._mean, multiple=multiple, features=drawn.features)
 
     def _agree_on(self, plan: Plan) -> Plan:
         """Return the main process's plan everywhere, so that differences between machines cannot split a group."""
@@ -447,8 +430,6 @@ class KnapsackGRPOTrainer(UpdateTrainer):
 
     def _add_metrics(self, step: Step, learned: dict[str, float], trained: GroupOutcomes, lengths: IntArray) -> None:
         numbers = dict(learned)
-        if self.queue is not None:
-            numbers["prompts_waiting"] = float(len(self.queue.rows))
         if self.accelerator.num_processes > 1:
             work = lengths.reshape(self.accelerator.num_processes, -1).sum(axis=1)
             numbers["process_imbalance"] = float(work.max() / max(work.mean(), 1))
@@ -500,8 +481,6 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             OSError: a file cannot be written.
         """
         self.generated.save(checkpoint)
-        if self.queue is not None:
-            self.queue.save(checkpoint / QUEUE_FILE)
         if self.replay is not None:
             self.replay.save(checkpoint / REPLAY_FILE)
         self.session.save(checkpoint)
@@ -525,7 +504,5 @@ class KnapsackGRPOTrainer(UpdateTrainer):
             if present is not None:
                 log_changed_data(self.allocator.tracker.prompt_ids, present)
         self.generated = Generated.load(checkpoint)
-        if self.queue is not None and (checkpoint / QUEUE_FILE).exists():
-            self.queue.load(checkpoint / QUEUE_FILE)
         if self.replay is not None and (checkpoint / REPLAY_FILE).exists():
             self.replay.load(checkpoint / REPLAY_FILE)
