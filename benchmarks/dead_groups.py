@@ -16,21 +16,18 @@ means and standard errors over the seeds of
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from experiments.contract import markdown_table
-from experiments.lab import beds
 from experiments.lab.run import LabTrainer
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.estimation.grid import check_posterior
 from knapsack_rl.success import BoolArray
-from step_noise import checkpoint
+from step_noise import checkpoint, flags, parsed_by
 
 MORE = 8
 """Rollouts of a second round."""
@@ -58,11 +55,9 @@ def expected_by_filter(trainer: LabTrainer, dead: BoolArray, rollouts: int) -> F
     allocator = trainer.session.allocator
     estimator = check_posterior(allocator.estimator)
     ids = [row["prompt_id"] for row, one in zip(trainer.data.train, dead.tolist(), strict=True) if one]
-    failures = np.full(len(ids), rollouts)
-    likelihood = estimator.binomial_likelihood(np.zeros_like(failures), failures)
-    posterior = estimator.posterior(allocator.records_of(ids)) * likelihood
-    posterior /= posterior.sum(axis=1, keepdims=True)
-    return posterior @ found_by(estimator.grid)
+    known, failures = allocator.records_of(ids), np.full(len(ids), rollouts)
+    likelihood = estimator.likelihood(known) * estimator.binomial_likelihood(np.zeros_like(failures), failures)
+    return estimator.posterior_of(likelihood, known.prior) @ found_by(estimator.grid)
 
 
 def measure(trainer: LabTrainer, rollouts: int) -> FloatArray:
@@ -81,21 +76,13 @@ def measure(trainer: LabTrainer, rollouts: int) -> FloatArray:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exit status 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        description="Success rates of groups without a success, by whether their answers are equal.",
-        epilog="example: python benchmarks/dead_groups.py --bed skills-dev --steps 32",
+    parser = flags(
+        "Success rates of groups without a success, by whether their answers are equal.",
+        "python benchmarks/dead_groups.py --bed skills-dev --steps 32",
+        steps=32,
     )
-    parser.add_argument("--bed", default="addition-dev", choices=beds.BEDS, help="task (default: %(default)s)")
-    parser.add_argument("--arm", default="uniform-mean", help="that trains the checkpoint (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=32, metavar="N", help="to the checkpoint (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=4, metavar="N", help="of a group (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="from 1000 on (default: %(default)s)")
-    parser.add_argument("--bases", type=Path, default=Path("runs/experiments/lab"), metavar="DIR",
-                        help="base models, made where there are none (default: %(default)s)")  # fmt: skip
-    parsed = parser.parse_args(arguments)
-    for name, least in (("steps", 0), ("rollouts", 2), ("seeds", 2)):
-        if getattr(parsed, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(parsed, name)}")
+    parsed = parsed_by(parser, arguments, {"steps": 0, "rollouts": 2, "seeds": 2})
     torch.set_num_threads(1)
     found = np.array(
         [

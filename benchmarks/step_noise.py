@@ -140,25 +140,48 @@ def checkpoint(bed: str, arm: str, steps: int, seed: int, bases: Path) -> LabTra
     return trainer
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; exit status 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        description="Direction and noise of a step's gradient, by its prompts and rollouts.",
-        epilog="example: python benchmarks/step_noise.py --bed addition-dev --arm known-matched --steps 260",
-    )
+def flags(description: str, example: str, steps: int) -> argparse.ArgumentParser:
+    """A parser with the flags of :func:`checkpoint`, for seeds from 1000 on.
+
+    Args:
+        description: of the program.
+        example: of its use.
+        steps: to the checkpoint, by default.
+    """
+    parser = argparse.ArgumentParser(description=description, epilog=f"example: {example}")
     parser.add_argument("--bed", default="addition-dev", choices=beds.BEDS, help="task (default: %(default)s)")
     parser.add_argument("--arm", default="uniform-mean", help="that trains the checkpoint (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=180, metavar="N", help="to the checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=steps, metavar="N", help="to the checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="from 1000 on (default: %(default)s)")
+    parser.add_argument("--bases", type=Path, default=Path("runs/experiments/lab"), metavar="DIR",
+                        help="base models, made where there are none (default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def parsed_by(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, least: dict[str, int]
+) -> argparse.Namespace:
+    """The flags that were given; exit status 2 for one that is below its least."""
+    parsed = parser.parse_args(arguments)
+    for name, minimum in least.items():
+        if getattr(parsed, name) < minimum:
+            parser.error(f"--{name} must be at least {minimum}, got {getattr(parsed, name)}")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; exit status 2 for bad input."""
+    parser = flags(
+        "Direction and noise of a step's gradient, by its prompts and rollouts.",
+        "python benchmarks/step_noise.py --bed addition-dev --arm known-matched --steps 260",
+        steps=180,
+    )
     parser.add_argument(
         "--measured", type=int, default=24, metavar="N", help="steps of each row (default: %(default)s)"
     )
-    parser.add_argument("--bases", type=Path, default=Path("runs/experiments/lab"), metavar="DIR",
-                        help="base models, made where there are none (default: %(default)s)")  # fmt: skip
-    parsed = parser.parse_args(arguments)
-    for name, least in (("steps", 1), ("seeds", 2), ("measured", 2)):
-        if getattr(parsed, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(parsed, name)}")
+    parsed = parsed_by(parser, arguments, {"steps": 1, "seeds": 2, "measured": 2})
     torch.set_num_threads(1)
     table: dict[Shape, list[tuple[float, float, float]]] = {shape: [] for shape in SHAPES}
     for seed in range(1000, 1000 + parsed.seeds):

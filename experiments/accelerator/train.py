@@ -191,7 +191,7 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(place)
         self.data = self.load()
         self._tokens = {row["prompt_id"]: self.tokenizer(row["prompt"])["input_ids"] for row in self._rows}
-        self._row_of = {row["prompt_id"]: row for row in self.data.train}
+        self.row_of = {row["prompt_id"]: row for row in self.data.train}
         network: Any = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, settings.precision))
         self.policy = Policy(
             network.to(device),
@@ -249,7 +249,7 @@ class Trainer:
         with self.timed("allocation"):
             plan = self.plan(batch)
             group = plan.expand()
-        rows = [self._row_of[plan.ids[place]] for place in group]
+        rows = [self.row_of[plan.ids[place]] for place in group]
         self.learn(plan, group, *self.generate(rows), number)
 
     def generate(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, list[float]]:

@@ -37,12 +37,12 @@ def step_in_rounds(trainer: Trainer, rule: Rounds, batch: Sequence[dict[str, Any
         batch: rows of the data that are next; the rule may take others.
         number: of the step.
     """
-    row_of, allocator = {row["prompt_id"]: row for row in trainer.data.train}, trainer.session.allocator
+    allocator = trainer.session.allocator
     parts: list[Any] = []
     rewards: list[float] = []
 
     def generate(ids: list[PromptId], group_R: IntArray, groups: int) -> GroupOutcomes:
-        sampled, scored = trainer.generate([row_of[prompt] for prompt in ids])
+        sampled, scored = trainer.generate([trainer.row_of[prompt] for prompt in ids])
         parts.append(sampled)
         rewards.extend(scored)
         return allocator.outcomes_of(group_R, np.array(scored), groups)
