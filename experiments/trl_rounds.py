@@ -15,7 +15,7 @@ from experiments.rounds import Rounds, play
 from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId, numbered
-from knapsack_rl.session import Plan
+from knapsack_rl.plan import Plan
 from knapsack_rl.trl.identity import Identity, prompt_key
 from knapsack_rl.trl.step import Scored, Step
 from knapsack_rl.trl.trainer import KnapsackGRPOTrainer

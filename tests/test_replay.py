@@ -9,7 +9,7 @@ import torch
 import tiny
 from knapsack_rl.allocation.policies import Allocation
 from knapsack_rl.groups import outcomes_by_position
-from knapsack_rl.session import Plan
+from knapsack_rl.plan import Plan
 from knapsack_rl.trl import KnapsackGRPOTrainer
 from knapsack_rl.trl.replay import Success, SuccessBuffer, log_probs_now, mix_in
 from knapsack_rl.trl.step import Step

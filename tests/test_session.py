@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knapsack_rl import KnapsackAllocator
+from knapsack_rl.plan import Plan
 from knapsack_rl.runs.allocations import PER_PROMPT, read_visits
 from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE
-from knapsack_rl.session import Plan, Session
+from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings
 from strategies import no_deadline
 

@@ -19,9 +19,10 @@ from experiments.extract import summarise
 from experiments.pool import ARMS
 from knapsack_rl.advantages import Advantage, Weighting, group_advantages
 from knapsack_rl.allocation.checks import IntArray
+from knapsack_rl.plan import Plan
 from knapsack_rl.runs.files import METRICS_FILE, append_row
 from knapsack_rl.runs.log import RunLog
-from knapsack_rl.session import Plan, Session
+from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.tasks import base_model_path
 from knapsack_rl.tasks.data import TaskData

@@ -19,7 +19,8 @@ from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.allocation.policies import allocate_expected
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.ids import PromptId
-from knapsack_rl.session import Plan, Session
+from knapsack_rl.plan import Plan
+from knapsack_rl.session import Session
 
 MOST_BATCHES = 3
 """Most batches of the data loader in the queue, which is also about the most steps that a prompt waits."""

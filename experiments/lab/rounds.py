@@ -14,7 +14,7 @@ from experiments.rules import RULES
 from knapsack_rl.allocation.checks import IntArray
 from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId, numbered
-from knapsack_rl.session import Plan
+from knapsack_rl.plan import Plan
 
 
 def rule_of(settings: Settings, ids: Sequence[PromptId]) -> Rounds | None:

@@ -20,8 +20,8 @@ from experiments.pool import ARMS
 from experiments.rules import RULES
 from knapsack_rl.allocation.checks import FloatArray
 from knapsack_rl.allocation.policies import allocate
+from knapsack_rl.plan import Plan
 from knapsack_rl.runs.log import RunLog
-from knapsack_rl.session import Plan
 from knapsack_rl.tasks.data import TaskData
 from knapsack_rl.tasks.generated import Problem
 

@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +34,7 @@ from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.groups import GroupOutcomes, outcomes_by_position
 from knapsack_rl.ids import PromptId, numbered
 from knapsack_rl.metrics import LostGroups
+from knapsack_rl.plan import Plan, checked_counts
 from knapsack_rl.runs.allocations import allocation_row
 from knapsack_rl.runs.files import ALLOCATION_LOG, STATE_FILE, WARNINGS_FILE, append_row, finite_or_none
 from knapsack_rl.runs.watch import WarningLog
@@ -49,50 +50,6 @@ EARLIER = "earlier rate"
 
 STEPS_JUDGED = 25
 """Steps with the same outcome everywhere after which a run is warned."""
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The rollouts of one step.
-
-    Attributes:
-        ids: (M,) distinct prompts of the step.
-        allocation: their rollouts, with estimates and predictions.
-        seconds: time that the allocation took.
-        identified: whether the ids name prompts; otherwise they only number the groups, and nothing is learned.
-    """
-
-    ids: list[PromptId]
-    allocation: Allocation
-    seconds: float = 0.0
-    identified: bool = True
-
-    @property
-    def counts(self) -> IntArray:
-        """(M,) rollouts of each distinct prompt."""
-        return self.allocation.counts
-
-    def expand(self) -> IntArray:
-        """Return the (R,) position of each rollout's prompt among the plan's; the rollouts of a prompt are adjacent."""
-        return self.allocation.expand()
-
-    def rows_of(self, ids: Sequence[PromptId]) -> IntArray:
-        """Return the (B,) rollouts of each row of the batch; a prompt in several rows divides its rollouts over them.
-
-        No row gets a single rollout unless its prompt has only one: a group of one has no gradient.
-
-        Args:
-            ids: (B,) prompt of each row, all of them in the plan.
-        """
-        count_of = dict(zip(self.ids, self.counts.tolist(), strict=True))
-        rows: dict[PromptId, list[int]] = {}
-        for row, prompt_id in enumerate(ids):
-            rows.setdefault(prompt_id, []).append(row)
-        counts = np.zeros(len(ids), dtype=np.int64)
-        for prompt_id, places in rows.items():
-            served = places[: max(count_of[prompt_id] // 2, 1)]
-            counts[served] = uniform_counts(len(served), count_of[prompt_id])
-        return counts
 
 
 class Observation(NamedTuple):
@@ -177,7 +134,7 @@ class Session:
 
         With a budget in rollouts the counts sum to it; with one in tokens they are expected to take the tokens of
         ``mean`` rollouts per row. A prompt that is in the batch several times gets one count for all its rows, see
-        :meth:`Plan.rows_of`.
+        :meth:`~knapsack_rl.plan.Plan.rows_of`.
 
         Args:
             ids: (B,) prompt of each row of the batch.
@@ -254,7 +211,7 @@ class Session:
         """Ask the allocator for the rest of a step, and check its answer."""
         groups = self.allocator.outcomes_of(prompt_R, self._scored(outcome_R), len(ids), keep=False)
         found = self.allocator.top_up(ids, groups.totals, groups.successes, left)
-        _checked_counts(found, len(ids), left)
+        checked_counts(found, len(ids), left)
         return found
 
     def _scored(self, outcome_R: ArrayLike) -> FloatArray:
@@ -311,7 +268,7 @@ class Session:
             budget = mean * float(self.allocator.predicted_lengths(ids).sum())
             found = self.allocator.allocate(distinct, budget, multiple=multiple)
         in_rollouts = self.allocator.budget_unit == "rollouts"
-        counts = _checked_counts(found, len(distinct), rollouts if in_rollouts else None)
+        counts = checked_counts(found, len(distinct), rollouts if in_rollouts else None)
         if self.allocator.budget_unit == "tokens" and counts.sum() % multiple:
             raise ArithmeticError(f"the allocator gave {counts.sum()} rollouts, which is not a multiple of {multiple}")
         if ((counts > 0) & (counts < self.smallest_group)).any():
@@ -383,7 +340,7 @@ class Session:
             self._pending.pop(prompt_id, None)
         if plan.identified and self.log_allocations and self.folder is not None:
             self.survive("logging", lambda: self._log(plan, groups, step))
-        self.survive("reporting", lambda: self.lost.arrive(*_groups_of(plan, prompt_R, lengths_R)))
+        self.survive("reporting", lambda: self.lost.arrive(*plan.groups_of(prompt_R, lengths_R)))
         metrics = self.survive("reporting", allocator.metrics) or {}
         metrics |= self.survive("reporting", self.lost.metrics) or {}
         metrics["allocation_seconds"] = plan.seconds
@@ -407,10 +364,10 @@ class Session:
 
         def count() -> None:
             if prompt_R is not None and lengths_R is not None:
-                self.lost.lose(cause, *_groups_of(plan, prompt_R, lengths_R))
+                self.lost.lose(cause, *plan.groups_of(prompt_R, lengths_R))
             else:
                 expected = self.allocator.predicted_lengths(plan.ids) if self._lengths_known else None
-                rates, unknown = _groups_of(plan)
+                rates, unknown = plan.groups_of()
                 self.lost.lose(cause, rates, unknown if expected is None else expected)
 
         self.survive("reporting", count)
@@ -516,36 +473,3 @@ class Session:
 
     def _knows_lengths(self) -> bool:
         return bool(self.allocator.tracker.records().length_count.any())
-
-
-def _checked_counts(found: Allocation, prompts: int, rollouts: int | None) -> IntArray:
-    """Return the counts of an allocator, which may be one of the user's.
-
-    Args:
-        found: its answer.
-        prompts: that it was asked about.
-        rollouts: to which the counts must sum; None for a budget in tokens.
-
-    Raises:
-        ArithmeticError: the counts are not what was asked for.
-    """
-    counts = np.asarray(found.counts)
-    if counts.shape != (prompts,) or counts.dtype.kind not in "iu" or (counts < 0).any():
-        raise ArithmeticError(f"the allocator gave {counts}, expected {prompts} whole numbers >= 0")
-    if rollouts is not None and counts.sum() != rollouts:
-        raise ArithmeticError(f"the allocator gave {counts}, which sum to {counts.sum()} and not to {rollouts}")
-    return counts
-
-
-def _groups_of(
-    plan: Plan, prompt_R: IntArray | None = None, lengths_R: ArrayLike | None = None
-) -> tuple[FloatArray, FloatArray]:
-    """Return (G,) estimated success rates and mean lengths of a plan's groups; of those with rollouts, if given."""
-    unknown = np.full(len(plan.ids), np.nan)
-    rates = unknown if plan.allocation.success_rates is None else plan.allocation.success_rates
-    if prompt_R is None:
-        return rates, unknown
-    sizes = np.bincount(prompt_R, minlength=len(plan.ids))
-    there = sizes > 0
-    tokens = unknown if lengths_R is None else np.bincount(prompt_R, np.asarray(lengths_R, np.float64), len(plan.ids))
-    return rates[there], tokens[there] / sizes[there]

@@ -21,7 +21,8 @@ from knapsack_rl.allocation.value import nonzero_gradient_probability, value
 from knapsack_rl.allocator import KnapsackAllocator
 from knapsack_rl.estimation.named import Estimator
 from knapsack_rl.offline.environments import BoolArray, Environment, Episode
-from knapsack_rl.session import Plan, Session
+from knapsack_rl.plan import Plan
+from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings
 
 OUTCOMES = 3

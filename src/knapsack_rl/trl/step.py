@@ -11,8 +11,8 @@ import numpy as np
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.groups import GroupOutcomes
 from knapsack_rl.ids import PromptId
+from knapsack_rl.plan import Plan
 from knapsack_rl.runs.samples import SampleStore
-from knapsack_rl.session import Plan
 from knapsack_rl.success import total_reward
 
 

@@ -20,9 +20,10 @@ from knapsack_rl.groups import GroupOutcomes, of_outcomes, outcomes_by_position
 from knapsack_rl.ids import numbered
 from knapsack_rl.metrics import select_metrics
 from knapsack_rl.offline.earlier import earlier_rates
+from knapsack_rl.plan import Plan
 from knapsack_rl.runs.files import STATE_FILE
 from knapsack_rl.runs.samples import SampleStore
-from knapsack_rl.session import Plan, Session
+from knapsack_rl.session import Session
 from knapsack_rl.settings import AllocationSettings
 from knapsack_rl.trl.advantages import ragged_advantages
 from knapsack_rl.trl.checkpoints import (

@@ -20,7 +20,8 @@ from verl.utils import tensordict_utils
 
 from knapsack_rl.allocation.checks import FloatArray, IntArray
 from knapsack_rl.ids import PromptId
-from knapsack_rl.session import Plan, Session
+from knapsack_rl.plan import Plan
+from knapsack_rl.session import Session
 from knapsack_rl.verl.fields import COUNT_FIELD, plain
 
 SECOND = ".2"
