@@ -52,6 +52,7 @@ class Arm:
             the allocation does.
         multiple: rollouts per prompt over those of the shared settings.
         wider: times as many prompts in a step, each with as many times fewer rollouts on average.
+        shorter: times fewer prompts in a step; the same rollouts then make as many times more steps.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Arm:
     multiple: int = 1
     rule: str = ""
     wider: int = 1
+    shorter: int = 1
 
     def of(self, shared: TrainSettings, seed: int) -> TrainSettings:
         """Settings of one run."""
@@ -71,16 +73,20 @@ class Arm:
         """Prompts of a step and rollouts per prompt of this arm.
 
         Args:
-            prompts: of a step, of the shared settings.
+            prompts: of a step, of the shared settings; divisible by ``shorter``.
             rollouts: per prompt, of the shared settings; with what the arm multiplies it, divisible by ``wider``.
 
         Raises:
-            ValueError: it is not.
+            ValueError: one of them is not.
         """
         rollouts *= self.multiple
-        if rollouts % self.wider:
-            raise ValueError(f"{rollouts} rollouts per prompt must be a multiple of {self.wider} for {self.label!r}")
-        return prompts * self.wider, rollouts // self.wider
+        for what, number, divisor in (
+            ("prompts a step", prompts, self.shorter),
+            ("rollouts per prompt", rollouts, self.wider),
+        ):
+            if number % divisor:
+                raise ValueError(f"{number} {what} must be a multiple of {divisor} for {self.label!r}")
+        return prompts // self.shorter * self.wider, rollouts // self.wider
 
     @property
     def module(self) -> tuple[str, ...]:
@@ -117,6 +123,9 @@ ARMS: dict[str, Arm] = {
     "pilot-commit": Arm("commit after a pilot (Pilot-Commit)", {}, rule="pilot-commit"),
     "pilot-commit-2n": Arm("commit after a pilot (Pilot-Commit), 2N", {}, 2, rule="pilot-commit"),
     "c-grpo": Arm("stop by a conformal threshold (C-GRPO)", {}, rule="c-grpo"),
+    "c-grpo-twice": Arm(
+        "stop by a conformal threshold (C-GRPO), two updates", TWICE, rule="c-grpo"
+    ),  # in the lab alone
     "knapsack-tokens": Arm("Bayes filter, budget in tokens", {"budget_unit": "tokens"}),
     "uniform-replay": Arm("uniform N, replay", {"allocation": "uniform", "replay": 8}),
     "knapsack-replay": Arm("Bayes filter, replay", {"replay": 8}),
@@ -144,6 +153,7 @@ ARMS: dict[str, Arm] = {
         "recommended, queue of prompts", {**RECOMMENDED, **BY_GRADE, **TWICE}, rule="queue", wider=2
     ),
     "recommended-plain-twice": Arm("recommended, no columns", {**RECOMMENDED, **TWICE}, wider=2),
+    "uniform-half": Arm("uniform, 32 × 8", {"allocation": "uniform"}, shorter=2),  # in the lab alone
     "uniform-twice": Arm("uniform N, two updates", {"allocation": "uniform", **TWICE}),
     "uniform-posterior-wide-twice": Arm(
         "uniform, 128 × 4, posterior mean, two updates",

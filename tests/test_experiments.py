@@ -230,9 +230,9 @@ def test_arms_differ_from_the_shared_settings_in_what_they_name():
     for name, arm in pool.ARMS.items():
         settings = arm.of(pool.FULL, 3)
         changed = {key for key in vars(settings) if getattr(settings, key) != getattr(pool.FULL, key)}
-        wider = {"prompts_per_step"} if arm.wider > 1 else set()
+        wider = {"prompts_per_step"} if arm.wider > 1 or arm.shorter > 1 else set()
         assert changed - {"seed"} <= {*arm.settings, "rollouts_per_prompt"} | wider, name
-        assert settings.budget == pool.FULL.budget * arm.multiple
+        assert settings.budget == pool.FULL.budget * arm.multiple // arm.shorter
     assert len({(str(arm.of(pool.FULL, 0)), arm.rule) for arm in pool.ARMS.values()}) == len(pool.ARMS)
     assert len({arm.label for arm in pool.ARMS.values()}) == len(pool.ARMS)
 
@@ -242,6 +242,13 @@ def test_a_wider_arm_has_more_prompts_and_as_many_rollouts():
     assert arm.size(64, 8) == (256, 6)
     with pytest.raises(ValueError, match="6 rollouts per prompt must be a multiple of 4 for 'wide'"):
         arm.size(64, 2)
+
+
+def test_a_shorter_step_has_fewer_prompts():
+    arm = pool.Arm("short", {}, shorter=4)
+    assert arm.size(64, 8) == (16, 8)
+    with pytest.raises(ValueError, match="6 prompts a step must be a multiple of 4 for 'short'"):
+        arm.size(6, 8)
 
 
 def test_all_runs_of_the_shared_task_are_planned_once(tmp_path):

@@ -173,7 +173,7 @@ def _layout(arms: Sequence[str]) -> dict[str, Table]:
     return tables
 
 
-RIVALS = ("oversample", "skip", "sequential", "pilot-commit", "pilot-commit-2n", "c-grpo")
+RIVALS = ("oversample", "skip", "sequential", "pilot-commit", "pilot-commit-2n", "c-grpo", "c-grpo-twice")
 """Arms that follow a rule of the field, at equal rollouts."""
 
 OURS = ("recommended-twice", "recommended-posterior", "recommended-wide", "recommended")
@@ -206,11 +206,11 @@ def claim_of_half(arm: str, place: str, who: str) -> Claim:
 
 
 def headline_claims(bed: str) -> tuple[Claim, ...]:
-    """What the registrations ``headline``, ``wider``, ``posterior`` and ``twice`` say would be refuted or not."""
+    """What the registrations say would be refuted or not."""
     others = {
         "recommended-twice": (
             *("uniform", "uniform-twice", "uniform-posterior-wide-twice", "recommended-posterior"),
-            *("recommended-queue", "uniform-2n", *RIVALS),
+            *("recommended-queue", "uniform-half", "uniform-2n", *RIVALS),
         ),
         "recommended-posterior": (
             *("uniform", "uniform-posterior-wide", "uniform-posterior", "uniform-mean"),
@@ -235,4 +235,4 @@ def _ends_above(bed: str, arm: str, other: str) -> Claim:
     return better(arm, other, f"{bed}: {label(arm)} ends above {label(other)}", on_the_way=True)
 
 
-HEADLINE = LabEvidence("headline", headline_claims, more=("wider", "rivals", "posterior", "twice", "queue"))
+HEADLINE = LabEvidence("headline", headline_claims, more=("wider", "rivals", "posterior", "twice", "queue", "smaller"))
