@@ -123,9 +123,9 @@ ARMS: dict[str, Arm] = {
     "pilot-commit": Arm("commit after a pilot (Pilot-Commit)", {}, rule="pilot-commit"),
     "pilot-commit-2n": Arm("commit after a pilot (Pilot-Commit), 2N", {}, 2, rule="pilot-commit"),
     "c-grpo": Arm("stop by a conformal threshold (C-GRPO)", {}, rule="c-grpo"),
-    "c-grpo-twice": Arm(
+    "c-grpo-twice": Arm(  # in the lab alone
         "stop by a conformal threshold (C-GRPO), two updates", TWICE, rule="c-grpo"
-    ),  # in the lab alone
+    ),
     "knapsack-tokens": Arm("Bayes filter, budget in tokens", {"budget_unit": "tokens"}),
     "uniform-replay": Arm("uniform N, replay", {"allocation": "uniform", "replay": 8}),
     "knapsack-replay": Arm("Bayes filter, replay", {"replay": 8}),
